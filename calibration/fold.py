@@ -1,0 +1,80 @@
+"""The one walk over a model's blocks, left to right, that every calibrated method is a visitor of.
+
+At any moment the device holds one block, one micro-batch inside it, and the hidden states between two blocks.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from calibration.observers import Observer
+from models.arch import Arch, Block, Model, apply_block, embed
+from models.sharding import place, split
+
+Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashable static argument
+Stats = Mapping[str, Any]  # tap or slot -> its observer's final state
+Visit = Callable[[int, Block, Stats], Block]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(arch: Arch, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
+    widths = {name: tap.shape[-1] for name, tap in jax.eval_shape(arch.block, block, x)[1].items()}
+    return {name: observer.init(widths[name]) for name, observer in watch}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _observe(arch: Arch, watch: Watch, onward: bool, block: Block, x: jax.Array, states: Stats) -> tuple[jax.Array | None, Stats]:
+    """One micro-batch through one block. Taps nobody watches, and the output unless `onward`, are not computed."""
+    y, taps = arch.block(block, x)
+    return y if onward else None, {name: observer.update(states[name], taps[name]) for name, observer in watch}
+
+
+def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterable[jax.Array]:
+    """Tokens [samples length] as micro-batches [b length], windows split over the mesh's `data` axis; the last may be smaller."""
+    for start in range(0, len(tokens), batch):
+        yield split(tokens[start : start + batch], mesh, "sample")
+
+
+def fold_blocks(
+    model: Model,
+    tokens: np.ndarray,
+    visit: Visit,
+    *,
+    watch: Mapping[str, Observer],
+    propagate: Literal["pruned", "dense"],
+    batch: int = 8,
+    mesh: Mesh | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Visit every block with the statistics of its activations over the calibration tokens.
+
+    Args:
+      model: read one block at a time.
+      tokens: int [samples length].
+      visit: (i, block, statistics) -> the block that takes its place (the same one to leave it).
+      watch: tap or slot name -> observer; a tap is a linear's input, a slot's name its output.
+      propagate: what the next block sees: outputs of the visited ("pruned") block, as Wanda and SparseGPT do, or of the dense one,
+        which then cost no second pass.
+      batch: windows in one micro-batch.
+      mesh: windows are split over its `data` axis, matrices over `model`.
+      advance: called after every block, for a progress bar.
+    """
+    arch, static = model.arch, tuple(sorted(watch.items()))
+    dense = propagate == "dense"
+    ends = place(model.ends, mesh)
+    xs = [embed(arch, ends, t) for t in batches(tokens, batch, mesh)]
+    for i in range(len(model.blocks)):
+        block, last = place(model.blocks[i], mesh), i == len(model.blocks) - 1
+        onward, states = dense and not last, _start(arch, static, block, xs[0]) if static else {}
+        if static or onward:
+            for j, x in enumerate(xs):
+                y, states = _observe(arch, static, onward, block, x, states)
+                xs[j] = y if onward else x
+        new = visit(i, block, states)
+        if not dense and not last:
+            xs = [apply_block(arch, new, x) for x in xs]
+        advance()

@@ -1,0 +1,58 @@
+"""Streaming statistics of an activation: a few numbers a channel, folded over micro-batches, never the activations themselves.
+
+An observer is a value of two pure functions (as an optax transformation is): `init(channels) -> state` and
+`update(state, x [b t c]) -> state`. Sums are float32 whatever x is. Observers are hashable, for use as static arguments of jit.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Observer(NamedTuple):
+    """init: channels -> state; update: (state, x [b t c]) -> state."""
+
+    init: Callable[[int], Any]
+    update: Callable[[Any, jax.Array], Any]
+
+
+class SecondMoment(NamedTuple):
+    """`total`: sum over all tokens of x^2, float32 [c]; `samples`: sequences seen, float32 []."""
+
+    total: jax.Array
+    samples: jax.Array
+
+    @property
+    def per_sample(self) -> jax.Array:
+        """Mean over sequences of the squared L2 norm over tokens [c]: Wanda's `scaler_row` (Sun et al. 2024, eq. 1, squared)."""
+        return self.total / self.samples
+
+
+def _second_moment_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
+    x = x.astype(jnp.float32)
+    return SecondMoment(state.total + jnp.einsum("btc,btc->c", x, x), state.samples + x.shape[0])
+
+
+second_moment = Observer(lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(())), _second_moment_update)
+
+
+class BatchNorms(NamedTuple):
+    """`total`: sum over micro-batches of the L2 norm over the batch's tokens, float32 [c]; `batches` seen, float32 []."""
+
+    total: jax.Array
+    batches: jax.Array
+
+    @property
+    def mean(self) -> jax.Array:
+        """Mean of the norms over micro-batches [c]. Depends on how samples are batched, as LLM-Rank's released code does."""
+        return self.total / self.batches
+
+
+def _batch_norms_update(state: BatchNorms, x: jax.Array) -> BatchNorms:
+    x = x.astype(jnp.float32)
+    return BatchNorms(state.total + jnp.sqrt(jnp.einsum("btc,btc->c", x, x)), state.batches + 1)
+
+
+batch_norms = Observer(lambda c: BatchNorms(jnp.zeros(c), jnp.zeros(())), _batch_norms_update)

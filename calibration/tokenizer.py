@@ -1,0 +1,78 @@
+"""A checkpoint's own tokenizer as one small function: text in, token ids out."""
+
+import pathlib
+from typing import TYPE_CHECKING, Protocol
+
+from models.errors import InputError
+from models.gguf import gguf_tokenizer
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# Any one of these lets transformers build the tokenizer of a checkpoint that has no tokenizer.json.
+SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+
+
+class Tokenizer(Protocol):
+    """Text to token ids. With `special`, plus what this tokenizer puts around every text by default (BOS, EOS, or nothing)."""
+
+    def __call__(self, text: str, special: bool = False) -> list[int]: ...
+
+
+def load_tokenizer(model: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a checkpoint's directory, or in a `.gguf` file.
+
+    `tokenizer.json` is read by the `tokenizers` library, which imports in under a tenth of a second; only without one is
+    `transformers.AutoTokenizer` asked, for the older formats. A truncation or padding stored in the file is switched off, as
+    `transformers` does too.
+
+    Raises InputError when there is no tokenizer, or one that cannot be read.
+    """
+    if model.is_file():
+        return _from_backend(gguf_tokenizer(model))
+    if (model / "tokenizer.json").is_file():
+        return _from_json(model / "tokenizer.json")
+    if any((model / name).is_file() for name in SLOW_FILES):
+        return _from_transformers(model)
+    expected = ", ".join(SLOW_FILES)
+    raise InputError(f"{model} has no tokenizer: put tokenizer.json (or {expected}) there, or give all data as .npy tokens")
+
+
+def _from_json(file: pathlib.Path) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(file))
+    except Exception as e:  # the library raises bare Exception
+        raise InputError(f"{file} cannot be read as a tokenizer ({_first_line(e)}): copy it again from the original model") from e
+    return _from_backend(backend)
+
+
+def _from_backend(backend: "tokenizers.Tokenizer") -> Tokenizer:
+    backend.no_truncation()
+    backend.no_padding()
+
+    def tokenize(text: str, special: bool = False) -> list[int]:
+        return backend.encode(text, add_special_tokens=special).ids
+
+    return tokenize
+
+
+def _from_transformers(directory: pathlib.Path) -> Tokenizer:
+    import transformers
+
+    try:
+        backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format and by what is missing
+        hint = "put the model's tokenizer.json there, or pip install sentencepiece"
+        raise InputError(f"transformers cannot read the tokenizer in {directory} ({_first_line(e)}): {hint}") from e
+
+    def tokenize(text: str, special: bool = False) -> list[int]:
+        # Not verbose: a warning that the text is longer than the model's context means nothing here, windows are cut from it.
+        return backend(text, add_special_tokens=special, verbose=False)["input_ids"]
+
+    return tokenize
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,117 @@
+"""What every command shares: flags in groups, a short help, flag files, and errors as one line with exit code 2."""
+
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+
+from models.errors import InputError
+
+
+class Flags:
+    """A command's own flags, in the groups in which `--help` shows them.
+
+    Each command has its own set, so importing two commands does not clash. `--flagfile`, which nests and may hold `#` comments, comes
+    with absl; later flags win over earlier ones.
+    """
+
+    def __init__(self, command: str, doc: str):
+        self.command, self.doc = command, doc
+        self.values = flags.FlagValues()
+        self.groups: dict[str, list[str]] = {}
+        self._group = ""
+        self.group("General")
+        self.boolean("debug", False, "show the traceback of an error")
+        self.boolean("help", False, "show this help")
+
+    def group(self, title: str) -> None:
+        """Flags defined from here on belong to the group `title`."""
+        self._group = title
+        self.groups.setdefault(title, [])
+
+    def _define(self, define: Callable[..., Any], name: str, default: Any, text: str, **more: Any) -> None:
+        define(name=name, default=default, help=text, flag_values=self.values, **more)
+        self.groups[self._group].append(name)
+
+    def string(self, name: str, default: str | None, text: str) -> None:
+        """A text flag; None when it is not given."""
+        self._define(flags.DEFINE_string, name, default, text)
+
+    def integer(self, name: str, default: int, text: str, least: int = 0) -> None:
+        """An integer flag of at least `least`."""
+        self._define(flags.DEFINE_integer, name, default, text, lower_bound=least)
+
+    def number(self, name: str, default: float | None, text: str) -> None:
+        """A floating-point flag."""
+        self._define(flags.DEFINE_float, name, default, text)
+
+    def boolean(self, name: str, default: bool, text: str) -> None:
+        """A flag with a `--no` form."""
+        self._define(flags.DEFINE_boolean, name, default, text)
+
+    def choice(self, name: str, default: str, choices: Sequence[str], text: str) -> None:
+        """A text flag with the values it may take."""
+        self._define(flags.DEFINE_enum, name, default, text, enum_values=list(choices))
+
+    def parse(self, argv: Sequence[str]) -> dict[str, Any]:
+        """The values of all flags by name; InputError for an unknown flag, a wrong value, or anything that is not a flag."""
+        try:
+            rest = self.values([self.command, *argv])
+        except (flags.Error, OSError) as e:
+            raise InputError(f"{str(e).splitlines()[0]} (python -m {self.command} --help lists the flags)") from None
+        if len(rest) > 1:
+            raise InputError(f"{rest[1]!r} is not a flag: write --name=value (python -m {self.command} --help lists the flags)")
+        return {name: self.values[name].value for names in self.groups.values() for name in names}
+
+    def given(self, values: dict[str, Any]) -> list[str]:
+        """The flags whose values differ from the defaults, as one would type them."""
+        shown = [n for names in self.groups.values() for n in names if n in values and values[n] != self.values[n].default]
+        return [
+            f"--{'' if values[n] is not False else 'no'}{n}" + ("" if isinstance(values[n], bool) else f"={values[n]}")
+            for n in shown
+        ]
+
+    def help(self) -> str:
+        """The command, its flags by group, each with its default."""
+        lines = [self.doc.strip(), ""]
+        for title, names in self.groups.items():
+            lines.append(f"{title}:")
+            for name in names:
+                flag = self.values[name]
+                default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+                choices = f" [{', '.join(flag.parser.enum_values)}]" if hasattr(flag.parser, "enum_values") else ""
+                lines.append(f"  --{name:<22} {flag.help}{choices}{default}")
+            lines.append("")
+        return "\n".join([*lines, "A file of flags, one a line, is read with --flagfile=FILE; later flags win."])
+
+
+def frozen(kind: Any, values: dict[str, Any]) -> Any:
+    """The frozen dataclass `kind` made of the parsed flags that are its fields."""
+    return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
+
+
+def run(options: Flags, main: Callable[[dict[str, Any]], None], argv: Sequence[str] | None = None) -> int:
+    """Parse, run `main(values)`, and return the exit code: 0, or 2 after one line `error: ...` for what the user can mend.
+
+    A defect of ours keeps its traceback, and so does every error with `--debug`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    try:
+        if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
+            print(options.help())
+            return 0
+        main(options.parse(argv))
+        return 0
+    except InputError as e:
+        if any(a in ("--debug", "--debug=true") for a in argv):
+            traceback.print_exc()
+        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130

@@ -1,0 +1,82 @@
+"""What the terminal shows: the closing table of a run, and a progress bar with the time left, from the main process only."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from launch import summary
+
+_LINES = 10  # most progress lines that a log gets
+
+
+def closing_table(report: Mapping[str, Any]) -> Table:
+    """The run in one table: perplexity, sparsity, parameters and bytes, dense → pruned, then seconds and peak memory."""
+    table = Table(title=Text(f"{report['model']}, {report['method']}"), title_justify="left")
+    for heading in ("", "dense", "pruned", "change"):
+        table.add_column(heading, justify="right" if heading else "left", overflow="fold")
+    # Text, not str: a path with [brackets] is not markup.
+    for row in summary.quality_rows(report):
+        table.add_row(*(Text(cell) for cell in row))
+    table.add_section()
+    for label, value in summary.cost_rows(report):
+        table.add_row(Text(label), "", Text(value), "")
+    return table
+
+
+def show(report: Mapping[str, Any], console: Console) -> None:
+    """Print the closing table, the warnings and where the pruned model lies (`settings["output"]`) on `console`."""
+    console.print(closing_table(report))
+    for warning in report.get("warnings", ()):
+        console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    if output := report.get("settings", {}).get("output"):
+        console.print(Text(f"pruned model: {output}"), soft_wrap=True)
+        console.print(Text(f"report: {Path(output) / 'report.html'}"), soft_wrap=True)
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str, console: Console | None = None) -> Iterator[Callable[[], None]]:
+    """Show how far `total` steps have come, on `console` (default: standard error); yields `advance`, to call after each step.
+
+    A terminal gets a bar with the time left; anything else gets at most ten plain lines, without control characters. Only the
+    main process shows anything.
+    """
+    console = console or Console(stderr=True)
+    if jax.process_index() != 0:
+        yield lambda: None
+    elif console.is_interactive:
+        with _bar(console) as bar:
+            task = bar.add_task(description, total=total)
+            yield lambda: bar.advance(task)
+    else:
+        yield _lines(total, description, console)
+
+
+def _bar(console: Console) -> Progress:
+    text, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(compact=True)
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), left)
+    # The speed is the whole run's: rich's own period of 30 s forgets a block that takes minutes, and shows no time left.
+    return Progress(*columns, console=console, speed_estimate_period=float("inf"))
+
+
+def _lines(total: int, description: str, console: Console) -> Callable[[], None]:
+    """An `advance` that prints `description: done of total, time spent, time left` about every tenth of the way."""
+    start, done = time.monotonic(), 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if done * _LINES // total > (done - 1) * _LINES // total:
+            spent = time.monotonic() - start
+            left = summary.duration(spent / done * (total - done))
+            line = f"{description}: {done} of {total}, {summary.duration(spent)} spent, {left} left"
+            console.print(Text(line), soft_wrap=True)
+
+    return advance

@@ -1,0 +1,54 @@
+"""Perplexity of a checkpoint.
+
+python -m launch.evaluate --model=DIR --eval_data=wikitext2 --json=report.json
+"""
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from launch import summary
+from launch.cli import Flags, run
+from launch.flags import evaluation_flags, mesh_of, model_flags, open_model
+from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of, write_report
+
+
+def options() -> Flags:
+    """The flags of `launch.evaluate`."""
+    f = Flags("launch.evaluate", __doc__ or "")
+    model_flags(f)
+    evaluation_flags(f)
+    f.integer("eval_batch", 8, "windows at a time", 1)
+    f.string("json", None, "file to write the report to")
+    return f
+
+
+def main(values: dict[str, Any]) -> None:
+    """Evaluate, print a table, write the report where `--json` says."""
+    clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"])
+    checkpoint = open_model(values["model"], values["dtype"])
+    data = read_evaluation(
+        values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer_of(checkpoint)
+    )
+    clock.lap("load")
+    found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
+    clock.lap("eval")
+    table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left")
+    for name, figures in found.items():
+        table.add_row(name, summary.perplexity(figures["perplexity"]), summary.count(figures["tokens"]))
+    Console().print(table)
+    if values["json"]:
+        result = {
+            "model": values["model"],
+            "perplexity": {name: {"dense": f["perplexity"], "tokens": f["tokens"]} for name, f in found.items()},
+            "tasks": {},
+            "protocol": protocol(data),
+            "seconds": clock.seconds,
+        }
+        write_report(values["json"], result)
+
+
+if __name__ == "__main__":
+    sys.exit(run(options(), main))

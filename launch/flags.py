@@ -1,0 +1,68 @@
+"""Flags that commands share, and what they mean."""
+
+import pathlib
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from launch.cli import Flags
+from models import hub
+from models.errors import InputError
+from models.sharding import make_mesh
+from models.store import Checkpoint, open_checkpoint
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+LONGEST_DEFAULT = 2048
+
+
+def model_flags(f: Flags) -> None:
+    """--model, --dtype, --mesh."""
+    f.group("Model")
+    f.string("model", None, "a Hugging Face directory, a hub id, a .gguf file, embedded:tiny-llama or embedded:tiny-opt")
+    f.choice("dtype", "float32", list(DTYPES), "the model's type in memory and in the output; statistics stay float32")
+    f.string("mesh", "", "devices, as data=4,model=2; empty: all local ones on data")
+
+
+def evaluation_flags(f: Flags) -> None:
+    """--eval_data, --eval_length, --eval_windows."""
+    f.group("Evaluation")
+    f.string("eval_data", "embedded", "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .parquet files")
+    f.integer("eval_length", 0, f"tokens in a window; 0: what the model was made for, at most {LONGEST_DEFAULT}")
+    f.integer("eval_windows", 0, "most windows of a data set; 0: all")
+
+
+def open_model(name: str | None, dtype: str) -> Checkpoint:
+    """The checkpoint that --model names; InputError if it was not given or cannot be opened."""
+    if not name:
+        raise InputError("--model is missing: give a directory, a hub id, a .gguf file or embedded:tiny-llama")
+    return open_checkpoint(hub.resolve(name), DTYPES[dtype])
+
+
+def mesh_of(spec: str) -> Mesh | None:
+    """The mesh that --mesh asks for; None where it is one device, on which nothing has to be placed."""
+    mesh = make_mesh(spec)
+    return None if mesh.size == 1 else mesh
+
+
+def window_length(flag: int, checkpoint: Checkpoint) -> int:
+    """A window's length: the flag, or what the model was made for."""
+    return flag or min(LONGEST_DEFAULT, int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT)))
+
+
+def check_length(name: str, length: int, checkpoint: Checkpoint) -> None:
+    """InputError if windows are longer than a model with learned positions has positions for."""
+    positions = getattr(checkpoint.model.arch.config, "positions", None)
+    if positions is not None and length > positions:
+        raise InputError(f"{name} has windows of {length} tokens, the model has {positions} positions: give a shorter length")
+
+
+def dataset_list(text: str) -> list[str]:
+    """The data sets of a comma-separated flag, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def output_path(text: str | None) -> pathlib.Path:
+    """The directory that --output names; InputError if it was not given."""
+    if not text:
+        raise InputError("--output is missing: give the directory to write")
+    return pathlib.Path(text).expanduser()

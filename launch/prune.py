@@ -1,0 +1,228 @@
+"""Prune a model and write a checkpoint that transformers loads, with what it cost.
+
+python -m launch.prune --flagfile=configs/llmrank.flags
+python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=wikitext2 --eval_data=wikitext2 --output=OUT
+"""
+
+import dataclasses
+import math
+import shlex
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from calibration.data import Tokens, calibration_tokens
+from calibration.tokenizer import Tokenizer
+from eval.size import Size, measure, peak_memory
+from launch import calls, console, export, report
+from launch.cli import Flags, frozen, run
+from launch.flags import DTYPES, check_length, evaluation_flags, mesh_of, model_flags, open_model, output_path, window_length
+from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of
+from models.errors import InputError
+from models.store import Checkpoint, Writer, write_json
+from pruning.methods import ALLOCATIONS, METHODS
+from pruning.patterns import parse_pattern
+from pruning.types import Method, Outcome, Request
+
+MISSED = 0.005  # a budget missed by more of the prunable weights is worth a warning
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """Everything a run depends on, as the flags of the same names say."""
+
+    model: str | None
+    method: str
+    sparsity: float | None
+    pattern: str
+    allocation: str
+    calibration: str
+    calibration_samples: int
+    calibration_length: int
+    calibration_batch: int
+    seed: int
+    eval_data: str
+    eval_length: int
+    eval_windows: int
+    output: str | None
+    dtype: str
+    mesh: str
+
+
+def options() -> Flags:
+    """The flags of `launch.prune`."""
+    f = Flags("launch.prune", __doc__ or "")
+    model_flags(f)
+    f.string("output", None, "directory to write the pruned model, its report and pruning.json to")
+    f.group("Method")
+    f.string("method", "llmrank", f'a name or a call such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
+    f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
+    f.string("pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs")
+    f.string("allocation", "uniform", f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}")
+    f.group("Calibration")
+    f.string("calibration", "embedded", "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file")
+    f.integer("calibration_samples", 128, "how many windows", 1)
+    f.integer("calibration_length", 0, "tokens in a window; 0: what the model was made for, at most 2048")
+    f.integer("calibration_batch", 8, "windows at a time", 1)
+    f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
+    evaluation_flags(f)
+    return f
+
+
+def request_of(config: RunConfig) -> tuple[Method, Request]:
+    """The method and what is asked of it; InputError for anything about them that is wrong, before any work."""
+    method = calls.build("method", config.method, METHODS)
+    allocation = calls.build("allocation", config.allocation, ALLOCATIONS)
+    pattern = parse_pattern(config.pattern)
+    sparsity = config.sparsity
+    if pattern:
+        share = pattern[0] / pattern[1]
+        if sparsity is not None and abs(sparsity - share) > 1e-9:
+            raise InputError(
+                f"--sparsity={sparsity} with --pattern={config.pattern}, which removes {share:g}: leave --sparsity out"
+            )
+        sparsity = share
+    if sparsity is None:
+        raise InputError("--sparsity is missing: give the fraction to remove, such as 0.3")
+    if not 0 <= sparsity < 1:
+        raise InputError(f"--sparsity={sparsity} must be at least 0 and less than 1")
+    request = Request(
+        sparsity,
+        pattern,
+        None if config.allocation == "uniform" else allocation,
+        batch=config.calibration_batch,
+        mesh=mesh_of(config.mesh),
+        seed=config.seed,
+    )
+    return method, request
+
+
+def read_calibration(config: RunConfig, checkpoint: Checkpoint, tokenizer: Callable[[], Tokenizer]) -> Tokens:
+    """The calibration windows; InputError for what cannot be read, or is longer than the model has positions for."""
+    length, vocab = window_length(config.calibration_length, checkpoint), checkpoint.model.arch.config.vocab
+    tokens = calibration_tokens(
+        config.calibration, tokenizer, samples=config.calibration_samples, length=length, seed=config.seed, vocab=vocab
+    )
+    check_length("--calibration", tokens.ids.shape[1], checkpoint)
+    return tokens
+
+
+class Counts(NamedTuple):
+    """Weights by linear's name: of the dense model, and of them those that are gone or zero."""
+
+    dense: dict[str, int]
+    gone: dict[str, int]
+
+
+def count(checkpoint: Checkpoint, size: Size) -> Counts:
+    """What was removed from each linear, counted in the written checkpoint."""
+    specs, slots = checkpoint.specs, [s.name for s in checkpoint.model.arch.slots]
+    dense = export.by_linear(specs, tuple({s: math.prod(getattr(b, s).w.shape) for s in slots} for b in specs))
+    left = export.by_linear(specs, size.nonzero)
+    return Counts(dense, {name: n - left[name] for name, n in dense.items()})
+
+
+def sparsity_figures(checkpoint: Checkpoint, outcome: Outcome, counts: Counts, dense: int, target: float) -> dict[str, Any]:
+    """The report's `sparsity`: fractions of the dense model's weights that are gone or zero. "prunable" are those the method covers."""
+    asked = export.by_linear(checkpoint.specs, outcome.asked)
+    return {
+        "target": target,
+        "prunable": sum(counts.gone[name] for name in asked) / sum(counts.dense[name] for name in asked),
+        "total": sum(counts.gone.values()) / dense,
+        "per_linear": {name: gone / counts.dense[name] for name, gone in counts.gone.items()},
+        "asked": asked,
+    }
+
+
+def quantiles(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, Any]:
+    """The report's `scores`: minimum, quartiles and maximum by linear."""
+    levels = [0, 0.25, 0.5, 0.75, 1]
+    per_linear = export.by_linear(checkpoint.specs, outcome.scores, lambda x: [float(q) for q in np.quantile(x, levels)])
+    return {"label": outcome.scores_label, "per_linear": per_linear}
+
+
+def warnings_of(figures: Mapping[str, Any], padded: bool, checkpoint: Checkpoint, length: int) -> Iterator[str]:
+    """What a reader of the figures must know."""
+    if padded:
+        yield "blocks kept different numbers of neurons: all are padded with zeros to the widest, so the file is larger than the model"
+    if abs(figures["prunable"] - figures["target"]) > MISSED:
+        yield f"asked for {figures['target']:.4f} of the prunable weights, got {figures['prunable']:.4f}"
+    longest = checkpoint.config.get("max_position_embeddings")
+    if longest and length > longest:
+        yield f"calibration windows of {length} tokens are longer than the {longest} positions the model was trained for"
+
+
+def prune(config: RunConfig) -> dict[str, Any]:
+    """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory."""
+    clock = Clock("load", "calibrate_and_prune", "eval", "export")
+    method, request = request_of(config)
+    output = output_path(config.output)
+    checkpoint = open_model(config.model, config.dtype)
+    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint)
+    calibration = read_calibration(config, checkpoint, tokenizer)
+    data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
+    clock.lap("load")
+    with export.staged(output) as directory:
+        dense = evaluate(model, data, config.calibration_batch, request.mesh)
+        clock.lap("eval")
+        writer = Writer(directory, checkpoint.config)
+        echo = export.Echo(model, writer)
+        with console.progress(len(model.blocks), f"pruning with {config.method}") as advance:
+            outcome = method(model, calibration.ids, dataclasses.replace(request, advance=advance), echo.put)
+        clock.lap("calibrate_and_prune")
+        padded = writer.finish(model.ends, checkpoint.directory)
+        loaded, difference = export.load_back(directory, echo, DTYPES[config.dtype])
+        clock.lap("export")
+        pruned = evaluate(loaded.model, data, config.calibration_batch, request.mesh)
+        clock.lap("eval")
+        counts = count(checkpoint, measure(loaded.model))
+        figures = sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, request.sparsity)
+        removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
+        write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
+        clock.lap("export")
+        result = {
+            "model": config.model,
+            "method": config.method,
+            "settings": dataclasses.asdict(config) | {"sparsity": request.sparsity},
+            "command": command(config),
+            "protocol": {"calibration": calibration.protocol} | protocol(data),
+            "sparsity": figures,
+            "parameters": {"dense": checkpoint.parameters, "pruned": writer.parameters},
+            "bytes": {"dense": checkpoint.parameters * DTYPES[config.dtype].dtype.itemsize, "pruned": loaded.stored_bytes},
+            "perplexity": {
+                n: {"dense": dense[n]["perplexity"], "pruned": pruned[n]["perplexity"], "tokens": dense[n]["tokens"]}
+                for n in data
+            },
+            "tasks": {},
+            "seconds": clock.seconds,
+            "peak_memory_bytes": peak_memory(jax.local_devices()),
+            "scores": quantiles(checkpoint, outcome),
+            "warnings": list(warnings_of(figures, padded, checkpoint, calibration.ids.shape[1])),
+            "load_back": {"topiary": f"largest difference of the logits {difference:.2g}"},
+            "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
+        }
+        write_json(directory / export.REPORT, result)
+        report.write_html(result, directory / "report.html")
+    return result
+
+
+def command(config: RunConfig) -> str:
+    """The command that repeats the run."""
+    f = options()
+    given = f.given({flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)})
+    return shlex.join(["python", "-m", "launch.prune", *given])
+
+
+def main(values: dict[str, Any]) -> None:
+    """Run, then show the closing table."""
+    result = prune(frozen(RunConfig, values))
+    if jax.process_index() == 0:
+        console.show(result, Console())
+
+
+if __name__ == "__main__":
+    sys.exit(run(options(), main))

@@ -1,0 +1,96 @@
+"""What an architecture declares of itself, once, so that no pruning method has to know its name.
+
+A model is `Model(arch, ends, blocks)`: `ends` holds the parameters outside the blocks (embeddings, last norm, head), `blocks` is a
+sequence of one pytree per decoder block, either a tuple in memory or a lazy view of a checkpoint (`models.store`). Widths live in the
+arrays alone, so a block whose heads or neurons were cut needs no new configuration.
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+Block = Any  # flax.struct dataclass: models.llama.Block or models.opt.Block
+Ends = Any  # flax.struct dataclass: models.llama.Ends or models.opt.Ends
+Taps = Mapping[str, jax.Array]  # activations of one block call, each [b t c]; jit drops those that nobody reads
+
+
+class Slot(NamedTuple):
+    """One prunable linear of a block.
+
+    `name` is the field of the block that holds it; a block's taps hold its output under the same name. `reads` is the tap it consumes:
+    linears that read one tap share its statistics. `feeds` is the tap its output reaches, or "next" for the residual stream.
+    """
+
+    name: str
+    reads: str
+    feeds: str
+
+
+class Member(NamedTuple):
+    """A slice of a coupled group: `width` consecutive entries a unit along `axis` of linear `name` (axis 0 outputs, 1 inputs)."""
+
+    name: str
+    axis: int
+    width: int
+
+
+class Group(NamedTuple):
+    """Channels that live and die together: the `reader`'s input columns with the `writers`' output rows.
+
+    The last writer is the linear path into the channel; those before it gate it (SwiGLU's gate) or pair with it (q, k of attention).
+    """
+
+    name: str
+    reader: Member
+    writers: tuple[Member, ...]
+
+
+class Arch(NamedTuple):
+    """A family's pure functions with its configuration bound. Made by a cached factory, so equal configurations give one object
+    and one compilation; hashable, for use as a static argument of jit.
+
+    embed: (ends, tokens int [b t]) -> x [b t d].
+    block: (block, x [b t d]) -> (x [b t d], taps).
+    head: (ends, x [b t d]) -> logits float32 [b t vocab].
+    """
+
+    config: Any
+    embed: Callable[[Ends, jax.Array], jax.Array]
+    block: Callable[[Block, jax.Array], tuple[jax.Array, Taps]]
+    head: Callable[[Ends, jax.Array], jax.Array]
+    slots: tuple[Slot, ...]
+    groups: tuple[Group, ...]
+
+    def group(self, name: str) -> Group:
+        """The coupled group called `name`; KeyError if the architecture has none."""
+        return {g.name: g for g in self.groups}[name]
+
+
+class Model(NamedTuple):
+    """An architecture with its parameters: what methods read. `blocks` is a tuple, or a lazy sequence of a checkpoint's blocks."""
+
+    arch: Arch
+    ends: Ends
+    blocks: Sequence[Block]
+
+
+def logits(model: Model, tokens: jax.Array) -> jax.Array:
+    """The model's float32 logits [b t vocab] for tokens int [b t]."""
+    x = model.arch.embed(model.ends, tokens)
+    for block in model.blocks:
+        x, _ = model.arch.block(block, x)
+    return model.arch.head(model.ends, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def embed(arch: Arch, ends: Ends, tokens: jax.Array) -> jax.Array:
+    """`arch.embed`, compiled once for every model of the architecture."""
+    return arch.embed(ends, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply_block(arch: Arch, block: Block, x: jax.Array) -> jax.Array:
+    """`arch.block` without its taps, compiled once for all blocks of equal shapes."""
+    return arch.block(block, x)[0]

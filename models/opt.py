@@ -1,0 +1,118 @@
+"""The OPT family (Zhang et al. 2022) as pure functions over pytrees: pre- and post-norm, projected word embeddings, ReLU and GELU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from models.arch import Arch, Group, Member, Slot, Taps
+from models.layers import ACTIVATIONS, Linear, Norm, attention, heads, layer_norm, linear
+
+POSITION_OFFSET = 2  # the first two rows of the position table are never read: a relic of padding in fairseq
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What the arrays cannot say. `pre_norm` is False in OPT-350m alone."""
+
+    head_dim: int
+    act: str = "relu"
+    pre_norm: bool = True
+    final_norm: bool = True
+    dim: int = 0
+    word_dim: int = 0
+    ffn_dim: int = 0
+    vocab: int = 0
+    positions: int = 0
+    bias: bool = True
+    affine: bool = True
+    tied: bool = True
+
+
+@struct.dataclass
+class Block:
+    """One decoder block's parameters."""
+
+    attn_norm: Norm
+    q: Linear  # [d d]
+    k: Linear
+    v: Linear
+    o: Linear
+    mlp_norm: Norm
+    fc1: Linear  # [f d]
+    fc2: Linear  # [d f]
+
+
+@struct.dataclass
+class Ends:
+    """Parameters outside the blocks. `norm` is None in post-norm models, the projections where word and hidden sizes agree."""
+
+    embed: jax.Array  # [vocab word_dim]
+    positions: jax.Array  # [positions + 2, d]
+    norm: Norm | None = None
+    project_in: Linear | None = None  # [d word_dim]
+    project_out: Linear | None = None  # [word_dim d]
+    head: Linear | None = None
+
+
+def _embed(ends: Ends, tokens: jax.Array) -> jax.Array:
+    x = ends.embed[tokens]
+    if ends.project_in is not None:
+        x = linear(ends.project_in, x)
+    return x + ends.positions[None, POSITION_OFFSET : POSITION_OFFSET + tokens.shape[1]]
+
+
+def _head(ends: Ends, x: jax.Array) -> jax.Array:
+    if ends.norm is not None:
+        x = layer_norm(ends.norm, x)
+    if ends.project_out is not None:
+        x = linear(ends.project_out, x)
+    w = ends.embed if ends.head is None else ends.head.w
+    return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
+
+
+def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+    """x [b t d] -> (x [b t d], taps); taps hold each linear's input under its tap's name and its output under its own."""
+    t: dict[str, jax.Array] = {}
+    t["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
+    t["q"], t["k"], t["v"] = linear(p.q, t["attn_in"]), linear(p.k, t["attn_in"]), linear(p.v, t["attn_in"])
+    q, k, v = (heads(t[name], config.head_dim) for name in "qkv")
+    t["attn_mid"] = attention(q, k, v, None).reshape(*x.shape[:2], -1)
+    t["o"] = linear(p.o, t["attn_mid"])
+    x = x + t["o"]
+    x = x if config.pre_norm else layer_norm(p.attn_norm, x)
+    t["mlp_in"] = layer_norm(p.mlp_norm, x) if config.pre_norm else x
+    t["fc1"] = linear(p.fc1, t["mlp_in"])
+    t["mlp_mid"] = ACTIVATIONS[config.act](t["fc1"])
+    t["fc2"] = linear(p.fc2, t["mlp_mid"])
+    x = x + t["fc2"]
+    return (x if config.pre_norm else layer_norm(p.mlp_norm, x)), t
+
+
+SLOTS = (
+    Slot("k", "attn_in", "attn_mid"),
+    Slot("v", "attn_in", "attn_mid"),
+    Slot("q", "attn_in", "attn_mid"),
+    Slot("o", "attn_mid", "next"),
+    Slot("fc1", "mlp_in", "mlp_mid"),
+    Slot("fc2", "mlp_mid", "next"),
+)
+
+
+@functools.cache
+def arch(config: Config) -> Arch:
+    """The family's functions with `config` bound; equal configurations give the same object."""
+    h = config.head_dim
+    return Arch(
+        config,
+        _embed,
+        functools.partial(_block, config),
+        _head,
+        SLOTS,
+        (
+            Group("heads", Member("o", 1, h), (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h))),
+            Group("neurons", Member("fc2", 1, 1), (Member("fc1", 0, 1),)),
+        ),
+    )

@@ -1,0 +1,47 @@
+"""One table from what an axis means to the mesh axis it is split over, and the few placements made from it."""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from models.errors import InputError
+
+MESH_AXES = ("data", "model")
+LOGICAL = {"sample": "data", "out": "model"}  # calibration windows; output rows of a linear
+
+
+def make_mesh(spec: str) -> Mesh:
+    """A mesh from a text such as "data=4,model=2"; empty puts all local devices on `data`.
+
+    Raises InputError for a malformed text or one that asks for more devices than there are.
+    """
+    sizes = {"data": jax.local_device_count()} if not spec else {}
+    for part in filter(None, spec.split(",")):
+        found = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
+        if not found or found[1] not in MESH_AXES or found[1] in sizes:
+            raise InputError(f"--mesh={spec!r} must be like data=4,model=2 (axes {', '.join(MESH_AXES)})")
+        sizes[found[1]] = int(found[2])
+    shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
+    needed = shape[0] * shape[1]
+    if needed > jax.local_device_count():
+        raise InputError(f"--mesh={spec!r} needs {needed} devices, there are {jax.local_device_count()}: ask for fewer")
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 2, devices=jax.local_devices()[:needed])
+
+
+def split(x: Any, mesh: Mesh | None, logical: str) -> jax.Array:
+    """`x` with its first axis split over the mesh axis of `logical` where that divides it, else on every device whole."""
+    if mesh is None or mesh.size == 1:
+        return jax.numpy.asarray(x)
+    axis = LOGICAL[logical]
+    spec = PartitionSpec(axis) if x.ndim and x.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
+    return jax.device_put(x, NamedSharding(mesh, spec))
+
+
+def place(params: Any, mesh: Mesh | None) -> Any:
+    """Parameters on the mesh: the output rows of matrices split over `model`, vectors on every device."""
+    if mesh is None or mesh.size == 1:
+        return params
+    whole = NamedSharding(mesh, PartitionSpec())
+    return jax.tree.map(lambda w: split(w, mesh, "out") if w.ndim == 2 else jax.device_put(w, whole), params)

@@ -1,0 +1,51 @@
+"""Removing parts of a block: `mask` writes zeros and keeps the shapes, `cut` takes the same channels away. Same function, fewer numbers."""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from models.arch import Block, Group, Member
+from models.layers import Linear
+
+
+def _entries(member: Member, units: np.ndarray) -> np.ndarray:
+    """The indices along the member's axis that belong to units (int [u]), in order."""
+    return (units[:, None] * member.width + np.arange(member.width)[None, :]).reshape(-1)
+
+
+def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
+    """The linear with the output rows (int [r]) zero, and their biases."""
+    return Linear(p.w.at[rows].set(0), None if p.b is None else p.b.at[rows].set(0))
+
+
+def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
+    at = _entries(member, units)
+    return zero_rows(p, at) if member.axis == 0 else Linear(p.w.at[:, at].set(0), p.b)
+
+
+def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:
+    at = _entries(member, units)
+    b = p.b if member.axis == 1 or p.b is None else jnp.take(p.b, at, axis=0)
+    return Linear(jnp.take(p.w, at, axis=member.axis), b)
+
+
+def units(block: Block, group: Group) -> int:
+    """How many units of a coupled group a block has."""
+    w = getattr(block, group.reader.name).w
+    return w.shape[group.reader.axis] // group.reader.width
+
+
+def _each(block: Block, group: Group, change: Any, at: np.ndarray) -> Block:
+    members = (group.reader, *group.writers)
+    return block.replace(**{m.name: change(getattr(block, m.name), m, at) for m in members})
+
+
+def mask(block: Block, group: Group, keep: np.ndarray) -> Block:
+    """The block with the units of `group` that `keep` (bool [units]) drops set to zero, biases of their rows included."""
+    return _each(block, group, _zero, np.flatnonzero(~np.asarray(keep)))
+
+
+def cut(block: Block, group: Group, keep: np.ndarray) -> Block:
+    """The block without the units of `group` that `keep` (bool [units]) drops: narrower arrays, the same outputs as `mask`."""
+    return _each(block, group, _take, np.flatnonzero(np.asarray(keep)))

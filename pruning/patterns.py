@@ -1,0 +1,70 @@
+"""Which entries of a score matrix are removed: one threshold a matrix, the lowest of each row, n of every m inputs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models.errors import InputError
+from pruning.types import Mask, Pattern
+
+
+def _counts(total: int, fraction: np.ndarray) -> np.ndarray:
+    return (np.asarray(fraction, np.float64) * total).astype(np.int32)
+
+
+def _keep_per_matrix(score: jax.Array, count: jax.Array) -> Mask:
+    """True above the score of rank `count` (from 0): ties with it go too, as in Wanda's repository. count = 0 keeps all."""
+    threshold = jnp.sort(score, axis=None)[count]
+    return (score > threshold) | (count == 0)
+
+
+def _keep_per_row(score: jax.Array, count: jax.Array) -> Mask:
+    """True but for the `count` lowest entries of each row; of equal ones the leftmost go first (a stable sort's order)."""
+    count = jnp.broadcast_to(count, score.shape[:1])[:, None]  # [out 1]
+    highest_out = jnp.take_along_axis(jnp.sort(score, axis=1), jnp.maximum(count - 1, 0), axis=1)
+    below, tied = score < highest_out, score == highest_out
+    # Sorting values and settling ties by a running count is several times cheaper than sorting indices, and the same.
+    left = count - jnp.sum(below, axis=1, keepdims=True)
+    return ~((below | (tied & (jnp.cumsum(tied, axis=1) <= left))) & (count > 0))
+
+
+per_matrix = Pattern(lambda shape, fraction: _counts(shape[0] * shape[1], fraction), _keep_per_matrix)
+per_row = Pattern(lambda shape, fraction: _counts(shape[1], fraction), _keep_per_row)
+
+
+def _keep_n_of_m(m: int, score: jax.Array, count: jax.Array) -> Mask:
+    """True but for the `count` lowest of every m consecutive inputs; of equal ones the rightmost go first.
+
+    torch.topk, which the papers' code uses, settles ties by the inner workings of a partial sort; this order agrees with it most often.
+    """
+    s = score.reshape(score.shape[0], -1, m)
+    a, b = s[..., :, None], s[..., None, :]
+    first = jnp.triu(jnp.ones((m, m), bool), 1).reshape(1, 1, m, m)  # b stands right of a
+    rank = jnp.sum((b < a) | ((b == a) & first), axis=-1)
+    return (rank >= count).reshape(score.shape)
+
+
+@functools.cache
+def n_of_m(n: int, m: int) -> Pattern:
+    """n zeros in every m consecutive inputs, whatever fraction is asked for."""
+
+    def counts(shape: tuple[int, int], fraction: np.ndarray) -> np.ndarray:
+        if shape[1] % m:
+            raise InputError(
+                f"--pattern={n}:{m}: {shape[1]} inputs of a linear are not a multiple of {m}: choose an M that divides them"
+            )
+        return np.asarray(n, np.int32)
+
+    return Pattern(counts, functools.partial(_keep_n_of_m, m))
+
+
+def parse_pattern(text: str) -> tuple[int, int] | None:
+    """(n, m) of "n:m", None of "unstructured"; InputError for anything else, or unless 0 < n < m."""
+    if text == "unstructured":
+        return None
+    n, colon, m = text.partition(":")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise InputError(f"--pattern={text} must be unstructured, or N:M with 0 < N < M such as 2:4")
+    return int(n), int(m)

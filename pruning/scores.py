@@ -1,0 +1,16 @@
+"""Scores of single weights: how much each entry of a linear's matrix matters. Pure functions of arrays."""
+
+import jax
+import jax.numpy as jnp
+
+from calibration.observers import SecondMoment
+
+
+def magnitude(w: jax.Array, stats: None) -> jax.Array:
+    """|W| [out in]."""
+    return jnp.abs(w.astype(jnp.float32))
+
+
+def wanda(w: jax.Array, stats: SecondMoment) -> jax.Array:
+    """|W_ij| * ||X_j||_2 [out in] (Sun et al. 2024, eq. 1), X_j the j-th input channel over all calibration tokens."""
+    return jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(stats.per_sample)[None, :]

@@ -1,0 +1,46 @@
+"""Which units stay: from scores and a fraction to one keep mask a block. On the host; nothing here is large."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+Keeps = list[np.ndarray]  # bool [units], True stays
+
+
+def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
+    """True but for the `count` lowest scores; of equal ones the first go."""
+    keep = np.ones(len(scores), bool)
+    keep[np.argsort(scores, kind="stable")[:count]] = False
+    return keep
+
+
+def local(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
+    """The same fraction of every block's units: `round(fraction * units)`, halves to even, as `torch.nn.utils.prune` counts."""
+    return [_lowest(s, round(fraction * len(s))) for s in scores]
+
+
+def global_(scores: Sequence[np.ndarray], fraction: float, costs: Sequence[float]) -> Keeps:
+    """The lowest units of all blocks together, until the fraction of all parameters is removed, to the nearest unit.
+
+    Args:
+      scores: [units] a block, comparable between blocks.
+      costs: parameters that one unit of each block holds.
+    The best unit of every block stays: a block without any cannot be stored.
+    """
+    flat = np.concatenate(scores)
+    cost = np.repeat(np.asarray(costs, np.float64), [len(s) for s in scores])
+    ends = np.cumsum([len(s) for s in scores])
+    best = [end - len(s) + int(np.argmax(s)) for end, s in zip(ends, scores, strict=True)]
+    order = np.argsort(flat, kind="stable")
+    order = order[~np.isin(order, best)]
+    removed = np.concatenate([[0.0], np.cumsum(cost[order])])
+    keep = np.ones(len(flat), bool)
+    keep[order[: int(np.argmin(np.abs(removed - fraction * cost.sum())))]] = False
+    return np.split(keep, ends[:-1])
+
+
+def global_by_count(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
+    """The `ceil(fraction * units)` lowest units of all lists together, whatever they cost: LLM-Rank's GlobalPruner. A list may lose all."""
+    flat = np.concatenate(scores)
+    return np.split(_lowest(flat, math.ceil(len(flat) * fraction)), np.cumsum([len(s) for s in scores])[:-1])

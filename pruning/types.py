@@ -1,0 +1,119 @@
+"""The words the methods are written in.
+
+A method is a function of a model and calibration tokens; it hands finished blocks to a sink one after the other and returns an Outcome.
+It never mutates, so trying something is calling it, and undoing it is dropping the result.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from calibration.observers import Observer
+from models.arch import Block, Model
+from models.errors import InputError
+
+Put = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
+Mask = jax.Array  # bool, the shape of what it masks; True is kept
+Budget = tuple[Mapping[str, np.ndarray], ...]  # one a block: slot -> fraction to remove, float64 () or [out]
+
+
+class Pattern(NamedTuple):
+    """Which entries of a score matrix go.
+
+    counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: how many entries that is. On the host, in float64, so that
+      the number does not depend on float32 rounding; passed on as data, so one compilation serves every budget.
+    keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure; runs under jit.
+    """
+
+    counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
+    keep: Callable[[jax.Array, jax.Array], Mask]
+
+
+class Pruner(NamedTuple):
+    """A layer-wise method: what it must know of a linear's input (None: nothing), and what it does with it.
+
+    solve: (W [out in], statistics of the input, count as Pattern.counts gives it) -> (W [out in], kept bool [out in]).
+    """
+
+    observer: Observer | None
+    solve: Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Mask]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a run asks of any method.
+
+    sparsity: fraction to remove, 0 <= s < 1, of the parameters the method covers.
+    pattern: the semi-structured pattern (n zeros in every m inputs), or None for unstructured.
+    allocation: (model, sparsity) -> Budget, for the methods that take one.
+    batch, mesh: windows in one micro-batch, and the devices they are split over.
+    seed: of whatever is random.
+    advance: called after each block, for a progress bar.
+    """
+
+    sparsity: float
+    pattern: tuple[int, int] | None = None
+    allocation: "Allocator | None" = None
+    batch: int = 8
+    mesh: Mesh | None = None
+    seed: int = 0
+    advance: Callable[[], None] = lambda: None
+
+
+class Removed(NamedTuple):
+    """What left a linear, as indices of the original one: output rows and input columns. `cut`: gone from the shape, not zeroed."""
+
+    rows: tuple[int, ...] = ()
+    columns: tuple[int, ...] = ()
+    cut: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a method did, in terms of slots; names of checkpoints are put in by whoever writes the report.
+
+    asked: a block's {slot: fraction to remove}; slots that are absent are not covered by the method.
+    removed: a block's {slot: Removed} for structured methods, else empty.
+    scores: a block's {slot: scores} for the report's plots; `scores_label` says what they are.
+    details: method-specific figures, JSON-able.
+    """
+
+    asked: tuple[Mapping[str, float], ...]
+    removed: tuple[Mapping[str, Removed], ...] = ()
+    scores: tuple[Mapping[str, np.ndarray], ...] = ()
+    scores_label: str = ""
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+Method = Callable[[Model, np.ndarray, Request, Put], Outcome]
+Allocator = Callable[[Model, float], Budget]
+
+
+def gone(keep: np.ndarray) -> tuple[int, ...]:
+    """The indices that a keep mask (bool [units]) drops."""
+    return tuple(int(i) for i in np.flatnonzero(~keep))
+
+
+def unstructured_only(name: str, request: Request) -> None:
+    """InputError if the request has a pattern or an allocation that a method of whole units cannot follow."""
+    if request.pattern:
+        raise InputError(
+            f"--pattern={request.pattern[0]}:{request.pattern[1]} is for weight methods: {name} removes whole units, leave it out"
+        )
+    if request.allocation:
+        raise InputError(f"--allocation is for weight methods: {name} sets its own, leave it out")
+
+
+def prune(model: Model, method: Method, tokens: np.ndarray, request: Request) -> tuple[Model, Outcome]:
+    """The pruned model in memory, and what was done: the one call a notebook needs.
+
+    Args:
+      tokens: calibration windows, int [samples length].
+    """
+    blocks: dict[int, Block] = {}
+    outcome = method(model, tokens, request, blocks.__setitem__)
+    return model._replace(blocks=tuple(blocks[i] for i in range(len(blocks)))), outcome

@@ -1,0 +1,66 @@
+"""Observers against NumPy in float64, and what they may and may not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from reference.wanda import scaler_row
+
+from calibration.observers import BatchNorms, Observer, SecondMoment, batch_norms, second_moment
+
+OBSERVERS = {"second_moment": second_moment, "batch_norms": batch_norms}
+X = np.random.default_rng(0).normal(size=(12, 7, 5)).astype(np.float32) * np.array([1, 10, 0.1, 3, 0], np.float32)
+
+
+def fold(observer: Observer, x: np.ndarray, sizes: list[int]) -> SecondMoment | BatchNorms:
+    """The final state after micro-batches of these sizes."""
+    state = observer.init(x.shape[-1])
+    for part in np.split(x, np.cumsum(sizes)[:-1]):
+        state = jax.jit(observer.update)(state, part)
+    return state
+
+
+def test_second_moment_is_the_running_mean_of_wanda() -> None:
+    state = fold(second_moment, X, [4, 4, 4])
+    np.testing.assert_allclose(state.per_sample, scaler_row(X), rtol=1e-5)
+    np.testing.assert_allclose(state.total, (X.astype(np.float64) ** 2).sum((0, 1)), rtol=1e-5)
+    assert float(state.samples) == len(X)
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2], [2, 10]])
+def test_second_moment_does_not_depend_on_batches(sizes: list[int]) -> None:
+    np.testing.assert_allclose(fold(second_moment, X, sizes).per_sample, scaler_row(X), rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2]])
+def test_batch_norms_are_means_of_norms_and_depend_on_batches(sizes: list[int]) -> None:
+    parts = np.split(X.astype(np.float64), np.cumsum(sizes)[:-1])
+    want = np.mean([np.linalg.norm(p.reshape(-1, p.shape[-1]), axis=0) for p in parts], axis=0)
+    np.testing.assert_allclose(fold(batch_norms, X, sizes).mean, want, rtol=1e-5)
+    alike = np.allclose(fold(batch_norms, X, sizes).mean, fold(batch_norms, X, [6, 6]).mean, rtol=1e-2)
+    assert not alike  # documented: a norm grows with the tokens in its batch
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_order_of_batches_does_not_matter(name: str) -> None:
+    forward, backward = fold(OBSERVERS[name], X, [4, 4, 4]), fold(OBSERVERS[name], X[::-1], [4, 4, 4])
+    np.testing.assert_allclose(forward.total, backward.total, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_sums_are_float32_whatever_comes_in(name: str) -> None:
+    """512 tokens of 1.25 in bfloat16: a sum kept in bfloat16 would stop growing at 256 times its addend."""
+    x = jnp.full((4, 512, 3), 1.25, jnp.bfloat16)
+    observer = OBSERVERS[name]
+    state = observer.update(observer.update(observer.init(3), x), x)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state))
+    want = {"second_moment": 4096 * 1.25**2, "batch_norms": 2 * np.sqrt(2048 * 1.25**2)}[name]
+    np.testing.assert_allclose(state.total, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", OBSERVERS)
+def test_observers_are_hashable_and_silent_channels_stay_zero(name: str) -> None:
+    assert hash(OBSERVERS[name]) == hash(Observer(*OBSERVERS[name]))
+    state = fold(OBSERVERS[name], X, [12])
+    assert float(state.total[4]) == 0.0
+    assert np.all(np.asarray(state.total[:4]) > 0)

@@ -1,0 +1,237 @@
+"""The command from end to end on small random models: what it writes, what it says, what it leaves behind when it fails."""
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from launch import evaluate, prune
+from launch.cli import run
+from models.init import init_model
+from models.store import open_checkpoint, save
+
+BASE = dict(
+    vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2
+)
+LLAMA = BASE | dict(model_type="llama", intermediate_size=64, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
+OPT = BASE | dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32, architectures=["OPTForCausalLM"], init_std=0.2)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with `llama` and `opt` checkpoints and token files."""
+    root = tmp_path_factory.mktemp("inputs")
+    for config in (LLAMA, OPT):
+        save(root / config["model_type"], init_model(config, jax.random.key(1)), config, root)
+    rng = np.random.default_rng(0)
+    np.save(root / "calib.npy", rng.integers(0, 96, (8, 24), np.int32))
+    np.save(root / "eval.npy", rng.integers(0, 96, (6, 32), np.int32))
+    return root
+
+
+def args(inputs: Path, model: str, output: Path, *more: str) -> list[str]:
+    data = [f"--calibration={inputs / 'calib.npy'}", f"--eval_data={inputs / 'eval.npy'}"]
+    return [f"--model={inputs / model}", *data, f"--output={output}", "--calibration_batch=4", *more]
+
+
+def call(argv: list[str]) -> int:
+    return run(prune.options(), prune.main, argv)
+
+
+def report_of(output: Path) -> dict[str, Any]:
+    return json.loads((output / "pruning_report.json").read_text())
+
+
+CASES = [
+    ("llama", "wanda", 0.5, []),
+    ("opt", "magnitude", 0.5, ["--pattern=2:4"]),
+    ("llama", "llmrank", 0.25, []),
+    ("opt", 'llmrank(scorer="mpr", units="rows", variant="official")', 0.25, []),
+    ("llama", 'llmrank(scope="global")', 0.25, []),
+]
+
+
+@pytest.mark.parametrize(("model", "method", "sparsity", "more"), CASES, ids=[f"{m}-{c}" for m, c, *_ in CASES])
+def test_a_run_writes_all_of_the_contract(
+    inputs: Path, tmp_path: Path, model: str, method: str, sparsity: float, more: list[str]
+) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, model, out, f"--method={method}", f"--sparsity={sparsity}", *more)) == 0
+    names = {f.name for f in out.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "generation_config.json",
+        "pruning_report.json",
+        "pruning.json",
+        "report.html",
+    } <= names
+    assert [f.name for f in tmp_path.iterdir()] == ["out"], "nothing is left beside the output"
+    r = report_of(out)
+    for key in ("model", "method", "settings", "protocol", "sparsity", "parameters", "perplexity", "tasks", "seconds", "details"):
+        assert key in r
+    assert set(r["seconds"]) == {"load", "calibrate_and_prune", "eval", "export"}
+    assert set(r["peak_memory_bytes"]) == {"host", "device"}
+    assert {"source", "sha256", "samples", "length", "seed"} <= set(r["protocol"]["calibration"])
+    assert r["sparsity"]["target"] == sparsity
+    (figures,) = r["perplexity"].values()
+    assert figures["tokens"] == 6 * 31 and figures["dense"] > 1 and figures["pruned"] > 1
+    if "rows" not in method:
+        assert r["sparsity"]["prunable"] == pytest.approx(sparsity, abs=0.01)
+
+
+def test_the_output_is_what_the_report_says(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, "--method=llmrank", "--sparsity=0.25")) == 0
+    r, c = report_of(out), open_checkpoint(out)
+    assert c.config["intermediate_size"] == 48
+    assert c.parameters == r["parameters"]["pruned"] == r["parameters"]["dense"] - 3 * 16 * 3 * 32
+    removed = r["details"]["removed"]
+    assert (
+        removed["model.layers.1.mlp.up_proj"]
+        == removed["model.layers.1.mlp.gate_proj"]
+        == removed["model.layers.1.mlp.down_proj"]
+    )
+    gone = np.array(removed["model.layers.1.mlp.up_proj"])
+    dense = open_checkpoint(inputs / "llama").model.blocks[1]
+    np.testing.assert_array_equal(c.model.blocks[1].up.w, np.delete(dense.up.w, gone, axis=0))
+    np.testing.assert_array_equal(c.model.blocks[1].down.w, np.delete(dense.down.w, gone, axis=1))
+    record = json.loads((out / "pruning.json").read_text())["linears"]["model.layers.1.mlp.down_proj"]
+    assert record == {"rows": [], "columns": gone.tolist(), "cut": True}
+    json_file = tmp_path / "e.json"
+    argv = [f"--model={out}", f"--eval_data={inputs / 'eval.npy'}", f"--json={json_file}"]
+    assert run(evaluate.options(), evaluate.main, argv) == 0
+    again = json.loads(json_file.read_text())
+    assert {"perplexity", "tasks", "protocol", "seconds"} <= set(again)
+    key = str(inputs / "eval.npy")
+    assert again["perplexity"][key]["dense"] == pytest.approx(r["perplexity"][key]["pruned"], rel=1e-6)
+
+
+def test_wanda_report_counts_zeros_by_linear(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, "opt", out, "--method=wanda", "--sparsity=0.5")) == 0
+    r, model = report_of(out), open_checkpoint(out).model
+    w = np.asarray(model.blocks[2].fc1.w)
+    assert r["sparsity"]["per_linear"]["model.decoder.layers.2.fc1"] == np.mean(w == 0) == 0.5
+    record = json.loads((out / "pruning.json").read_text())
+    assert record["kind"] == "weights" and record["linears"]["model.decoder.layers.2.fc1"] == {"zeros": w.size // 2}
+    assert r["parameters"]["pruned"] == r["parameters"]["dense"]
+
+
+def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out put"
+    assert call(args(inputs, "llama", out, '--method=llmrank(scorer="random")', "--sparsity=0.5", "--seed=3")) == 0
+    first, weights = report_of(out), (out / "model.safetensors").read_bytes()
+    words = shlex.split(first["command"])
+    assert words[:3] == ["python", "-m", "launch.prune"]
+    assert call(words[3:]) == 0  # an earlier result of ours under that name is replaced
+    assert (out / "model.safetensors").read_bytes() == weights
+    assert report_of(out)["details"] == first["details"]
+
+
+def test_global_scope_pads_and_says_so(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4")) == 0
+    r = report_of(out)
+    kept = [64 - len(r["details"]["removed"][f"model.layers.{i}.mlp.up_proj"]) for i in range(3)]
+    assert len(set(kept)) > 1 and open_checkpoint(out).config["intermediate_size"] == max(kept)
+    assert any("padded" in w for w in r["warnings"])
+    assert r["parameters"]["pruned"] == r["parameters"]["dense"] - 3 * 32 * (3 * 64 - sum(kept))
+
+
+def test_bfloat16_output(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5", "--dtype=bfloat16")) == 0
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    c = open_checkpoint(out, jax.numpy.bfloat16)
+    assert c.stored_bytes < 2.1 * c.parameters + 20_000
+
+
+BAD = {
+    "no model": (["--method=wanda", "--sparsity=0.5", "--model="], "--model"),
+    "no output": (["--method=wanda", "--sparsity=0.5", "--output="], "--output"),
+    "no sparsity": (["--method=wanda"], "--sparsity"),
+    "sparsity 1": (["--method=wanda", "--sparsity=1"], "less than 1"),
+    "negative": (["--method=wanda", "--sparsity=-0.1"], "at least 0"),
+    "nan": (["--method=wanda", "--sparsity=nan"], "less than 1"),
+    "unknown method": (["--method=zebra", "--sparsity=0.5"], "llmrank, magnitude, wanda"),
+    "unknown parameter": (["--method=wanda(zebra=1)", "--sparsity=0.5"], "no parameter"),
+    "unknown allocation": (["--method=wanda", "--sparsity=0.5", "--allocation=zebra"], "uniform"),
+    "bad pattern": (["--method=wanda", "--pattern=9:4"], "--pattern"),
+    "pattern against sparsity": (["--method=wanda", "--pattern=2:4", "--sparsity=0.7"], "leave --sparsity out"),
+    "pattern of a unit method": (["--method=llmrank", "--pattern=2:4"], "weight methods"),
+    "pattern that does not divide": (["--method=wanda", "--pattern=3:5"], "multiple of 5"),
+    "gamma out of range": (["--method=llmrank(gamma=2.0)", "--sparsity=0.5"], "between 0 and 1"),
+    "missing data": (["--method=wanda", "--sparsity=0.5", "--eval_data=/no/such.npy"], "such.npy"),
+    "too many devices": (["--method=wanda", "--sparsity=0.5", "--mesh=data=999"], "--mesh"),
+}
+
+
+@pytest.mark.parametrize(("more", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    assert call(args(inputs, "llama", tmp_path / "out", *more)) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith("error: ") and said in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_windows_longer_than_learned_positions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    np.save(inputs / "long.npy", np.zeros((2, 33), np.int32))
+    assert (
+        call(args(inputs, "opt", tmp_path / "out", "--method=wanda", "--sparsity=0.5", f"--eval_data={inputs / 'long.npy'}")) == 2
+    )
+    assert "32 positions" in capsys.readouterr().err
+
+
+def test_a_directory_that_is_not_ours_is_not_overwritten(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    assert call(args(inputs, "llama", tmp_path, "--method=wanda", "--sparsity=0.5")) == 2
+    assert "not an earlier result" in capsys.readouterr().err
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_failure_on_the_way_leaves_the_earlier_result(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    argv = args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5")
+    assert call(argv) == 0
+    before = (out / "pruning_report.json").read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the power went")
+
+    monkeypatch.setattr("launch.report.write_html", fail)
+    with pytest.raises(RuntimeError):
+        call(argv)
+    assert (out / "pruning_report.json").read_bytes() == before
+    assert [f.name for f in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_checkpoint_that_reads_back_differently_is_refused(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import export
+
+    monkeypatch.setattr(export.Echo, "difference", lambda self, loaded: 0.1)
+    with pytest.raises(RuntimeError, match="other logits"):
+        call(args(inputs, "llama", tmp_path / "out", "--method=wanda", "--sparsity=0.5"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_flag_file_parses_and_builds() -> None:
+    root = Path(__file__).parents[2]
+    files = sorted((root / "configs").glob("*.flags"))
+    assert root / "configs" / "llmrank.flags" in files
+    for file in files:
+        text = file.read_text()
+        assert text.startswith("#") and "python -m launch." in text, f"{file} must open with its command"
+        if "launch.prune" in text:
+            values = prune.options().parse([f"--flagfile={file}"])
+            prune.request_of(prune.frozen(prune.RunConfig, values))

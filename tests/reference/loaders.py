@@ -1,0 +1,54 @@
+"""The data recipes of the published pruning code, ported for the tests: the `random` module's own functions, call for call.
+
+SparseGPT `datautils.py` and Wanda `lib/data.py`, with one token a byte for a tokenizer.
+"""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+BOS, VOCAB = 256, 257
+
+
+def tokenize(text: str, special: bool = False) -> list[int]:
+    """One token a byte, and a BOS where special tokens are asked for."""
+    return [BOS] * special + list(text.encode())
+
+
+def texts(count: int, longest: int, seed: int = 7) -> list[str]:
+    """Documents of 0 to `longest` bytes, no two windows of them alike."""
+    draw = random.Random(seed)
+    return ["".join(draw.choices("abcdefghij klmno\n", k=draw.randint(0, longest))) for _ in range(count)]
+
+
+def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np.ndarray:
+    """WikiText-2 and PTB in SparseGPT's and Wanda's loaders."""
+    random.seed(seed)
+    rows = []
+    for _ in range(samples):
+        i = random.randint(0, len(ids) - length - 1)
+        j = i + length
+        rows.append(ids[i:j])
+    return np.array(rows)
+
+
+def paper_documents(documents: Sequence[str], samples: int, seed: int, length: int, special: bool) -> np.ndarray:
+    """C4 in Wanda's loader."""
+    random.seed(seed)
+    rows = []
+    for _ in range(samples):
+        while True:
+            i = random.randint(0, len(documents) - 1)
+            encoded = tokenize(documents[i], special)
+            if len(encoded) > length:
+                break
+        i = random.randint(0, len(encoded) - length - 1)
+        j = i + length
+        rows.append(encoded[i:j])
+    return np.array(rows)
+
+
+def paper_windows(ids: Sequence[int], length: int) -> np.ndarray:
+    """The evaluation loop: window i is tokens i * length to (i + 1) * length, for every whole one."""
+    return np.array([ids[i * length : (i + 1) * length] for i in range(len(ids) // length)])

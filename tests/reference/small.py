@@ -1,0 +1,98 @@
+"""Three small random models (LLaMA, LLaMA with grouped-query attention, OPT), tokens for them, and what a method left of them."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from models import hf
+from models.arch import Arch, Block, Model, apply_block, embed
+from pruning.types import Outcome
+
+VOCAB = 31
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": VOCAB,
+}
+CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "llama": _LLAMA,
+    "llama-gqa": _LLAMA | {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    "opt": {
+        "model_type": "opt",
+        "hidden_size": 16,
+        "ffn_dim": 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 64,
+    },
+}
+FAMILIES = tuple(CONFIGS)
+
+
+@functools.cache
+def model(family: str, seed: int = 0, dtype: str = "float32") -> Model:
+    """The random model, drawn on the host; norms and biases are random too, so that forgetting one of them shows."""
+    arch, ends, blocks = hf.specs(CONFIGS[family])
+    rng = np.random.default_rng(seed)
+
+    def draw(spec: hf.Spec) -> jax.Array:
+        mean, std = {"normal": (0, 0.3), "ones": (1, 0.1), "zeros": (0, 0.1)}[spec.init]
+        return jnp.asarray(rng.normal(mean, std, spec.shape), dtype)
+
+    return Model(arch, *jax.tree.map(draw, (ends, blocks), is_leaf=hf.is_spec))
+
+
+@functools.cache
+def _taps(arch: Arch) -> Callable[..., Any]:
+    return jax.jit(arch.block)
+
+
+def run_block(model: Model, block: Block, x: jax.Array) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    """A block's output [b t d], and its taps on the host in float64."""
+    y, taps = _taps(model.arch)(block, x)
+    return y, {name: np.asarray(tap).astype(np.float64) for name, tap in taps.items()}
+
+
+def logits(model: Model, tokens: np.ndarray) -> np.ndarray:
+    """The model's logits [b t vocab], with compiled blocks."""
+    x = embed(model.arch, model.ends, tokens)
+    for block in model.blocks:
+        x = apply_block(model.arch, block, x)
+    return np.asarray(model.arch.head(model.ends, x))
+
+
+def tokens(samples: int = 6, length: int = 12, seed: int = 0) -> np.ndarray:
+    """Random calibration windows, int32 [samples length]."""
+    return np.random.default_rng(seed).integers(0, VOCAB, (samples, length), dtype=np.int32)
+
+
+def weight(block: Block, slot: str) -> np.ndarray:
+    """A linear's matrix [out in] on the host, in float64, where NumPy's formulas are exact enough to compare with."""
+    return np.asarray(getattr(block, slot).w).astype(np.float64)
+
+
+def zeros(model: Model) -> list[dict[str, np.ndarray]]:
+    """Where each prunable linear is zero: a block's {slot: bool [out in]}."""
+    return [{s.name: weight(block, s.name) == 0 for s in model.arch.slots} for block in model.blocks]
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two trees of arrays have the same structure, types and bits."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+
+
+def kept(outcome: Outcome, block: int, slot: str, units: int) -> np.ndarray:
+    """The keep mask, bool [units], of the rows or columns that the outcome says left a linear."""
+    gone = outcome.removed[block][slot]
+    keep = np.ones(units, bool)
+    keep[list(gone.rows or gone.columns)] = False
+    return keep

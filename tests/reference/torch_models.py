@@ -1,0 +1,36 @@
+"""The same models in `transformers`, in float32 with its plain ("eager") attention: what ours are held to. Needs torch."""
+
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+
+def save_random(config: Mapping[str, Any], directory: pathlib.Path, seed: int = 0) -> None:
+    """Write a checkpoint of a model that transformers builds from `config`, every parameter random: biases and norms too."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=draw) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
+    model.save_pretrained(directory)
+
+
+def load(directory: pathlib.Path) -> Any:
+    """A checkpoint as transformers loads it by itself."""
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    """Its logits [b t vocab] for tokens [b t]."""
+    torch = pytest.importorskip("torch")
+    with torch.no_grad():
+        return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
