@@ -102,7 +102,7 @@ def time_in_turn(programs: dict[str, Callable[[], Any]], runs: int) -> dict[str,
 
 def main(values: dict[str, Any]) -> None:
     """Measure, print a table, write the figures where `--json` says."""
-    mesh = mesh_of(values["mesh"])
+    mesh = mesh_of(values["mesh"], values["calibration_batch"])
     checkpoint = open_model(values["model"], values["dtype"])
     length = window_length(values["calibration_length"], checkpoint)
     tokens = calibration_tokens(

@@ -83,8 +83,7 @@ class Flags:
             for name in names:
                 flag = self.values[name]
                 default = "" if flag.default in (None, "") else f" (default: {flag.default})"
-                choices = f" [{', '.join(flag.parser.enum_values)}]" if hasattr(flag.parser, "enum_values") else ""
-                lines.append(f"  --{name:<22} {flag.help}{choices}{default}")
+                lines.append(f"  --{name:<22} {flag.help}{default}")
             lines.append("")
         return "\n".join([*lines, "A file of flags, one a line, is read with --flagfile=FILE; later flags win."])
 

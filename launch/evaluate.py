@@ -27,7 +27,7 @@ def options() -> Flags:
 
 def main(values: dict[str, Any]) -> None:
     """Evaluate, print a table, write the report where `--json` says."""
-    clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"])
+    clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
     checkpoint = open_model(values["model"], values["dtype"])
     data = read_evaluation(
         values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer_of(checkpoint)

@@ -1,9 +1,7 @@
-"""The output directory: written beside its place, complete before it takes it."""
+"""What goes into the output directory, and the check that it reads back as it was written."""
 
-import contextlib
 import pathlib
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,37 +9,10 @@ import numpy as np
 
 from models import hf
 from models.arch import Block, Model, apply_block, embed
-from models.errors import InputError
 from models.store import Checkpoint, Writer, open_checkpoint
 from pruning.types import Outcome
 
 REPORT = "pruning_report.json"
-
-
-@contextlib.contextmanager
-def staged(output: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A fresh directory that takes `output`'s place when the body ends without an exception, and otherwise leaves no trace.
-
-    An earlier result of ours under that name is replaced; InputError if something else is there.
-    """
-    if output.exists() and not (output / REPORT).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise InputError(f"--output={output} exists and is not an earlier result: choose another name, or remove it")
-    partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
-    try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as e:
-        raise InputError(f"--output={output} cannot be written ({e.strerror}): choose another place") from None
-    try:
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 class Echo:

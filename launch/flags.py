@@ -20,7 +20,7 @@ def model_flags(f: Flags) -> None:
     f.group("Model")
     f.string("model", None, "a Hugging Face directory, a hub id, a .gguf file, embedded:tiny-llama or embedded:tiny-opt")
     f.choice("dtype", "float32", list(DTYPES), "the model's type in memory and in the output; statistics stay float32")
-    f.string("mesh", "", "devices, as data=4,model=2; empty: all local ones on data")
+    f.string("mesh", "", "devices, as data=4,model=2; empty: all local ones on data that divide the micro-batch")
 
 
 def evaluation_flags(f: Flags) -> None:
@@ -38,9 +38,9 @@ def open_model(name: str | None, dtype: str) -> Checkpoint:
     return open_checkpoint(hub.resolve(name), DTYPES[dtype])
 
 
-def mesh_of(spec: str) -> Mesh | None:
-    """The mesh that --mesh asks for; None where it is one device, on which nothing has to be placed."""
-    mesh = make_mesh(spec)
+def mesh_of(spec: str, batch: int) -> Mesh | None:
+    """The mesh that --mesh asks for, for micro-batches of `batch` windows; None where it is one device: nothing has to be placed."""
+    mesh = make_mesh(spec, batch)
     return None if mesh.size == 1 else mesh
 
 

@@ -1,5 +1,6 @@
 """Small images for `launch.mlprank`: scikit-learn's digits, which need no network, and MNIST and Fashion-MNIST from the hub."""
 
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -53,9 +54,11 @@ def _split(part: Part, held: int, test: int) -> Images:
 
 def _hub(name: str) -> Images:
     """60,000 images of 28 by 28 pixels to train on, the last 10,000 of them held back, and 10,000 to test."""
-    try:
-        import datasets
+    import datasets
 
+    # The hub client, which sets its own level on import, logs every retry; offline that buries the one line that says what is wrong.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    try:
         sets = datasets.load_dataset(HUB[name])
     except Exception as e:  # datasets, huggingface_hub and httpx each raise their own
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]

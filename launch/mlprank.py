@@ -24,6 +24,7 @@ from launch import calls, cli, images, mlprank_report
 from launch.console import progress
 from launch.flags import output_path
 from launch.mlprank_report import DENSE, Row
+from launch.staging import check_free
 from models import mlp
 from models.errors import InputError
 from pruning import mlprank, select
@@ -164,9 +165,8 @@ def measure(s: Settings, data: images.Images, seed: int) -> list[Row]:
 
 
 def compare(s: Settings, output: Path) -> list[Row]:
-    """The whole comparison, with its files at `output` and its table on the terminal. InputError when `output` exists."""
-    if output.exists():
-        raise InputError(f"--output={output} exists: choose another directory, or remove it")
+    """The whole comparison, with its files at `output` and its table on the terminal. InputError when something else is there."""
+    check_free(output, mlprank_report.RESULTS)
     start, rows, data = time.monotonic(), [], images.load(s.dataset)
     for name in ("batch", "calibration_samples"):
         if getattr(s, name) > len(data.train.y):

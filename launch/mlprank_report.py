@@ -4,7 +4,6 @@ import csv
 import io
 import itertools
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,8 +13,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from models.errors import InputError
+from launch.staging import staged
 
+RESULTS = "results.json"
 DENSE = "dense"  # what stands for a scorer where nothing is removed
 # Paul Tol's "vibrant" scheme, which colour-blind readers can tell apart; the markers say the same once more.
 _COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#999999", "#ee3377")
@@ -135,15 +135,8 @@ def plot(title: str, rows: Sequence[Row]) -> str:
 
 def write(output: Path, title: str, content: Mapping[str, Any], rows: Sequence[Row]) -> None:
     """Write the three files; `output` appears when all are complete. InputError when it cannot be written."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
-            directory = Path(staging, output.name)
-            directory.mkdir()
-            (directory / "results.json").write_text(json.dumps(content, indent=2) + "\n")
-            with (directory / "accuracy.csv").open("w", newline="") as file:
-                csv.writer(file).writerows([Row._fields, *rows])
-            (directory / "accuracy.svg").write_text(plot(title, rows))
-            directory.rename(output)
-    except OSError as e:
-        raise InputError(f"--output={output} cannot be written ({e.strerror}): choose another place") from e
+    with staged(output, RESULTS) as directory:
+        (directory / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
+        with (directory / "accuracy.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([Row._fields, *rows])
+        (directory / "accuracy.svg").write_text(plot(title, rows))

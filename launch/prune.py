@@ -18,10 +18,11 @@ from rich.console import Console
 from calibration.data import Tokens, calibration_tokens
 from calibration.tokenizer import Tokenizer
 from eval.size import Size, measure, peak_memory
-from launch import calls, console, export, report
-from launch.cli import Flags, frozen, run
+from launch import calls, cli, console, export, report
+from launch.cli import Flags, frozen
 from launch.flags import DTYPES, check_length, evaluation_flags, mesh_of, model_flags, open_model, output_path, window_length
 from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of
+from launch.staging import staged
 from models.errors import InputError
 from models.store import Checkpoint, Writer, write_json
 from pruning.methods import ALLOCATIONS, METHODS
@@ -95,7 +96,7 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
         pattern,
         None if config.allocation == "uniform" else allocation,
         batch=config.calibration_batch,
-        mesh=mesh_of(config.mesh),
+        mesh=mesh_of(config.mesh, config.calibration_batch),
         seed=config.seed,
     )
     return method, request
@@ -156,6 +157,48 @@ def warnings_of(figures: Mapping[str, Any], padded: bool, checkpoint: Checkpoint
         yield f"calibration windows of {length} tokens are longer than the {longest} positions the model was trained for"
 
 
+class Finished(NamedTuple):
+    """What a run has in hand when the checkpoint is written: all that the report is made of. Perplexities are by data set."""
+
+    checkpoint: Checkpoint
+    calibration: Tokens
+    data: dict[str, Tokens]
+    sparsity: float
+    outcome: Outcome
+    loaded: Checkpoint
+    difference: float
+    padded: bool
+    dense: dict[str, dict[str, Any]]
+    pruned: dict[str, dict[str, Any]]
+
+
+def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) -> dict[str, Any]:
+    """The report, but for the seconds; `parameters` are the pruned model's, padding not counted."""
+    checkpoint, outcome = run.checkpoint, run.outcome
+    figures = sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
+    removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
+    return {
+        "model": config.model,
+        "method": config.method,
+        "settings": dataclasses.asdict(config) | {"sparsity": run.sparsity},
+        "command": command(config),
+        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data),
+        "sparsity": figures,
+        "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
+        "bytes": {"dense": checkpoint.parameters * DTYPES[config.dtype].dtype.itemsize, "pruned": run.loaded.stored_bytes},
+        "perplexity": {
+            name: {"dense": run.dense[name]["perplexity"], "pruned": run.pruned[name]["perplexity"], "tokens": found["tokens"]}
+            for name, found in run.dense.items()
+        },
+        "tasks": {},
+        "peak_memory_bytes": peak_memory(jax.local_devices()),
+        "scores": quantiles(checkpoint, outcome),
+        "warnings": list(warnings_of(figures, run.padded, checkpoint, run.calibration.ids.shape[1])),
+        "load_back": {"topiary": f"largest difference of the logits {run.difference:.2g}"},
+        "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
+    }
+
+
 def prune(config: RunConfig) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory."""
     clock = Clock("load", "calibrate_and_prune", "eval", "export")
@@ -166,7 +209,7 @@ def prune(config: RunConfig) -> dict[str, Any]:
     calibration = read_calibration(config, checkpoint, tokenizer)
     data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
     clock.lap("load")
-    with export.staged(output) as directory:
+    with staged(output, export.REPORT) as directory:
         dense = evaluate(model, data, config.calibration_batch, request.mesh)
         clock.lap("eval")
         writer = Writer(directory, checkpoint.config)
@@ -176,35 +219,13 @@ def prune(config: RunConfig) -> dict[str, Any]:
         clock.lap("calibrate_and_prune")
         padded = writer.finish(model.ends, checkpoint.directory)
         loaded, difference = export.load_back(directory, echo, DTYPES[config.dtype])
+        counts = count(checkpoint, measure(loaded.model))
+        write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")
         pruned = evaluate(loaded.model, data, config.calibration_batch, request.mesh)
         clock.lap("eval")
-        counts = count(checkpoint, measure(loaded.model))
-        figures = sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, request.sparsity)
-        removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
-        write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
-        clock.lap("export")
-        result = {
-            "model": config.model,
-            "method": config.method,
-            "settings": dataclasses.asdict(config) | {"sparsity": request.sparsity},
-            "command": command(config),
-            "protocol": {"calibration": calibration.protocol} | protocol(data),
-            "sparsity": figures,
-            "parameters": {"dense": checkpoint.parameters, "pruned": writer.parameters},
-            "bytes": {"dense": checkpoint.parameters * DTYPES[config.dtype].dtype.itemsize, "pruned": loaded.stored_bytes},
-            "perplexity": {
-                n: {"dense": dense[n]["perplexity"], "pruned": pruned[n]["perplexity"], "tokens": dense[n]["tokens"]}
-                for n in data
-            },
-            "tasks": {},
-            "seconds": clock.seconds,
-            "peak_memory_bytes": peak_memory(jax.local_devices()),
-            "scores": quantiles(checkpoint, outcome),
-            "warnings": list(warnings_of(figures, padded, checkpoint, calibration.ids.shape[1])),
-            "load_back": {"topiary": f"largest difference of the logits {difference:.2g}"},
-            "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
-        }
+        run = Finished(checkpoint, calibration, data, request.sparsity, outcome, loaded, difference, padded, dense, pruned)
+        result = describe(config, run, counts, writer.parameters) | {"seconds": clock.seconds}
         write_json(directory / export.REPORT, result)
         report.write_html(result, directory / "report.html")
     return result
@@ -225,4 +246,4 @@ def main(values: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(options(), main))
+    sys.exit(cli.run(options(), main))

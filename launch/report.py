@@ -62,7 +62,7 @@ def expectation(report: Mapping[str, Any]) -> str:
     if sizes and sizes["pruned"] < 0.999 * sizes["dense"]:
         return (
             "The weights were really taken out: the model needs less disk, less memory and fewer operations, with no special "
-            "kernels. How much faster it runs depends on the hardware; launch.bench measures it."
+            "kernels. How much faster it runs depends on the hardware."
         )
     pattern = str(report.get("settings", {}).get("pattern", ""))
     kernels = f" The pattern {pattern} is made for sparse kernels, on hardware that has them." if ":" in pattern else ""

@@ -12,12 +12,15 @@ MESH_AXES = ("data", "model")
 LOGICAL = {"sample": "data", "out": "model"}  # calibration windows; output rows of a linear
 
 
-def make_mesh(spec: str) -> Mesh:
+def make_mesh(spec: str, batch: int = 0) -> Mesh:
     """A mesh from a text such as "data=4,model=2"; empty puts all local devices on `data`.
 
-    Raises InputError for a malformed text or one that asks for more devices than there are.
+    Args:
+      batch: windows in one micro-batch, which `data` must divide; 0 for any. An empty text then takes as many devices as do divide it:
+        one that does not would repeat all the work on every device.
+    Raises InputError for a malformed text, one that asks for more devices than there are, or one that does not divide the batch.
     """
-    sizes = {"data": jax.local_device_count()} if not spec else {}
+    sizes = {"data": max(n for n in range(1, jax.local_device_count() + 1) if batch % n == 0)} if not spec else {}
     for part in filter(None, spec.split(",")):
         found = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
         if not found or found[1] not in MESH_AXES or found[1] in sizes:
@@ -27,6 +30,10 @@ def make_mesh(spec: str) -> Mesh:
     needed = shape[0] * shape[1]
     if needed > jax.local_device_count():
         raise InputError(f"--mesh={spec!r} needs {needed} devices, there are {jax.local_device_count()}: ask for fewer")
+    if batch % shape[0]:
+        raise InputError(
+            f"--mesh={spec!r} splits micro-batches of {batch} windows over {shape[0]} devices: make the batch a multiple of it"
+        )
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 2, devices=jax.local_devices()[:needed])
 
 

@@ -72,13 +72,19 @@ class LazyBlocks(Sequence[Block]):
         return read(self._tensors, self._specs[i], self._dtype)
 
 
+def _finite(value: np.ndarray) -> bool:
+    """Whether all numbers of a tensor are finite in float32."""
+    # The sum first: it is one pass without a boolean copy. In float32, as NumPy has no isfinite for every checkpoint type.
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(np.sum(np.abs(value), dtype=np.float32)) or np.isfinite(value.astype(np.float32)).all())
+
+
 def read(tensors: Tensors, specs: Any, dtype: jnp.dtype) -> Any:
     """The parameters of a tree of specs, as arrays of `dtype` on the default device; InputError on NaN or infinity."""
 
     def one(spec: hf.Spec) -> jax.Array:
         value = tensors.read(spec.name)
-        # Float32 first: NumPy has no isfinite for every checkpoint type, and the sum is one pass without a boolean copy.
-        if not np.isfinite(np.sum(np.abs(value), dtype=np.float32)) and not np.isfinite(value.astype(np.float32)).all():
+        if not _finite(value):
             raise InputError(f"tensor {spec.name} holds NaN or infinity: fetch the checkpoint again, or mend it before pruning")
         return jnp.asarray(value, dtype)
 

@@ -147,16 +147,18 @@ def _in_edges(ffn: Ffn) -> jax.Array:
 def reverse_page_rank(gamma: float, theta: float, chained: bool, ffn: Ffn, rho: jax.Array) -> tuple[jax.Array, Ranks]:
     """Weighted PageRank on the graph of whole neurons and residual channels, followed from the outputs back.
 
-    A neuron matters by what it sends, |W_down| times the norm of its activation, to channels that matter: n = a_mid * (|W_down|^T rho).
-    It hands its rank to the channels it reads in proportion to the weights of its edges; the residual stream passes the rest by:
-    rho <- (1 - gamma) rho + gamma M^T n, M = theta |W| / colsum + (1 - theta) A / colsum over what enters the neurons.
-    gamma = 0, or not `chained`, leaves rho uniform: the summed Wanda score of the neuron's outgoing weights.
+    A neuron matters by what it sends, |W_down| times the norm of its activation, to channels that matter, and by its activation itself:
+    n = gamma normalised(a_mid * |W_down|^T rho) + (1 - gamma) normalised(a_mid). It hands its rank to the channels it reads in proportion
+    to the weights of its edges, M = theta |W| / colsum + (1 - theta) A / colsum over what enters the neurons, and the residual stream
+    keeps the other half: rho <- (rho + normalised(M^T n)) / 2. Channels that a block writes are ranked alike, by a_down and rho.
+    gamma = 0 is the norm of the activations; not `chained`, every block sees a uniform rho.
     """
-    carried = normalise(rho) if chained else jnp.full_like(rho, 1 / rho.shape[0])
-    neurons = normalise(ffn.a_mid * (carried @ _abs(ffn.down)))
+    rho = normalise(rho) if chained else jnp.full_like(rho, 1 / rho.shape[0])
+    neurons = gamma * normalise(ffn.a_mid * (rho @ _abs(ffn.down))) + (1 - gamma) * normalise(ffn.a_mid)
+    channels = gamma * normalise(ffn.a_down * rho) + (1 - gamma) * normalise(ffn.a_down)
     w = _in_edges(ffn)
     m = theta * column_normalised(w) + (1 - theta) * column_normalised((w != 0).astype(jnp.float32))
-    return (1 - gamma) * carried + gamma * normalise(neurons @ m), (neurons, normalise(ffn.a_down * carried))
+    return (rho + normalise(neurons @ m)) / 2, (neurons, channels)
 
 
 def modified_forward(zeroed: float, chained: bool, ffn: Ffn, prev: jax.Array) -> tuple[jax.Array, Ranks]:

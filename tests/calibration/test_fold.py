@@ -6,13 +6,13 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from reference.small import FAMILIES, model, run_block, same, tokens
 
 from calibration import fold
 from calibration.fold import batches, fold_blocks
 from calibration.observers import batch_norms, second_moment
 from models.arch import Block, Model, embed
 from models.sharding import make_mesh
+from reference.small import FAMILIES, model, run_block, same, tokens
 
 
 class Counted(Sequence[Block]):

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from reference.wanda import scaler_row
 
 from calibration.observers import BatchNorms, Observer, SecondMoment, batch_norms, second_moment
+from reference.wanda import scaler_row
 
 OBSERVERS = {"second_moment": second_moment, "batch_norms": batch_norms}
 X = np.random.default_rng(0).normal(size=(12, 7, 5)).astype(np.float32) * np.array([1, 10, 0.1, 3, 0], np.float32)

@@ -76,7 +76,7 @@ def test_a_defect_is_not_dressed_up_as_bad_input() -> None:
 def test_help_shows_own_flags_in_groups_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(ZeroDivisionError(), ["--help"]) == 0
     out = capsys.readouterr().out
-    assert "Does an example" in out and "Work:" in out and "--count" in out and "(default: 3)" in out and "[a, b]" in out
+    assert "Does an example" in out and "Work:" in out and "--count" in out and "(default: 3)" in out and "<a|b>" in out
     assert "alsologtostderr" not in out and "pdb" not in out
     assert len(out.splitlines()) < 30
 

@@ -235,8 +235,9 @@ def test_an_output_is_needed_and_never_overwritten(data: Images, tmp_path: Path,
     assert command(*SMALL) == 2
     assert "--output is missing" in capsys.readouterr().err
     (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").touch()
     assert command(*SMALL, f"--output={tmp_path / 'a'}") == 2
-    assert "exists" in capsys.readouterr().err and not list((tmp_path / "a").iterdir())
+    assert "exists" in capsys.readouterr().err and [f.name for f in (tmp_path / "a").iterdir()] == ["thesis.tex"]
 
 
 def test_an_output_that_cannot_be_written(data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def args(inputs: Path, model: str, output: Path, *more: str) -> list[str]:
     data = [f"--calibration={inputs / 'calib.npy'}", f"--eval_data={inputs / 'eval.npy'}"]
-    return [f"--model={inputs / model}", *data, f"--output={output}", "--calibration_batch=4", *more]
+    return [f"--model={inputs / model}", *data, f"--output={output}", "--calibration_batch=4", "--mesh=data=1", *more]
 
 
 def call(argv: list[str]) -> int:
@@ -51,7 +51,7 @@ CASES = [
     ("opt", "magnitude", 0.5, ["--pattern=2:4"]),
     ("llama", "llmrank", 0.25, []),
     ("opt", 'llmrank(scorer="mpr", units="rows", variant="official")', 0.25, []),
-    ("llama", 'llmrank(scope="global")', 0.25, []),
+    ("llama", 'llmrank(scope="global")', 0.25, ["--mesh=data=4,model=2"]),
 ]
 
 
@@ -167,6 +167,7 @@ BAD = {
     "pattern that does not divide": (["--method=wanda", "--pattern=3:5"], "multiple of 5"),
     "gamma out of range": (["--method=llmrank(gamma=2.0)", "--sparsity=0.5"], "between 0 and 1"),
     "missing data": (["--method=wanda", "--sparsity=0.5", "--eval_data=/no/such.npy"], "such.npy"),
+    "batch against mesh": (["--method=wanda", "--sparsity=0.5", "--mesh=data=8"], "multiple of it"),
     "too many devices": (["--method=wanda", "--sparsity=0.5", "--mesh=data=999"], "--mesh"),
 }
 

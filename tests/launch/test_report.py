@@ -51,7 +51,7 @@ def make_report(blocks: int = 3) -> dict[str, Any]:
             "per_linear": {f"{layer}.mlp.up_proj": [1e-5, 1e-4, 3e-4, 9e-4, 0.2] for layer in layers},
         },
         "warnings": ["damping was raised to 0.1"],
-        "load_back": {"topiary": 'load("/out/pruned")'},
+        "load_back": {"topiary": "largest difference of the logits 0"},
         "details": {"removed": {"model.layers.0.mlp.up_proj": list(range(1000, 1300))}, "losses": [[3.125, None]]},
     }
 
@@ -105,7 +105,14 @@ def test_every_figure_asked_for_is_there() -> None:
         *("8.125", "9.375", "1.154x", "16,320", "1,234,567", "987,654", "-20.00%", "4.7 MiB", "3.8 MiB"),
         *("1.25 s", "4 min 05 s", "33.1 s", "0.50 s", "3.0 GiB", "damping was raised to 0.1"),
         *("c0ffee", "beef", "33", "129", "17", "61", "257", "0.10.2", "3.11.9", "8"),
-        *(report["command"], 'load("/out/pruned")', "PageRank of neurons", "model.layers.2.self_attn.q_proj", "3.125", "null"),
+        *(
+            report["command"],
+            "largest difference of the logits 0",
+            "PageRank of neurons",
+            "model.layers.2.self_attn.q_proj",
+            "3.125",
+            "null",
+        ),
     ):
         assert part in page.text, part
     assert page.tags.count("svg") == 3

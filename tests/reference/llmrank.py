@@ -105,10 +105,11 @@ def _backward(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]
     for g in reversed(graphs):
         rho = rho if chained else np.full(d, 1 / d)
         f = len(g.a_mid)
-        neurons = share(np.array([g.a_mid[k] * sum(abs(g.down[c, k]) * rho[c] for c in range(d)) for k in range(f)]))
-        found.append((neurons, share(g.a_down * rho)))
+        sent = share(np.array([g.a_mid[k] * sum(abs(g.down[c, k]) * rho[c] for c in range(d)) for k in range(f)]))
+        neurons = s.gamma * sent + (1 - s.gamma) * share(g.a_mid)
+        found.append((neurons, s.gamma * share(g.a_down * rho) + (1 - s.gamma) * share(g.a_down)))
         m = handed_on(entering(g), s.theta)
-        rho = (1 - s.gamma) * rho + s.gamma * share(np.array([sum(m[k, c] * neurons[k] for k in range(f)) for c in range(d)]))
+        rho = 0.5 * rho + 0.5 * share(np.array([sum(m[k, c] * neurons[k] for k in range(f)) for c in range(d)]))
     return found[::-1]
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models import hf
-from models.arch import Arch, Block, Model, apply_block, embed
+from models.arch import Arch, Block, Model, embed
 from pruning.types import Outcome
 
 VOCAB = 31
@@ -62,10 +62,10 @@ def run_block(model: Model, block: Block, x: jax.Array) -> tuple[jax.Array, dict
 
 
 def logits(model: Model, tokens: np.ndarray) -> np.ndarray:
-    """The model's logits [b t vocab], with compiled blocks."""
+    """The model's logits [b t vocab]."""
     x = embed(model.arch, model.ends, tokens)
     for block in model.blocks:
-        x = apply_block(model.arch, block, x)
+        x, _ = _taps(model.arch)(block, x)
     return np.asarray(model.arch.head(model.ends, x))
 
 

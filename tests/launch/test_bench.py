@@ -1,0 +1,38 @@
+"""The benchmark measures what it says, in turn, and writes its figures. No time is asserted."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from launch import bench
+from launch.cli import run
+from models.init import init_model
+from models.store import save
+
+CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=16, architectures=["LlamaForCausalLM"])  # fmt: skip
+
+
+def test_programs_run_in_turn_after_one_warm_up_each() -> None:
+    order: list[str] = []
+    seconds = bench.time_in_turn({name: lambda name=name: order.append(name) for name in "ab"}, runs=3)
+    assert "".join(order) == "ab" + "ababab"
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3} and min(map(min, seconds.values())) >= 0
+
+
+@pytest.mark.parametrize("torch", [False, True])
+def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if torch:
+        pytest.importorskip("torch")
+    save(tmp_path / "model", init_model(CONFIG, jax.random.key(0)), CONFIG, tmp_path)
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 64, (4, 16), np.int32))
+    argv = [f"--model={tmp_path / 'model'}", f"--calibration={tmp_path / 't.npy'}", "--runs=2", f"--json={tmp_path / 'b.json'}"]
+    assert run(bench.options(), bench.main, [*argv, f"--{'' if torch else 'no'}torch"]) == 0
+    result = json.loads((tmp_path / "b.json").read_text())
+    assert set(result["figures"]) == {"Wanda statistics", "LLMRank statistics", *(["PyTorch forward"] if torch else [])}
+    assert all(len(f["seconds"]) == 2 and f["ratio"] > 0 for f in result["figures"].values())
+    assert result["protocol"]["calibration"]["samples"] == 4
+    assert "tokens/s" in capsys.readouterr().out

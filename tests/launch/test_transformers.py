@@ -1,0 +1,38 @@
+"""What the command writes is what `transformers` loads: real checkpoints pruned, loaded in torch, logits compared with ours."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch import prune
+from launch.cli import run
+from models.arch import logits
+from models.store import open_checkpoint
+from reference import torch_models
+
+pytest.importorskip("torch")
+
+
+def pruned(model: Path, kind: str, shared: Path, out: Path, *args: str) -> None:
+    tokens = shared / "golden" / "tokens"
+    data = [f"--calibration={tokens / f'{kind}_calib.npy'}", f"--eval_data={tokens / f'{kind}_eval.npy'}", "--eval_windows=1"]
+    argv = [f"--model={model}", f"--output={out}", *data, "--calibration_batch=4", "--mesh=data=1", *args]
+    assert run(prune.options(), prune.main, argv) == 0
+
+
+def assert_loads(directory: Path, tokens: np.ndarray) -> None:
+    ours = np.asarray(logits(open_checkpoint(directory).model, tokens))
+    theirs = torch_models.logits(torch_models.load(directory), tokens)
+    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda"])
+def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
+    pruned(shared / "models/tiny-opt", "tiny", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
+    assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
+
+
+def test_smollm2(smollm2: Path, shared: Path, tmp_path: Path) -> None:
+    pruned(smollm2, "smollm2", shared, tmp_path / "out", "--method=llmrank", "--sparsity=0.3")
+    assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/smollm2_eval.npy")[:1, :128])

@@ -1,0 +1,261 @@
+"""What the authors' own code gives (../shared/golden), from the same weights and tokens: masks, statistics, importances, perplexity."""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calibration.fold import fold_blocks
+from calibration.observers import second_moment
+from eval.perplexity import perplexity
+from models.arch import Block, Model
+from models.hf import linear_name
+from models.store import in_memory, open_checkpoint
+from pruning import llmrank as wiring
+from pruning.llmrank import llmrank
+from pruning.llmrank_core import as_released
+from pruning.methods import METHODS
+from pruning.types import Request, prune
+from reference.small import weight, zeros
+
+WINDOWS = 8  # evaluated of each pruned model: cross-entropies are stored by window
+SPARSITY = {"0.5": (0.5, None), "0.7": (0.7, None), "2of4": (0.5, (2, 4)), "4of8": (0.5, (4, 8))}
+RANKS = {
+    "wpr-default": {"scorer": "wpr"},
+    "wpr-g0.5": {"scorer": "wpr", "gamma": 0.5, "theta": 0.5},
+    "mpr-zF": {"scorer": "mpr"},
+    "mpr-zT": {"scorer": "mpr", "zero_pruned": True},
+    "norm": {"scorer": "norm"},
+    "activation": {"scorer": "activation"},
+    "wanda": {"scorer": "wanda"},
+}
+CHAINS = {"chained": True, "isolated": False}
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # a block's arrays for rows of up and of down
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that statistics can be cached
+class Reference:
+    """A model with its tokens, and the names that the goldens give its linears: a block's {slot: name}."""
+
+    model: Model
+    names: tuple[Mapping[str, str], ...]
+    calibration: np.ndarray
+    evaluation: np.ndarray
+
+
+@functools.cache
+def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
+    """The model in float32, read once."""
+    checkpoint = open_checkpoint(directory, jnp.float32)
+    slots = [s.name for s in checkpoint.model.arch.slots]
+    names = tuple({s: linear_name(spec, s)[linear_name(spec, s).index("layers.") :] for s in slots} for spec in checkpoint.specs)
+    return Reference(in_memory(checkpoint.model), names, np.load(f"{tokens}_calib.npy"), np.load(f"{tokens}_eval.npy"))
+
+
+def tiny(shared: pathlib.Path, name: str) -> Reference:
+    """One of the small trained models."""
+    return load(shared / "models" / name, shared / "golden/tokens/tiny")
+
+
+@functools.cache
+def index(shared: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The goldens' settings by model and variant."""
+    return {(r["model"], r["variant"]): r for r in json.loads((shared / "golden/index.json").read_text())["runs"]}
+
+
+def golden(shared: pathlib.Path, model: str, variant: str) -> Mapping[str, np.ndarray]:
+    """One golden's arrays."""
+    return np.load(shared / "golden" / index(shared)[model, variant]["file"])
+
+
+def bits(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """A packed mask; True = zero."""
+    return np.unpackbits(packed)[: int(np.prod(shape))].reshape(shape).astype(bool)
+
+
+def assert_perplexity(r: Reference, model: Model, window_ce: np.ndarray) -> None:
+    """Each window's perplexity within a relative 1e-3."""
+    got = perplexity(model, r.evaluation[:WINDOWS], batch=4).cross_entropy
+    np.testing.assert_allclose(np.exp(got - window_ce[:WINDOWS]), 1, rtol=1e-3)
+
+
+def pruned(r: Reference, method: str, variant: str) -> Model:
+    """The model pruned as the golden's name says."""
+    sparsity, pattern = SPARSITY[variant]
+    return prune(r.model, METHODS[method](), r.calibration, Request(sparsity, pattern))[0]
+
+
+@pytest.mark.parametrize("variant", SPARSITY)
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_wanda_masks_are_bit_exact(shared: pathlib.Path, name: str, variant: str) -> None:
+    """Ties included: inputs that are never active, of which tiny-opt has some, make groups of equal scores."""
+    r, want = tiny(shared, name), golden(shared, name, f"wanda-{variant}")
+    model = pruned(r, "wanda", variant)
+    for names, got in zip(r.names, zeros(model), strict=True):
+        for slot, linear in names.items():
+            assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), linear
+    assert_perplexity(r, model, want["window_ce"])
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_statistics_are_those_of_the_wanda_run(shared: pathlib.Path, name: str) -> None:
+    """Blocks are pruned by the stored masks, so this stands on nothing of our scores and patterns. The absolute tolerance is for
+    channels behind a ReLU that are almost never active: typical values are above one."""
+    r, masks, want = tiny(shared, name), golden(shared, name, "wanda-0.5"), golden(shared, name, "wanda-0.5-stats")
+
+    def visit(i: int, block: Block, stats: Any) -> Block:
+        new = {}
+        for slot in r.model.arch.slots:
+            linear, own = getattr(block, slot.name), r.names[i][slot.name]
+            np.testing.assert_allclose(stats[slot.reads].per_sample, want[f"scaler_row:{own}"], rtol=1e-5, atol=1e-7, err_msg=own)
+            new[slot.name] = linear.replace(w=jnp.where(bits(masks[f"mask:{own}"], linear.w.shape), 0, linear.w))
+        return block.replace(**new)
+
+    watch = {slot.reads: second_moment for slot in r.model.arch.slots}
+    fold_blocks(r.model, r.calibration, visit, watch=watch, propagate="pruned", batch=4)
+
+
+@pytest.mark.parametrize("variant", ["0.5", "0.7"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_magnitude_masks_are_bit_exact(shared: pathlib.Path, name: str, variant: str) -> None:
+    """Masks of two blocks are stored, hashes of all."""
+    r, want = tiny(shared, name), golden(shared, name, f"magnitude-{variant}")
+    hashes = index(shared)[name, f"magnitude-{variant}"]["mask_sha256"]
+    model = pruned(r, "magnitude", variant)
+    for i, (names, got) in enumerate(zip(r.names, zeros(model), strict=True)):
+        for slot, linear in names.items():
+            assert hashlib.sha256(np.packbits(got[slot])).hexdigest() == hashes[linear], linear
+            if i in (0, 4):
+                assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), linear
+    assert_perplexity(r, model, want["window_ce"])
+
+
+def groups(x: np.ndarray, m: int) -> np.ndarray:
+    """Every m consecutive inputs together, [out in/m m]."""
+    return x.reshape(len(x), -1, m)
+
+
+@pytest.mark.parametrize("variant", ["2of4", "4of8"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_magnitude_groups_differ_only_in_ties(shared: pathlib.Path, name: str, variant: str) -> None:
+    """torch.topk orders equal magnitudes in its own way; the index counts the groups where that matters."""
+    r, want, n, m = tiny(shared, name), golden(shared, name, f"magnitude-{variant}"), int(variant[0]), int(variant[-1])
+    ties = index(shared)[name, f"magnitude-{variant}"]["magnitude_ties_at_threshold"]
+    for names, got, dense in zip(r.names, zeros(pruned(r, "magnitude", variant)), r.model.blocks, strict=True):
+        for slot, linear in names.items():
+            expected, ordered = (
+                bits(want[f"mask:{linear}"], got[slot].shape),
+                np.sort(np.abs(groups(weight(dense, slot), m)), axis=2),
+            )
+            differing = (groups(got[slot], m) != groups(expected, m)).any(axis=2)
+            ambiguous = ordered[..., n - 1] == ordered[..., n]
+            assert ambiguous.sum() == ties[linear], linear
+            assert not (differing & ~ambiguous).any(), linear
+
+
+class Ranked(NamedTuple):
+    """A model with the statistics of its one dense walk, as every scorer of LLM-Rank reads them."""
+
+    reference: Reference
+    stats: list[dict[str, Any]]
+
+
+@functools.cache
+def ranked(r: Reference) -> Ranked:
+    """The walk, with the released runs' micro-batches of four."""
+    return Ranked(r, wiring._statistics(r.model, r.calibration, Request(0.3, batch=4)))
+
+
+def by_block(flat: np.ndarray, stats: list[dict[str, Any]], keys: tuple[str, str]) -> Pairs:
+    """A golden's vector, all linears one after the other, as a pair a block; `keys` name statistics of their widths."""
+    parts = np.split(flat, np.cumsum([s[k].shape[0] for s in stats for k in keys])[:-1])
+    return list(zip(parts[::2], parts[1::2], strict=True))
+
+
+def assert_rows(got: np.ndarray, want: np.ndarray, importance: np.ndarray) -> None:
+    """The same rows are removed, but for those at the boundary whose importances differ by less than a relative 2e-6."""
+    assert got.sum() == want.sum()
+    if want.any():
+        boundary = np.sort(importance)[want.sum() - 1]
+        assert np.all(np.abs(importance[got != want] - boundary) <= 2e-6 * boundary)
+
+
+def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: str) -> None:
+    """Importances to a relative 1e-4, and the rows that local and global selection remove."""
+    entry = index(shared)[name, f"llmrank-{scorer}-{chain}"]
+    masks, other = golden(shared, name, entry["variant"]), entry["importance_identical_to"]
+    stored = masks if "importance" in masks else golden(shared, name, other)
+    want = by_block(stored["importance"], r.stats, ("a_up", "a_down"))
+    s = {"gamma": 0.0, "theta": 0.5, "zero_pruned": False, **RANKS[scorer]}
+    centrality = as_released(s["scorer"], s["gamma"], s["theta"], wiring.ZEROED * s["zero_pruned"], CHAINS[chain])
+    got = wiring._importance(r.reference.model, r.stats, centrality, False, 0)
+    for pair, expected in zip(got, want, strict=True):
+        for a, b in zip(pair, expected, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-4)
+    for scope in ("local", "global"):
+        removed = by_block(bits(masks[f"pruned_rows:{scope}0.3"], stored["importance"].shape), r.stats, ("a_up", "a_down"))
+        kept = wiring._keep_rows(got, 0.3, scope, CHAINS[chain], True)
+        for keep, gone, expected in zip(kept, removed, want, strict=True):
+            for linear in (0, 1):
+                assert_rows(~keep[linear], gone[linear], expected[linear])
+
+
+def check_activations(shared: pathlib.Path, name: str, r: Ranked) -> None:
+    """Norms of what enters and leaves up and down, to a relative 1e-4."""
+    want = golden(shared, name, "llmrank-activation-chained")
+    for field, keys in {"in_activation": ("a_in", "a_mid"), "out_activation": ("a_up", "a_down")}.items():
+        for s, pair in zip(r.stats, by_block(want[field], r.stats, keys), strict=True):
+            for key, expected in zip(keys, pair, strict=True):
+                np.testing.assert_allclose(s[key], expected, rtol=1e-4, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-gqa"])
+def test_llmrank_activations(shared: pathlib.Path, name: str) -> None:
+    check_activations(shared, name, ranked(tiny(shared, name)))
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("scorer", RANKS)
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-gqa"])
+def test_llmrank_importances_and_rows(shared: pathlib.Path, name: str, scorer: str, chain: str) -> None:
+    check_ranks(shared, name, ranked(tiny(shared, name)), scorer, chain)
+
+
+@pytest.mark.parametrize(
+    ("name", "scorer", "chain", "scope"),
+    [("tiny-llama", "mpr-zT", "chained", "local"), ("tiny-llama-gqa", "wpr-g0.5", "isolated", "global")],
+)
+def test_llmrank_zeroes_these_rows(shared: pathlib.Path, name: str, scorer: str, chain: str, scope: Any) -> None:
+    """The whole method: the rows are zero, nothing else has changed, and the perplexity is theirs."""
+    r, want = tiny(shared, name), golden(shared, name, f"llmrank-{scorer}-{chain}")
+    method = llmrank(**RANKS[scorer], chain=CHAINS[chain], scope=scope, units="rows", variant="official")
+    model, _ = prune(r.model, method, r.calibration, Request(0.3, batch=4))
+    removed = by_block(bits(want[f"pruned_rows:{scope}0.3"], (len(want["importance"]),)), ranked(r).stats, ("a_up", "a_down"))
+    for new, old, (up, down) in zip(model.blocks, r.model.blocks, removed, strict=True):
+        assert np.array_equal(new.up.w, np.where(up[:, None], 0, old.up.w))
+        assert np.array_equal(new.down.w, np.where(down[:, None], 0, old.down.w))
+        assert new.gate is old.gate
+    assert_perplexity(r, model, want[f"window_ce:{scope}0.3"])
+
+
+@pytest.fixture(scope="module")
+def smollm2_ranked(shared: pathlib.Path, smollm2: pathlib.Path) -> Ranked:
+    """The one walk over SmolLM2-135M that all its scorers share: half a minute."""
+    return ranked(load(smollm2, shared / "golden/tokens/smollm2"))
+
+
+def test_llmrank_activations_of_smollm2(shared: pathlib.Path, smollm2_ranked: Ranked) -> None:
+    check_activations(shared, "smollm2", smollm2_ranked)
+
+
+@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("scorer", RANKS)
+def test_llmrank_importances_and_rows_of_smollm2(shared: pathlib.Path, smollm2_ranked: Ranked, scorer: str, chain: str) -> None:
+    check_ranks(shared, "smollm2", smollm2_ranked, scorer, chain)

@@ -1,0 +1,68 @@
+"""The shape of the code: imports flow one way, files and functions stay small, public functions say what they do."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SEES = {  # which packages a package may import from
+    "models": {"models"},
+    "calibration": {"models", "calibration"},
+    "pruning": {"models", "calibration", "pruning"},
+    "eval": {"models", "eval"},
+    "launch": {"models", "calibration", "pruning", "eval", "launch"},
+}
+FILES = sorted(f for package in SEES for f in (ROOT / package).glob("*.py"))
+
+
+def trees() -> list[tuple[Path, ast.Module]]:
+    return [(f, ast.parse(f.read_text())) for f in FILES]
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_imports_flow_one_way(file: Path) -> None:
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = (
+            [a.name for a in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        for name in names:
+            package = name.split(".")[0]
+            assert package not in SEES or package in SEES[file.parent.name], f"{file} imports {name}"
+
+
+def test_only_launch_knows_flags() -> None:
+    for file, tree in trees():
+        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names} | {
+            n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
+        }
+        assert file.parent.name == "launch" or not any(str(name).startswith("absl") for name in imported), file
+
+
+def test_no_method_names_a_family() -> None:
+    for file in (ROOT / "pruning").glob("*.py"):
+        strings = {
+            n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
+        assert not strings & {"llama", "opt", "q", "k", "v", "o", "up", "down", "gate", "fc1", "fc2"}, file
+
+
+def test_files_and_functions_stay_small() -> None:
+    for file, tree in trees():
+        assert len(file.read_text().splitlines()) <= 350, file
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                length = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
+                assert length <= 50, f"{file}: {node.name} has {length} lines"
+
+
+def test_what_is_public_has_a_docstring() -> None:
+    for file, tree in trees():
+        assert ast.get_docstring(tree), f"{file} has no docstring"
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                assert ast.get_docstring(node), f"{file}: {node.name} has no docstring"
