@@ -52,10 +52,8 @@ def perplexity(model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh 
     chunk = max(batch, ACTIVATION_BYTES // per_window // batch * batch)
     found = []
     for start in range(0, len(windows), chunk):
-        tokens = [
-            split(windows[j : min(j + batch, start + chunk)], mesh, "sample")
-            for j in range(start, min(start + chunk, len(windows)), batch)
-        ]
+        together = windows[start : start + chunk]
+        tokens = [split(together[j : j + batch], mesh, "sample") for j in range(0, len(together), batch)]
         xs = [embed(arch, ends, t) for t in tokens]
         for i in range(len(model.blocks)):
             block = place(model.blocks[i], mesh)

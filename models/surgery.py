@@ -14,14 +14,22 @@ def _entries(member: Member, units: np.ndarray) -> np.ndarray:
     return (units[:, None] * member.width + np.arange(member.width)[None, :]).reshape(-1)
 
 
+def _stays(size: int, gone: np.ndarray) -> np.ndarray:
+    """bool [size]. A mask is as long whatever goes, so zeroing compiles once; a scatter would for every number of indices."""
+    stays = np.ones(size, bool)
+    stays[gone] = False
+    return stays
+
+
 def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
     """The linear with the output rows (int [r]) zero, and their biases."""
-    return Linear(p.w.at[rows].set(0), None if p.b is None else p.b.at[rows].set(0))
+    stays = _stays(p.w.shape[0], rows)
+    return Linear(jnp.where(stays[:, None], p.w, 0), None if p.b is None else jnp.where(stays, p.b, 0))
 
 
 def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
     at = _entries(member, units)
-    return zero_rows(p, at) if member.axis == 0 else Linear(p.w.at[:, at].set(0), p.b)
+    return zero_rows(p, at) if member.axis == 0 else Linear(jnp.where(_stays(p.w.shape[1], at)[None, :], p.w, 0), p.b)
 
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:

@@ -126,7 +126,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"hidden_size": "32"}, "hidden_size"),
     ({"hidden_size": 0}, "hidden_size"),
     ({"hidden_size": 32.0}, "hidden_size"),
-    ({"hidden_size": True}, "hidden_size"),
+    ({"vocab_size": True}, "vocab_size"),
     ({"vocab_size": -1}, "vocab_size"),
     ({"num_hidden_layers": 0}, "num_hidden_layers"),
     ({"num_attention_heads": 5, "num_key_value_heads": 5}, "hidden_size=32 is not a multiple of num_attention_heads=5"),

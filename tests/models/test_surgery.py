@@ -12,8 +12,6 @@ from models.layers import Linear
 from models.surgery import cut, mask, units, zero_rows
 from reference import tiny
 
-FAMILIES = {**tiny.FAMILIES, "qwen2": tiny.QWEN2, "opt-350m": tiny.OPT_350M}
-
 
 def random_keeps(model: Model, group: str, seed: int = 3) -> list[np.ndarray]:
     """Another set of units in every block, some kept and some not."""
@@ -27,9 +25,9 @@ def random_keeps(model: Model, group: str, seed: int = 3) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("group", ["heads", "neurons"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", tiny.EVERY)
 def test_mask_and_cut_give_the_same_logits(name: str, group: str) -> None:
-    model, tokens = tiny.random_model(FAMILIES[name]), tiny.tokens()
+    model, tokens = tiny.random_model(tiny.EVERY[name]), tiny.tokens()
     g, keeps = model.arch.group(group), random_keeps(model, group)
     masked = model._replace(blocks=tuple(mask(b, g, k) for b, k in zip(model.blocks, keeps, strict=True)))
     smaller = model._replace(blocks=tuple(cut(b, g, k) for b, k in zip(model.blocks, keeps, strict=True)))

@@ -1,11 +1,14 @@
 """Tiny configurations of every family, as a `config.json` has them, and random parameters in which nothing is zero or one."""
 
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from models import hf
 from models.arch import Model
@@ -22,6 +25,7 @@ QWEN2 = {**GQA, "model_type": "qwen2"}
 OPT = {"model_type": "opt", "ffn_dim": 40, "max_position_embeddings": 64, **_SIZES, **_TOKENS}
 OPT_350M = {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
 FAMILIES = {"llama": LLAMA, "gqa": GQA, "biased": BIASED, "opt": OPT}
+EVERY = {**FAMILIES, "qwen2": QWEN2, "opt-350m": OPT_350M}
 
 
 def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
@@ -38,3 +42,23 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> Model:
 
     arch, ends, blocks = hf.specs(config)
     return Model(arch, *jax.tree.map(draw, (ends, blocks), is_leaf=hf.is_spec))
+
+
+def state_of(config: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
+    """The model's arrays under their checkpoint names."""
+    names = jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
+    return {s.name: np.asarray(x) for s, x in zip(names, jax.tree.leaves((model.ends, tuple(model.blocks))), strict=True)}
+
+
+def write(directory: pathlib.Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any] = GQA) -> pathlib.Path:
+    """A checkpoint of one safetensors file and a `config.json`, without the project's own writer."""
+    directory.mkdir(exist_ok=True)
+    save_file({n: np.ascontiguousarray(v) for n, v in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def assert_equal(got: Model, expected: Model) -> None:
+    """Both models have the same architecture, and arrays equal bit for bit."""
+    assert got.arch is expected.arch
+    jax.tree.map(np.testing.assert_array_equal, (got.ends, tuple(got.blocks)), (expected.ends, tuple(expected.blocks)))
