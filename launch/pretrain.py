@@ -26,6 +26,7 @@ from calibration import stories
 from calibration.data import evaluation_tokens
 from eval.perplexity import perplexity
 from launch import cli
+from launch.staging import check_free, staged
 from models import hf, init, store
 from models.arch import Arch, Model, logits
 from models.errors import InputError
@@ -65,7 +66,7 @@ class Settings:
 def options() -> cli.Flags:
     """The command's flags, with the defaults of `Settings`' fields."""
     f = cli.Flags("launch.pretrain", str(__doc__))
-    f.string("output", None, "directory of the trained model; must not exist")
+    f.string("output", None, "directory of the trained model")
     f.integer("seed", 0, "of the parameters, and of the stories to learn from")
     f.integer("log_every", 100, "steps between two lines of progress", least=1)
     f.group("Model")
@@ -174,7 +175,7 @@ def loss(model: Model, tokens: jax.Array) -> jax.Array:
 def make_optimizer(s: Settings) -> optax.GradientTransformation:
     """AdamW on clipped gradients, linear warm-up, cosine decay to a tenth; matrices alone decay, not norms and biases."""
     rate = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup, s.steps, end_value=s.learning_rate / 10)
-    adamw = optax.adamw(rate, b2=0.95, weight_decay=s.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
+    adamw = optax.adamw(rate, b2=0.99, weight_decay=s.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
     return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
 
 
@@ -191,13 +192,13 @@ def make_step(arch: Arch, optimizer: optax.GradientTransformation) -> Step:
 
 def train(s: Settings, config: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> Model:
     """Train a model from random parameters (float32), printing loss and speed on the way."""
-    arch, *params = init.init_model(config, jax.random.key(s.seed))
-    params, optimizer = tuple(params), make_optimizer(s)
+    arch, ends, blocks = init.init_model(config, jax.random.key(s.seed))
+    params, optimizer = (ends, blocks), make_optimizer(s)
     state, step = optimizer.init(params), make_step(arch, optimizer)
     start = time.monotonic()
     data = batches(tokenizer, "train", s.seed, (s.batch, s.length))
     for i, tokens in enumerate(itertools.islice(data, s.steps), 1):
-        params, state, value = step(params, state, tokens)
+        params, state, value = step(params, state, jnp.asarray(tokens))
         if i == 1 or i % s.log_every == 0 or i == s.steps:
             print(f"step {i}/{s.steps}  loss {value:.4f}  {(time.monotonic() - start) / i:.3f} s/step", flush=True)
     return Model(arch, *params)
@@ -216,8 +217,7 @@ def held_out(model: Model, tokenizer: tokenizers.Tokenizer, s: Settings) -> floa
 
 def check(s: Settings, output: pathlib.Path) -> None:
     """InputError for what no flag can check by itself."""
-    if output.exists():
-        raise InputError(f"--output={output} exists: choose another directory, or remove it")
+    check_free(output, "config.json")
     if s.warmup >= s.steps:
         raise InputError(f"--warmup={s.warmup} leaves none of the {s.steps} steps to train: make it smaller")
     if s.family == "opt" and s.kv_heads:
@@ -230,7 +230,7 @@ def check(s: Settings, output: pathlib.Path) -> None:
 def pretrain(s: Settings, output: pathlib.Path) -> float:
     """Train tokenizer and model, write the checkpoint (float16), which appears at `output` only when complete.
 
-    Returns the perplexity of the stored parameters on the evaluation split. InputError when `output` exists or settings disagree.
+    Returns the perplexity of the stored parameters on the evaluation split. InputError when `output` is taken or settings disagree.
     """
     check(s, output)
     tokenizer = train_tokenizer(s.vocabulary, s.seed)
@@ -239,13 +239,9 @@ def pretrain(s: Settings, output: pathlib.Path) -> float:
     stored = Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float16), model[1:]))
     result = held_out(Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float32), stored[1:])), tokenizer, s)
     print(f"perplexity on {s.eval_windows} windows of the evaluation split: {result:.4f}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as staging:
-        companions, checkpoint = pathlib.Path(staging, "tokenizer"), pathlib.Path(staging, "checkpoint")
-        companions.mkdir()
-        save_tokenizer(tokenizer, companions, s.length)
-        store.save(checkpoint, stored, config, companions)
-        checkpoint.rename(output)
+    with staged(output, "config.json") as directory, tempfile.TemporaryDirectory() as companions:
+        save_tokenizer(tokenizer, pathlib.Path(companions), s.length)
+        store.save(directory, stored, config, pathlib.Path(companions))
     return result
 
 

@@ -14,6 +14,13 @@ def _counts(total: int, fraction: np.ndarray) -> np.ndarray:
     return (np.asarray(fraction, np.float64) * total).astype(np.int32)
 
 
+def _counts_per_matrix(shape: tuple[int, int], fraction: np.ndarray) -> np.ndarray:
+    if np.ndim(fraction):
+        # Broadcasting would compare the rows' thresholds with columns where a matrix is square.
+        raise InputError("--allocation gives every row its own sparsity, one threshold a matrix cannot follow it: prune by row")
+    return _counts(shape[0] * shape[1], fraction)
+
+
 def _keep_per_matrix(score: jax.Array, count: jax.Array) -> Mask:
     """True above the score of rank `count` (from 0): ties with it go too, as in Wanda's repository. count = 0 keeps all."""
     threshold = jnp.sort(score, axis=None)[count]
@@ -30,7 +37,7 @@ def _keep_per_row(score: jax.Array, count: jax.Array) -> Mask:
     return ~((below | (tied & (jnp.cumsum(tied, axis=1) <= left))) & (count > 0))
 
 
-per_matrix = Pattern(lambda shape, fraction: _counts(shape[0] * shape[1], fraction), _keep_per_matrix)
+per_matrix = Pattern(_counts_per_matrix, _keep_per_matrix)
 per_row = Pattern(lambda shape, fraction: _counts(shape[1], fraction), _keep_per_row)
 
 

