@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model, apply_block, embed
+from models.errors import InputError
 from models.sharding import place, split
 
 Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashable static argument
@@ -31,6 +33,11 @@ def _observe(arch: Arch, watch: Watch, onward: bool, block: Block, x: jax.Array,
     """One micro-batch through one block. Taps nobody watches, and the output unless `onward`, are not computed."""
     y, taps = arch.block(block, x)
     return y if onward else None, {name: observer.update(states[name], taps[name]) for name, observer in watch}
+
+
+@jax.jit
+def _finite(states: Stats) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(states)]))
 
 
 def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterable[jax.Array]:
@@ -62,6 +69,7 @@ def fold_blocks(
       batch: windows in one micro-batch.
       mesh: windows are split over its `data` axis, matrices over `model`.
       advance: called after every block, for a progress bar.
+    Raises InputError when a block's activations overflow: every score made from them would be meaningless.
     """
     arch, static = model.arch, tuple(sorted(watch.items()))
     dense = propagate == "dense"
@@ -74,6 +82,8 @@ def fold_blocks(
             for j, x in enumerate(xs):
                 y, states = _observe(arch, static, onward, block, x, states)
                 xs[j] = y if onward else x
+        if static and not _finite(states):
+            raise InputError(f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again")
         new = visit(i, block, states)
         if not dense and not last:
             xs = [apply_block(arch, new, x) for x in xs]

@@ -34,7 +34,7 @@ def _keep_per_row(score: jax.Array, count: jax.Array) -> Mask:
     below, tied = score < highest_out, score == highest_out
     # Sorting values and settling ties by a running count is several times cheaper than sorting indices, and the same.
     left = count - jnp.sum(below, axis=1, keepdims=True)
-    return ~((below | (tied & (jnp.cumsum(tied, axis=1) <= left))) & (count > 0))
+    return ~(below | (tied & (jnp.cumsum(tied, axis=1) <= left)))
 
 
 per_matrix = Pattern(_counts_per_matrix, _keep_per_matrix)

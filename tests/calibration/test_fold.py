@@ -11,6 +11,7 @@ from calibration import fold
 from calibration.fold import batches, fold_blocks
 from calibration.observers import batch_norms, second_moment
 from models.arch import Block, Model, embed
+from models.errors import InputError
 from models.sharding import make_mesh
 from reference.small import FAMILIES, model, run_block, same, tokens
 
@@ -122,6 +123,23 @@ def test_nothing_is_computed_where_nothing_is_watched(monkeypatch: pytest.Monkey
     assert collect(m, tokens()[:0], False, watch={}, propagate="pruned") == [{}, {}, {}]
 
 
+def test_activations_that_overflow_are_bad_input() -> None:
+    """Before the visitor sees them: a score of NaN would silently remove the wrong weights."""
+    m = model("llama")
+    loud = m.blocks[1].replace(up=m.blocks[1].up.replace(w=m.blocks[1].up.w * 1e30))
+    m, seen = m._replace(blocks=(m.blocks[0], loud, m.blocks[2])), []
+    with pytest.raises(InputError, match="the activations of block 1 are not finite: try --dtype=float32"):
+        fold_blocks(
+            m,
+            tokens(),
+            lambda i, block, _: seen.append(i) or block,
+            watch={"mlp_mid": second_moment},
+            propagate="pruned",
+            batch=3,
+        )
+    assert seen == [0]
+
+
 def test_equal_blocks_compile_once() -> None:
     """Three blocks, and a second walk, are one compilation for each micro-batch's shape (and one without output, for the last block)."""
     m, options = model("llama"), {"watch": {"mlp_in": second_moment}, "propagate": "dense", "batch": 4}
@@ -136,6 +154,12 @@ def test_micro_batches_are_the_tokens_in_order() -> None:
     parts = list(batches(windows, 3))
     assert [p.shape[0] for p in parts] == [3, 3, 1]
     assert np.array_equal(np.concatenate(parts), windows)
+
+
+def test_micro_batches_are_split_over_the_mesh() -> None:
+    """Where the number of windows allows it; a last batch of three stays whole on every device."""
+    parts = list(batches(tokens(11), 8, make_mesh("data=4,model=2")))
+    assert [p.sharding.shard_shape(p.shape) for p in parts] == [(2, 12), (3, 12)]
 
 
 def test_a_mesh_changes_no_statistic() -> None:
