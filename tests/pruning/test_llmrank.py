@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from calibration import fold
 from models.arch import Model, embed
 from models.errors import InputError
 from models.surgery import cut, mask
@@ -164,6 +165,12 @@ def test_several_scans_are_one(variant: Any, monkeypatch: pytest.MonkeyPatch) ->
         assert same(one[0].blocks, many[0].blocks)
         for a, b in zip(one[1].scores, many[1].scores, strict=True):
             np.testing.assert_allclose(a["up"], b["up"], rtol=1e-6)
+
+
+def test_statistics_cost_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is pruned on the way, so no block runs a second time."""
+    monkeypatch.setattr(fold, "apply_block", None)
+    run(model("llama"))
 
 
 def test_zeroing_is_for_modified_page_rank() -> None:
