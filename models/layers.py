@@ -135,9 +135,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> j
         rows = q[:, :, start:end].reshape(b * kv, -1, h)
         weights = jnp.einsum("zih,zjh->zij", rows, k[:, 0, first:end], preferred_element_type=jnp.float32)
         weights = jnp.where(seen[None, None], weights.reshape(b * kv, -1, end - start, end - first), -jnp.inf)
-        weights = jnp.exp(weights - jnp.max(weights, axis=-1, keepdims=True))
-        summed = jnp.einsum("zgij,zjh->zgih", weights.astype(v.dtype), v[:, 0, first:end], preferred_element_type=jnp.float32)
-        out.append((summed / jnp.sum(weights, axis=-1, keepdims=True)).astype(v.dtype))
+        weights = jax.nn.softmax(weights, axis=-1).astype(v.dtype)
+        out.append(jnp.einsum("zgij,zjh->zgih", weights, v[:, 0, first:end], preferred_element_type=jnp.float32).astype(v.dtype))
     return jnp.concatenate(out, axis=2).reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
