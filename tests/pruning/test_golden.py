@@ -5,23 +5,26 @@ import functools
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from calibration.fold import fold_blocks
-from calibration.observers import second_moment
+from calibration.observers import SecondMoment, second_moment
 from eval.perplexity import perplexity
 from models.arch import Block, Model
 from models.hf import linear_name
 from models.store import in_memory, open_checkpoint
 from pruning import llmrank as wiring
+from pruning import scores
 from pruning.llmrank import llmrank
 from pruning.llmrank_core import as_released
 from pruning.methods import METHODS
+from pruning.patterns import n_of_m, per_row
 from pruning.types import Request, prune
 from reference.small import weight, zeros
 
@@ -92,40 +95,73 @@ def pruned(r: Reference, method: str, variant: str) -> Model:
     return prune(r.model, METHODS[method](), r.calibration, Request(sparsity, pattern))[0]
 
 
+def groups(x: np.ndarray, m: int) -> np.ndarray:
+    """Every m consecutive inputs together, [out in/m m]."""
+    return x.reshape(len(x), -1, m)
+
+
+def follow(
+    r: Reference, masks: Mapping[str, np.ndarray], see: Callable[[str, jax.Array, SecondMoment, np.ndarray], None]
+) -> None:
+    """Walk the blocks as the authors' run did, pruned by its masks; `see` gets each linear's name, weights, statistics and mask."""
+
+    def visit(i: int, block: Block, stats: Any) -> Block:
+        new = {}
+        for slot in r.model.arch.slots:
+            linear, name = getattr(block, slot.name), r.names[i][slot.name]
+            mask = bits(masks[f"mask:{name}"], linear.w.shape)
+            see(name, linear.w, stats[slot.reads], mask)
+            new[slot.name] = linear.replace(w=jnp.where(mask, 0, linear.w))
+        return block.replace(**new)
+
+    watch = {slot.reads: second_moment for slot in r.model.arch.slots}
+    fold_blocks(r.model, r.calibration, visit, watch=watch, propagate="pruned", batch=8)
+
+
 @pytest.mark.parametrize("variant", SPARSITY)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_wanda_masks_are_bit_exact(shared: pathlib.Path, name: str, variant: str) -> None:
-    """Ties included: inputs that are never active, of which tiny-opt has some, make groups of equal scores.
+def test_wanda_masks_of_every_linear(shared: pathlib.Path, name: str, variant: str) -> None:
+    """To the bit, but for a pair or two within a relative 1e-5 of the boundary, whose order is the rounding's."""
+    sparsity, pattern = SPARSITY[variant]
+    own = n_of_m(*pattern) if pattern else per_row
 
-    No bit differs where this was written. Another machine's code adds in another order, which may swap a pair in a row or two.
-    """
+    def see(linear: str, w: jax.Array, stats: SecondMoment, mask: np.ndarray) -> None:
+        score = scores.wanda(w, stats)
+        count = own.counts(w.shape, np.float64(sparsity))
+        m = pattern[1] if pattern else w.shape[1]
+        together, differing = groups(np.asarray(score), m), groups(mask == np.asarray(own.keep(score, count)), m)
+        boundary = np.sort(together, axis=2)[..., count - 1 : count]
+        assert np.all((np.abs(together - boundary) <= 1e-5 * boundary)[differing]), linear
+        assert differing.sum() <= 4, linear
+
+    follow(tiny(shared, name), golden(shared, name, f"wanda-{variant}"), see)
+
+
+@pytest.mark.parametrize("variant", SPARSITY)
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_wanda_masks_of_the_whole_run(shared: pathlib.Path, name: str, variant: str) -> None:
+    """With JAX 0.10 no bit differs, ties at inputs that are never active included. 0.12 adds in another order: a pair is swapped, which
+    changes what later blocks see, and up to 304 of 3.9 million bits follow."""
     r, want = tiny(shared, name), golden(shared, name, f"wanda-{variant}")
     model = pruned(r, "wanda", variant)
-    pairs = [
-        (got[slot], want[f"mask:{linear}"])
+    same = [
+        got[slot] == bits(want[f"mask:{linear}"], got[slot].shape)
         for names, got in zip(r.names, zeros(model), strict=True)
         for slot, linear in names.items()
     ]
-    assert sum(int((got != bits(packed, got.shape)).sum()) for got, packed in pairs) <= 4
+    assert np.mean(np.concatenate([s.ravel() for s in same])) >= 0.9999
     assert_perplexity(r, model, want["window_ce"])
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_statistics_are_those_of_the_wanda_run(shared: pathlib.Path, name: str) -> None:
-    """Blocks are pruned by the stored masks, so this stands on nothing of our scores and patterns. The absolute tolerance is for
-    channels behind a ReLU that are almost never active: typical values are above one."""
-    r, masks, want = tiny(shared, name), golden(shared, name, "wanda-0.5"), golden(shared, name, "wanda-0.5-stats")
+    """The absolute tolerance is for channels behind a ReLU that are almost never active: typical values are above one."""
+    want = golden(shared, name, "wanda-0.5-stats")
 
-    def visit(i: int, block: Block, stats: Any) -> Block:
-        new = {}
-        for slot in r.model.arch.slots:
-            linear, own = getattr(block, slot.name), r.names[i][slot.name]
-            np.testing.assert_allclose(stats[slot.reads].per_sample, want[f"scaler_row:{own}"], rtol=1e-5, atol=1e-7, err_msg=own)
-            new[slot.name] = linear.replace(w=jnp.where(bits(masks[f"mask:{own}"], linear.w.shape), 0, linear.w))
-        return block.replace(**new)
+    def see(linear: str, w: jax.Array, stats: SecondMoment, mask: np.ndarray) -> None:
+        np.testing.assert_allclose(stats.per_sample, want[f"scaler_row:{linear}"], rtol=1e-5, atol=1e-7, err_msg=linear)
 
-    watch = {slot.reads: second_moment for slot in r.model.arch.slots}
-    fold_blocks(r.model, r.calibration, visit, watch=watch, propagate="pruned", batch=4)
+    follow(tiny(shared, name), golden(shared, name, "wanda-0.5"), see)
 
 
 @pytest.mark.parametrize("variant", ["0.5", "0.7"])
@@ -141,11 +177,6 @@ def test_magnitude_masks_are_bit_exact(shared: pathlib.Path, name: str, variant:
             if i in (0, 4):
                 assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), linear
     assert_perplexity(r, model, want["window_ce"])
-
-
-def groups(x: np.ndarray, m: int) -> np.ndarray:
-    """Every m consecutive inputs together, [out in/m m]."""
-    return x.reshape(len(x), -1, m)
 
 
 @pytest.mark.parametrize("variant", ["2of4", "4of8"])
