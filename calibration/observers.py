@@ -56,3 +56,18 @@ def _batch_norms_update(state: BatchNorms, x: jax.Array) -> BatchNorms:
 
 
 batch_norms = Observer(lambda c: BatchNorms(jnp.zeros(c), jnp.zeros(())), _batch_norms_update)
+
+
+class Gram(NamedTuple):
+    """`total`: sum over all tokens of x x^T, float32 [c c]; `samples`: sequences seen, float32 []."""
+
+    total: jax.Array
+    samples: jax.Array
+
+
+def _gram_update(state: Gram, x: jax.Array) -> Gram:
+    x = x.astype(jnp.float32)
+    return Gram(state.total + jnp.einsum("btc,btd->cd", x, x, precision="highest"), state.samples + x.shape[0])
+
+
+gram = Observer(lambda c: Gram(jnp.zeros((c, c)), jnp.zeros(())), _gram_update)

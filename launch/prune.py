@@ -193,7 +193,7 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
         "tasks": {},
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": quantiles(checkpoint, outcome),
-        "warnings": list(warnings_of(figures, run.padded, checkpoint, run.calibration.ids.shape[1])),
+        "warnings": [*warnings_of(figures, run.padded, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
         "load_back": {"topiary": f"largest difference of the logits {run.difference:.2g}"},
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }

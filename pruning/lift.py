@@ -1,7 +1,7 @@
 """From a layer-wise pruner to a method over a whole model: every slot of every block, in one walk."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,27 +10,65 @@ import numpy as np
 
 from calibration.fold import fold_blocks
 from models.arch import Arch, Block, Model
+from models.errors import InputError
 from pruning.allocate import uniform
 from pruning.patterns import n_of_m
 from pruning.types import Mask, Method, Outcome, Pattern, Pruner, Put, Request
+
+Notes = Mapping[str, jax.Array]
 
 
 @functools.cache
 def scored(score: Callable[[jax.Array, Any], jax.Array], keep: Callable[[jax.Array, jax.Array], Mask]) -> Callable:
     """The solver that zeroes what `keep` drops by `score` and leaves the rest as it is."""
 
-    def solve(w: jax.Array, stats: Any, count: jax.Array) -> tuple[jax.Array, Mask]:
-        kept = keep(score(w, stats), count)
-        return jnp.where(kept, w, jnp.zeros_like(w)), kept
+    def solve(ws: Sequence[jax.Array], stats: Any, counts: Sequence[jax.Array]) -> list[tuple[jax.Array, Mask]]:
+        masks = [keep(score(w, stats), n) for w, n in zip(ws, counts, strict=True)]
+        return [(jnp.where(kept, w, jnp.zeros_like(w)), kept) for w, kept in zip(ws, masks, strict=True)]
 
     return solve
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _solve_block(arch: Arch, solve: Callable, block: Block, stats: Mapping[str, Any], counts: Mapping[str, jax.Array]) -> Block:
-    linears = {slot.name: getattr(block, slot.name) for slot in arch.slots}
-    solved = {s.name: solve(linears[s.name].w, stats.get(s.reads), counts[s.name])[0] for s in arch.slots}
-    return block.replace(**{name: linears[name].replace(w=w) for name, w in solved.items()})
+@functools.partial(jax.jit, static_argnums=0)
+def solve_tap(pruner: Pruner, stats: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]) -> tuple[list, Notes]:
+    """The linears that read one tap, pruned together: (W [out in] of each, the pruner's figures)."""
+    prepared, notes = pruner.prepare(stats)
+    return [w for w, _ in pruner.solve(ws, prepared, counts)], notes
+
+
+def solve_block(
+    arch: Arch, pruner: Pruner, block: Block, stats: Mapping[str, Any], counts: Mapping[str, np.ndarray]
+) -> tuple[Block, dict[str, Notes]]:
+    """The slots in `counts` pruned, tap by tap: (the block, the pruner's figures by tap)."""
+    taps: dict[str, list[str]] = {}
+    for slot in arch.slots:
+        if slot.name in counts:
+            taps.setdefault(slot.reads, []).append(slot.name)
+    new: dict[str, Any] = {}
+    notes: dict[str, Notes] = {}
+    for tap, names in taps.items():
+        linears = [getattr(block, name) for name in names]
+        ws, notes[tap] = solve_tap(pruner, stats.get(tap), [p.w for p in linears], [counts[name] for name in names])
+        new |= {name: p.replace(w=w) for name, p, w in zip(names, linears, ws, strict=True)}
+    return block.replace(**new), notes
+
+
+def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
+    """A pruner's figures of block i as floats, by tap; InputError for one that is not finite."""
+    found = {tap: {name: float(x) for name, x in n.items()} for tap, n in notes.items()}
+    for tap, n in found.items():
+        for name, x in n.items():
+            if not np.isfinite(x):
+                raise InputError(
+                    f"block {i}, {tap}: no {name} makes its statistics solvable: use more, or other, calibration text"
+                )
+    return found
+
+
+def by_name(found: Mapping[int, Mapping[str, Mapping[str, float]]], blocks: int) -> dict[str, Any]:
+    """Figures as the report has them: for each name a list with one {tap: figure} a block, empty where nothing was done."""
+    names = {name for taps in found.values() for n in taps.values() for name in n}
+    return {name: [{tap: n[name] for tap, n in found.get(i, {}).items()} for i in range(blocks)] for name in sorted(names)}
 
 
 def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Method:
@@ -45,14 +83,15 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
         arch = model.arch
         pattern = n_of_m(*request.pattern) if request.pattern else unstructured
         budget = (request.allocation or uniform)(model, request.sparsity)
-        own = pruner(pattern)
+        own, found = pruner(pattern), {}
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
             if not any(np.any(fraction) for fraction in budget[i].values()):
                 new = block  # nothing asked of this block: its parameters stay bit for bit
             else:
                 counts = {s.name: pattern.counts(getattr(block, s.name).w.shape, budget[i][s.name]) for s in arch.slots}
-                new = _solve_block(arch, own.solve, block, stats, counts)
+                new, notes = solve_block(arch, own, block, stats, counts)
+                found[i] = figures(i, notes)
             put(i, new)
             return new
 
@@ -69,6 +108,7 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             mesh=request.mesh,
             advance=request.advance,
         )
-        return Outcome(asked=tuple({name: float(np.mean(f)) for name, f in b.items()} for b in budget))
+        asked = tuple({name: float(np.mean(f)) for name, f in b.items()} for b in budget)
+        return Outcome(asked, details=by_name(found, len(model.blocks)))
 
     return method

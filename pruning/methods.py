@@ -1,10 +1,13 @@
 """The table of contents: every method and allocation by the name a user writes, each a few lines of composition."""
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 from calibration.observers import second_moment
+from models.errors import InputError
 from pruning import patterns, scores
+from pruning import sparsegpt as obs
 from pruning.allocate import uniform
 from pruning.lift import per_linear, scored
 from pruning.llmrank import llmrank
@@ -33,5 +36,31 @@ def wanda() -> Method:
     return per_linear(pruner, patterns.per_row)
 
 
-METHODS: dict[str, Callable[..., Method]] = {"magnitude": magnitude, "wanda": wanda, "llmrank": llmrank}
+def multiflow() -> Method:
+    """MULTIFLOW (Farina et al. 2024) as NeuroAL's authors use it: in each row, the weights that carry the least flow go."""
+
+    def pruner(pattern: Pattern) -> Pruner:
+        return Pruner(second_moment, scored(scores.multiflow, pattern.keep))
+
+    return per_linear(pruner, patterns.per_row)
+
+
+def sparsegpt(damp: float = 0.01) -> Method:
+    """SparseGPT (Frantar & Alistarh 2023): weights go by their effect on the output, the others make it good, column after column.
+
+    Args:
+      damp: what is added to the diagonal of H, as a share of its mean; raised, and the report says so, where H does not factor.
+    """
+    if not damp >= 0:
+        raise InputError(f"sparsegpt: damp={damp} must not be negative")
+    return obs.reporting(per_linear(functools.partial(obs.pruner, damp), patterns.per_column_block(obs.COLUMNS)), damp)
+
+
+METHODS: dict[str, Callable[..., Method]] = {
+    "magnitude": magnitude,
+    "wanda": wanda,
+    "multiflow": multiflow,
+    "sparsegpt": sparsegpt,
+    "llmrank": llmrank,
+}
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform}

@@ -5,7 +5,7 @@ It never mutates, so trying something is calling it, and undoing it is dropping 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,20 +27,31 @@ class Pattern(NamedTuple):
     counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: how many entries that is. On the host, in float64, so that
       the number does not depend on float32 rounding; passed on as data, so one compilation serves every budget.
     keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure; runs under jit.
+    group: m where every m consecutive inputs are chosen from on their own, else None.
     """
 
     counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
     keep: Callable[[jax.Array, jax.Array], Mask]
+    group: int | None = None
+
+
+def as_it_is(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:
+    """Statistics that need no preparation."""
+    return stats, {}
 
 
 class Pruner(NamedTuple):
-    """A layer-wise method: what it must know of a linear's input (None: nothing), and what it does with it.
+    """A layer-wise method: what it must know of linears' common input, and what it does with it.
 
-    solve: (W [out in], statistics of the input, count as Pattern.counts gives it) -> (W [out in], kept bool [out in]).
+    observer: of the input; None: nothing need be known.
+    solve: (the W [out in] that read the input, what `prepare` made of its statistics, for each W a count as Pattern.counts gives it)
+      -> (W [out in], kept bool [out in]) for each.
+    prepare: statistics -> (what `solve` wants of them, figures for the report: float32 [] by name). Done once for an input.
     """
 
     observer: Observer | None
-    solve: Callable[[jax.Array, Any, jax.Array], tuple[jax.Array, Mask]]
+    solve: Callable[[Sequence[jax.Array], Any, Sequence[jax.Array]], Sequence[tuple[jax.Array, Mask]]]
+    prepare: Callable[[Any], tuple[Any, Mapping[str, jax.Array]]] = as_it_is
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +91,7 @@ class Outcome:
     removed: a block's {slot: Removed} for structured methods, else empty.
     scores: a block's {slot: scores} for the report's plots; `scores_label` says what they are.
     details: method-specific figures, JSON-able.
+    warnings: what a reader of the result must know, a sentence each.
     """
 
     asked: tuple[Mapping[str, float], ...]
@@ -87,6 +99,7 @@ class Outcome:
     scores: tuple[Mapping[str, np.ndarray], ...] = ()
     scores_label: str = ""
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 Method = Callable[[Model, np.ndarray, Request, Put], Outcome]

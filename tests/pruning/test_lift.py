@@ -1,6 +1,6 @@
 """From a layer-wise pruner to a whole model, against a plain loop over blocks in NumPy; budgets of blocks and rows; what is left alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -115,9 +115,10 @@ def test_without_an_observer_no_token_is_looked_at(monkeypatch: pytest.MonkeyPat
     assert all(zero.any() for gone in zeros(pruned) for zero in gone.values())
 
 
-def returned_input(w: jax.Array, stats: Any, count: jax.Array) -> tuple[jax.Array, Mask]:
+def returned_input(ws: Sequence[jax.Array], stats: Any, counts: Sequence[jax.Array]) -> list[tuple[jax.Array, Mask]]:
     """A solver that writes what it was given: the statistics of its input, and the count."""
-    return jnp.broadcast_to(stats.per_sample[None, :] + 1000.0 * count, w.shape), jnp.ones(w.shape, bool)
+    told = [jnp.broadcast_to(stats.per_sample[None, :] + 1000.0 * n, w.shape) for w, n in zip(ws, counts, strict=True)]
+    return [(x, jnp.ones(x.shape, bool)) for x in told]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
@@ -139,7 +140,7 @@ def test_equal_parts_make_one_solver() -> None:
 
 def test_a_solver_gives_its_mask() -> None:
     w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
-    new, kept = scored(scores.magnitude, per_row.keep)(w, None, jnp.int32(3))
+    ((new, kept),) = scored(scores.magnitude, per_row.keep)([w], None, [jnp.int32(3)])
     assert kept.dtype == bool and np.array_equal(kept.sum(axis=1), [5] * 4)
     assert np.array_equal(new, np.where(kept, w, 0))
 
