@@ -46,6 +46,50 @@ def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterabl
         yield split(tokens[start : start + batch], mesh, "sample")
 
 
+def walk_blocks(
+    model: Model,
+    tokens: np.ndarray,
+    visit: Callable[[int, Block, list[jax.Array], bool], tuple[Block, list[jax.Array] | None]],
+    *,
+    batch: int = 8,
+    mesh: Mesh | None = None,
+    advance: Callable[[], None] = lambda: None,
+) -> None:
+    """Visit every block with the hidden states that reach it: what `fold_blocks` is made of, for methods that need more than statistics.
+
+    Args:
+      visit: (i, block, its inputs [b t d] a micro-batch, whether it is the last) -> (the block that takes its place, what comes out of
+        it, or None to have the new block run over its inputs).
+      The others are `fold_blocks`'.
+    """
+    ends = place(model.ends, mesh)
+    xs = [embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)]
+    for i in range(len(model.blocks)):
+        last = i == len(model.blocks) - 1
+        new, ys = visit(i, place(model.blocks[i], mesh), xs, last)
+        if not last:
+            xs = [apply_block(model.arch, new, x) for x in xs] if ys is None else ys
+        advance()
+
+
+def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs: list[jax.Array], onward: bool = False) -> Stats:
+    """Statistics of block i over its inputs, which become its outputs in place if `onward`.
+
+    Raises InputError when the block's activations overflow: every score made from them would be meaningless.
+    """
+    static = tuple(sorted(watch.items()))
+    if not static and not onward:
+        return {}
+    states: Stats = _start(arch, static, block, xs[0])
+    for j, x in enumerate(xs):
+        y, states = _observe(arch, static, onward, block, x, states)
+        if onward:
+            xs[j] = y
+    if static and not _finite(states):
+        raise InputError(f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again")
+    return states
+
+
 def fold_blocks(
     model: Model,
     tokens: np.ndarray,
@@ -69,22 +113,12 @@ def fold_blocks(
       batch: windows in one micro-batch.
       mesh: windows are split over its `data` axis, matrices over `model`.
       advance: called after every block, for a progress bar.
-    Raises InputError when a block's activations overflow: every score made from them would be meaningless.
+    Raises InputError as `observe` does.
     """
-    arch, static = model.arch, tuple(sorted(watch.items()))
     dense = propagate == "dense"
-    ends = place(model.ends, mesh)
-    xs = [embed(arch, ends, t) for t in batches(tokens, batch, mesh)]
-    for i in range(len(model.blocks)):
-        block, last = place(model.blocks[i], mesh), i == len(model.blocks) - 1
-        onward, states = dense and not last, _start(arch, static, block, xs[0]) if static else {}
-        if static or onward:
-            for j, x in enumerate(xs):
-                y, states = _observe(arch, static, onward, block, x, states)
-                xs[j] = y if onward else x
-        if static and not _finite(states):
-            raise InputError(f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again")
-        new = visit(i, block, states)
-        if not dense and not last:
-            xs = [apply_block(arch, new, x) for x in xs]
-        advance()
+
+    def each(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, list[jax.Array] | None]:
+        stats = observe(model.arch, watch, i, block, xs, dense and not last)
+        return visit(i, block, stats), xs if dense else None
+
+    walk_blocks(model, tokens, each, batch=batch, mesh=mesh, advance=advance)

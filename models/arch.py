@@ -54,6 +54,7 @@ class Arch(NamedTuple):
     embed: (ends, tokens int [b t]) -> x [b t d].
     block: (block, x [b t d]) -> (x [b t d], taps).
     head: (ends, x [b t d]) -> logits float32 [b t vocab].
+    residual: a block's output is its last linear's output added to the residual stream, with no norm after it.
     """
 
     config: Any
@@ -62,6 +63,7 @@ class Arch(NamedTuple):
     head: Callable[[Ends, jax.Array], jax.Array]
     slots: tuple[Slot, ...]
     groups: tuple[Group, ...]
+    residual: bool = True
 
     def group(self, name: str) -> Group:
         """The coupled group called `name`; KeyError if the architecture has none."""

@@ -115,4 +115,5 @@ def arch(config: Config) -> Arch:
             Group("heads", Member("o", 1, h), (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h))),
             Group("neurons", Member("fc2", 1, 1), (Member("fc1", 0, 1),)),
         ),
+        residual=config.pre_norm,
     )

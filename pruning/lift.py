@@ -37,7 +37,7 @@ def solve_tap(pruner: Pruner, stats: Any, ws: Sequence[jax.Array], counts: Seque
 
 
 def solve_block(
-    arch: Arch, pruner: Pruner, block: Block, stats: Mapping[str, Any], counts: Mapping[str, np.ndarray]
+    arch: Arch, pruner: Pruner, block: Block, stats: Mapping[str, Any], counts: Mapping[str, Any]
 ) -> tuple[Block, dict[str, Notes]]:
     """The slots in `counts` pruned, tap by tap: (the block, the pruner's figures by tap)."""
     taps: dict[str, list[str]] = {}

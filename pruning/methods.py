@@ -11,6 +11,7 @@ from pruning import sparsegpt as obs
 from pruning.allocate import uniform
 from pruning.lift import per_linear, scored
 from pruning.llmrank import llmrank
+from pruning.sparsellm import sparsellm
 from pruning.types import Allocator, Method, Pattern, Pruner
 
 
@@ -61,6 +62,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "wanda": wanda,
     "multiflow": multiflow,
     "sparsegpt": sparsegpt,
+    "sparsellm": sparsellm,
     "llmrank": llmrank,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform}

@@ -56,7 +56,7 @@ def _counts_per_column_block(columns: int, shape: tuple[int, int], fraction: np.
     """[blocks] for one fraction, [blocks out] for one a row, which then loses `int(in * fraction)` over all blocks."""
     ends = np.minimum(np.arange(columns, shape[1] + columns, columns), shape[1])
     if np.ndim(fraction):
-        return np.diff(_counts(1, ends[:, None] * np.asarray(fraction, np.float64)), axis=0, prepend=0)
+        return np.diff(_counts(1, ends[:, None] * np.asarray(fraction, np.float64)), axis=0, prepend=np.int32(0))
     return _counts(1, np.diff(ends, prepend=0) * shape[0] * np.float64(fraction))
 
 

@@ -6,8 +6,8 @@ says how an error in column i is best spread over the columns after it (Algorith
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -183,17 +183,21 @@ def pruner(damp: float, pattern: Pattern) -> Pruner:
     return Pruner(gram, functools.partial(solve, keep=pattern.keep, group=pattern.group), prepare)
 
 
+def raised(details: Mapping[str, Any], damp: float) -> list[str]:
+    """A sentence for every input whose H needed more damping than `damp`."""
+    return [
+        f"block {i}, {tap}: damping raised from {damp:g} to {found:g}, H did not factor"
+        for i, taps in enumerate(details.get("damping", ()))
+        for tap, found in taps.items()
+        if found > damp * 1.001
+    ]
+
+
 def reporting(method: Method, damp: float) -> Method:
-    """The method with a warning for every input whose H needed more damping than `damp`."""
+    """The method with these sentences among its warnings."""
 
     def reported(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         outcome = method(model, tokens, request, put)
-        raised = [
-            f"block {i}, {tap}: damping raised from {damp:g} to {found:g}, H did not factor"
-            for i, taps in enumerate(outcome.details.get("damping", ()))
-            for tap, found in taps.items()
-            if found > damp * 1.001
-        ]
-        return dataclasses.replace(outcome, warnings=(*outcome.warnings, *raised))
+        return dataclasses.replace(outcome, warnings=(*outcome.warnings, *raised(outcome.details, damp)))
 
     return reported

@@ -1,9 +1,7 @@
 """What the authors' own code gives (../shared/golden), from the same weights and tokens: masks, statistics, importances, perplexity."""
 
-import dataclasses
 import functools
 import hashlib
-import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -15,21 +13,16 @@ import pytest
 
 from calibration.fold import fold_blocks
 from calibration.observers import SecondMoment, second_moment
-from eval.perplexity import perplexity
-from models.arch import Block, Model
-from models.hf import linear_name
-from models.store import in_memory, open_checkpoint
+from models.arch import Block
 from pruning import llmrank as wiring
 from pruning import scores
 from pruning.llmrank import llmrank
 from pruning.llmrank_core import as_released
-from pruning.methods import METHODS
 from pruning.patterns import n_of_m, per_row
 from pruning.types import Request, prune
+from reference.golden import SPARSITY, Reference, assert_perplexity, bits, golden, index, load, pruned, tiny
 from reference.small import weight, zeros
 
-WINDOWS = 8  # evaluated of each pruned model: cross-entropies are stored by window
-SPARSITY = {"0.5": (0.5, None), "0.7": (0.7, None), "2of4": (0.5, (2, 4)), "4of8": (0.5, (4, 8))}
 RANKS = {
     "wpr-default": {"scorer": "wpr"},
     "wpr-g0.5": {"scorer": "wpr", "gamma": 0.5, "theta": 0.5},
@@ -41,58 +34,6 @@ RANKS = {
 }
 CHAINS = {"chained": True, "isolated": False}
 Pairs = list[tuple[np.ndarray, np.ndarray]]  # a block's arrays for rows of up and of down
-
-
-@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that statistics can be cached
-class Reference:
-    """A model with its tokens, and the names that the goldens give its linears: a block's {slot: name}."""
-
-    model: Model
-    names: tuple[Mapping[str, str], ...]
-    calibration: np.ndarray
-    evaluation: np.ndarray
-
-
-@functools.cache
-def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
-    """The model in float32, read once."""
-    checkpoint = open_checkpoint(directory, jnp.float32)
-    slots = [s.name for s in checkpoint.model.arch.slots]
-    names = tuple({s: linear_name(spec, s)[linear_name(spec, s).index("layers.") :] for s in slots} for spec in checkpoint.specs)
-    return Reference(in_memory(checkpoint.model), names, np.load(f"{tokens}_calib.npy"), np.load(f"{tokens}_eval.npy"))
-
-
-def tiny(shared: pathlib.Path, name: str) -> Reference:
-    """One of the small trained models."""
-    return load(shared / "models" / name, shared / "golden/tokens/tiny")
-
-
-@functools.cache
-def index(shared: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The goldens' settings by model and variant."""
-    return {(r["model"], r["variant"]): r for r in json.loads((shared / "golden/index.json").read_text())["runs"]}
-
-
-def golden(shared: pathlib.Path, model: str, variant: str) -> Mapping[str, np.ndarray]:
-    """One golden's arrays."""
-    return np.load(shared / "golden" / index(shared)[model, variant]["file"])
-
-
-def bits(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A packed mask; True = zero."""
-    return np.unpackbits(packed)[: int(np.prod(shape))].reshape(shape).astype(bool)
-
-
-def assert_perplexity(r: Reference, model: Model, window_ce: np.ndarray) -> None:
-    """Each window's perplexity within a relative 1e-3."""
-    got = perplexity(model, r.evaluation[:WINDOWS], batch=4).cross_entropy
-    np.testing.assert_allclose(np.exp(got - window_ce[:WINDOWS]), 1, rtol=1e-3)
-
-
-def pruned(r: Reference, method: str, variant: str) -> Model:
-    """The model pruned as the golden's name says."""
-    sparsity, pattern = SPARSITY[variant]
-    return prune(r.model, METHODS[method](), r.calibration, Request(sparsity, pattern))[0]
 
 
 def groups(x: np.ndarray, m: int) -> np.ndarray:

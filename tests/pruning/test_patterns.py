@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.errors import InputError
-from pruning.patterns import n_of_m, parse_pattern, per_matrix, per_row
+from pruning.patterns import n_of_m, parse_pattern, per_column_block, per_matrix, per_row, value_of_rank
 from pruning.types import Pattern
 from reference import wanda as reference
 
@@ -17,6 +17,15 @@ CONTINUOUS = np.random.default_rng(0).random((6, 24)).astype(np.float32)
 TIED = np.random.default_rng(1).integers(0, 4, (6, 24)).astype(np.float32)  # zeros among them
 EQUAL = np.ones((6, 24), np.float32)
 SCORES = {"continuous": CONTINUOUS, "tied": TIED, "all equal": EQUAL, "all zero": 0 * EQUAL}
+RANKED = {
+    **SCORES,
+    "zeros and inf": np.where(TIED == 0, np.float32(np.inf), TIED - 1),
+    "all inf": np.float32(np.inf) * EQUAL,
+    "denormal": np.float32(1e-45) * np.random.default_rng(2).integers(0, 60, (6, 24)).astype(np.float32),
+    "every size": (2.0 ** np.random.default_rng(3).uniform(-149, 127.9, (6, 24))).astype(np.float32),
+    "one": np.full((1, 1), np.float32(0.3)),
+    "largest": np.full((6, 24), np.finfo(np.float32).max),
+}
 
 
 def removed(pattern: Pattern, score: np.ndarray, fraction: float | np.ndarray) -> np.ndarray:
@@ -50,6 +59,43 @@ def test_per_matrix_removes_up_to_a_threshold(name: str, fraction: float) -> Non
 @pytest.mark.parametrize("pattern", [per_row, per_matrix], ids=["per_row", "per_matrix"])
 def test_a_count_of_zero_keeps_everything(pattern: Pattern, name: str) -> None:
     assert not removed(pattern, SCORES[name], 0.0).any()
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_value_of_rank_is_that_of_a_sort(name: str) -> None:
+    """To the bit, for every rank: a comparison of floats would not tell denormals from zero where they are flushed."""
+    x = RANKED[name]
+    assert x.dtype == np.float32
+    got = jax.jit(jax.vmap(value_of_rank, (None, 0)))(jnp.asarray(x), jnp.arange(x.size))
+    assert np.array_equal(np.asarray(got).view(np.int32), np.sort(x.ravel()).view(np.int32))
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 24, 100])
+@pytest.mark.parametrize("fraction", FRACTIONS)
+def test_column_blocks_are_matrices_of_their_own(columns: int, fraction: float) -> None:
+    """int(rows * columns * fraction) of each block; the last one is as wide as what is left."""
+    pattern = per_column_block(columns)
+    counts = pattern.counts((6, 24), np.float64(fraction))
+    parts = np.split(CONTINUOUS, range(columns, 24, columns), axis=1)
+    assert counts.dtype == np.int32
+    assert counts.tolist() == [int(part.size * fraction) for part in parts]
+    for part, count in zip(parts, counts, strict=True):
+        want = reference.removed_per_matrix(part, fraction) & (count > 0)
+        assert np.array_equal(~np.asarray(pattern.keep(jnp.asarray(part), count)), want)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 8, 24, 100])
+def test_rows_lose_their_count_over_all_column_blocks(columns: int) -> None:
+    """The budget of a row is met at its end, whatever its blocks round to, and no block is asked for more than it has."""
+    pattern, fractions = per_column_block(columns), np.array(FRACTIONS)
+    counts = pattern.counts((6, 24), fractions)
+    parts = np.split(CONTINUOUS, range(columns, 24, columns), axis=1)
+    assert counts.shape == (len(parts), 6)
+    assert counts.sum(axis=0).tolist() == [int(24 * f) for f in FRACTIONS]
+    for part, count in zip(parts, counts, strict=True):
+        assert np.all((count >= 0) & (count <= part.shape[1]))
+        got = ~np.asarray(pattern.keep(jnp.asarray(part), jnp.asarray(count)))
+        assert np.array_equal(got, reference.removed_per_row(part, count))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 4), (4, 8), (5, 24)])
@@ -93,6 +139,7 @@ def test_equal_patterns_are_one_object() -> None:
     """They are static arguments of jit: a fresh one would compile again."""
     assert n_of_m(2, 4) is n_of_m(2, 4)
     assert n_of_m(2, 4).keep is n_of_m(2, 4).keep
+    assert per_column_block(128) is per_column_block(128)
 
 
 def test_inputs_must_be_a_multiple_of_m() -> None:
