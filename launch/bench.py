@@ -1,11 +1,15 @@
-"""Time the calibration walk, against PyTorch's forward of the same model where torch is installed.
+"""Time the calibration walk, or whole pruning runs, against PyTorch where torch is installed.
 
     python -m launch.bench --model=DIR --calibration=tokens.npy
+    python -m launch.bench --what=sparsegpt --model=DIR --calibration=tokens.npy
 
-Both run in turn in this one process, after a warm-up each, so that a machine whose speed drifts slows both: quote the ratio.
+--what=calibration: statistics of every block against PyTorch's forward. sparsegpt: a whole run against SparseGPT written plainly in
+PyTorch. sparsellm: a whole run against the released formulation by pseudo-inverses. The programs run in turn, so that a machine whose
+speed drifts slows all of them: quote the ratio. Pruning runs are processes of their own, compilation included, with their peak memory.
 """
 
 import functools
+import importlib.util
 import statistics
 import sys
 import time
@@ -17,14 +21,16 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibration.data import calibration_tokens
+from calibration.data import Tokens, calibration_tokens
 from calibration.fold import Stats, fold_blocks
 from calibration.observers import batch_norms, second_moment
-from launch import summary
+from launch import bench_solvers, summary
+from launch.bench_solvers import Run
 from launch.cli import Flags, run
 from launch.flags import check_length, mesh_of, model_flags, open_model, window_length
 from launch.measure import protocol, tokenizer_of, write_report
 from models.arch import Block, Model
+from models.errors import InputError
 from models.store import Checkpoint, in_memory
 
 
@@ -39,7 +45,10 @@ def options() -> Flags:
     f.integer("calibration_batch", 4, "windows at a time", 1)
     f.integer("seed", 0, "of the windows drawn")
     f.group("Measurement")
-    f.integer("runs", 5, "timed runs of each, after one warm-up", 1)
+    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm"), "what is timed")
+    f.number("sparsity", 0.5, "of the pruning runs")
+    f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
+    f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
     f.boolean("torch", True, "time PyTorch's forward too, if torch is installed")
     f.string("json", None, "file to write the figures to")
     return f
@@ -100,47 +109,91 @@ def time_in_turn(programs: dict[str, Callable[[], Any]], runs: int) -> dict[str,
     return seconds
 
 
-def main(values: dict[str, Any]) -> None:
-    """Measure, print a table, write the figures where `--json` says."""
-    mesh = mesh_of(values["mesh"], values["calibration_batch"])
-    checkpoint = open_model(values["model"], values["dtype"])
-    length = window_length(values["calibration_length"], checkpoint)
+def read_tokens(values: dict[str, Any], checkpoint: Checkpoint) -> Tokens:
+    """The calibration windows that the flags ask for."""
+    length, vocab = window_length(values["calibration_length"], checkpoint), checkpoint.model.arch.config.vocab
     tokens = calibration_tokens(
         values["calibration"],
         tokenizer_of(checkpoint),
         samples=values["calibration_samples"],
         length=length,
         seed=values["seed"],
-        vocab=checkpoint.model.arch.config.vocab,
+        vocab=vocab,
     )
     check_length("--calibration", tokens.ids.shape[1], checkpoint)
-    programs = calibration_walks(in_memory(checkpoint.model), tokens.ids, values["calibration_batch"], mesh)
-    reference = torch_forward(checkpoint, tokens.ids, values["calibration_batch"]) if values["torch"] else None
+    return tokens
+
+
+def calibration(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) -> dict[str, list[Run]]:
+    """The calibration walks, and PyTorch's forward; the last is what the others are compared with."""
+    batch = values["calibration_batch"]
+    programs = calibration_walks(in_memory(checkpoint.model), tokens, batch, mesh_of(values["mesh"], batch))
+    reference = torch_forward(checkpoint, tokens, batch) if values["torch"] else None
     if reference:
         programs["PyTorch forward"] = reference
-    seconds = time_in_turn(programs, values["runs"])
-    base = seconds[list(programs)[-1]]
-    table = Table(
-        "",
-        "median",
-        "least",
-        "most",
-        "tokens/s",
-        f"time against {list(programs)[-1]}",
-        title=str(values["model"]),
-        title_justify="left",
-    )
-    figures = {}
-    for name, s in seconds.items():
-        # Pair by pair: both of a pair ran at about the same time.
-        ratio = statistics.median(a / b for a, b in zip(s, base, strict=True))
-        figures[name] = {"seconds": s, "median": statistics.median(s), "ratio": ratio}
-        rate = summary.count(round(tokens.ids.size / statistics.median(s)))
-        table.add_row(name, *(summary.duration(f(s)) for f in (statistics.median, min, max)), rate, f"{ratio:.2f}x")
-    Console().print(table)
+    return {name: [Run(s, None) for s in seconds] for name, seconds in time_in_turn(programs, values["runs"]).items()}
+
+
+def solvers(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) -> dict[str, list[Run]]:
+    """Whole pruning runs, in turn."""
+    if not checkpoint.directory.is_dir():
+        raise InputError(f"--what={values['what']} needs a model in a Hugging Face directory, not {values['model']}")
+    task = bench_solvers.Task(checkpoint.directory, tokens, values["sparsity"], values["calibration_batch"], values["blocks"])
+    programs: dict[str, tuple[Callable[[bench_solvers.Task, str], float], str]] = {}
+    if values["what"] == "sparsellm":
+        programs["SparseLLM"] = (bench_solvers.topiary, "sparsellm")
+        programs["by pseudo-inverses"] = (bench_solvers.topiary, 'sparsellm(variant="official")')
+    else:
+        programs["SparseGPT"] = (bench_solvers.topiary, "sparsegpt")
+        if values["torch"] and importlib.util.find_spec("torch"):
+            programs["PyTorch"] = (bench_solvers.plain_sparsegpt, "")
+    runs: dict[str, list[Run]] = {name: [] for name in programs}
+    for _ in range(values["runs"]):
+        for name, (program, argument) in programs.items():
+            runs[name].append(bench_solvers.alone(program, task, argument))
+    return runs
+
+
+def figures_of(runs: dict[str, list[Run]], tokens: int) -> dict[str, dict[str, Any]]:
+    """Medians, and ratios to the last program pair by pair: both of a pair ran at about the same time."""
+    base, found = runs[list(runs)[-1]], {}
+    for name, own in runs.items():
+        seconds = [r.seconds for r in own]
+        ratio = statistics.median(a.seconds / b.seconds for a, b in zip(own, base, strict=True))
+        median = statistics.median(seconds)
+        found[name] = {"seconds": seconds, "median": median, "ratio": ratio, "tokens_per_second": tokens / median}
+        found[name]["peak_memory_bytes"] = max((r.peak for r in own if r.peak), default=None)
+    return found
+
+
+def table_of(title: str, figures: dict[str, dict[str, Any]]) -> Table:
+    """The figures as a table for the terminal."""
+    heads = ("", "median", "least", "most", "tokens/s", "peak memory", f"time against {list(figures)[-1]}")
+    table = Table(*heads, title=title, title_justify="left")
+    for name, f in figures.items():
+        peak = f["peak_memory_bytes"]
+        table.add_row(
+            name,
+            *(summary.duration(g(f["seconds"])) for g in (statistics.median, min, max)),
+            summary.count(round(f["tokens_per_second"])),
+            summary.size(peak) if peak else "",
+            f"{f['ratio']:.2f}x",
+        )
+    return table
+
+
+def main(values: dict[str, Any]) -> None:
+    """Measure, print a table, write the figures where `--json` says."""
+    if not 0 <= values["sparsity"] < 1:
+        raise InputError(f"--sparsity={values['sparsity']} must be at least 0 and less than 1")
+    checkpoint = open_model(values["model"], values["dtype"])
+    tokens = read_tokens(values, checkpoint)
+    measure = calibration if values["what"] == "calibration" else solvers
+    figures = figures_of(measure(values, checkpoint, tokens.ids), tokens.ids.size)
+    Console().print(table_of(str(values["model"]), figures))
     if values["json"]:
         stamp = protocol({}) | {"calibration": tokens.protocol, "batch": values["calibration_batch"]}
-        write_report(values["json"], {"model": values["model"], "figures": figures, "protocol": stamp})
+        write_report(values["json"], {"model": values["model"], "what": values["what"], "figures": figures, "protocol": stamp})
 
 
 if __name__ == "__main__":

@@ -18,8 +18,12 @@ from models.arch import Model
 from pruning.types import Mask, Method, Outcome, Pattern, Pruner, Put, Request
 
 COLUMNS = 128  # columns decided on together: the paper's B
-STEPS = 8  # columns swept between two matrix products with the errors so far
-TRIES, RAISE = 6, 10.0  # how often damping is raised when a matrix does not factor, and by how much
+STEPS = 4  # columns swept between two matrix products with the errors so far
+TRIES, RAISE, LEAST = (
+    7,
+    10.0,
+    1e-6,
+)  # how often a factorisation is tried, how much more damping each time, and the least of it then
 
 
 class Factor(NamedTuple):
@@ -43,33 +47,51 @@ def damped(h: jax.Array, damp: jax.Array | float) -> jax.Array:
     return jnp.fill_diagonal(h, diagonal + damp * jnp.mean(diagonal), inplace=False)
 
 
+def _lower_inverse(d: jax.Array) -> jax.Array:
+    """D^-1 of a small lower triangular D, row by row: a LAPACK call for it costs more than the rest of the factorisation on a busy CPU."""
+
+    def row(i: jax.Array, x: jax.Array) -> jax.Array:
+        return x.at[i].set((jnp.zeros_like(d[0]).at[i].set(1.0) - d[i] @ x) / d[i, i])
+
+    return jax.lax.fori_loop(0, len(d), row, jnp.zeros_like(d))
+
+
 def inverse_factor(h: jax.Array) -> jax.Array:
     """The upper triangular U [c c] with U^T U = H^-1; NaN where H is not positive definite.
 
-    H with rows and columns in reverse order factors into L L^T; in the right order that is R R^T with R upper triangular, and U = R^-1.
-    Half the work of inverting H first, and the condition number enters once.
+    H with rows and columns in reverse order factors into L L^T, and U is L^-1 in the right order again. L^-1 = X grows by blocks of rows:
+    those of L are A X^T, what is left of A on the diagonal factors into D D^T, those of X are D^-1 (I - L X). So H is neither
+    inverted nor factored twice, all but the small D is matrix products, and one block is all that is compiled.
     """
+    n, b = len(h), min(COLUMNS, len(h))
+    pad = (0, -n % b)
+    a = jnp.pad(h[::-1, ::-1], (pad, pad)) + jnp.diag(jnp.pad(jnp.zeros(n, h.dtype), pad, constant_values=1.0))
+
+    def rows(i: jax.Array, x: jax.Array) -> jax.Array:
+        mine = jax.lax.dynamic_slice_in_dim(a, i * b, b)
+        lower = mine @ x.T  # rows of x to come are zero, and so are these columns
+        d = jnp.linalg.cholesky(jax.lax.dynamic_slice_in_dim(mine, i * b, b, 1) - lower @ lower.T)
+        unit = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(lower), jnp.eye(b, dtype=h.dtype), i * b, 1)
+        new = _lower_inverse(d) @ (unit - lower @ x)
+        return jax.lax.dynamic_update_slice_in_dim(x, new, i * b, 0)
+
     with jax.default_matmul_precision("highest"):
-        r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-        return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype), lower=False)
+        return jax.lax.fori_loop(0, len(a) // b, rows, jnp.zeros_like(a))[:n, :n][::-1, ::-1]
 
 
 def factor(h: jax.Array, damp: float) -> Factor:
     """Factor H [c c]; while that fails, damp RAISE times more, at most TRIES times."""
 
-    def attempt(share: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return share, inverse_factor(damped(h, share))
-
-    def failed(state: tuple[jax.Array, tuple[jax.Array, jax.Array]]) -> jax.Array:
-        tries, (_, u) = state
+    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        tries, _, u = state
         return (tries < TRIES) & ~jnp.all(jnp.isfinite(u))
 
-    def again(state: tuple[jax.Array, tuple[jax.Array, jax.Array]]) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        tries, (share, _) = state
-        return tries + 1, attempt(jnp.maximum(share * RAISE, 1e-6))
+    def attempt(state: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        tries, share, _ = state
+        share = jnp.where(tries == 0, damp, jnp.maximum(share * RAISE, LEAST))
+        return tries + 1, share, inverse_factor(damped(h, share))
 
-    first = (jnp.asarray(0), attempt(jnp.asarray(damp, jnp.float32)))
-    _, (share, u) = jax.lax.while_loop(failed, again, first)
+    _, share, u = jax.lax.while_loop(failed, attempt, (jnp.asarray(0), jnp.asarray(0.0), jnp.full_like(h, jnp.nan)))
     return Factor(u, jnp.diagonal(h) == 0, jnp.where(jnp.all(jnp.isfinite(u)), share, jnp.nan))
 
 

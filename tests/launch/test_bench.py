@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from launch import bench
+from launch import bench, bench_solvers
 from launch.cli import run
 from models.init import init_model
 from models.store import save
+from reference import sparsegpt as reference
 
 CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=16, architectures=["LlamaForCausalLM"])  # fmt: skip
@@ -36,3 +37,35 @@ def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pyt
     assert all(len(f["seconds"]) == 2 and f["ratio"] > 0 for f in result["figures"].values())
     assert result["protocol"]["calibration"]["samples"] == 4
     assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "torch", "programs"),
+    [("sparsegpt", True, ["SparseGPT", "PyTorch"]), ("sparsellm", False, ["SparseLLM", "by pseudo-inverses"])],
+)
+def test_pruning_runs_in_processes_of_their_own(
+    what: str, torch: bool, programs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the peak memory of each."""
+    if torch:
+        pytest.importorskip("torch")
+    save(tmp_path / "model", init_model(CONFIG, jax.random.key(0)), CONFIG, tmp_path)
+    np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 64, (4, 16), np.int32))
+    argv = [f"--model={tmp_path / 'model'}", f"--calibration={tmp_path / 't.npy'}", "--runs=1", "--blocks=1", f"--what={what}"]
+    assert run(bench.options(), bench.main, [*argv, f"--json={tmp_path / 'b.json'}"]) == 0
+    figures = json.loads((tmp_path / "b.json").read_text())["figures"]
+    assert list(figures) == programs
+    assert all(f["seconds"][0] > 0 and f["peak_memory_bytes"] > 1e7 for f in figures.values())
+    assert "peak memory" in capsys.readouterr().out
+
+
+def test_the_plain_sparsegpt_is_sparsegpt(tmp_path: Path) -> None:
+    """What ours is timed against does the same work: the same weights, up to ties of a rounding."""
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    w, x = rng.normal(size=(24, 160)), rng.normal(size=(600, 160)) @ rng.normal(size=(160, 160)) * 0.1
+    h = x.T @ x * 2 / 4
+    got = bench_solvers._sweep(torch.tensor(w, dtype=torch.float32), torch.tensor(h, dtype=torch.float32), 0.5).numpy()
+    want, removed = reference.solve(w, h, 0.5)
+    assert np.mean((got == 0) == removed) > 0.999
+    assert np.quantile(np.abs(got - want), 0.99) < 1e-3

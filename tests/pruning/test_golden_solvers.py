@@ -1,7 +1,8 @@
 """SparseGPT and MULTIFLOW against what the authors' own code gives (../shared/golden), from the same weights and tokens.
 
 SparseGPT's masks are not reproducible to the bit: with another number of threads the authors' code flips a share NOISE of all mask bits
-at half and in groups. At 0.7 nobody measured that; ours flips 2e-3 (tiny-llama) to 5e-3 (tiny-opt) when weights change by a relative 1e-7.
+at half and in groups. At 0.7 its own sensitivity (sensitivity.json: weights changed by a relative 1e-7) is 3e-4 to 9e-4 in the
+third block of tiny-llama and 2.6e-3 to 7.9e-3 in that of tiny-opt.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ from reference.golden import SPARSITY, Reference, assert_perplexity, bits, golde
 from reference.small import zeros
 
 NOISE = {"0.5": 5e-4, "0.7": 1.5e-3, "2of4": 1.4e-2, "4of8": 1.4e-2}
+RELU_NOISE = NOISE | {"0.7": 2.6e-3}  # tiny-opt has inputs that hardly ever fire
 TINY = pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 
 
@@ -38,7 +40,8 @@ def check_sparsegpt(r: Reference, want: Mapping[str, np.ndarray], variant: str) 
         if i == 0 and slot in ("q", "k", "v") and SPARSITY[variant][1] is None:
             assert np.mean(ours == theirs) >= 0.9999, slot
         differing, size = differing + np.sum(ours != theirs), size + ours.size
-    assert differing <= 3 * NOISE[variant] * size
+    noise = NOISE if r.model.arch.group("neurons").writers[1:] else RELU_NOISE
+    assert differing <= 3 * noise[variant] * size
 
 
 @pytest.mark.parametrize("variant", NOISE)

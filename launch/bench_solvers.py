@@ -1,0 +1,148 @@
+"""Whole pruning runs for `launch.bench`, each in a process of its own: ours, and SparseGPT written plainly in PyTorch from its paper."""
+
+import contextlib
+import multiprocessing
+import pathlib
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+DAMP, COLUMNS = 0.01, 128  # SparseGPT's, as its authors have them
+
+
+class Run(NamedTuple):
+    """Seconds of a run (from the loaded model to the last pruned block), and the peak memory of its process in bytes if it had its own."""
+
+    seconds: float
+    peak: int | None
+
+
+class Task(NamedTuple):
+    """What every run of a comparison shares: the checkpoint's directory, windows int [n t], and how many blocks are pruned (0: all)."""
+
+    directory: pathlib.Path
+    tokens: np.ndarray
+    sparsity: float
+    batch: int
+    blocks: int
+
+
+def topiary(task: Task, method: str) -> float:
+    """Seconds of one of our methods, compilation included."""
+    import jax
+
+    from launch import calls
+    from models.store import in_memory, open_checkpoint
+    from pruning.methods import METHODS
+    from pruning.types import Request, prune
+
+    model = in_memory(open_checkpoint(task.directory).model)
+    model = model._replace(blocks=model.blocks[: task.blocks or None])
+    start = time.perf_counter()
+    made = calls.build("method", method, METHODS)
+    jax.block_until_ready(prune(model, made, task.tokens, Request(task.sparsity, batch=task.batch))[0].blocks)
+    return time.perf_counter() - start
+
+
+def plain_sparsegpt(task: Task, _: str) -> float:
+    """Seconds of SparseGPT (Frantar & Alistarh 2023, Algorithm 1) in PyTorch: a Hessian a linear, a window at a time."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=torch.float32).eval()
+    layers = model.get_decoder().layers[: task.blocks or None]
+    start = time.perf_counter()
+    with torch.no_grad():
+        calls = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
+        for layer in layers:
+            linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+            hessians = [torch.zeros(m.in_features, m.in_features) for m in linears]
+            hooks = [m.register_forward_pre_hook(_accumulate(h, len(calls))) for m, h in zip(linears, hessians, strict=True)]
+            for x, kwargs in calls:
+                layer(x, **kwargs)
+            for hook in hooks:
+                hook.remove()
+            for m, h in zip(linears, hessians, strict=True):
+                m.weight.copy_(_sweep(m.weight.clone(), h, task.sparsity))
+            calls = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
+    return time.perf_counter() - start
+
+
+def _hidden(out: Any) -> Any:
+    return out[0] if isinstance(out, tuple) else out
+
+
+def _first_inputs(model: Any, layer: Any, tokens: Any) -> list[tuple[Any, dict[str, Any]]]:
+    """What the first layer is called with, a window at a time."""
+
+    class Reached(Exception):
+        pass
+
+    found: list[tuple[Any, dict[str, Any]]] = []
+
+    def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs.pop("hidden_states")
+        found.append((x, dict(kwargs)))
+        raise Reached
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    for row in tokens:
+        with contextlib.suppress(Reached):
+            model(row[None], use_cache=False)
+    hook.remove()
+    return found
+
+
+def _accumulate(h: Any, samples: int) -> Callable[[Any, tuple[Any, ...]], None]:
+    def add(module: Any, args: tuple[Any, ...]) -> None:
+        x = args[0].reshape(-1, args[0].shape[-1])
+        h.add_(x.T @ x, alpha=2 / samples)
+
+    return add
+
+
+def _sweep(w: Any, h: Any, sparsity: float) -> Any:
+    """W [out in] pruned column after column."""
+    import torch
+
+    diagonal = h.diagonal()
+    dead = diagonal == 0
+    diagonal[dead], w[:, dead] = 1, 0
+    diagonal += DAMP * diagonal.mean()
+    u = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(h)), upper=True)
+    for a in range(0, w.shape[1], COLUMNS):
+        b = min(a + COLUMNS, w.shape[1])
+        part, corner, errors = w[:, a:b].clone(), u[a:b, a:b], torch.zeros(w.shape[0], b - a)
+        score = part**2 / corner.diagonal() ** 2
+        threshold = score.flatten().sort()[0][int(score.numel() * sparsity)]
+        gone = score <= threshold
+        for i in range(b - a):
+            column = part[:, i].clone()
+            kept = torch.where(gone[:, i], 0.0, column)
+            errors[:, i] = (column - kept) / corner[i, i]
+            part[:, i:] -= torch.outer(errors[:, i], corner[i, i:])
+            w[:, a + i] = kept
+        w[:, b:] -= errors @ u[a:b, b:]
+    return w
+
+
+def _child(program: Callable[[Task, str], float], task: Task, argument: str, out: Any) -> None:
+    seconds = program(task, argument)
+    out.put(Run(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT))
+
+
+def alone(program: Callable[[Task, str], float], task: Task, argument: str = "") -> Run:
+    """The program in a fresh process, so that neither compilations nor memory carry over."""
+    context = multiprocessing.get_context("spawn")
+    out = context.SimpleQueue()
+    process = context.Process(target=_child, args=(program, task, argument, out))
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"a benchmark's process ended with {process.exitcode}")
+    return out.get()
