@@ -154,7 +154,7 @@ def _outcome(
     budget: Budget, covered: int, found: Mapping[int, Any], losses: list[list[float]], official: bool, damp: float
 ) -> Outcome:
     asked = tuple({name: float(np.mean(f)) for name, f in b.items()} if i < covered else {} for i, b in enumerate(budget))
-    kept = [None if not x else len(x) - 1 if official else int(np.argmin(x)) for x in losses]
+    kept = [None if not x else len(x) - 1 if official else int(np.nanargmin(x)) for x in losses]
     details = {"loss": losses, "iteration_kept": kept, **by_name(found, len(budget))}
     same = [i for i, (k, x) in enumerate(zip(kept, losses, strict=True)) if k == 0 and len(x) > 1]
     warnings = [f"block {i}: no iteration was better than SparseGPT's solution, which stays" for i in same]
@@ -185,7 +185,7 @@ def sparsellm(
     """
     if iterations < 1:
         raise InputError(f"sparsellm: iterations={iterations} must be at least 1")
-    if damp < 0 or any(x is not None and x <= 0 for x in (alpha, beta, gamma)):
+    if not damp >= 0 or any(x is not None and not x > 0 for x in (alpha, beta, gamma)):
         raise InputError("sparsellm: alpha, beta and gamma must be positive, and damp not negative")
     official = variant == "official"
 
