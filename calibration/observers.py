@@ -65,9 +65,24 @@ class Gram(NamedTuple):
     samples: jax.Array
 
 
+WIDE, PARTS = 1024, 4  # channels from which, and into how many parts, a Gram matrix is split
+
+
+def outer_products(x: jax.Array) -> jax.Array:
+    """Sum over tokens of x x^T [c c]. Of a wide one only the blocks on and above the diagonal are multiplied (10 of 16): the others are
+    their mirror images."""
+    c = x.shape[-1]
+    width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
+    starts = range(0, c, width)
+    rows = [jnp.einsum("btc,btd->cd", x[..., i : i + width], x[..., i:], precision="highest") for i in starts]
+    if len(rows) == 1:
+        return rows[0]
+    upper = jnp.concatenate([jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(starts, rows, strict=True)])
+    return jnp.triu(upper) + jnp.triu(upper, 1).T
+
+
 def _gram_update(state: Gram, x: jax.Array) -> Gram:
-    x = x.astype(jnp.float32)
-    return Gram(state.total + jnp.einsum("btc,btd->cd", x, x, precision="highest"), state.samples + x.shape[0])
+    return Gram(state.total + outer_products(x.astype(jnp.float32)), state.samples + x.shape[0])
 
 
 gram = Observer(lambda c: Gram(jnp.zeros((c, c)), jnp.zeros(())), _gram_update)

@@ -30,10 +30,22 @@ def scored(score: Callable[[jax.Array, Any], jax.Array], keep: Callable[[jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _prepare(pruner: Pruner, stats: Any) -> tuple[Any, Notes]:
+    return pruner.prepare(stats)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _solve(pruner: Pruner, prepared: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]) -> list[jax.Array]:
+    return [w for w, _ in pruner.solve(ws, prepared, counts)]
+
+
 def solve_tap(pruner: Pruner, stats: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]) -> tuple[list, Notes]:
-    """The linears that read one tap, pruned together: (W [out in] of each, the pruner's figures)."""
-    prepared, notes = pruner.prepare(stats)
-    return [w for w, _ in pruner.solve(ws, prepared, counts)], notes
+    """The linears that read one tap, pruned together: (W [out in] of each, the pruner's figures).
+
+    Two programs, so that taps of equal width share the compilation of what is made of their statistics.
+    """
+    prepared, notes = _prepare(pruner, stats)
+    return _solve(pruner, prepared, ws, counts), notes
 
 
 def solve_block(

@@ -174,8 +174,9 @@ def sparsellm(
 
     Args:
       iterations: of the alternation; the first is SparseGPT.
-      alpha, beta, gamma: penalties of what leaves W1 and its gate, of the part's output, of what enters W2. None: the released code's
-        (0.1 each for OPT, 5 each for LLaMA) in the official variant, else 0.01, 10, 1.
+      alpha: penalty on what leaves W1 and its gate. None: the released code's in the official variant (0.1 for OPT, 5 for LLaMA), else 0.01.
+      beta: of the part's output. None: as released (0.1, 5), else 10.
+      gamma: of what enters W2. None: as released (0.1, 5), else 1.
       first_half: prune only the first half of the blocks, as the paper's tables do; the others stay dense.
       damp: SparseGPT's.
       variant: "official" is the released code to the letter, which diverges on SmolLM2 and on tiny OPT models. "corrected" has the same

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from calibration.observers import outer_products
 from models.layers import ACTIVATIONS, Linear, linear
 from pruning import sparsegpt
 from pruning.types import Pattern
@@ -191,7 +192,7 @@ def _start(dense: Ffn, x: jax.Array, counts: Counts, scale: float, c: Settings) 
 
     def grams(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = inside(dense, x, c.act)
-        return _outer(x, x), _outer(h, h)
+        return outer_products(x), outer_products(h)
 
     f1, f2 = (sparsegpt.factor(scale * h, c.damp) for h in _total(grams, x))
     ffn = dense.with_writers(_pruned([p.w for p in dense.writers], f1, counts.writers, c.rule))
@@ -212,7 +213,7 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
 
     def reading(ffn: Ffn, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = inside(ffn, x, c.act)
-        return _outer(h, h), _outer(y - linear(dense.two, h), h)
+        return outer_products(h), _outer(y - linear(dense.two, h), h)
 
     def iterate(carry: tuple[Ffn, _Best], _: None) -> tuple[tuple[Ffn, _Best], tuple[jax.Array, jax.Array]]:
         ffn, best = carry

@@ -51,6 +51,16 @@ def test_gram_is_the_sum_of_outer_products_however_batched(sizes: list[int]) -> 
     assert float(got.samples) == len(X)
 
 
+@pytest.mark.parametrize("channels", [1024, 1026])
+def test_a_wide_gram_is_whole(channels: int) -> None:
+    """Blocks below the diagonal are mirrored, not multiplied; a width that does not split is multiplied whole."""
+    x = np.random.default_rng(0).normal(size=(2, 3, channels)).astype(np.float32)
+    got = gram.update(gram.init(channels), jnp.asarray(x)).total
+    flat = x.reshape(-1, channels).astype(np.float64)
+    np.testing.assert_allclose(got, flat.T @ flat, atol=1e-5)
+    assert np.array_equal(got, got.T)
+
+
 def test_gram_has_second_moments_on_its_diagonal() -> None:
     got, want = fold(gram, X, [4, 4, 4]), fold(second_moment, X, [4, 4, 4])
     np.testing.assert_allclose(jnp.diagonal(got.total), want.total, rtol=1e-6)
