@@ -174,7 +174,7 @@ def sparsellm(
 
     Args:
       iterations: of the alternation; the first is SparseGPT.
-      alpha: penalty on what leaves W1 and its gate. None: the released code's in the official variant (0.1 for OPT, 5 for LLaMA), else 0.01.
+      alpha: penalty on what leaves W1 and its gate. None: as released in the official variant (0.1 for OPT, 5 for LLaMA), else 0.01.
       beta: of the part's output. None: as released (0.1, 5), else 10.
       gamma: of what enters W2. None: as released (0.1, 5), else 1.
       first_half: prune only the first half of the blocks, as the paper's tables do; the others stay dense.
