@@ -67,7 +67,7 @@ def solve_block(
 
 def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
     """A pruner's figures of block i as floats, by tap; InputError for one that is not finite."""
-    found = {tap: {name: float(x) for name, x in n.items()} for tap, n in notes.items()}
+    found = {tap: {name: float(f"{float(x):.6g}") for name, x in n.items()} for tap, n in notes.items()}  # float32 has no more
     for tap, n in found.items():
         for name, x in n.items():
             if not np.isfinite(x):
