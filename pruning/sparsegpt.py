@@ -47,48 +47,15 @@ def damped(h: jax.Array, damp: jax.Array | float) -> jax.Array:
     return jnp.fill_diagonal(h, diagonal + damp * jnp.mean(diagonal), inplace=False)
 
 
-def _lower_solver(d: jax.Array) -> Callable[[jax.Array], jax.Array]:
-    """y [b n] -> D^-1 y for a small lower triangular D: by its inverse, row by row, and one step of refinement, without which a tenth of a
-    per cent of a pruned matrix's mask is another. LAPACK's solver costs more than the rest of the factorisation on a busy CPU."""
-
-    def row(i: jax.Array, x: jax.Array) -> jax.Array:
-        return x.at[i].set((jnp.zeros_like(d[0]).at[i].set(1.0) - d[i] @ x) / d[i, i])
-
-    inverse = jax.lax.fori_loop(0, len(d), row, jnp.zeros_like(d))
-
-    def solve(y: jax.Array) -> jax.Array:
-        x = inverse @ y
-        return x + inverse @ (y - d @ x)
-
-    return solve
-
-
 def inverse_factor(h: jax.Array) -> jax.Array:
     """The upper triangular U [c c] with U^T U = H^-1; NaN where H is not positive definite.
 
-    H with rows and columns in reverse order, A, factors into L L^T, and U is L^-1 in the right order again. L grows by blocks of columns
-    as in any blocked factorisation, X = L^-1 with it by blocks of rows: D^-1 (I - L X), D the block of L on the diagonal. So H is
-    neither inverted nor factored twice, all but the small D is matrix products, and one block is all that is compiled.
+    H with rows and columns in reverse order factors into L L^T; in the right order that is R R^T with R upper triangular, and U = R^-1.
+    So H is neither inverted nor factored twice.
     """
-    n, b = len(h), min(COLUMNS, len(h))
-    pad = (0, -n % b)
-    a = jnp.pad(h[::-1, ::-1], (pad, pad)) + jnp.diag(jnp.pad(jnp.zeros(n, h.dtype), pad, constant_values=1.0))
-    order = jnp.arange(len(a))[:, None]
-
-    def grow(i: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        (lower, x), start = carry, i * b
-        mine = jax.lax.dynamic_slice_in_dim(lower, start, b)  # rows of L left of the diagonal
-        panel = jax.lax.dynamic_slice_in_dim(a, start, b, 1) - lower @ mine.T
-        d = jnp.linalg.cholesky(jax.lax.dynamic_slice_in_dim(panel, start, b))
-        solve = _lower_solver(d)
-        panel = jnp.where(order < start, 0.0, solve(panel.T).T)
-        unit = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(mine), jnp.eye(b, dtype=h.dtype), start, 1)
-        x = jax.lax.dynamic_update_slice_in_dim(x, solve(unit - mine @ x), start, 0)
-        return jax.lax.dynamic_update_slice_in_dim(lower, panel, start, 1), x
-
     with jax.default_matmul_precision("highest"):
-        _, x = jax.lax.fori_loop(0, len(a) // b, grow, (jnp.zeros_like(a), jnp.zeros_like(a)))
-        return x[:n, :n][::-1, ::-1]
+        r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
+        return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype), lower=False)
 
 
 def factor(h: jax.Array, damp: float) -> Factor:
