@@ -72,6 +72,11 @@ def walk_blocks(
         advance()
 
 
+def overflow(i: int) -> InputError:
+    """What to raise when numbers made from block i's activations are not finite."""
+    return InputError(f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again")
+
+
 def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs: list[jax.Array], onward: bool = False) -> Stats:
     """Statistics of block i over its inputs, which become its outputs in place if `onward`.
 
@@ -86,7 +91,7 @@ def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs:
         if onward:
             xs[j] = y
     if static and not _finite(states):
-        raise InputError(f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again")
+        raise overflow(i)
     return states
 
 

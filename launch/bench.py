@@ -14,24 +14,25 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibration.data import Tokens, calibration_tokens
 from calibration.fold import Stats, fold_blocks
 from calibration.observers import batch_norms, second_moment
 from launch import bench_solvers, summary
 from launch.bench_solvers import Run
 from launch.cli import Flags, run
-from launch.flags import check_length, mesh_of, model_flags, open_model, window_length
-from launch.measure import protocol, tokenizer_of, write_report
+from launch.flags import check_sparsity, mesh_of, model_flags, open_model
+from launch.measure import protocol, read_calibration, tokenizer_of, write_report
 from models.arch import Block, Model
 from models.errors import InputError
 from models.store import Checkpoint, in_memory
+
+T = TypeVar("T")
 
 
 def options() -> Flags:
@@ -49,7 +50,7 @@ def options() -> Flags:
     f.number("sparsity", 0.5, "of the pruning runs")
     f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
     f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
-    f.boolean("torch", True, "time PyTorch's forward too, if torch is installed")
+    f.boolean("torch", True, "time PyTorch too, if torch is installed")
     f.string("json", None, "file to write the figures to")
     return f
 
@@ -96,32 +97,27 @@ def torch_forward(checkpoint: Checkpoint, tokens: np.ndarray, batch: int) -> Cal
     return forward
 
 
-def time_in_turn(programs: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Seconds of every program, `runs` times, in turn: A B A B ..., after one warm-up of each."""
-    for program in programs.values():
-        program()
-    seconds: dict[str, list[float]] = {name: [] for name in programs}
+def in_turn(programs: dict[str, Callable[[], T]], runs: int) -> dict[str, list[T]]:
+    """What every program gives, `runs` times, in turn: A B A B ..."""
+    found: dict[str, list[T]] = {name: [] for name in programs}
     for _ in range(runs):
         for name, program in programs.items():
-            start = time.perf_counter()
-            program()
-            seconds[name].append(time.perf_counter() - start)
-    return seconds
+            found[name].append(program())
+    return found
 
 
-def read_tokens(values: dict[str, Any], checkpoint: Checkpoint) -> Tokens:
-    """The calibration windows that the flags ask for."""
-    length, vocab = window_length(values["calibration_length"], checkpoint), checkpoint.model.arch.config.vocab
-    tokens = calibration_tokens(
-        values["calibration"],
-        tokenizer_of(checkpoint),
-        samples=values["calibration_samples"],
-        length=length,
-        seed=values["seed"],
-        vocab=vocab,
-    )
-    check_length("--calibration", tokens.ids.shape[1], checkpoint)
-    return tokens
+def seconds_of(program: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    start = time.perf_counter()
+    program()
+    return time.perf_counter() - start
+
+
+def time_in_turn(programs: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
+    """Seconds of every program, `runs` times, in turn, after one warm-up of each."""
+    for program in programs.values():
+        program()
+    return in_turn({name: functools.partial(seconds_of, program) for name, program in programs.items()}, runs)
 
 
 def calibration(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) -> dict[str, list[Run]]:
@@ -139,19 +135,16 @@ def solvers(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) 
     if not checkpoint.directory.is_dir():
         raise InputError(f"--what={values['what']} needs a model in a Hugging Face directory, not {values['model']}")
     task = bench_solvers.Task(checkpoint.directory, tokens, values["sparsity"], values["calibration_batch"], values["blocks"])
-    programs: dict[str, tuple[Callable[[bench_solvers.Task, str], float], str]] = {}
+    ours = functools.partial(bench_solvers.alone, bench_solvers.topiary, task)
+    programs: dict[str, Callable[[], Run]] = {}
     if values["what"] == "sparsellm":
-        programs["SparseLLM"] = (bench_solvers.topiary, "sparsellm")
-        programs["by pseudo-inverses"] = (bench_solvers.topiary, 'sparsellm(variant="official")')
+        programs["SparseLLM"] = functools.partial(ours, "sparsellm")
+        programs["by pseudo-inverses"] = functools.partial(ours, 'sparsellm(variant="official")')
     else:
-        programs["SparseGPT"] = (bench_solvers.topiary, "sparsegpt")
+        programs["SparseGPT"] = functools.partial(ours, "sparsegpt")
         if values["torch"] and importlib.util.find_spec("torch"):
-            programs["PyTorch"] = (bench_solvers.plain_sparsegpt, "")
-    runs: dict[str, list[Run]] = {name: [] for name in programs}
-    for _ in range(values["runs"]):
-        for name, (program, argument) in programs.items():
-            runs[name].append(bench_solvers.alone(program, task, argument))
-    return runs
+            programs["PyTorch"] = functools.partial(bench_solvers.alone, bench_solvers.plain_sparsegpt, task)
+    return in_turn(programs, values["runs"])
 
 
 def figures_of(runs: dict[str, list[Run]], tokens: int) -> dict[str, dict[str, Any]]:
@@ -184,10 +177,16 @@ def table_of(title: str, figures: dict[str, dict[str, Any]]) -> Table:
 
 def main(values: dict[str, Any]) -> None:
     """Measure, print a table, write the figures where `--json` says."""
-    if not 0 <= values["sparsity"] < 1:
-        raise InputError(f"--sparsity={values['sparsity']} must be at least 0 and less than 1")
+    check_sparsity(values["sparsity"])
     checkpoint = open_model(values["model"], values["dtype"])
-    tokens = read_tokens(values, checkpoint)
+    tokens = read_calibration(
+        values["calibration"],
+        values["calibration_samples"],
+        values["calibration_length"],
+        values["seed"],
+        checkpoint,
+        tokenizer_of(checkpoint),
+    )
     measure = calibration if values["what"] == "calibration" else solvers
     figures = figures_of(measure(values, checkpoint, tokens.ids), tokens.ids.size)
     Console().print(table_of(str(values["model"]), figures))

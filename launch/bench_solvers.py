@@ -3,15 +3,14 @@
 import contextlib
 import multiprocessing
 import pathlib
-import resource
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
-PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+from eval.size import peak_memory
+
 DAMP, COLUMNS = 0.01, 128  # SparseGPT's, as its authors have them
 
 
@@ -133,7 +132,7 @@ def _sweep(w: Any, h: Any, sparsity: float) -> Any:
 
 def _child(program: Callable[[Task, str], float], task: Task, argument: str, out: Any) -> None:
     seconds = program(task, argument)
-    out.put(Run(seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT))
+    out.put(Run(seconds, peak_memory(())["host"]))
 
 
 def alone(program: Callable[[Task, str], float], task: Task, argument: str = "") -> Run:

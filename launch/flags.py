@@ -49,6 +49,12 @@ def window_length(flag: int, checkpoint: Checkpoint) -> int:
     return flag or min(LONGEST_DEFAULT, int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT)))
 
 
+def check_sparsity(sparsity: float) -> None:
+    """InputError unless it is a fraction that leaves something."""
+    if not 0 <= sparsity < 1:
+        raise InputError(f"--sparsity={sparsity} must be at least 0 and less than 1")
+
+
 def check_length(name: str, length: int, checkpoint: Checkpoint) -> None:
     """InputError if windows are longer than a model with learned positions has positions for."""
     positions = getattr(checkpoint.model.arch.config, "positions", None)

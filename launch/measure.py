@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from calibration.data import Tokens, evaluation_tokens
+from calibration.data import Tokens, calibration_tokens, evaluation_tokens
 from calibration.tokenizer import Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
@@ -40,6 +40,21 @@ class Clock:
 def tokenizer_of(checkpoint: Checkpoint) -> Callable[[], Tokenizer]:
     """The checkpoint's tokenizer, read when it is first asked for: token files need none."""
     return functools.cache(lambda: load_tokenizer(checkpoint.directory))
+
+
+def read_calibration(
+    name: str, samples: int, length: int, seed: int, checkpoint: Checkpoint, tokenizer: Callable[[], Tokenizer]
+) -> Tokens:
+    """The calibration windows; InputError for what cannot be read, or is longer than the model has positions for.
+
+    Args:
+      name: of the source, as --calibration has it.
+      length: of a window; 0 for what the model was made for.
+    """
+    length, vocab = window_length(length, checkpoint), checkpoint.model.arch.config.vocab
+    tokens = calibration_tokens(name, tokenizer, samples=samples, length=length, seed=seed, vocab=vocab)
+    check_length("--calibration", tokens.ids.shape[1], checkpoint)
+    return tokens
 
 
 def read_evaluation(

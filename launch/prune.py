@@ -8,20 +8,19 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from rich.console import Console
 
-from calibration.data import Tokens, calibration_tokens
-from calibration.tokenizer import Tokenizer
+from calibration.data import Tokens
 from eval.size import Size, measure, peak_memory
 from launch import calls, cli, console, export, report
 from launch.cli import Flags, frozen
-from launch.flags import DTYPES, check_length, evaluation_flags, mesh_of, model_flags, open_model, output_path, window_length
-from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of
+from launch.flags import DTYPES, check_sparsity, evaluation_flags, mesh_of, model_flags, open_model, output_path
+from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.staging import staged
 from models.errors import InputError
 from models.store import Checkpoint, Writer, write_json
@@ -89,8 +88,7 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
         sparsity = share
     if sparsity is None:
         raise InputError("--sparsity is missing: give the fraction to remove, such as 0.3")
-    if not 0 <= sparsity < 1:
-        raise InputError(f"--sparsity={sparsity} must be at least 0 and less than 1")
+    check_sparsity(sparsity)
     request = Request(
         sparsity,
         pattern,
@@ -100,16 +98,6 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
         seed=config.seed,
     )
     return method, request
-
-
-def read_calibration(config: RunConfig, checkpoint: Checkpoint, tokenizer: Callable[[], Tokenizer]) -> Tokens:
-    """The calibration windows; InputError for what cannot be read, or is longer than the model has positions for."""
-    length, vocab = window_length(config.calibration_length, checkpoint), checkpoint.model.arch.config.vocab
-    tokens = calibration_tokens(
-        config.calibration, tokenizer, samples=config.calibration_samples, length=length, seed=config.seed, vocab=vocab
-    )
-    check_length("--calibration", tokens.ids.shape[1], checkpoint)
-    return tokens
 
 
 class Counts(NamedTuple):
@@ -206,7 +194,9 @@ def prune(config: RunConfig) -> dict[str, Any]:
     output = output_path(config.output)
     checkpoint = open_model(config.model, config.dtype)
     model, tokenizer = checkpoint.model, tokenizer_of(checkpoint)
-    calibration = read_calibration(config, checkpoint, tokenizer)
+    calibration = read_calibration(
+        config.calibration, config.calibration_samples, config.calibration_length, config.seed, checkpoint, tokenizer
+    )
     data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
     clock.lap("load")
     with staged(output, export.REPORT) as directory:

@@ -13,7 +13,7 @@ from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning.allocate import uniform
 from pruning.patterns import n_of_m
-from pruning.types import Mask, Method, Outcome, Pattern, Pruner, Put, Request
+from pruning.types import Budget, Mask, Method, Outcome, Pattern, Pruner, Put, Request
 
 Notes = Mapping[str, jax.Array]
 
@@ -30,21 +30,13 @@ def scored(score: Callable[[jax.Array, Any], jax.Array], keep: Callable[[jax.Arr
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _prepare(pruner: Pruner, stats: Any) -> tuple[Any, Notes]:
-    return pruner.prepare(stats)
-
-
-@functools.partial(jax.jit, static_argnums=0)
 def _solve(pruner: Pruner, prepared: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]) -> list[jax.Array]:
     return [w for w, _ in pruner.solve(ws, prepared, counts)]
 
 
 def solve_tap(pruner: Pruner, stats: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]) -> tuple[list, Notes]:
-    """The linears that read one tap, pruned together: (W [out in] of each, the pruner's figures).
-
-    Two programs, so that taps of equal width share the compilation of what is made of their statistics.
-    """
-    prepared, notes = _prepare(pruner, stats)
+    """The linears that read one tap, pruned together: (W [out in] of each, the pruner's figures)."""
+    prepared, notes = pruner.prepare(stats)
     return _solve(pruner, prepared, ws, counts), notes
 
 
@@ -83,6 +75,28 @@ def by_name(found: Mapping[int, Mapping[str, Mapping[str, float]]], blocks: int)
     return {name: [{tap: n[name] for tap, n in found.get(i, {}).items()} for i in range(blocks)] for name in sorted(names)}
 
 
+def rule_of(request: Request, unstructured: Pattern) -> Pattern:
+    """The request's n:m, else `unstructured`."""
+    return n_of_m(*request.pattern) if request.pattern else unstructured
+
+
+def budget_of(model: Model, request: Request) -> Budget:
+    """What the request's allocation gives, else the same fraction of every linear."""
+    return (request.allocation or uniform)(model, request.sparsity)
+
+
+def counts_of(arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """How many entries of each slot go; empty where nothing is asked of the block: its parameters then stay bit for bit."""
+    if not any(np.any(fraction) for fraction in fractions.values()):
+        return {}
+    return {s.name: rule.counts(getattr(block, s.name).w.shape, fractions[s.name]) for s in arch.slots}
+
+
+def asked_of(budget: Budget) -> tuple[dict[str, float], ...]:
+    """A block's {slot: fraction to remove}, the mean of its rows."""
+    return tuple({name: float(np.mean(fraction)) for name, fraction in block.items()} for block in budget)
+
+
 def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Method:
     """The method that prunes each linear on its own, block after block, each block seeing what the pruned ones before it give.
 
@@ -92,20 +106,15 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
     """
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        arch = model.arch
-        pattern = n_of_m(*request.pattern) if request.pattern else unstructured
-        budget = (request.allocation or uniform)(model, request.sparsity)
-        own, found = pruner(pattern), {}
+        arch, rule, budget = model.arch, rule_of(request, unstructured), budget_of(model, request)
+        own, found = pruner(rule), {}
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-            if not any(np.any(fraction) for fraction in budget[i].values()):
-                new = block  # nothing asked of this block: its parameters stay bit for bit
-            else:
-                counts = {s.name: pattern.counts(getattr(block, s.name).w.shape, budget[i][s.name]) for s in arch.slots}
-                new, notes = solve_block(arch, own, block, stats, counts)
+            if counts := counts_of(arch, rule, block, budget[i]):
+                block, notes = solve_block(arch, own, block, stats, counts)
                 found[i] = figures(i, notes)
-            put(i, new)
-            return new
+            put(i, block)
+            return block
 
         watch = {} if own.observer is None else {s.reads: own.observer for s in arch.slots}
         # Without statistics the walk needs no activations either.
@@ -120,7 +129,6 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             mesh=request.mesh,
             advance=request.advance,
         )
-        asked = tuple({name: float(np.mean(f)) for name, f in b.items()} for b in budget)
-        return Outcome(asked, details=by_name(found, len(model.blocks)))
+        return Outcome(asked_of(budget), details=by_name(found, len(model.blocks)))
 
     return method

@@ -1,7 +1,7 @@
 """SparseGPT (Frantar & Alistarh 2023): prune a linear column by column, each removed weight's error made good by the columns to come.
 
-Maths only. Letters as in the paper: H = X X^T of the layer's inputs, W its weights, U the upper Cholesky factor of H^-1, whose row i
-says how an error in column i is best spread over the columns after it (Algorithm 1).
+Maths first, below it the layer-wise method made of it. Letters as in the paper: H = X X^T of the layer's inputs, W its weights, U the
+upper Cholesky factor of H^-1, whose row i says how an error in column i is best spread over the columns after it (Algorithm 1).
 """
 
 import dataclasses
@@ -19,11 +19,8 @@ from pruning.types import Mask, Method, Outcome, Pattern, Pruner, Put, Request
 
 COLUMNS = 128  # columns decided on together: the paper's B
 STEPS = 4  # columns swept between two matrix products with the errors so far
-TRIES, RAISE, LEAST = (
-    7,
-    10.0,
-    1e-6,
-)  # how often a factorisation is tried, how much more damping each time, and the least of it then
+TRIES = 7  # how often a factorisation is tried
+RAISE, LEAST = 10.0, 1e-6  # how much more damping each time, and the least of it then
 
 
 class Factor(NamedTuple):
@@ -59,7 +56,7 @@ def inverse_factor(h: jax.Array) -> jax.Array:
 
 
 def factor(h: jax.Array, damp: float) -> Factor:
-    """Factor H [c c]; while that fails, damp RAISE times more, at most TRIES times."""
+    """Factor H [c c]; while that fails, damp RAISE times more; TRIES attempts in all."""
 
     def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         tries, _, u = state
@@ -177,6 +174,7 @@ def solve(
 def pruner(damp: float, pattern: Pattern) -> Pruner:
     """SparseGPT as a layer-wise method; equal arguments give one object, so one compilation."""
 
+    @jax.jit
     def prepare(stats: Gram) -> tuple[Factor, dict[str, jax.Array]]:
         f = factor(hessian(stats), damp)
         return f, {"damping": f.damping}

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import observe, walk_blocks
+from calibration.fold import observe, overflow, walk_blocks
 from calibration.observers import gram
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import patterns, sparsegpt
-from pruning.allocate import uniform
-from pruning.lift import by_name, figures, solve_block
+from pruning.lift import asked_of, budget_of, by_name, counts_of, figures, rule_of, solve_block
 from pruning.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, corrected
 from pruning.sparsellm_released import Aux, as_released
 from pruning.types import Budget, Method, Outcome, Put, Request
@@ -116,7 +115,7 @@ class _Run(NamedTuple):
         return _sound(self.arch, dense, x, y, counts, self.settings)
 
     def block(
-        self, i: int, block: Block, xs: list[jax.Array], counts: Mapping[str, jax.Array]
+        self, i: int, block: Block, xs: list[jax.Array], counts: Mapping[str, Any]
     ) -> tuple[Block, dict[str, dict[str, float]], list[float]]:
         """Block i pruned: (the block, the solvers' figures, the part's error after each iteration)."""
         arch, rule, n = self.arch, self.settings.rule, _names(self.arch)
@@ -132,8 +131,10 @@ class _Run(NamedTuple):
             solved = self._corrected(block, new, xs, mine)
         found = figures(i, {**notes, PART: {"damping": solved.damping}})
         losses = [float(x) for x in solved.losses]
-        if not np.isfinite(losses[-1] if self.official else min(losses)):
+        if self.official and not np.isfinite(losses[-1]):
             raise InputError(f'block {i}: the released alternation diverged, as it does on this model: use variant="corrected"')
+        if not np.any(np.isfinite(losses)):
+            raise overflow(i)
         return _with_ffn(arch, new, solved.ffn), found, losses
 
 
@@ -144,7 +145,7 @@ def _settings(
     if act not in KNOWN or (act == "relu") == gated:
         raise InputError(f"sparsellm: no update of the auxiliary activations is known for {act}: use sparsegpt")
     default = RELEASED[gated] if official else SOUND
-    rule = patterns.n_of_m(*request.pattern) if request.pattern else patterns.per_column_block(sparsegpt.COLUMNS)
+    rule = rule_of(request, patterns.per_column_block(sparsegpt.COLUMNS))
     return Settings(
         act, rule, damp, Penalties(*(d if x is None else x for d, x in zip(default, penalties, strict=True))), iterations
     )
@@ -153,7 +154,7 @@ def _settings(
 def _outcome(
     budget: Budget, covered: int, found: Mapping[int, Any], losses: list[list[float]], official: bool, damp: float
 ) -> Outcome:
-    asked = tuple({name: float(np.mean(f)) for name, f in b.items()} if i < covered else {} for i, b in enumerate(budget))
+    asked = tuple(b if i < covered else {} for i, b in enumerate(asked_of(budget)))
     kept = [None if not x else len(x) - 1 if official else int(np.nanargmin(x)) for x in losses]
     details = {"loss": losses, "iteration_kept": kept, **by_name(found, len(budget))}
     same = [i for i, (k, x) in enumerate(zip(kept, losses, strict=True)) if k == 0 and len(x) > 1]
@@ -192,16 +193,14 @@ def sparsellm(
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         settings = _settings(model.arch, request, damp, (alpha, beta, gamma), iterations, official)
-        run, budget = _Run(model.arch, settings, official), (request.allocation or uniform)(model, request.sparsity)
+        run, budget = _Run(model.arch, settings, official), budget_of(model, request)
         covered = len(model.blocks) // 2 if first_half else len(model.blocks)
         found: dict[int, Any] = {}
         losses: list[list[float]] = []
 
         def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, None]:
             loss: list[float] = []
-            if i < covered and any(np.any(f) for f in budget[i].values()):
-                shapes = {name: getattr(block, name).w.shape for name in budget[i]}
-                counts = {name: jnp.asarray(settings.rule.counts(shapes[name], f)) for name, f in budget[i].items()}
+            if i < covered and (counts := counts_of(model.arch, settings.rule, block, budget[i])):
                 block, found[i], loss = run.block(i, block, xs, counts)
             losses.append(loss)
             put(i, block)

@@ -183,7 +183,8 @@ def _better(best: _Best, ffn: Ffn, loss: jax.Array) -> _Best:
     return jax.tree.map(lambda a, b: jnp.where(loss < best.loss, b, a), best, _Best(ffn, loss))
 
 
-def _pruned(ws: Sequence[jax.Array], f: sparsegpt.Factor, counts: Sequence[jax.Array], rule: Pattern) -> list[jax.Array]:
+def pruned(ws: Sequence[jax.Array], f: sparsegpt.Factor, counts: Sequence[jax.Array], rule: Pattern) -> list[jax.Array]:
+    """SparseGPT of matrices [out in] that read the same inputs."""
     return [w for w, _ in sparsegpt.solve(ws, f, counts, rule.keep, rule.group)]
 
 
@@ -195,8 +196,8 @@ def _start(dense: Ffn, x: jax.Array, counts: Counts, scale: float, c: Settings) 
         return outer_products(x), outer_products(h)
 
     f1, f2 = (sparsegpt.factor(scale * h, c.damp) for h in _total(grams, x))
-    ffn = dense.with_writers(_pruned([p.w for p in dense.writers], f1, counts.writers, c.rule))
-    return ffn.with_two(_pruned([dense.two.w], f2, [counts.two], c.rule)[0]), f1, jnp.stack([f1.damping, f2.damping])
+    ffn = dense.with_writers(pruned([p.w for p in dense.writers], f1, counts.writers, c.rule))
+    return ffn.with_two(pruned([dense.two.w], f2, [counts.two], c.rule)[0]), f1, jnp.stack([f1.damping, f2.damping])
 
 
 def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Settings) -> Solved:
@@ -226,10 +227,10 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
         residuals, error = _total(aims, x, y)
         best = _better(best, ffn, error)
         fitted = [_toward(p.w, scale * r, f1) for p, r in zip(ffn.writers, residuals, strict=True)]
-        ffn = ffn.with_writers(_pruned(fitted, f1, counts.writers, c.rule))
+        ffn = ffn.with_writers(pruned(fitted, f1, counts.writers, c.rule))
         h2, residual = _total(functools.partial(reading, ffn), x, y)
         f2 = sparsegpt.factor(scale * h2, c.damp)
-        ffn = ffn.with_two(_pruned([_toward(dense.two.w, scale * residual, f2)], f2, [counts.two], c.rule)[0])
+        ffn = ffn.with_two(pruned([_toward(dense.two.w, scale * residual, f2)], f2, [counts.two], c.rule)[0])
         return (ffn, best), (error, f2.damping)
 
     with jax.default_matmul_precision("highest"):

@@ -21,6 +21,7 @@ from pruning.sparsellm_core import (
     hidden,
     p_gain,
     p_step,
+    pruned,
     squared_error,
     z_gated,
     z_relu,
@@ -58,7 +59,7 @@ def _prune(
     """SparseGPT with H [c c]: (the pruned matrices, the H that it leaves damped, the damping)."""
     dead, h = jnp.diagonal(h) == 0, sparsegpt.damped(h, c.damp)
     f = sparsegpt.factor(h, 0.0)._replace(dead=dead)
-    return [w for w, _ in sparsegpt.solve(ws, f, counts, c.rule.keep, c.rule.group)], h, c.damp + f.damping
+    return pruned(ws, f, counts, c.rule), h, c.damp + f.damping
 
 
 def _descend(loss: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int) -> jax.Array:

@@ -46,7 +46,8 @@ class Pruner(NamedTuple):
     observer: of the input; None: nothing need be known.
     solve: (the W [out in] that read the input, what `prepare` made of its statistics, for each W a count as Pattern.counts gives it)
       -> (W [out in], kept bool [out in]) for each.
-    prepare: statistics -> (what `solve` wants of them, figures for the report: float32 [] by name). Done once for an input.
+    prepare: statistics -> (what `solve` wants of them, figures for the report: float32 [] by name). Done once for an input; compiled
+      by whoever makes it, so that inputs of equal width share a compilation whatever linears read them.
     """
 
     observer: Observer | None
