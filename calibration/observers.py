@@ -4,6 +4,7 @@ An observer is a value of two pure functions (as an optax transformation is): `i
 `update(state, x [b t c]) -> state`. Sums are float32 whatever x is. Observers are hashable, for use as static arguments of jit.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -36,6 +37,73 @@ def _second_moment_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
 
 
 second_moment = Observer(lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(())), _second_moment_update)
+
+
+def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
+    x = x.astype(jnp.float32)
+    weight = 2.0 / (state.samples + 1 + jnp.arange(len(x)))  # of the n-th sequence: 2/n
+    return SecondMoment(state.total + jnp.einsum("btc,btc,b->c", x, x, weight), state.samples + len(x))
+
+
+# NeuroAL's released code takes the norms of SparseGPT's inputs after SparseGPT has scaled them, so that later sequences count less.
+fading_second_moment = Observer(second_moment.init, _fading_update)
+
+
+@functools.cache
+def pair(a: Observer, b: Observer) -> Observer:
+    """Both observers: their states side by side. Work that they share is done once, by the compiler."""
+    return Observer(lambda c: (a.init(c), b.init(c)), lambda state, x: (a.update(state[0], x), b.update(state[1], x)))
+
+
+class Moments(NamedTuple):
+    """First and second moments [c]: `second` as SecondMoment has them; over sequences, the sums of their `sums` over tokens, of these
+    squared, and of the `variances` within each; `length` of a sequence, float32 []: the last one's, for all are equal."""
+
+    second: SecondMoment
+    sums: jax.Array
+    squares: jax.Array
+    variances: jax.Array
+    length: jax.Array
+
+    @property
+    def window_sum(self) -> jax.Array:
+        """Mean over sequences of the sum over their tokens [c]."""
+        return self.sums / self.second.samples
+
+    @property
+    def mean(self) -> jax.Array:
+        """Mean over all tokens [c]."""
+        return self.window_sum / self.length
+
+    @property
+    def variance_within(self) -> jax.Array:
+        """Mean over sequences of the variance within each [c]."""
+        return self.variances / self.second.samples
+
+    @property
+    def variance(self) -> jax.Array:
+        """Variance over all tokens [c]: within sequences and between them."""
+        between = self.squares / self.second.samples - self.window_sum**2
+        return self.variance_within + jnp.maximum(between, 0) / self.length**2
+
+
+def _moments_init(c: int) -> Moments:
+    return Moments(second_moment.init(c), jnp.zeros(c), jnp.zeros(c), jnp.zeros(c), jnp.zeros(()))
+
+
+def _moments_update(state: Moments, x: jax.Array) -> Moments:
+    x = x.astype(jnp.float32)
+    sums = jnp.sum(x, axis=1)
+    return Moments(
+        second_moment.update(state.second, x),
+        state.sums + jnp.sum(sums, axis=0),
+        state.squares + jnp.sum(sums**2, axis=0),
+        state.variances + jnp.sum(jnp.var(x, axis=1), axis=0),
+        jnp.full_like(state.length, x.shape[1]),
+    )
+
+
+moments = Observer(_moments_init, _moments_update)
 
 
 class BatchNorms(NamedTuple):

@@ -41,22 +41,29 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"report: {Path(output) / 'report.html'}"), soft_wrap=True)
 
 
-@contextlib.contextmanager
-def progress(total: int, description: str, console: Console | None = None) -> Iterator[Callable[[], None]]:
-    """Show how far `total` steps have come, on `console` (default: standard error); yields `advance`, to call after each step.
+Stage = Callable[[str, int], Callable[[], None]]
 
-    A terminal gets a bar with the time left; anything else gets at most ten plain lines, without control characters. Only the
-    main process shows anything.
+
+@contextlib.contextmanager
+def progress(console: Console | None = None) -> Iterator[Stage]:
+    """Show how far the stages of some work have come, on `console` (default: standard error).
+
+    Yields `stage(description, steps)`, which gives what to call after each step. A terminal gets a bar a stage with the time left;
+    anything else gets at most ten plain lines a stage, without control characters. Only the main process shows anything.
     """
     console = console or Console(stderr=True)
     if jax.process_index() != 0:
-        yield lambda: None
+        yield lambda description, steps: lambda: None
     elif console.is_interactive:
         with _bar(console) as bar:
-            task = bar.add_task(description, total=total)
-            yield lambda: bar.advance(task)
+
+            def stage(description: str, steps: int) -> Callable[[], None]:
+                task = bar.add_task(description, total=steps)
+                return lambda: bar.advance(task)
+
+            yield stage
     else:
-        yield _lines(total, description, console)
+        yield lambda description, steps: _lines(steps, description, console)
 
 
 def _bar(console: Console) -> Progress:

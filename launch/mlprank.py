@@ -171,7 +171,8 @@ def compare(s: Settings, output: Path) -> list[Row]:
     for name in ("batch", "calibration_samples"):
         if getattr(s, name) > len(data.train.y):
             raise InputError(f"--{name}={getattr(s, name)} is more than the {len(data.train.y)} training images: lower it")
-    with progress(len(s.seeds), "networks") as advance:
+    with progress() as stage:
+        advance = stage("networks", len(s.seeds))
         for seed in s.seeds:
             rows += measure(s, data, seed)
             advance()

@@ -24,7 +24,7 @@ from launch.measure import Clock, evaluate, protocol, read_calibration, read_eva
 from launch.staging import staged
 from models.errors import InputError
 from models.store import Checkpoint, Writer, write_json
-from pruning.methods import ALLOCATIONS, METHODS
+from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.patterns import parse_pattern
 from pruning.types import Method, Outcome, Request
 
@@ -40,6 +40,7 @@ class RunConfig:
     sparsity: float | None
     pattern: str
     allocation: str
+    refine: str
     calibration: str
     calibration_samples: int
     calibration_length: int
@@ -63,6 +64,7 @@ def options() -> Flags:
     f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
     f.string("pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs")
     f.string("allocation", "uniform", f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}")
+    f.string("refine", "none", f"what is done to finished masks: {', '.join(REFINEMENTS)}")
     f.group("Calibration")
     f.string("calibration", "embedded", "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file")
     f.integer("calibration_samples", 128, "how many windows", 1)
@@ -77,8 +79,13 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
     """The method and what is asked of it; InputError for anything about them that is wrong, before any work."""
     method = calls.build("method", config.method, METHODS)
     allocation = calls.build("allocation", config.allocation, ALLOCATIONS)
+    refine = calls.build("refine", config.refine, REFINEMENTS)
     pattern = parse_pattern(config.pattern)
     sparsity = config.sparsity
+    if pattern and config.allocation != "uniform":
+        raise InputError(
+            f"--pattern={config.pattern} sets the sparsity of every linear, --allocation spreads it: leave one of them out"
+        )
     if pattern:
         share = pattern[0] / pattern[1]
         if sparsity is not None and abs(sparsity - share) > 1e-9:
@@ -93,6 +100,7 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
         sparsity,
         pattern,
         None if config.allocation == "uniform" else allocation,
+        refine,
         batch=config.calibration_batch,
         mesh=mesh_of(config.mesh, config.calibration_batch),
         seed=config.seed,
@@ -204,8 +212,8 @@ def prune(config: RunConfig) -> dict[str, Any]:
         clock.lap("eval")
         writer = Writer(directory, checkpoint.config)
         echo = export.Echo(model, writer)
-        with console.progress(len(model.blocks), f"pruning with {config.method}") as advance:
-            outcome = method(model, calibration.ids, dataclasses.replace(request, advance=advance), echo.put)
+        with console.progress() as stage:
+            outcome = method(model, calibration.ids, dataclasses.replace(request, stage=stage), echo.put)
         clock.lap("calibrate_and_prune")
         padded = writer.finish(model.ends, checkpoint.directory)
         loaded, difference = export.load_back(directory, echo, DTYPES[config.dtype])

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Block = Any  # flax.struct dataclass: models.llama.Block or models.opt.Block
 Ends = Any  # flax.struct dataclass: models.llama.Ends or models.opt.Ends
@@ -96,3 +97,21 @@ def embed(arch: Arch, ends: Ends, tokens: jax.Array) -> jax.Array:
 def apply_block(arch: Arch, block: Block, x: jax.Array) -> jax.Array:
     """`arch.block` without its taps, compiled once for all blocks of equal shapes."""
     return arch.block(block, x)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cross_entropy(arch: Arch, ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Mean cross-entropy of each window [b] in nats, float32, over its length-1 predicted positions.
+
+    Args:
+      x: what leaves the last block [b t d]; tokens: int [b t].
+    """
+
+    def window(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, t = args
+        logits = arch.head(ends, x[None, :-1])[0]
+        chosen = jnp.take_along_axis(logits, t[1:, None], axis=1)[:, 0]
+        return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
+
+    # One window at a time: the logits of one are already as large as a block's weights.
+    return jax.lax.map(window, (x, tokens))

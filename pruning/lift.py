@@ -1,7 +1,7 @@
 """From a layer-wise pruner to a method over a whole model: every slot of every block, in one walk."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.fold import fold_blocks
+from calibration.observers import Observer
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning.allocate import uniform
 from pruning.patterns import n_of_m
-from pruning.types import Budget, Mask, Method, Outcome, Pattern, Pruner, Put, Request
+from pruning.types import Allocation, Budget, Layerwise, Mask, Method, Outcome, Pattern, Pruner, Put, Request
 
 Notes = Mapping[str, jax.Array]
 
@@ -40,21 +41,46 @@ def solve_tap(pruner: Pruner, stats: Any, ws: Sequence[jax.Array], counts: Seque
     return _solve(pruner, prepared, ws, counts), notes
 
 
-def solve_block(
-    arch: Arch, pruner: Pruner, block: Block, stats: Mapping[str, Any], counts: Mapping[str, Any]
-) -> tuple[Block, dict[str, Notes]]:
-    """The slots in `counts` pruned, tap by tap: (the block, the pruner's figures by tap)."""
+def readers(arch: Arch, names: Collection[str]) -> dict[str, list[str]]:
+    """The slots among `names` by the tap that they read."""
     taps: dict[str, list[str]] = {}
     for slot in arch.slots:
-        if slot.name in counts:
+        if slot.name in names:
             taps.setdefault(slot.reads, []).append(slot.name)
+    return taps
+
+
+def with_weights(block: Block, ws: Mapping[str, jax.Array]) -> Block:
+    """The block with other matrices [out in] of some slots."""
+    return block.replace(**{name: getattr(block, name).replace(w=w) for name, w in ws.items()})
+
+
+def solve_block(
+    arch: Arch, pruners: Mapping[str, Pruner], block: Block, stats: Mapping[str, Any], counts: Mapping[str, Any]
+) -> tuple[Block, dict[str, Notes]]:
+    """The slots in `counts` pruned by the pruner of their tap: (the block, the pruners' figures by tap)."""
     new: dict[str, Any] = {}
     notes: dict[str, Notes] = {}
-    for tap, names in taps.items():
-        linears = [getattr(block, name) for name in names]
-        ws, notes[tap] = solve_tap(pruner, stats.get(tap), [p.w for p in linears], [counts[name] for name in names])
-        new |= {name: p.replace(w=w) for name, p, w in zip(names, linears, ws, strict=True)}
-    return block.replace(**new), notes
+    for tap, names in readers(arch, counts).items():
+        before = [getattr(block, name).w for name in names]
+        after, notes[tap] = solve_tap(pruners[tap], stats.get(tap), before, [counts[name] for name in names])
+        new |= dict(zip(names, after, strict=True))
+    return with_weights(block, new), notes
+
+
+def unrefined(arch: Arch, pruners: Mapping[str, Pruner]) -> Mapping[str, Pruner]:
+    """The pruners as they are."""
+    return pruners
+
+
+def every_tap(arch: Arch, pruner: Pruner) -> dict[str, Pruner]:
+    """The same pruner for every tap that linears read."""
+    return {slot.reads: pruner for slot in arch.slots}
+
+
+def watched(pruners: Mapping[str, Pruner]) -> dict[str, Observer]:
+    """What the pruners must see."""
+    return {tap: p.observer for tap, p in pruners.items() if p.observer}
 
 
 def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
@@ -80,9 +106,9 @@ def rule_of(request: Request, unstructured: Pattern) -> Pattern:
     return n_of_m(*request.pattern) if request.pattern else unstructured
 
 
-def budget_of(model: Model, request: Request) -> Budget:
-    """What the request's allocation gives, else the same fraction of every linear."""
-    return (request.allocation or uniform)(model, request.sparsity)
+def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
+    """What the request's allocation gives; the same fraction of every linear without one, or where nothing is to be removed."""
+    return (request.allocation if request.allocation and request.sparsity else uniform)(model, tokens, request, layerwise)
 
 
 def counts_of(arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -106,19 +132,24 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
     """
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        arch, rule, budget = model.arch, rule_of(request, unstructured), budget_of(model, request)
-        own, found = pruner(rule), {}
+        arch, rule = model.arch, rule_of(request, unstructured)
+        if request.refine and rule.group:
+            raise InputError("--refine swaps weights of a whole row, which --pattern=N:M does not allow: leave one of them out")
+        own = pruner(rule)
+        allocation = allocate(model, tokens, request, Layerwise(own, rule))
+        budget, found = allocation.budget, {}
+        pruners = (request.refine or unrefined)(arch, every_tap(arch, own))
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
             if counts := counts_of(arch, rule, block, budget[i]):
-                block, notes = solve_block(arch, own, block, stats, counts)
+                block, notes = solve_block(arch, pruners, block, stats, counts)
                 found[i] = figures(i, notes)
             put(i, block)
             return block
 
-        watch = {} if own.observer is None else {s.reads: own.observer for s in arch.slots}
+        watch = watched(pruners)
         # Without statistics the walk needs no activations either.
-        calibration = tokens if own.observer else tokens[:0]
+        calibration = tokens if watch else tokens[:0]
         fold_blocks(
             model,
             calibration,
@@ -127,8 +158,9 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             propagate="pruned",
             batch=request.batch,
             mesh=request.mesh,
-            advance=request.advance,
+            advance=request.stage("pruning", len(model.blocks)),
         )
-        return Outcome(asked_of(budget), details=by_name(found, len(model.blocks)))
+        details = {**allocation.details, **by_name(found, len(model.blocks))}
+        return Outcome(asked_of(budget), details=details, warnings=allocation.warnings)
 
     return method

@@ -43,9 +43,8 @@ def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict
         return block
 
     watch = dict.fromkeys((reads[up], reads[down], up, down), batch_norms)
-    fold_blocks(
-        model, tokens, visit, watch=watch, propagate="dense", batch=request.batch, mesh=request.mesh, advance=request.advance
-    )
+    advance = request.stage("measuring activations", len(model.blocks))
+    fold_blocks(model, tokens, visit, watch=watch, propagate="dense", batch=request.batch, mesh=request.mesh, advance=advance)
     return found
 
 

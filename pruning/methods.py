@@ -9,10 +9,14 @@ from models.errors import InputError
 from pruning import patterns, scores
 from pruning import sparsegpt as obs
 from pruning.allocate import uniform
+from pruning.alpha import alpha
+from pruning.dsnot import dsnot
 from pruning.lift import per_linear, scored
 from pruning.llmrank import llmrank
+from pruning.neuroal import neuroal
+from pruning.owl import owl
 from pruning.sparsellm import sparsellm
-from pruning.types import Allocator, Method, Pattern, Pruner
+from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 
 
 def magnitude(scope: Literal["matrix", "row"] = "matrix") -> Method:
@@ -65,4 +69,5 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sparsellm": sparsellm,
     "llmrank": llmrank,
 }
-ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform}
+ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform, "owl": owl, "alpha": alpha, "neuroal": neuroal}
+REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": dsnot}

@@ -43,13 +43,16 @@ def _keep_per_matrix(score: jax.Array, count: jax.Array) -> Mask:
 
 
 def _keep_per_row(score: jax.Array, count: jax.Array) -> Mask:
-    """True but for the `count` lowest entries of each row; of equal ones the leftmost go first (a stable sort's order)."""
+    """True but for the `count` lowest entries of each row; of equal ones the leftmost go first (a stable sort's order), or, where every
+    row has its own count, the rightmost, as in NeuroAL's repository."""
+    reverse = count.ndim == 1
     count = jnp.broadcast_to(count, score.shape[:1])[:, None]  # [out 1]
     highest_out = jnp.take_along_axis(jnp.sort(score, axis=1), jnp.maximum(count - 1, 0), axis=1)
     below, tied = score < highest_out, score == highest_out
     # Sorting values and settling ties by a running count is several times cheaper than sorting indices, and the same.
     left = count - jnp.sum(below, axis=1, keepdims=True)
-    return ~(below | (tied & (jnp.cumsum(tied, axis=1) <= left)))
+    nth = jax.lax.cumsum(tied.astype(jnp.int32), axis=1, reverse=reverse)
+    return ~(below | (tied & (nth <= left)))
 
 
 def _counts_per_column_block(columns: int, shape: tuple[int, int], fraction: np.ndarray) -> np.ndarray:
@@ -70,7 +73,7 @@ def per_column_block(columns: int) -> Pattern:
     return Pattern(functools.partial(_counts_per_column_block, columns), _keep_in_column_block)
 
 
-per_matrix = Pattern(_counts_per_matrix, _keep_per_matrix)
+per_matrix = Pattern(_counts_per_matrix, _keep_per_matrix, by_row=False)
 per_row = Pattern(lambda shape, fraction: _counts(shape[1], fraction), _keep_per_row)
 
 

@@ -13,10 +13,10 @@ from calibration.observers import gram
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import patterns, sparsegpt
-from pruning.lift import asked_of, budget_of, by_name, counts_of, figures, rule_of, solve_block
+from pruning.lift import allocate, asked_of, by_name, counts_of, every_tap, figures, rule_of, solve_block
 from pruning.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, corrected
 from pruning.sparsellm_released import Aux, as_released
-from pruning.types import Budget, Method, Outcome, Put, Request
+from pruning.types import Allocation, Layerwise, Method, Outcome, Put, Request, not_refined
 
 KNOWN = ("relu", "silu", "swish")  # activations with an auxiliary update: relu without a gate, the others with one
 ONCE = (1, 30, 31)  # blocks that the released code for gated models iterates once, whatever the model's depth
@@ -122,7 +122,7 @@ class _Run(NamedTuple):
         attention = {name: count for name, count in counts.items() if name not in n.slots}
         watched = [s.reads for s in arch.slots if self.official or s.name in attention]
         stats = observe(arch, dict.fromkeys(watched, gram), i, block, xs)
-        new, notes = solve_block(arch, sparsegpt.pruner(self.settings.damp, rule), block, stats, attention)
+        new, notes = solve_block(arch, every_tap(arch, sparsegpt.pruner(self.settings.damp, rule)), block, stats, attention)
         mine = Counts(tuple(counts[name] for name in (n.one, n.gate) if name), counts[n.two])
         if self.official:
             h1, h2 = (sparsegpt.hessian(stats[tap]) for tap in (n.enters, n.inside))
@@ -152,14 +152,14 @@ def _settings(
 
 
 def _outcome(
-    budget: Budget, covered: int, found: Mapping[int, Any], losses: list[list[float]], official: bool, damp: float
+    allocation: Allocation, covered: int, found: Mapping[int, Any], losses: list[list[float]], official: bool, damp: float
 ) -> Outcome:
-    asked = tuple(b if i < covered else {} for i, b in enumerate(asked_of(budget)))
+    asked = tuple(b if i < covered else {} for i, b in enumerate(asked_of(allocation.budget)))
     kept = [None if not x else len(x) - 1 if official else int(np.nanargmin(x)) for x in losses]
-    details = {"loss": losses, "iteration_kept": kept, **by_name(found, len(budget))}
+    details = {**allocation.details, "loss": losses, "iteration_kept": kept, **by_name(found, len(losses))}
     same = [i for i, (k, x) in enumerate(zip(kept, losses, strict=True)) if k == 0 and len(x) > 1]
     warnings = [f"block {i}: no iteration was better than SparseGPT's solution, which stays" for i in same]
-    return Outcome(asked, details=details, warnings=(*warnings, *sparsegpt.raised(details, damp)))
+    return Outcome(asked, details=details, warnings=(*allocation.warnings, *warnings, *sparsegpt.raised(details, damp)))
 
 
 def sparsellm(
@@ -192,21 +192,25 @@ def sparsellm(
     official = variant == "official"
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+        not_refined("sparsellm", request)
         settings = _settings(model.arch, request, damp, (alpha, beta, gamma), iterations, official)
-        run, budget = _Run(model.arch, settings, official), budget_of(model, request)
+        run = _Run(model.arch, settings, official)
+        # Budgets are tried with SparseGPT, which the alternation starts from.
+        allocation = allocate(model, tokens, request, Layerwise(sparsegpt.pruner(damp, settings.rule), settings.rule))
         covered = len(model.blocks) // 2 if first_half else len(model.blocks)
         found: dict[int, Any] = {}
         losses: list[list[float]] = []
 
         def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, None]:
             loss: list[float] = []
-            if i < covered and (counts := counts_of(model.arch, settings.rule, block, budget[i])):
+            if i < covered and (counts := counts_of(model.arch, settings.rule, block, allocation.budget[i])):
                 block, found[i], loss = run.block(i, block, xs, counts)
             losses.append(loss)
             put(i, block)
             return block, None
 
-        walk_blocks(model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=request.advance)
-        return _outcome(budget, covered, found, losses, official, damp)
+        advance = request.stage("pruning", len(model.blocks))
+        walk_blocks(model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=advance)
+        return _outcome(allocation, covered, found, losses, official, damp)
 
     return method

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calibration.observers import Observer
-from models.arch import Block, Model
+from models.arch import Arch, Block, Model
 from models.errors import InputError
 
 Put = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
@@ -28,11 +28,13 @@ class Pattern(NamedTuple):
       the number does not depend on float32 rounding; passed on as data, so one compilation serves every budget.
     keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure; runs under jit.
     group: m where every m consecutive inputs are chosen from on their own, else None.
+    by_row: a budget may ask another fraction of every row.
     """
 
     counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
     keep: Callable[[jax.Array, jax.Array], Mask]
     group: int | None = None
+    by_row: bool = True
 
 
 def as_it_is(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:
@@ -61,19 +63,21 @@ class Request:
 
     sparsity: fraction to remove, 0 <= s < 1, of the parameters the method covers.
     pattern: the semi-structured pattern (n zeros in every m inputs), or None for unstructured.
-    allocation: (model, sparsity) -> Budget, for the methods that take one.
+    allocation: how the sparsity is spread over the model, for the methods that take one; None: evenly.
+    refine: what is done to the finished mask of each linear, for the methods that prune each on its own.
     batch, mesh: windows in one micro-batch, and the devices they are split over.
     seed: of whatever is random.
-    advance: called after each block, for a progress bar.
+    stage: (what is done, in how many steps) -> what to call after each step, for a progress bar.
     """
 
     sparsity: float
     pattern: tuple[int, int] | None = None
     allocation: "Allocator | None" = None
+    refine: "Refiner | None" = None
     batch: int = 8
     mesh: Mesh | None = None
     seed: int = 0
-    advance: Callable[[], None] = lambda: None
+    stage: Callable[[str, int], Callable[[], None]] = lambda description, steps: lambda: None
 
 
 class Removed(NamedTuple):
@@ -103,8 +107,24 @@ class Outcome:
     warnings: tuple[str, ...] = ()
 
 
+class Layerwise(NamedTuple):
+    """What a weight method prunes a linear with: an allocator that tries budgets tries them with this."""
+
+    pruner: Pruner
+    rule: Pattern
+
+
+class Allocation(NamedTuple):
+    """A budget, with figures for the report (JSON-able) and what its reader must know, a sentence each."""
+
+    budget: Budget
+    details: Mapping[str, Any] = {}
+    warnings: tuple[str, ...] = ()
+
+
 Method = Callable[[Model, np.ndarray, Request, Put], Outcome]
-Allocator = Callable[[Model, float], Budget]
+Allocator = Callable[[Model, np.ndarray, Request, Layerwise], Allocation]
+Refiner = Callable[[Arch, Mapping[str, Pruner]], Mapping[str, Pruner]]  # the pruner of each tap -> one that does more
 
 
 def gone(keep: np.ndarray) -> tuple[int, ...]:
@@ -120,6 +140,13 @@ def unstructured_only(name: str, request: Request) -> None:
         )
     if request.allocation:
         raise InputError(f"--allocation is for weight methods: {name} sets its own, leave it out")
+    not_refined(name, request)
+
+
+def not_refined(name: str, request: Request) -> None:
+    """InputError if the request would refine the masks of a method that does not prune each linear on its own."""
+    if request.refine:
+        raise InputError(f"--refine is for methods that prune each linear on its own: {name} does not, leave it out")
 
 
 def prune(model: Model, method: Method, tokens: np.ndarray, request: Request) -> tuple[Model, Outcome]:

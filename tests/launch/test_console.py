@@ -78,7 +78,8 @@ def test_show_needs_no_warnings_and_no_output() -> None:
 @pytest.mark.parametrize(("total", "lines"), [(1, 1), (4, 4), (10, 10), (32, 10), (80, 10)])
 def test_progress_in_a_log_is_few_plain_lines(total: int, lines: int) -> None:
     console = log()
-    with shown.progress(total, "pruning [b]locks", console) as advance:
+    with shown.progress(console) as stage:
+        advance = stage("pruning [b]locks", total)
         for _ in range(total):
             advance()
     text = text_of(console)
@@ -91,7 +92,8 @@ def test_progress_in_a_log_is_few_plain_lines(total: int, lines: int) -> None:
 def test_progress_in_a_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     console, clock = log(), iter([0.0, 60.0, 120.0])
     monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
-    with shown.progress(3, "blocks", console) as advance:
+    with shown.progress(console) as stage:
+        advance = stage("blocks", 3)
         advance()
         advance()
     assert text_of(console).splitlines() == [
@@ -102,7 +104,8 @@ def test_progress_in_a_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) 
 
 def test_progress_on_a_terminal_is_a_bar() -> None:
     console = terminal()
-    with shown.progress(3, "pruning [b]locks", console) as advance:
+    with shown.progress(console) as stage:
+        advance = stage("pruning [b]locks", 3)
         for _ in range(3):
             advance()
     text = text_of(console)
@@ -113,7 +116,8 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
 def test_progress_on_a_terminal_knows_the_time_left_of_slow_steps() -> None:
     console, now = terminal(), [0.0]
     console.get_time = lambda: now[0]
-    with shown.progress(4, "blocks", console) as advance:
+    with shown.progress(console) as stage:
+        advance = stage("blocks", 4)
         for _ in range(3):
             now[0] += 100.0
             advance()
@@ -121,7 +125,8 @@ def test_progress_on_a_terminal_knows_the_time_left_of_slow_steps() -> None:
 
 
 def test_progress_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    with shown.progress(1, "blocks") as advance:
+    with shown.progress() as stage:
+        advance = stage("blocks", 1)
         advance()
     captured = capfd.readouterr()
     assert "1 of 1" in captured.err and not captured.out
@@ -130,14 +135,16 @@ def test_progress_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> N
 def test_only_the_main_process_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     for console in (log(), terminal()):
-        with shown.progress(2, "blocks", console) as advance:
+        with shown.progress(console) as stage:
+            advance = stage("blocks", 2)
             advance()
         assert text_of(console) == ""
 
 
 def test_an_error_inside_ends_the_bar_and_passes_through() -> None:
     console = terminal()
-    with pytest.raises(RuntimeError, match="inside"), shown.progress(2, "blocks", console) as advance:
+    with pytest.raises(RuntimeError, match="inside"), shown.progress(console) as stage:
+        advance = stage("blocks", 2)
         advance()
         raise RuntimeError("inside")
     assert "\x1b[?25h" in text_of(console)

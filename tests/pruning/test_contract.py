@@ -217,7 +217,7 @@ def test_patterns_of_units_are_bad_input(case: Case) -> None:
 @every_case
 def test_progress_is_told_once_a_block(case: Case) -> None:
     told: list[int] = []
-    fresh(case, model("llama"), 0.5, advance=lambda: told.append(1))
+    fresh(case, model("llama"), 0.5, stage=lambda what, steps: lambda: told.append(1))
     assert len(told) == CONFIGS["llama"]["num_hidden_layers"]
 
 

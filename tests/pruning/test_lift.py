@@ -14,7 +14,7 @@ from models.arch import Model, embed
 from pruning import scores
 from pruning.lift import per_linear, scored
 from pruning.patterns import n_of_m, per_matrix, per_row
-from pruning.types import Budget, Mask, Outcome, Pattern, Pruner, Request, prune
+from pruning.types import Allocation, Budget, Layerwise, Mask, Outcome, Pattern, Pruner, Request, prune
 from reference import wanda as reference
 from reference.small import FAMILIES, model, run_block, same, tokens, weight, zeros
 
@@ -61,7 +61,7 @@ def test_masks_are_those_of_the_loop(family: str, kind: str) -> None:
     m = model(family)
     budget = uneven(m) if kind == "uneven" else tuple({s.name: np.float64(0.5) for s in m.arch.slots} for _ in m.blocks)
     pattern = (3, 8) if kind == "3:8" else None
-    request = Request(0.5, pattern, allocation=(lambda *_: budget) if kind == "uneven" else None, batch=6)
+    request = Request(0.5, pattern, allocation=(lambda *_: Allocation(budget)) if kind == "uneven" else None, batch=6)
     pruned, outcome = prune(m, per_linear(wanda, per_row), tokens(), request)
     for got, want in zip(zeros(pruned), in_numpy(m, budget, pattern), strict=True):
         for slot, mask in want.items():
@@ -88,20 +88,25 @@ def test_a_block_of_which_nothing_is_asked_is_the_same_object() -> None:
     m = model("llama")
     budget = tuple({s.name: np.float64(0.5 * (i != 1)) for s in m.arch.slots} for i in range(3))
     for pattern in (None, (3, 8)):
-        pruned, _ = prune(m, per_linear(wanda, per_row), tokens(), Request(0.5, pattern, allocation=lambda *_: budget))
+        pruned, _ = prune(
+            m, per_linear(wanda, per_row), tokens(), Request(0.5, pattern, allocation=lambda *_: Allocation(budget))
+        )
         assert pruned.blocks[1] is m.blocks[1]
         assert pruned.blocks[0] is not m.blocks[0] and pruned.blocks[2] is not m.blocks[2]
 
 
-def test_the_allocation_is_asked_with_the_model_and_the_sparsity() -> None:
-    asked: list[tuple[Model, float]] = []
+def test_the_allocation_knows_the_model_the_sparsity_and_the_method() -> None:
+    asked: list[tuple[Model, float, Layerwise]] = []
 
-    def allocation(m: Model, sparsity: float) -> Budget:
-        asked.append((m, sparsity))
-        return uneven(m)
+    def allocation(m: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
+        asked.append((m, request.sparsity, layerwise))
+        return Allocation(uneven(m), {"found": 1}, ("mind",))
 
-    prune(model("llama"), per_linear(wanda, per_row), tokens(), Request(0.37, allocation=allocation))
-    assert len(asked) == 1 and asked[0][0] is model("llama") and asked[0][1] == 0.37
+    _, outcome = prune(model("llama"), per_linear(wanda, per_row), tokens(), Request(0.37, allocation=allocation))
+    ((m, sparsity, layerwise),) = asked
+    assert m is model("llama") and sparsity == 0.37
+    assert layerwise == Layerwise(wanda(per_row), per_row), "what it may try budgets with"
+    assert outcome.details == {"found": 1} and outcome.warnings == ("mind",)
 
 
 def test_without_an_observer_no_token_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,11 @@ import typing
 import numpy as np
 import pytest
 
-from pruning.methods import ALLOCATIONS, METHODS
-from pruning.types import Request, prune
+from pruning.lift import scored
+from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
+from pruning.patterns import per_row
+from pruning.scores import magnitude
+from pruning.types import Layerwise, Pruner, Request, prune
 from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros
 
@@ -15,13 +18,14 @@ from reference.small import FAMILIES, model, same, tokens, weight, zeros
 def test_names() -> None:
     """What CONTRACT.md's users may write; more may come."""
     assert {"magnitude", "wanda", "llmrank"} <= METHODS.keys()
-    assert "uniform" in ALLOCATIONS
+    assert {"uniform", "owl", "alpha", "neuroal"} <= ALLOCATIONS.keys()
+    assert {"none", "dsnot"} <= REFINEMENTS.keys()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, "owl", "alpha", "neuroal", "dsnot"])
 def test_every_method_is_documented_has_defaults_and_literal_types(name: str) -> None:
     """`launch` builds methods from text, so every parameter needs a type that it can check, and a default."""
-    maker = METHODS[name]
+    maker = {**METHODS, **ALLOCATIONS, **REFINEMENTS}[name]
     assert maker.__doc__ and len(maker.__doc__) > 40
     hints = typing.get_type_hints(maker)
     for parameter in inspect.signature(maker).parameters.values():
@@ -69,6 +73,8 @@ def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
 
 def test_uniform_is_the_same_everywhere() -> None:
     m = model("llama-gqa")
-    budget = ALLOCATIONS["uniform"]()(m, 0.3)
+    budget = ALLOCATIONS["uniform"]()(
+        m, tokens(), Request(0.3), Layerwise(Pruner(None, scored(magnitude, per_row.keep)), per_row)
+    ).budget
     assert len(budget) == 3
     assert all(fractions == {s.name: 0.3 for s in m.arch.slots} for fractions in budget)

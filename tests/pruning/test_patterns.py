@@ -44,7 +44,8 @@ def test_per_row_is_a_stable_sort(name: str, fraction: float) -> None:
 @pytest.mark.parametrize("name", SCORES)
 def test_per_row_takes_a_fraction_for_every_row(name: str) -> None:
     fractions = np.array(FRACTIONS)
-    want = reference.removed_per_row(SCORES[name], np.array([int(24 * f) for f in FRACTIONS]))
+    """Of equal scores the rightmost go first then, as in NeuroAL's repository: the sort of the mirrored row."""
+    want = reference.removed_per_row(SCORES[name][:, ::-1], np.array([int(24 * f) for f in FRACTIONS]))[:, ::-1]
     assert np.array_equal(removed(per_row, SCORES[name], fractions), want)
 
 

@@ -1,0 +1,86 @@
+"""OWL, AlphaPruning, NeuroAL and DSnoT written plainly in NumPy, entry by entry and in float64, after the authors' code."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+import numpy as np
+
+from models.arch import Model, embed
+from reference import wanda
+from reference.small import run_block, weight
+
+
+def spread(values: Sequence[float], sparsity: float, lam: float) -> np.ndarray:
+    """Sparsities of mean `sparsity`, 2 lam apart, the largest value least sparse."""
+    x = np.asarray(values, np.float64)
+    density = (x - x.min()) / (x.max() - x.min()) * 2 * lam
+    return 1 - (density - density.mean() + 1 - sparsity)
+
+
+def outliers(m: Model, tokens: np.ndarray, threshold: float) -> list[float]:
+    """OWL's share of each block of the dense model."""
+    x, found = embed(m.arch, m.ends, tokens), []
+    for block in m.blocks:
+        x, taps = run_block(m, block, x)
+        scores = [wanda.score(weight(block, s.name), wanda.scaler_row(taps[s.reads])).ravel() for s in m.arch.slots]
+        metric = np.concatenate(scores)
+        found.append(float(np.mean(metric > threshold * metric.mean())))
+    return found
+
+
+def exponent(w: np.ndarray, released: bool) -> float:
+    """AlphaPruning's fit of one matrix, a loop over where the tail begins."""
+    e = np.sort(np.linalg.svd(w, compute_uv=False) ** 2)
+    counts, edges = np.histogram(np.log10(e), 100)
+    peak = 10 ** edges[np.argmax(counts)]
+    low = np.log10(0.95 * peak) if released else 0.95 * peak
+    best, found = 1.0, 0.0
+    for i in range(len(e) - 1):
+        if not low <= e[i] <= 1.5 * peak:
+            continue
+        tail = e[i:]
+        alpha = 1 + len(tail) / np.log(tail / tail[0]).sum()
+        cumulative = 1 - (tail / tail[0]) ** (1 - alpha)
+        distance = np.abs(cumulative - np.arange(len(tail)) / len(tail)).max()
+        if alpha > 1 and distance < best:
+            best, found = distance, alpha
+    return float(found)
+
+
+def misalignment(m: Model, tokens: np.ndarray, sparsities: Sequence[float]) -> float:
+    """NeuroAL's score of block sparsities, with Wanda's masks: each block run dense and masked on what the masked ones before it give."""
+    x, total = embed(m.arch, m.ends, tokens), 0.0
+    for block, sparsity in zip(m.blocks, sparsities, strict=True):
+        _, dense = run_block(m, block, x)
+        new = {}
+        for s in m.arch.slots:
+            w = weight(block, s.name)
+            score = wanda.score(w, wanda.scaler_row(dense[s.reads]))
+            gone = wanda.removed_per_row(score, np.full(len(w), int(w.shape[1] * sparsity)))
+            new[s.name] = getattr(block, s.name).replace(w=jnp.where(gone, 0, getattr(block, s.name).w))
+        x, sparse = run_block(m, block.replace(**new), x)
+        for s in m.arch.slots:
+            a, b = (np.sqrt(wanda.scaler_row(taps[s.reads])) for taps in (dense, sparse))
+            total += float(np.linalg.norm(a / a.sum() - b / b.sum())) / len(a)
+    return total
+
+
+def swaps(c: np.ndarray, metric: np.ndarray, variance: np.ndarray, kept: np.ndarray, cycles: int, released: bool) -> np.ndarray:
+    """DSnoT's mask of one row: what grows and what goes are taken from the two ends of two sorted lists."""
+    e = c[~kept].sum()
+    removed, now = np.flatnonzero(~kept), kept.copy()
+    growing = list(removed[np.argsort(c[removed] / variance[removed])])
+    order = np.flatnonzero(kept)[np.argsort(metric[kept])]
+    going = [i for i in order if c[i] < 0] + [i for i in order[::-1] if c[i] > 0]
+    for _ in range(cycles):
+        if not growing or not going:
+            break
+        g, p = (growing[-1], going[0]) if e > 0 else (growing[0], going[-1])
+        after = e + c[p] - c[g]
+        wrong = c[g] * e <= 0 or (c[p] * e >= 0 and not released)
+        if wrong or (abs(e) <= 0.1 if released else abs(after) >= abs(e)):
+            break
+        now[g], now[p], e = True, False, after
+        growing.remove(g)
+        going.remove(p)
+    return now
