@@ -2,9 +2,11 @@
 
     python -m launch.bench --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=sparsegpt --model=DIR --calibration=tokens.npy
+    python -m launch.bench --what=neuroal --model=DIR --calibration=tokens.npy --calibration_samples=8 --sparsity=0.7
 
 --what=calibration: statistics of every block against PyTorch's forward. sparsegpt: a whole run against SparseGPT written plainly in
-PyTorch. sparsellm: a whole run against the released formulation by pseudo-inverses. The programs run in turn, so that a machine whose
+PyTorch. sparsellm: a whole run against the released formulation by pseudo-inverses. neuroal: the search of both steps with Wanda
+against the released search, and as many trials one after the other in PyTorch. The programs run in turn, so that a machine whose
 speed drifts slows all of them: quote the ratio. Pruning runs are processes of their own, compilation included, with their peak memory.
 """
 
@@ -46,7 +48,7 @@ def options() -> Flags:
     f.integer("calibration_batch", 4, "windows at a time", 1)
     f.integer("seed", 0, "of the windows drawn")
     f.group("Measurement")
-    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm"), "what is timed")
+    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm", "neuroal"), "what is timed")
     f.number("sparsity", 0.5, "of the pruning runs")
     f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
     f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
@@ -140,6 +142,12 @@ def solvers(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) 
     if values["what"] == "sparsellm":
         programs["SparseLLM"] = functools.partial(ours, "sparsellm")
         programs["by pseudo-inverses"] = functools.partial(ours, 'sparsellm(variant="official")')
+    elif values["what"] == "neuroal":
+        find = functools.partial(bench_solvers.alone, bench_solvers.search, task)
+        programs["NeuroAL"] = functools.partial(find, f"neuroal(samples={len(tokens)})")
+        programs["released search"] = functools.partial(find, f'neuroal(samples={len(tokens)}, variant="official")')
+        if values["torch"] and importlib.util.find_spec("torch"):
+            programs["PyTorch, trial by trial"] = functools.partial(bench_solvers.alone, bench_solvers.plain_search, task)
     else:
         programs["SparseGPT"] = functools.partial(ours, "sparsegpt")
         if values["torch"] and importlib.util.find_spec("torch"):

@@ -1,4 +1,4 @@
-"""Whole pruning runs for `launch.bench`, each in a process of its own: ours, and SparseGPT written plainly in PyTorch from its paper."""
+"""Whole runs for `launch.bench`, each in a process of its own: ours, and SparseGPT and NeuroAL's search written plainly in PyTorch."""
 
 import contextlib
 import multiprocessing
@@ -12,6 +12,7 @@ import numpy as np
 from eval.size import peak_memory
 
 DAMP, COLUMNS = 0.01, 128  # SparseGPT's, as its authors have them
+TRIALS = 14 + 15  # values of lambda that NeuroAL's authors try, blocks and rows
 
 
 class Run(NamedTuple):
@@ -46,6 +47,73 @@ def topiary(task: Task, method: str) -> float:
     made = calls.build("method", method, METHODS)
     jax.block_until_ready(prune(model, made, task.tokens, Request(task.sparsity, batch=task.batch))[0].blocks)
     return time.perf_counter() - start
+
+
+def search(task: Task, allocation: str) -> float:
+    """Seconds of one of our allocators with Wanda, until the first block is pruned with what it found; compilation included."""
+    import jax
+
+    from launch import calls
+    from models.store import in_memory, open_checkpoint
+    from pruning.methods import ALLOCATIONS, METHODS
+    from pruning.types import Request, prune
+
+    model = in_memory(open_checkpoint(task.directory).model)
+    model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
+    start, found = time.perf_counter(), 0.0
+
+    def stage(what: str, steps: int) -> Callable[[], None]:
+        nonlocal found
+        found = time.perf_counter() - start
+        return lambda: None
+
+    request = Request(task.sparsity, batch=task.batch, allocation=calls.build("allocation", allocation, ALLOCATIONS), stage=stage)
+    prune(model, METHODS["wanda"](), task.tokens, request)  # its own stage, the pruning, begins last
+    return found
+
+
+def plain_search(task: Task, argument: str) -> float:
+    """Seconds of as many trials as NeuroAL's authors make, one after the other: each block dense, masked by Wanda and run again."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=torch.float32).eval()
+    layers = model.get_decoder().layers[: task.blocks or None]
+    start = time.perf_counter()
+    with torch.no_grad():
+        first = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
+        for _ in range(TRIALS):
+            calls = first
+            for layer in layers:
+                linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+                dense = _squares(layer, linears, calls)[1]
+                weights = [m.weight.clone() for m in linears]
+                for m, w, squares in zip(linears, weights, dense, strict=True):
+                    order = (w.abs() * squares.sqrt()).sort(dim=1, stable=True)[1]
+                    counts = torch.linspace(task.sparsity - 0.01, task.sparsity + 0.01, len(w)) * w.shape[1]
+                    gone = torch.arange(w.shape[1])[None, :] < counts[:, None]
+                    m.weight[torch.zeros_like(gone).scatter_(1, order, gone)] = 0
+                calls, sparse = _squares(layer, linears, calls)
+                sum(float((a / a.sum() - b / b.sum()).norm()) / len(a) for a, b in zip(dense, sparse, strict=True))
+                for m, w in zip(linears, weights, strict=True):
+                    m.weight.copy_(w)
+    return time.perf_counter() - start
+
+
+def _squares(layer: Any, linears: list[Any], calls: list[tuple[Any, dict[str, Any]]]) -> tuple[list[Any], list[Any]]:
+    """What the layer gives for each window, to call the next one with, and the sums of squares of every linear's inputs."""
+    import torch
+
+    found = [torch.zeros(m.in_features) for m in linears]
+
+    def adder(total: Any) -> Callable[[Any, tuple[Any, ...]], None]:
+        return lambda module, args: total.add_(args[0].reshape(-1, args[0].shape[-1]).norm(dim=0) ** 2)
+
+    hooks = [m.register_forward_pre_hook(adder(total)) for m, total in zip(linears, found, strict=True)]
+    outputs = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
+    for hook in hooks:
+        hook.remove()
+    return outputs, found
 
 
 def plain_sparsegpt(task: Task, _: str) -> float:

@@ -69,6 +69,40 @@ def sparsity_by_block(got: Mapping[str, float], asked: Mapping[str, float]) -> s
     return _render("Sparsity per block", len(panels), 1.15, draw)
 
 
+def allocation_by_block(fractions: Sequence[float], target: float) -> str:
+    """Bars of what was allotted to each block, a line at the target for the whole model. Returns SVG text, or "" with no block."""
+    if not fractions:
+        return ""
+
+    def draw(axes: Sequence["Axes"]) -> None:
+        (ax,) = axes
+        ax.bar(range(len(fractions)), fractions, width=0.8, color=TEAL)
+        ax.axhline(target, color=_INK, linewidth=1.0, linestyle="--")
+        ax.yaxis.set_major_formatter(lambda value, _: summary.percent(value))
+        ax.set_title(_span(fractions), loc="right")
+        _block_axis(axes, set(range(len(fractions))))
+
+    return _render("Sparsity allotted to each block", 1, 1.9, draw)
+
+
+def scores_of_lambdas(lambdas: Sequence[float], scores: Sequence[float], best: float | None, what: str) -> str:
+    """The scores of the values of lambda that were tried, the chosen one marked; lower is better. Returns SVG text, or "" without any."""
+    points = [(lam, score) for lam, score in zip(lambdas, scores, strict=True) if math.isfinite(score)]
+    if not points:
+        return ""
+
+    def draw(axes: Sequence["Axes"]) -> None:
+        (ax,) = axes
+        ax.plot(*zip(*points, strict=True), color=BLUE, marker="o", markersize=4)
+        chosen = [point for point in points if point[0] == best]
+        ax.plot(*zip(*chosen, strict=True), color=ORANGE, marker="o", markersize=8, linestyle="") if chosen else None
+        ax.yaxis.set_major_formatter(lambda value, _: _figure(value))
+        ax.grid(axis="y")
+        ax.set_xlabel("lambda")
+
+    return _render(f"Scores of lambda, {what}", 1, 1.9, draw)
+
+
 def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
     """Two bars for each data set, dense and pruned; a value that is not finite is a hatched bar to the edge, said in words.
 

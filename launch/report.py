@@ -45,6 +45,7 @@ def render(report: Mapping[str, Any]) -> str:
         cost=summary.cost_rows(report),
         expectation=expectation(report),
         figures=_figures(report),
+        allocation=_allocation(report),
         linears=linears,
         folded=len(linears) > _LONG,
         protocol=_protocol(report.get("protocol", {})),
@@ -96,6 +97,7 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 def _figures(report: Mapping[str, Any]) -> list[Figure]:
     perplexity, sparsity, scores = report.get("perplexity", {}), report["sparsity"], report.get("scores") or {}
+    details = report.get("details") or {}
     tokens = "; ".join(f"{name}: {s['tokens']:,}" for name, s in perplexity.items() if s.get("tokens"))
     label = scores.get("label", "scores")
     drawn = [
@@ -104,6 +106,12 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
             "Lower is better." + (f" Tokens predicted: {tokens}." if tokens else ""),
             plots.perplexity_bars(perplexity),
         ),
+        Figure(
+            "Sparsity allotted to each block",
+            "What the allocation gave each block of the sparsity, whose value for the whole model is the dashed line.",
+            plots.allocation_by_block(details.get("block_sparsity") or [], sparsity.get("target", 0.0)),
+        ),
+        *_searches(details),
         Figure(
             "Sparsity in each block",
             "Bars: got. Line across: asked, where the method was given a budget. Linears within half a point "
@@ -117,6 +125,37 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
         ),
     ]
     return [figure for figure in drawn if figure.svg]
+
+
+def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(block, what was allotted to it, what that is made from) where an allocator reported it."""
+    details = report.get("details", {})
+    shares = details.get("block_sparsity") or []
+    outliers, exponents = details.get("outliers"), details.get("alpha")
+    rows = []
+    for i, share in enumerate(shares):
+        source = ""
+        if outliers:
+            source = f"{summary.percent(outliers[i])} outliers"
+        elif exponents:
+            source = f"exponent {sum(exponents[i].values()) / len(exponents[i]):.3f}"
+        rows.append((str(i), summary.percent(share), source))
+    return rows
+
+
+def _searches(details: Mapping[str, Any]) -> list[Figure]:
+    """A plot for each step of a search over lambda."""
+    return [
+        Figure(
+            f"Scores of lambda, {step} step",
+            "Each point is a trial on the search windows; lower is better. Orange: the one that was chosen.",
+            plots.scores_of_lambdas(
+                details[f"{step}_lambdas"], details[f"{step}_scores"], details[f"{step}_lambda"], f"{step} step"
+            ),
+        )
+        for step in ("block", "row")
+        if details.get(f"{step}_lambdas")
+    ]
 
 
 def _linears(sparsity: Mapping[str, Any]) -> list[tuple[str, str, str]]:

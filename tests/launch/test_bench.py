@@ -41,7 +41,11 @@ def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pyt
 
 @pytest.mark.parametrize(
     ("what", "torch", "programs"),
-    [("sparsegpt", True, ["SparseGPT", "PyTorch"]), ("sparsellm", False, ["SparseLLM", "by pseudo-inverses"])],
+    [
+        ("sparsegpt", True, ["SparseGPT", "PyTorch"]),
+        ("sparsellm", False, ["SparseLLM", "by pseudo-inverses"]),
+        ("neuroal", True, ["NeuroAL", "released search", "PyTorch, trial by trial"]),
+    ],
 )
 def test_pruning_runs_in_processes_of_their_own(
     what: str, torch: bool, programs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -151,6 +151,28 @@ def test_bfloat16_output(inputs: Path, tmp_path: Path) -> None:
     assert c.stored_bytes < 2.1 * c.parameters + 20_000
 
 
+@pytest.mark.parametrize("allocation", ["owl(m=2, lam=0.1)", "alpha", "neuroal(samples=4)"])
+def test_an_allocation_is_exact_and_reported(inputs: Path, tmp_path: Path, allocation: str) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.6", f"--allocation={allocation}")) == 0
+    r = report_of(out)
+    unit = 64 / (3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64))  # one input less of the widest linear
+    assert r["sparsity"]["prunable"] == pytest.approx(0.6, abs=unit)
+    assert len(r["details"]["block_sparsity"]) == 3
+    if allocation.startswith("neuroal"):
+        assert {"block_lambda", "row_lambda", "block_scores", "row_scores"} <= r["details"].keys()
+    assert "<h2>Allocation</h2>" in (out / "report.html").read_text()
+
+
+def test_a_refinement_is_another_mask_of_the_same_sparsity(inputs: Path, tmp_path: Path) -> None:
+    plain, refined = tmp_path / "plain", tmp_path / "refined"
+    assert call(args(inputs, "opt", plain, "--method=wanda", "--sparsity=0.5")) == 0
+    assert call(args(inputs, "opt", refined, "--method=wanda", "--sparsity=0.5", "--refine=dsnot")) == 0
+    assert report_of(plain)["sparsity"] == report_of(refined)["sparsity"]
+    assert report_of(refined)["settings"]["refine"] == "dsnot" and "--refine=dsnot" in report_of(refined)["command"]
+    assert (plain / "model.safetensors").read_bytes() != (refined / "model.safetensors").read_bytes()
+
+
 BAD = {
     "no model": (["--method=wanda", "--sparsity=0.5", "--model="], "--model"),
     "no output": (["--method=wanda", "--sparsity=0.5", "--output="], "--output"),
@@ -161,6 +183,12 @@ BAD = {
     "unknown method": (["--method=zebra", "--sparsity=0.5"], "there are llmrank, magnitude, "),
     "unknown parameter": (["--method=wanda(zebra=1)", "--sparsity=0.5"], "no parameter"),
     "unknown allocation": (["--method=wanda", "--sparsity=0.5", "--allocation=zebra"], "uniform"),
+    "allocation with a pattern": (["--method=wanda", "--pattern=2:4", "--allocation=owl"], "leave one of them out"),
+    "allocation of a unit method": (["--method=llmrank", "--sparsity=0.5", "--allocation=owl"], "weight methods"),
+    "unknown refinement": (["--method=wanda", "--sparsity=0.5", "--refine=zebra"], "dsnot"),
+    "refinement with a pattern": (["--method=wanda", "--pattern=2:4", "--refine=dsnot"], "does not allow"),
+    "refinement of a unit method": (["--method=llmrank", "--sparsity=0.5", "--refine=dsnot"], "leave it out"),
+    "rows of one threshold": (["--method=magnitude", "--sparsity=0.5", '--allocation=neuroal(step="row")'], 'step="block"'),
     "bad pattern": (["--method=wanda", "--pattern=9:4"], "--pattern"),
     "pattern against sparsity": (["--method=wanda", "--pattern=2:4", "--sparsity=0.7"], "leave --sparsity out"),
     "pattern of a unit method": (["--method=llmrank", "--pattern=2:4"], "weight methods"),

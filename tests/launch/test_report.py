@@ -320,3 +320,26 @@ def _widths(svg: str) -> list[float]:
         across = [float(pair.split()[0]) for pair in re.findall(r"-?[\d.]+ -?[\d.]+", path)]
         widths.append(max(across) - min(across))
     return widths
+
+
+def allocated(**details: Any) -> dict[str, Any]:
+    report = make_report()
+    report["details"] = {"block_sparsity": [0.2, 0.31, 0.39], **details}
+    return report
+
+
+def test_an_allocation_is_a_table_and_a_plot() -> None:
+    html = render(allocated(outliers=[0.0123, 0.0071, 0.0042]))
+    for part in ("<h2>Allocation</h2>", "31.00%", "1.23% outliers", "Sparsity allotted to each block", "3 blocks"):
+        assert part in html, part
+    assert "exponent 2.500" in render(allocated(alpha=[{"q": 2.0, "k": 3.0}] * 3))
+    assert "Allocation</h2>" not in render(make_report())
+
+
+def test_a_search_shows_its_scores() -> None:
+    tried = {"block_lambdas": [0.0, 0.1, 0.2], "block_scores": [5.5, 5.1, 5.3], "block_lambda": 0.1}
+    html = render(allocated(**tried, row_lambdas=[], row_scores=[], row_lambda=None))
+    assert "Scores of lambda, block step" in html and "Scores of lambda, row step" not in html
+    assert plots.ORANGE in plots.scores_of_lambdas([0.0, 0.1], [5.0, 4.0], 0.1, "row step")
+    assert plots.ORANGE not in plots.scores_of_lambdas([0.0, 0.1], [5.0, math.nan], 0.1, "row step")
+    assert plots.scores_of_lambdas([], [], None, "row step") == plots.allocation_by_block([], 0.5) == ""
