@@ -273,6 +273,22 @@ def linear_name(block: Block, slot: str) -> str:
     return getattr(block, slot).w.name.removesuffix(".weight")
 
 
+def biased(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the same model with a bias on every linear of its blocks, zero where none was.
+
+    Only `llama` among the LLaMA family can say so; the others become it, which is the same model where no block has a sliding window.
+    Raises InputError where one has.
+    """
+    if family(config) is OPT:
+        return {**config, "enable_bias": True}
+    if any(_llama(config).config.windows):
+        raise InputError(
+            f"config.json: no stock architecture has model_type {config['model_type']!r}'s sliding window with biases: choose a "
+            "method that adds none, such as flap(bias=False)"
+        )
+    return {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
+
+
 def exported(config: Mapping[str, Any], neurons: int, dtype: str) -> dict[str, Any]:
     """The configuration of a pruned model: its feed-forward width and type, its rotary base in both spellings.
 

@@ -4,6 +4,7 @@ Reading never holds more than the block asked for; writing never more than one s
 checkpoint that appears under its name only when it is complete.
 """
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -20,6 +21,7 @@ from models import hf
 from models.arch import Arch, Block, Ends, Model
 from models.errors import InputError
 from models.formats import open_tensors
+from models.layers import Linear
 from models.surgery import units
 from models.tensors import Tensors
 
@@ -194,19 +196,24 @@ class Writer:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._size, self._total, self._shards = 0, 0, 0
         self._arch, self._ends, self._specs = hf.specs(config)
+        self._biased: tuple[Block, ...] = ()  # specs with every bias, once a block has one more than the configuration says
         self._neurons = 1
         self.parameters = 0
         directory.mkdir(parents=True, exist_ok=True)
 
     def put(self, i: int, block: Block) -> None:
-        """Write block `i`. It may have fewer feed-forward neurons than the configuration says."""
+        """Write block `i`. It may have fewer feed-forward neurons than the configuration says, and more biases."""
         self._neurons = max(self._neurons, units(block, self._arch.group("neurons")))
-        self._add(self._specs[i], block)
+        specs = self._specs[i]
+        if len(jax.tree.leaves(block)) > len(jax.tree.leaves(specs, is_leaf=hf.is_spec)):
+            self._biased = self._biased or hf.specs(hf.biased(self._config))[2]
+            specs = _present(self._biased[i], block)
+        self._add(specs, block)
 
     def _add(self, specs: Any, values: Any) -> None:
         names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
         if len(names) != len(arrays):
-            raise ValueError(f"{len(arrays)} arrays for {len(names)} names of the checkpoint: a bias was added or lost")
+            raise ValueError(f"{len(arrays)} arrays for {len(names)} names of the checkpoint: a bias was lost")
         for spec, array in zip(names, arrays, strict=True):
             value = np.ascontiguousarray(array)
             if self._buffer and self._size + value.nbytes > self._limit:
@@ -231,9 +238,13 @@ class Writer:
         output and loads everywhere. Returns whether any had to be.
         """
         self._add(self._ends, ends)
-        self._flush()
-        config = hf.exported(self._config, self._neurons, str(jax.tree.leaves(ends)[0].dtype))
+        dtype = jax.tree.leaves(ends)[0].dtype
+        config = hf.exported(hf.biased(self._config) if self._biased else self._config, self._neurons, str(dtype))
         wanted = {s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)}
+        for name in wanted.keys() - self._shapes.keys():  # biases that other blocks have
+            self._buffer[name], self._shapes[name] = np.zeros(wanted[name], dtype), wanted[name]
+            self._total += self._buffer[name].nbytes
+        self._flush()
         padded = self._pad(wanted)
         names = (
             ["model.safetensors"]
@@ -259,6 +270,12 @@ class Writer:
                 self._total += tensors[n].nbytes - tensors[n].itemsize * int(np.prod(self._shapes[n]))
             save_file(tensors, self._shard(k), metadata={"format": "pt"})
         return bool(narrow)
+
+
+def _present(specs: Block, block: Block) -> Block:
+    """The specs of those biases alone that the block has."""
+    linears = {f.name: getattr(specs, f.name) for f in dataclasses.fields(specs) if isinstance(getattr(specs, f.name), Linear)}
+    return specs.replace(**{name: s if getattr(block, name).b is not None else s.replace(b=None) for name, s in linears.items()})
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -11,6 +11,7 @@ from pruning import sparsegpt as obs
 from pruning.allocate import uniform
 from pruning.alpha import alpha
 from pruning.dsnot import dsnot
+from pruning.flap import flap, magnitude_sp, wanda_sp
 from pruning.lift import per_linear, scored
 from pruning.llmrank import llmrank
 from pruning.neuroal import neuroal
@@ -68,6 +69,9 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sparsegpt": sparsegpt,
     "sparsellm": sparsellm,
     "llmrank": llmrank,
+    "flap": flap,
+    "wanda_sp": wanda_sp,
+    "magnitude_sp": magnitude_sp,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform, "owl": owl, "alpha": alpha, "neuroal": neuroal}
 REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": dsnot}

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from calibration.fold import batches, observe, walk_blocks
-from calibration.observers import fading_second_moment, gram, pair, second_moment
+from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
 from models.sharding import place
@@ -30,10 +30,7 @@ Norms = list[dict[str, np.ndarray]]  # a block's {tap: norms of its channels [c]
 
 
 class _Search(NamedTuple):
-    """What trials of budgets have in common.
-
-    tokens: the search windows; mesh: where the embedding is placed.
-    """
+    """What trials of budgets have in common; `tokens` are the search windows."""
 
     model: Model
     tokens: np.ndarray
@@ -59,6 +56,18 @@ def _norms(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {tap: np.sqrt(np.asarray(state.per_sample, np.float64)) for tap, state in stats.items()}
 
 
+def _watch(arch: Arch, pruner: Pruner, norm: Observer) -> dict[str, Observer]:
+    """What a dense block is watched with: what the pruner must see, if anything, beside the norms."""
+    return {s.reads: pair(pruner.observer, norm) if pruner.observer else norm for s in arch.slots}
+
+
+def _seen(pruner: Pruner, stats: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """What `_watch` saw: (the pruner's statistics, the norms) by tap."""
+    if pruner.observer:
+        return {tap: s[0] for tap, s in stats.items()}, _norms({tap: s[1] for tap, s in stats.items()})
+    return dict.fromkeys(stats), _norms(stats)
+
+
 def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list[float], list[Norms]]:
     """The released code's trials: (misalignment of each budget, by how much dense norms exceed pruned ones in each).
 
@@ -66,7 +75,7 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
     """
     arch, pruner = search.model.arch, search.pruner
     norm = fading_second_moment if pruner.observer is gram else second_moment
-    watch = every_tap(arch, pruner)
+    pruners, norms = every_tap(arch, pruner), {s.reads: norm for s in arch.slots}
     scores, lost = [0.0] * len(budgets), [[] for _ in budgets]  # type: tuple[list[float], list[Norms]]
     streams: list[list[jax.Array]] = []
 
@@ -75,12 +84,9 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
             streams.extend(list(xs) for _ in budgets)
         for k, budget in enumerate(budgets):
             if i > 0 or k == 0:  # before the first block all trials are the same
-                own = {tap: pair(pruner.observer, norm) if pruner.observer else norm for tap in watch}
-                seen = observe(arch, own, i, block, streams[k])
-            stats = {tap: s[0] for tap, s in seen.items()} if pruner.observer else {}
-            dense = _norms({tap: s[1] if pruner.observer else s for tap, s in seen.items()})
-            new, _ = solve_block(arch, watch, block, stats, search.counts(budget, i))
-            sparse = _norms(observe(arch, dict.fromkeys(watch, norm), i, new, streams[k], onward=True))
+                stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, norm), i, block, streams[k]))
+            new, _ = solve_block(arch, pruners, block, stats, search.counts(budget, i))
+            sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
         return block, xs
@@ -125,19 +131,17 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
     Statistics, and what the pruner makes of them, are those of the dense model, so that all trials share them.
     """
     arch, pruner, request = search.model.arch, search.pruner, search.request
-    taps = every_tap(arch, pruner)
-    watch = {tap: pair(pruner.observer, second_moment) if pruner.observer else second_moment for tap in taps}
+    norms = {s.reads: second_moment for s in arch.slots}
     streams: list[list[jax.Array]] = []
     lost: list[Norms] = [[] for _ in budgets]
 
     def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, list[jax.Array]]:
         if i == 0:
             streams.extend(list(xs) for _ in budgets)
-        seen = observe(arch, watch, i, block, xs, onward=not last)
-        dense = _norms({tap: s[1] if pruner.observer else s for tap, s in seen.items()})
-        prepared = {tap: pruner.prepare(s[0] if pruner.observer else None)[0] for tap, s in seen.items()}
+        stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, second_moment), i, block, xs, onward=not last))
+        prepared = {tap: pruner.prepare(s)[0] for tap, s in stats.items()}
         for k, new in enumerate(_trials(search, block, prepared, [search.counts(b, i) for b in budgets])):
-            sparse = _norms(observe(arch, dict.fromkeys(taps, second_moment), i, new, streams[k], onward=True))
+            sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
         return block, xs
 

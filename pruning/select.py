@@ -8,7 +8,7 @@ import numpy as np
 Keeps = list[np.ndarray]  # bool [units], True stays
 
 
-def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
+def lowest(scores: np.ndarray, count: int) -> np.ndarray:
     """True but for the `count` lowest scores; of equal ones the first go."""
     keep = np.ones(len(scores), bool)
     keep[np.argsort(scores, kind="stable")[:count]] = False
@@ -17,7 +17,7 @@ def _lowest(scores: np.ndarray, count: int) -> np.ndarray:
 
 def local(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
     """The same fraction of every block's units: `round(fraction * units)`, halves to even, as `torch.nn.utils.prune` counts."""
-    return [_lowest(s, round(fraction * len(s))) for s in scores]
+    return [lowest(s, round(fraction * len(s))) for s in scores]
 
 
 def global_(scores: Sequence[np.ndarray], fraction: float, costs: Sequence[float]) -> Keeps:
@@ -43,4 +43,4 @@ def global_(scores: Sequence[np.ndarray], fraction: float, costs: Sequence[float
 def global_by_count(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
     """The `ceil(fraction * units)` lowest units of all lists together, whatever they cost: LLM-Rank's GlobalPruner. A list may lose all."""
     flat = np.concatenate(scores)
-    return np.split(_lowest(flat, math.ceil(len(flat) * fraction)), np.cumsum([len(s) for s in scores])[:-1])
+    return np.split(lowest(flat, math.ceil(len(flat) * fraction)), np.cumsum([len(s) for s in scores])[:-1])

@@ -27,12 +27,13 @@ def assert_loads(directory: Path, tokens: np.ndarray) -> None:
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda"])
+@pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda", "flap", "flap(refit=True)", "wanda_sp"])
 def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
     pruned(shared / "models/tiny-opt", "tiny", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
 
 
-def test_smollm2(smollm2: Path, shared: Path, tmp_path: Path) -> None:
-    pruned(smollm2, "smollm2", shared, tmp_path / "out", "--method=llmrank", "--sparsity=0.3")
+@pytest.mark.parametrize("method", ["llmrank", "flap"])
+def test_smollm2(method: str, smollm2: Path, shared: Path, tmp_path: Path) -> None:
+    pruned(smollm2, "smollm2", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/smollm2_eval.npy")[:1, :128])

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 
 from models import hf, store
 from models.arch import Model, logits
+from models.errors import InputError
 from models.store import Writer, open_checkpoint, save
 from models.surgery import cut
 from reference import tiny, torch_models
@@ -149,11 +150,10 @@ def test_shards_are_written_as_they_fill(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_bias_that_has_no_name_is_not_lost(tmp_path: pathlib.Path) -> None:
-    block = tiny.random_model(tiny.GQA).blocks[0]
-    block = block.replace(down=block.down.replace(b=jnp.zeros(32)))
-    with pytest.raises(ValueError, match="10 arrays for 9 names"):
-        Writer(tmp_path / "out", tiny.GQA).put(0, block)
+def test_a_bias_that_is_missing_is_noticed(tmp_path: pathlib.Path) -> None:
+    block = tiny.random_model(tiny.BIASED).blocks[0]
+    with pytest.raises(ValueError, match=r"arrays for .* a bias was lost"):
+        Writer(tmp_path / "out", tiny.BIASED).put(0, block.replace(down=block.down.replace(b=None)))
 
 
 LLAMA3 = {
@@ -219,3 +219,27 @@ def test_companions_of_a_gguf_file(tmp_path: pathlib.Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.encode("ab ab", add_special_tokens=False) == [7, 7]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+
+
+@pytest.mark.parametrize("name", ["llama", "gqa", "qwen2"])
+def test_added_biases_load_as_stock_llama(name: str, tmp_path: pathlib.Path) -> None:
+    """Biases on the readers of some blocks, as FLAP adds them, and blocks of different widths; transformers gives our logits."""
+    config = tiny.EVERY[name]
+    model = pruned(tiny.random_model(config), "neurons", ragged=True)
+    first = model.blocks[0]
+    first = first.replace(o=first.o.replace(b=jnp.linspace(-1, 1, 32)), down=first.down.replace(b=jnp.linspace(1, 2, 32)))
+    model = model._replace(blocks=(first, *model.blocks[1:]))
+    writer, padded = written(tmp_path / "out", model, config)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert padded and checkpoint.config["model_type"] == "llama" and checkpoint.config["attention_bias"]
+    assert writer.parameters == sum(leaf.size for leaf in jax.tree.leaves((model.ends, model.blocks)))
+    np.testing.assert_allclose(logits(checkpoint.model, tiny.tokens()), logits(model, tiny.tokens()), atol=1e-5)
+    assert not np.asarray(checkpoint.model.blocks[1].o.b).any()
+    assert_transformers_agrees(tmp_path / "out", model)
+
+
+def test_biases_beside_a_sliding_window_are_refused(tmp_path: pathlib.Path) -> None:
+    model = tiny.random_model(tiny.MISTRAL)
+    block = model.blocks[0]
+    with pytest.raises(InputError, match="sliding window with biases"):
+        Writer(tmp_path / "out", tiny.MISTRAL).put(0, block.replace(o=block.o.replace(b=jnp.ones(32))))

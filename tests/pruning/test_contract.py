@@ -1,7 +1,7 @@
 """What every method promises, on every family: a new method is held to it by being in the table of contents."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -38,10 +38,19 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"scorer": "wanda", "scope": "global", "units": "rows", "variant": "official"},
         {"scorer": "mpr", "chain": False, "variant": "official"},
     ],
+    "flap": [
+        {},
+        {"structure": "UL-UM", "bias": False},
+        {"metric": "WIFN", "structure": "UL-MM", "heads_removed": 3},
+        {"metric": "IFV", "structure": "AL-MM", "heads_removed": 2, "refit": True},
+        {"variant": "official"},
+    ],
 }
 CASES = [Case(name, tuple(a.items())) for name in METHODS for a in ARGUMENTS.get(name, [{}])]
-WEIGHTS = [c for c in CASES if c.name != "llmrank"]  # methods that zero single weights
+WEIGHTS = [c for c in CASES if c.name not in ("llmrank", "flap", "wanda_sp", "magnitude_sp")]  # methods that zero single weights
 UNITS = [c for c in CASES if c not in WEIGHTS]
+LLMRANK = [c for c in CASES if c.name == "llmrank"]
+ALIKE = [c for c in UNITS if c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM"]  # the same number in every block
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -112,7 +121,7 @@ def shares(case: Case, m: Model, outcome: Outcome) -> dict[str, np.ndarray]:
 
 
 @every_family
-@pytest.mark.parametrize("case", UNITS, ids=str)
+@pytest.mark.parametrize("case", ALIKE, ids=str)
 def test_units_are_removed_as_asked(case: Case, family: str) -> None:
     """Of every list that is selected from on its own, half the units, to the nearest one."""
     m, (pruned, outcome) = model(family), run(case, family)
@@ -177,7 +186,7 @@ def test_the_budget_is_data(case: Case, family: str, compilations: Compilations)
 
 
 @every_family
-@pytest.mark.parametrize("case", UNITS, ids=str)
+@pytest.mark.parametrize("case", LLMRANK, ids=str)
 def test_units_compile_only_for_their_new_widths(case: Case, family: str, compilations: Compilations) -> None:
     """Importance and zeroing are compiled once; cutting is one gather for each shape of array and each new width."""
     run(case, family)
@@ -215,10 +224,20 @@ def test_patterns_of_units_are_bad_input(case: Case) -> None:
 
 
 @every_case
-def test_progress_is_told_once_a_block(case: Case) -> None:
-    told: list[int] = []
-    fresh(case, model("llama"), 0.5, stage=lambda what, steps: lambda: told.append(1))
-    assert len(told) == CONFIGS["llama"]["num_hidden_layers"]
+def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
+    """One for each block, in every walk over the blocks."""
+    told: dict[str, list[int]] = {}
+
+    def stage(what: str, steps: int) -> Callable[[], None]:
+        told[what] = [steps, 0]
+
+        def advance() -> None:
+            told[what][1] += 1
+
+        return advance
+
+    fresh(case, model("llama"), 0.5, stage=stage)
+    assert told and all(counts == [3, 3] for counts in told.values()), told
 
 
 @every_case

@@ -1,7 +1,7 @@
 """Half of a run over two processes: python two_processes.py PORT RANK OUTPUT METHOD...
 
-Whoever starts it gives each process four CPU devices and the project's path; the mesh spans both. Process 0 writes the pruned blocks of each
-method to OUTPUT/METHOD.npz.
+Whoever starts it gives each process four CPU devices and the project's path; the mesh spans both. Process 0 writes the pruned
+blocks of each method to OUTPUT/METHOD.npz.
 """
 
 import sys

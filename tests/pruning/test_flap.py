@@ -1,0 +1,209 @@
+"""FLAP: statistics and repairs against NumPy, selections by what they count, and masks that give what cuts give."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from calibration.observers import moments
+from models.arch import Model, embed
+from models.errors import InputError
+from models.layers import Linear
+from models.surgery import cut, mask
+from pruning import repair
+from pruning.flap_core import Units, input_feature_metrics, released, released_fluctuation, sound
+from pruning.methods import METHODS
+from pruning.types import Outcome, Request, prune
+from reference import flap as reference
+from reference.small import FAMILIES, logits, model, run_block, same, tokens, weight
+
+RNG = np.random.default_rng(0)
+X = (RNG.normal(size=(7, 5, 6)) * [1, 2, 0.1, 3, 1, 0] + [0, 5, 1, -2, 0, 3]).astype(np.float32)
+W = RNG.normal(size=(4, 6)).astype(np.float32)
+every_family = pytest.mark.parametrize("family", FAMILIES)
+STRUCTURES = ["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
+
+
+def folded(observer: Any, sizes: tuple[int, ...]) -> Any:
+    state = observer.init(6)
+    for part in np.split(X, np.cumsum(sizes)[:-1]):
+        state = jax.jit(observer.update)(state, jnp.asarray(part))
+    return state
+
+
+@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 4)])
+def test_released_statistics_are_the_loops_however_batched(sizes: tuple[int, ...]) -> None:
+    state = folded(released_fluctuation, sizes)
+    mean, fluctuation = reference.released(X)
+    np.testing.assert_allclose(state.mean, mean, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(state.fluctuation, fluctuation, rtol=1e-4, atol=1e-6)
+
+
+def test_metrics() -> None:
+    got = input_feature_metrics(jnp.asarray(W), folded(moments, (7,)))
+    variance = X.astype(np.float64).var((0, 1))
+    norm = np.sqrt((X.astype(np.float64) ** 2).sum(1).mean(0))
+    np.testing.assert_allclose(got["IFV"], variance, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got["WIFV"], variance * (W**2).sum(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(got["WIFN"], (np.abs(W) * norm).mean(0), rtol=1e-5)
+
+
+def units() -> tuple[Units, Units]:
+    """Three blocks of four heads of 2 channels and ten neurons; a head holds as much as eight neurons."""
+    rng = np.random.default_rng(1)
+    return Units([rng.random(8) for _ in range(3)], 2, 24.0), Units([rng.random(10) for _ in range(3)], 1, 3.0)
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_the_corrected_choice_removes_the_share_of_parameters(structure: Any, ratio: float) -> None:
+    """To half a head, or half a neuron where neurons make up for the heads; of each kind something stays in every block."""
+    heads, neurons = units()
+    kept = sound(heads, neurons, ratio, structure, 3)
+    removed = sum((~k).sum() * u.cost for u, ks in zip((heads, neurons), kept, strict=True) for k in ks)
+    total = 3 * (4 * 24 + 10 * 3)
+    most = 3 * 24 + 27 * 3 if structure.endswith("MM") else total
+    near = {"UL-UM": 3 * 12 + 3 * 1.5, "UL-MM": 4.5, "AL-MM": 1.5, "AL-AM": 12}[structure]
+    assert abs(removed - min(ratio * total, most)) <= near
+    assert all(k.any() for ks in kept for k in ks)
+
+
+def test_the_released_choice_by_hand() -> None:
+    """Heads 1 and 4 (squared), neurons 1, 2, 3 in one block; a head is worth 2.67 neurons, cut to 2."""
+    heads, neurons = Units([np.array([1.0, 2.0])], 1, 8.0), Units([np.array([3.0, 1.0, 2.0])], 1, 3.0)
+    assert [k.tolist() for k in released(heads, neurons, 0.5, "UL-UM", 0).heads] == [[False, True]]
+    assert [k.tolist() for k in released(heads, neurons, 0.4, "UL-UM", 0).neurons] == [[True, False, True]]
+    # Of 25 parameters 0.5 are 12.5; one head is 8, which leaves 4.5 for one neuron of 3.
+    for structure in ("UL-MM", "AL-MM"):
+        kept = released(heads, neurons, 0.5, structure, 1)
+        assert kept.heads[0].tolist() == [False, True] and kept.neurons[0].tolist() == [True, False, True]
+    # Standardised: heads -0.7, 0.7; neurons 1, -1, 0. From above worth 1, 3, 4, 6, 7 of 7: at 0.5 the third (3.5 is as near to 3 as to 4:
+    # the first of both, the head 0.7) is the last not to stay.
+    kept = released(heads, neurons, 0.5, "AL-AM", 0)
+    assert kept.heads[0].tolist() == [False, False] and kept.neurons[0].tolist() == [True, False, False]
+
+
+@every_family
+@pytest.mark.parametrize("name", ["heads", "neurons"])
+def test_bias_repair_keeps_the_mean_output(name: str, family: str) -> None:
+    m = model(family)
+    group = m.arch.group(name)
+    tap = next(s.reads for s in m.arch.slots if s.name == group.reader.name)
+    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.ends, tokens()))
+    x, p = taps[tap].reshape(-1, taps[tap].shape[-1]), getattr(m.blocks[0], group.reader.name)
+    keep = RNG.random(x.shape[1]) < 0.6
+    new = repair.bias(p, jnp.asarray(x.mean(0), jnp.float32), jnp.asarray(keep))
+    dense = x @ np.asarray(p.w, np.float64).T + (0 if p.b is None else np.asarray(p.b, np.float64))
+    left = (x * keep) @ np.asarray(new.w, np.float64).T + np.asarray(new.b, np.float64)
+    np.testing.assert_allclose(left.mean(0), dense.mean(0), atol=1e-4)
+    assert np.array_equal(new.w, p.w)
+
+
+def test_least_squares_repair_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With next to no damping it is NumPy's; with the default it is still nearer than the bias alone."""
+    x = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12)) + 1
+    w, keep = RNG.normal(size=(5, 12)), np.arange(12) % 3 > 0
+    arrays = [jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), np.float32(400))]
+    p = Linear(jnp.asarray(w, jnp.float32), jnp.ones(5))
+    want, b = reference.refit(w, x, keep)
+
+    def error(q: Linear) -> float:
+        return float(np.square((x * keep) @ np.asarray(q.w).T + np.asarray(q.b) - x @ w.T - 1).mean())
+
+    fitted, alone = repair.least_squares(p, *arrays, jnp.asarray(keep)), repair.bias(p, arrays[1], jnp.asarray(keep))
+    assert error(fitted) < 0.7 * error(alone)
+    monkeypatch.setattr(repair, "DAMP", 1e-7)
+    exact = repair.least_squares.__wrapped__(p, *arrays, jnp.asarray(keep))
+    np.testing.assert_allclose(exact.w, want, atol=2e-3)
+    np.testing.assert_allclose(exact.b, b + 1, atol=2e-2)
+
+
+def test_least_squares_of_nothing_removed_changes_nothing() -> None:
+    x = RNG.normal(size=(50, 6))
+    p = Linear(jnp.asarray(W))
+    got = repair.least_squares(p, *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), 50.0)), jnp.ones(6, bool))
+    assert np.array_equal(got.w, W) and not np.asarray(got.b).any()
+
+
+@functools.cache
+def run(family: str, sparsity: float = 0.4, name: str = "flap", **arguments: Any) -> tuple[Model, Outcome]:
+    return prune(model(family), METHODS[name](**arguments), tokens(), Request(sparsity))
+
+
+@every_family
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"refit": True}, {"variant": "official"}], ids=str)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_mask_gives_what_the_cut_gives(structure: Any, options: dict[str, Any], family: str) -> None:
+    """The pruned model has heads masked and neurons cut: cutting its heads too, or masking instead of cutting, leaves the logits."""
+    m, (pruned, outcome) = model(family), run(family, structure=structure, heads_removed=3, **options)
+    kept = [
+        np.isin(np.arange(u), k)
+        for u, k in zip([4 if family != "llama-gqa" else 2] * 3, outcome.details["kept_heads"], strict=True)
+    ]
+    if all(k.any() for k in kept):
+        both = tuple(cut(b, m.arch.group("heads"), k) for b, k in zip(pruned.blocks, kept, strict=True))
+        np.testing.assert_allclose(logits(pruned._replace(blocks=both), tokens()), logits(pruned, tokens()), atol=1e-5)
+    readers = [m.arch.group(name).reader.name for name in ("heads", "neurons")]
+    wide = []
+    for dense, block, k, neurons in zip(m.blocks, pruned.blocks, kept, outcome.details["kept_neurons"], strict=True):
+        repaired = dense.replace(**{r: getattr(block, r) for r in readers if r == readers[0]})
+        new = mask(repaired, m.arch.group("heads"), k)
+        if not options.get("refit"):
+            new = new.replace(**{readers[1]: Linear(getattr(dense, readers[1]).w, getattr(block, readers[1]).b)})
+            wide.append(mask(new, m.arch.group("neurons"), np.isin(np.arange(24), neurons)))
+    if wide:
+        np.testing.assert_allclose(logits(m._replace(blocks=tuple(wide)), tokens()), logits(pruned, tokens()), atol=1e-5)
+
+
+@every_family
+def test_repairs_help_on_the_calibration_tokens(family: str) -> None:
+    """Of the same units removed, the last hidden states are nearer to the dense ones with the bias, and nearer still with a refit."""
+    errors = []
+    for options in ({"bias": False}, {}, {"refit": True}):
+        pruned, _ = run(family, structure="UL-UM", **options)
+        errors.append(np.square(logits(pruned, tokens()) - logits(model(family), tokens())).mean())
+    assert errors[2] < errors[0] and errors[1] < 1.1 * errors[0]
+
+
+@every_family
+@pytest.mark.parametrize("name", ["wanda_sp", "magnitude_sp"])
+def test_the_baselines_take_sums_over_channels(name: str, family: str) -> None:
+    """The first block, whose inputs are the dense model's."""
+    m, (_, outcome) = model(family), run(family, 0.5, name)
+    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.ends, tokens()))
+    for group, key in (("heads", "kept_heads"), ("neurons", "kept_neurons")):
+        reader = m.arch.group(group).reader
+        w = weight(m.blocks[0], reader.name)
+        x = taps[next(s.reads for s in m.arch.slots if s.name == reader.name)]
+        channel = np.abs(w) @ np.diag(np.sqrt((x**2).sum(1).mean(0))) if name == "wanda_sp" else w
+        channel = channel.mean(0) if name == "wanda_sp" else np.linalg.norm(w, axis=0)
+        score = channel.reshape(-1, reader.width).sum(1)
+        assert outcome.details[key][0] == sorted(np.argsort(score)[int(0.5 * len(score)) :].tolist())
+
+
+def test_biases_of_opt_are_added_to() -> None:
+    m, (pruned, _) = model("opt"), run("opt", structure="UL-UM")
+    assert not np.array_equal(pruned.blocks[0].o.b, m.blocks[0].o.b)
+    without, _ = run("opt", structure="UL-UM", bias=False)
+    assert same(without.blocks[0].o.b, m.blocks[0].o.b)
+
+
+def test_the_outcome_names_what_went() -> None:
+    m, (pruned, outcome) = model("llama-gqa"), run("llama-gqa", structure="UL-UM", sparsity=0.5)
+    gone = outcome.removed[0]
+    assert gone["down"].cut and len(gone["down"].columns) == 24 - pruned.blocks[0].down.w.shape[1] == 12
+    assert not gone["o"].cut and len(gone["o"].columns) == 8 and len(gone["k"].rows) == 4 and len(gone["q"].rows) == 8
+    assert not np.asarray(pruned.blocks[0].o.w)[:, list(gone["o"].columns)].any()
+    assert any("zeroed in place" in w for w in outcome.warnings)
+    assert dataclasses.is_dataclass(outcome) and outcome.details["kept_neurons"][0] == sorted(outcome.details["kept_neurons"][0])
+    assert m.blocks[0].down.b is None and pruned.blocks[0].down.b is not None
+
+
+@pytest.mark.parametrize(("arguments", "said"), [({"heads_removed": -1}, "negative"), ({"bias": False, "refit": True}, "leave")])
+def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        METHODS["flap"](**arguments)
