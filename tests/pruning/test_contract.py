@@ -14,7 +14,7 @@ from models.errors import InputError
 from pruning.llmrank_core import flow
 from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
-from reference.small import CONFIGS, FAMILIES, logits, model, same, tokens, weight, zeros
+from reference.small import FAMILIES, logits, model, same, tokens, weight, zeros
 
 
 class Case(NamedTuple):
