@@ -107,7 +107,10 @@ def _squares(layer: Any, linears: list[Any], calls: list[tuple[Any, dict[str, An
     found = [torch.zeros(m.in_features) for m in linears]
 
     def adder(total: Any) -> Callable[[Any, tuple[Any, ...]], None]:
-        return lambda module, args: total.add_(args[0].reshape(-1, args[0].shape[-1]).norm(dim=0) ** 2)
+        def add(module: Any, args: tuple[Any, ...]) -> None:  # what a hook returns would take the input's place
+            total.add_(args[0].reshape(-1, args[0].shape[-1]).norm(dim=0) ** 2)
+
+        return add
 
     hooks = [m.register_forward_pre_hook(adder(total)) for m, total in zip(linears, found, strict=True)]
     outputs = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
