@@ -82,6 +82,28 @@ def _repaired(arch: Arch, block: Block, stats: Mapping[str, Any], keeps: Mapping
     return block.replace(**new)
 
 
+def _measured(
+    model: Model, tokens: np.ndarray, request: Request, observer: Observer, metric: Metric
+) -> tuple[list[dict[str, np.ndarray]], list[dict[str, Any]], dict[str, float]]:
+    """One dense walk: a block's {group: metric of its channels}, its {tap: statistics}, and {group: parameters that a unit holds}."""
+    groups = {name: model.arch.group(name) for name in GROUPS}
+    found: list[dict[str, np.ndarray]] = []
+    means: list[dict[str, Any]] = []
+    costs: dict[str, float] = {}
+
+    def measure(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
+        costs.update({name: _cost(block, g) for name, g in groups.items()})
+        found.append({})
+        for name, g in groups.items():
+            w, seen = getattr(block, g.reader.name).w, stats[_tap(model.arch, g)]
+            found[i][name] = np.asarray(input_feature_metrics(w, seen)[metric])
+        means.append(dict(stats))
+        return block
+
+    _walk(model, tokens, request, measure, observer, "dense", "measuring fluctuation")
+    return found, means, costs
+
+
 def flap(
     metric: Metric = "WIFV",
     structure: Structure = "AL-AM",
@@ -113,23 +135,7 @@ def flap(
         unstructured_only("flap", request)
         arch = model.arch
         groups = {name: arch.group(name) for name in GROUPS}
-        found: list[dict[str, np.ndarray]] = []
-        means: list[dict[str, Any]] = []
-        costs: dict[str, float] = {}
-
-        def measure(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-            costs.update({name: _cost(block, g) for name, g in groups.items()})
-            seen = {name: stats[_tap(arch, g)] for name, g in groups.items()}
-            found.append(
-                {
-                    n: np.asarray(input_feature_metrics(getattr(block, g.reader.name).w, seen[n])[metric])
-                    for n, g in groups.items()
-                }
-            )
-            means.append({_tap(arch, g): seen[n] for n, g in groups.items()})
-            return block
-
-        _walk(model, tokens, request, measure, observer, "dense", "measuring fluctuation")
+        found, means, costs = _measured(model, tokens, request, observer, metric)
         heads, neurons = (Units([f[n] for f in found], g.reader.width, costs[n]) for n, g in groups.items())
         choose = released if official and request.sparsity else sound  # the released code always removes something
         kept = choose(heads, neurons, request.sparsity, structure, heads_removed if request.sparsity else 0)

@@ -180,7 +180,7 @@ BAD = {
     "sparsity 1": (["--method=wanda", "--sparsity=1"], "less than 1"),
     "negative": (["--method=wanda", "--sparsity=-0.1"], "at least 0"),
     "nan": (["--method=wanda", "--sparsity=nan"], "less than 1"),
-    "unknown method": (["--method=zebra", "--sparsity=0.5"], "there are llmrank, magnitude, "),
+    "unknown method": (["--method=zebra", "--sparsity=0.5"], "there are flap, llmrank, magnitude, "),
     "unknown parameter": (["--method=wanda(zebra=1)", "--sparsity=0.5"], "no parameter"),
     "unknown allocation": (["--method=wanda", "--sparsity=0.5", "--allocation=zebra"], "uniform"),
     "allocation with a pattern": (["--method=wanda", "--pattern=2:4", "--allocation=owl"], "leave one of them out"),

@@ -18,7 +18,7 @@ from models.sharding import make_mesh
 from pruning import sparsellm
 from pruning import sparsellm_core as core
 from pruning.methods import METHODS
-from pruning.types import Outcome, Request, prune
+from pruning.types import Allocation, Outcome, Request, prune
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
 
 PENALTIES = core.Penalties(0.3, 2.0, 0.7)
@@ -237,7 +237,7 @@ def test_damping_is_not_negative() -> None:
 def test_an_iteration_that_helps_nowhere_is_a_warning() -> None:
     """Only of blocks that were iterated more than once; the official variant keeps its last whatever it is."""
     m = model("opt")
-    budget = tuple({"fc1": np.float64(0.5)} for _ in m.blocks)
+    budget = Allocation(tuple({"fc1": np.float64(0.5)} for _ in m.blocks))
     losses = [[1.0, 2.0, 1.5], [2.0, 1.0, 1.5], [1.0]]
     outcome = sparsellm._outcome(budget, 3, {}, losses, False, 0.01)
     assert outcome.warnings == ("block 0: no iteration was better than SparseGPT's solution, which stays",)
