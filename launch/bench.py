@@ -59,12 +59,11 @@ def options() -> Flags:
 
 def calibration_walks(model: Model, tokens: np.ndarray, batch: int, mesh: Any) -> dict[str, Callable[[], Any]]:
     """The walks to time: Wanda's statistics of every linear's input, LLMRank's of the feed-forward part, each a dense forward."""
-    slots = {s.name: s.reads for s in model.arch.slots}
-    group = model.arch.group("neurons")
+    group, tap = model.arch.group("neurons"), model.arch.tap
     up, down = group.writers[-1].name, group.reader.name
     watches = {
-        "Wanda statistics": dict.fromkeys(slots.values(), second_moment),
-        "LLMRank statistics": dict.fromkeys((slots[up], slots[down], up, down), batch_norms),
+        "Wanda statistics": {s.reads: second_moment for s in model.arch.slots},
+        "LLMRank statistics": dict.fromkeys((tap(up), tap(down), up, down), batch_norms),
     }
 
     def walk(watch: dict[str, Any]) -> None:

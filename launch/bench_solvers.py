@@ -72,88 +72,104 @@ def search(task: Task, allocation: str) -> float:
     return found
 
 
+Calls = list[tuple[Any, dict[str, Any]]]  # what a layer of PyTorch's is called with, a window at a time
+
+
 def plain_search(task: Task, argument: str) -> float:
     """Seconds of as many trials as NeuroAL's authors make, one after the other: each block dense, masked by Wanda and run again."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=torch.float32).eval()
-    layers = model.get_decoder().layers[: task.blocks or None]
+    model, layers = _torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
         first = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
         for _ in range(TRIALS):
             calls = first
             for layer in layers:
-                linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
-                dense = _squares(layer, linears, calls)[1]
+                linears = _linears(layer)
                 weights = [m.weight.clone() for m in linears]
+                dense, sparse = ([torch.zeros(m.in_features) for m in linears] for _ in range(2))
+                _run(layer, linears, [_add_squares(a) for a in dense], calls)
                 for m, w, squares in zip(linears, weights, dense, strict=True):
                     order = (w.abs() * squares.sqrt()).sort(dim=1, stable=True)[1]
                     counts = torch.linspace(task.sparsity - 0.01, task.sparsity + 0.01, len(w)) * w.shape[1]
                     gone = torch.arange(w.shape[1])[None, :] < counts[:, None]
                     m.weight[torch.zeros_like(gone).scatter_(1, order, gone)] = 0
-                calls, sparse = _squares(layer, linears, calls)
+                calls = _run(layer, linears, [_add_squares(a) for a in sparse], calls)
                 sum(float((a / a.sum() - b / b.sum()).norm()) / len(a) for a, b in zip(dense, sparse, strict=True))
                 for m, w in zip(linears, weights, strict=True):
                     m.weight.copy_(w)
     return time.perf_counter() - start
 
 
-def _squares(layer: Any, linears: list[Any], calls: list[tuple[Any, dict[str, Any]]]) -> tuple[list[Any], list[Any]]:
-    """What the layer gives for each window, to call the next one with, and the sums of squares of every linear's inputs."""
-    import torch
-
-    found = [torch.zeros(m.in_features) for m in linears]
-
-    def adder(total: Any) -> Callable[[Any, tuple[Any, ...]], None]:
-        def add(module: Any, args: tuple[Any, ...]) -> None:  # what a hook returns would take the input's place
-            total.add_(args[0].reshape(-1, args[0].shape[-1]).norm(dim=0) ** 2)
-
-        return add
-
-    hooks = [m.register_forward_pre_hook(adder(total)) for m, total in zip(linears, found, strict=True)]
-    outputs = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
-    for hook in hooks:
-        hook.remove()
-    return outputs, found
-
-
 def plain_sparsegpt(task: Task, _: str) -> float:
     """Seconds of SparseGPT (Frantar & Alistarh 2023, Algorithm 1) in PyTorch: a Hessian a linear, a window at a time."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=torch.float32).eval()
-    layers = model.get_decoder().layers[: task.blocks or None]
+    model, layers = _torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
         calls = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
         for layer in layers:
-            linears = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+            linears = _linears(layer)
             hessians = [torch.zeros(m.in_features, m.in_features) for m in linears]
-            hooks = [m.register_forward_pre_hook(_accumulate(h, len(calls))) for m, h in zip(linears, hessians, strict=True)]
-            for x, kwargs in calls:
-                layer(x, **kwargs)
-            for hook in hooks:
-                hook.remove()
+            _run(layer, linears, [_add_outer_products(h, len(calls)) for h in hessians], calls)
             for m, h in zip(linears, hessians, strict=True):
                 m.weight.copy_(_sweep(m.weight.clone(), h, task.sparsity))
-            calls = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
+            calls = _run(layer, [], [], calls)
     return time.perf_counter() - start
+
+
+def _torch_layers(task: Task) -> tuple[Any, Any]:
+    """The task's model in PyTorch, and those of its layers that are pruned."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=torch.float32).eval()
+    return model, model.get_decoder().layers[: task.blocks or None]
+
+
+def _linears(layer: Any) -> list[Any]:
+    import torch
+
+    return [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+
+
+def _run(layer: Any, linears: list[Any], see: list[Callable[[Any], Any]], calls: Calls) -> Calls:
+    """What the layer gives for each window, to call the next one with; each linear's inputs [tokens in] are shown to its `see`."""
+
+    def hook(show: Callable[[Any], Any]) -> Callable[[Any, tuple[Any, ...]], None]:
+        def shown(module: Any, args: tuple[Any, ...]) -> None:  # what a hook returns would take the input's place
+            show(args[0].reshape(-1, args[0].shape[-1]))
+
+        return shown
+
+    hooks = [m.register_forward_pre_hook(hook(show)) for m, show in zip(linears, see, strict=True)]
+    outputs = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
+    for handle in hooks:
+        handle.remove()
+    return outputs
+
+
+def _add_squares(total: Any) -> Callable[[Any], Any]:
+    return lambda x: total.add_(x.norm(dim=0) ** 2)
+
+
+def _add_outer_products(h: Any, samples: int) -> Callable[[Any], Any]:
+    return lambda x: h.add_(x.T @ x, alpha=2 / samples)
 
 
 def _hidden(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _first_inputs(model: Any, layer: Any, tokens: Any) -> list[tuple[Any, dict[str, Any]]]:
+def _first_inputs(model: Any, layer: Any, tokens: Any) -> Calls:
     """What the first layer is called with, a window at a time."""
 
     class Reached(Exception):
         pass
 
-    found: list[tuple[Any, dict[str, Any]]] = []
+    found: Calls = []
 
     def keep(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs.pop("hidden_states")
@@ -166,14 +182,6 @@ def _first_inputs(model: Any, layer: Any, tokens: Any) -> list[tuple[Any, dict[s
             model(row[None], use_cache=False)
     hook.remove()
     return found
-
-
-def _accumulate(h: Any, samples: int) -> Callable[[Any, tuple[Any, ...]], None]:
-    def add(module: Any, args: tuple[Any, ...]) -> None:
-        x = args[0].reshape(-1, args[0].shape[-1])
-        h.add_(x.T @ x, alpha=2 / samples)
-
-    return add
 
 
 def _sweep(w: Any, h: Any, sparsity: float) -> Any:

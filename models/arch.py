@@ -66,6 +66,10 @@ class Arch(NamedTuple):
     groups: tuple[Group, ...]
     residual: bool = True
 
+    def tap(self, slot: str) -> str:
+        """The tap that the slot of this name reads; KeyError if the architecture has none."""
+        return {s.name: s.reads for s in self.slots}[slot]
+
     def group(self, name: str) -> Group:
         """The coupled group called `name`; KeyError if the architecture has none."""
         return {g.name: g for g in self.groups}[name]

@@ -56,13 +56,16 @@ class Checkpoint(NamedTuple):
 
 
 class LazyBlocks(Sequence[Block]):
-    """A checkpoint's blocks, each read (and checked for non-finite numbers) when it is indexed, and kept nowhere."""
+    """A checkpoint's blocks, each read (and checked for non-finite numbers) when it is indexed, and kept nowhere.
+
+    `specs` has their shapes: trees like the blocks with a Spec for every array.
+    """
 
     def __init__(self, tensors: Tensors, specs: Sequence[Block], dtype: jnp.dtype):
-        self._tensors, self._specs, self._dtype = tensors, specs, dtype
+        self._tensors, self.specs, self._dtype = tensors, specs, dtype
 
     def __len__(self) -> int:
-        return len(self._specs)
+        return len(self.specs)
 
     @overload
     def __getitem__(self, i: int) -> Block: ...
@@ -71,7 +74,7 @@ class LazyBlocks(Sequence[Block]):
     def __getitem__(self, i: int | slice) -> Block | tuple[Block, ...]:
         if isinstance(i, slice):
             return tuple(self[j] for j in range(*i.indices(len(self))))
-        return read(self._tensors, self._specs[i], self._dtype)
+        return read(self._tensors, self.specs[i], self._dtype)
 
 
 def _finite(value: np.ndarray) -> bool:

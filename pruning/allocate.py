@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.arch import Model
+from models.store import LazyBlocks
 from pruning.types import Allocation, Budget, Layerwise, Request
 
 LEAST, MOST = 0.01, 0.99  # of what a linear or row may lose, where the model as a whole loses something between
@@ -14,8 +15,14 @@ Shapes = Sequence[Mapping[str, tuple[int, int]]]  # a block's {slot: (out, in)}
 
 
 def shapes_of(model: Model, block: Any) -> dict[str, tuple[int, int]]:
-    """{slot: (out, in)} of a block."""
+    """{slot: (out, in)} of a block, or of its specs."""
     return {slot.name: getattr(block, slot.name).w.shape for slot in model.arch.slots}
+
+
+def all_shapes(model: Model) -> Shapes:
+    """`shapes_of` every block; no weights are read for it."""
+    blocks = model.blocks.specs if isinstance(model.blocks, LazyBlocks) else model.blocks
+    return [shapes_of(model, block) for block in blocks]
 
 
 def by_block(model: Model, fractions: np.ndarray) -> Budget:

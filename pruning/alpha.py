@@ -8,7 +8,7 @@ import numpy as np
 
 from models.arch import Model
 from models.errors import InputError
-from pruning.allocate import block_means, by_block, exact, shapes_of
+from pruning.allocate import all_shapes, block_means, by_block, exact
 from pruning.types import Allocation, Allocator, Layerwise, Request
 
 BINS = 100  # of the histogram whose peak bounds where the tail may begin
@@ -85,10 +85,9 @@ def alpha(epsilon: float = 0.1, variant: Literal["corrected", "official"] = "cor
     def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
         advance = request.stage("fitting spectra", len(model.blocks))
         found: list[dict[str, float]] = []
-        shapes: list[dict[str, tuple[int, int]]] = []
+        shapes = all_shapes(model)
         for i in range(len(model.blocks)):
             block = model.blocks[i]
-            shapes.append(shapes_of(model, block))
             found.append({s.name: exponent(getattr(block, s.name).w, variant == "official") for s in model.arch.slots})
             advance()
         asked = fractions(np.array([np.mean(list(block.values())) for block in found]), request.sparsity, epsilon)

@@ -105,7 +105,7 @@ def dsnot(cycles: int = 50, variant: Literal["corrected", "official"] = "correct
     def refiner(arch: Arch, pruners: Mapping[str, Pruner]) -> dict[str, Pruner]:
         group = arch.group("neurons")
         members = {m.name for m in (group.reader, *group.writers)} if settings.official else set()
-        left = {s.reads for s in arch.slots if s.name in members}
+        left = {arch.tap(name) for name in members}
         return {tap: p if tap in left else refined(p, settings) for tap, p in pruners.items()}
 
     return refiner

@@ -20,10 +20,6 @@ from pruning.types import Method, Outcome, Put, Removed, Request, gone, unstruct
 GROUPS = ("heads", "neurons")
 
 
-def _tap(arch: Arch, group: Group) -> str:
-    return next(s.reads for s in arch.slots if s.name == group.reader.name)
-
-
 def _cost(block: Block, group: Group) -> float:
     """Parameters of the matrices that one unit of the group holds in a block."""
     members = (group.reader, *group.writers)
@@ -73,7 +69,7 @@ def _repaired(arch: Arch, block: Block, stats: Mapping[str, Any], keeps: Mapping
     new = {}
     for name, keep in keeps.items():
         group = arch.group(name)
-        p, seen, channels = getattr(block, group.reader.name), stats[_tap(arch, group)], _channels(keep, group)
+        p, seen, channels = getattr(block, group.reader.name), stats[arch.tap(group.reader.name)], _channels(keep, group)
         if refit:
             m, g = seen
             new[group.reader.name] = repair.least_squares(p, g.total, m.mean, g.samples * m.length, channels)
@@ -95,7 +91,7 @@ def _measured(
         costs.update({name: _cost(block, g) for name, g in groups.items()})
         found.append({})
         for name, g in groups.items():
-            w, seen = getattr(block, g.reader.name).w, stats[_tap(model.arch, g)]
+            w, seen = getattr(block, g.reader.name).w, stats[model.arch.tap(g.reader.name)]
             found[i][name] = np.asarray(input_feature_metrics(w, seen)[metric])
         means.append(dict(stats))
         return block
@@ -167,7 +163,7 @@ def _walk(
     what: str,
 ) -> None:
     """`fold_blocks` that watches what the readers of units get; without an observer, blocks alone."""
-    watch = {_tap(model.arch, model.arch.group(name)): observer for name in GROUPS} if observer else {}
+    watch = {model.arch.tap(model.arch.group(name).reader.name): observer for name in GROUPS} if observer else {}
     advance = request.stage(what, len(model.blocks))
     windows = tokens if observer else tokens[:0]
     fold_blocks(model, windows, visit, watch=watch, propagate=propagate, batch=request.batch, mesh=request.mesh, advance=advance)
@@ -194,7 +190,7 @@ def _by_channels(name: str, observer: Observer | None, metric: Callable[[jax.Arr
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
             channels = {}
             for group, keeps in zip(map(arch.group, GROUPS), kept, strict=True):
-                m = np.asarray(metric(getattr(block, group.reader.name).w, stats.get(_tap(arch, group))))
+                m = np.asarray(metric(getattr(block, group.reader.name).w, stats.get(arch.tap(group.reader.name))))
                 channels[group.reader.name] = m
                 score = m.reshape(-1, group.reader.width).sum(axis=1)
                 keeps.append(lowest(score, int(request.sparsity * len(score))))

@@ -111,11 +111,14 @@ def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Laye
     return (request.allocation if request.allocation and request.sparsity else uniform)(model, tokens, request, layerwise)
 
 
-def counts_of(arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """How many entries of each slot go; empty where nothing is asked of the block: its parameters then stay bit for bit."""
-    if not any(np.any(fraction) for fraction in fractions.values()):
-        return {}
+def counts_for(arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """How many entries of each slot go."""
     return {s.name: rule.counts(getattr(block, s.name).w.shape, fractions[s.name]) for s in arch.slots}
+
+
+def counts_of(arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """`counts_for`, but empty where nothing is asked of the block: its parameters then stay bit for bit."""
+    return counts_for(arch, rule, block, fractions) if any(np.any(fraction) for fraction in fractions.values()) else {}
 
 
 def asked_of(budget: Budget) -> tuple[dict[str, float], ...]:

@@ -34,15 +34,15 @@ def _linears(model: Model) -> tuple[tuple[str, ...], str, str]:
 def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict[str, jax.Array]]:
     """A block's norms of what enters up and down, and of what leaves them; one dense forward."""
     _, up, down = _linears(model)
-    reads = {s.name: s.reads for s in model.arch.slots}
+    into_up, into_down = map(model.arch.tap, (up, down))
     found: list[dict[str, jax.Array]] = []
 
     def visit(i: int, block: Block, stats: Any) -> Block:
         norms = {name: s.mean for name, s in stats.items()}
-        found.append({"a_in": norms[reads[up]], "a_up": norms[up], "a_mid": norms[reads[down]], "a_down": norms[down]})
+        found.append({"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]})
         return block
 
-    watch = dict.fromkeys((reads[up], reads[down], up, down), batch_norms)
+    watch = dict.fromkeys((into_up, into_down, up, down), batch_norms)
     advance = request.stage("measuring activations", len(model.blocks))
     fold_blocks(model, tokens, visit, watch=watch, propagate="dense", batch=request.batch, mesh=request.mesh, advance=advance)
     return found

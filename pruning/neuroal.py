@@ -15,8 +15,8 @@ from calibration.observers import Observer, fading_second_moment, gram, pair, se
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
 from models.sharding import place
-from pruning.allocate import LEAST, MOST, Shapes, block_means, by_block, exact, fraction_of, shapes_of, within
-from pruning.lift import every_tap, readers, solve_block, with_weights
+from pruning.allocate import LEAST, MOST, Shapes, all_shapes, block_means, by_block, exact, fraction_of, within
+from pruning.lift import counts_for, every_tap, readers, solve_block, with_weights
 from pruning.neuroal_core import misalignment, row_fractions, schedule
 from pruning.types import Allocation, Allocator, Budget, Layerwise, Pruner, Request
 
@@ -41,10 +41,6 @@ class _Search(NamedTuple):
     @property
     def pruner(self) -> Pruner:
         return self.layerwise.pruner
-
-    def counts(self, budget: Budget, i: int) -> dict[str, np.ndarray]:
-        """How many entries of each slot of block i go."""
-        return {slot: self.layerwise.rule.counts(self.shapes[i][slot], f) for slot, f in budget[i].items()}
 
     def walk(self, what: str, visit: Any) -> None:
         """Walk the search windows through the blocks, with a progress bar that says what is tried."""
@@ -85,7 +81,7 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
         for k, budget in enumerate(budgets):
             if i > 0 or k == 0:  # before the first block all trials are the same
                 stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, norm), i, block, streams[k]))
-            new, _ = solve_block(arch, pruners, block, stats, search.counts(budget, i))
+            new, _ = solve_block(arch, pruners, block, stats, counts_for(arch, search.layerwise.rule, block, budget[i]))
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
@@ -140,7 +136,8 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
             streams.extend(list(xs) for _ in budgets)
         stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, second_moment), i, block, xs, onward=not last))
         prepared = {tap: pruner.prepare(s)[0] for tap, s in stats.items()}
-        for k, new in enumerate(_trials(search, block, prepared, [search.counts(b, i) for b in budgets])):
+        counts = [counts_for(arch, search.layerwise.rule, block, budget[i]) for budget in budgets]
+        for k, new in enumerate(_trials(search, block, prepared, counts)):
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
         return block, xs
@@ -180,9 +177,8 @@ def _official_rows(search: _Search, lost: Norms, means: np.ndarray, lam: float) 
 def _of_rows(arch: Arch, slot: str, tap: str, lost: np.ndarray, rows: int) -> np.ndarray | None:
     """What the channels [c] that a slot's rows feed lost, by row [rows]: of query heads that share a key-value head, the mean."""
     for group in arch.groups:
-        reads = next(s.reads for s in arch.slots if s.name == group.reader.name)
         for writer in group.writers:
-            if (reads, writer.name) == (tap, slot):
+            if (arch.tap(group.reader.name), writer.name) == (tap, slot):
                 lost = lost.reshape(-1, group.reader.width // writer.width, writer.width).mean(1).reshape(-1)
     return lost if len(lost) == rows else None
 
@@ -286,7 +282,7 @@ def neuroal(
         followed = layerwise.rule.by_row and not (official and layerwise.pruner.observer is gram)
         if step == "row" and not followed:
             raise InputError('neuroal(step="row"): this method has one threshold for all rows of a matrix: use step="block"')
-        shapes = [shapes_of(model, model.blocks[i]) for i in range(len(model.blocks))]
+        shapes = all_shapes(model)
         search = _Search(model, tokens[:samples], request, layerwise, shapes)
         first, second = (_released if official else _sound)(search, step if followed else "block")
         warnings = () if followed or step == "block" else ("neuroal: the method cannot follow rows, only blocks were searched",)

@@ -13,7 +13,7 @@ from calibration.observers import SecondMoment, second_moment
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import scores
-from pruning.allocate import block_means, by_block, exact, shapes_of, spread, within
+from pruning.allocate import all_shapes, block_means, by_block, exact, spread, within
 from pruning.types import Allocation, Allocator, Layerwise, Request
 
 
@@ -43,11 +43,10 @@ def owl(m: float = 5, lam: float = 0.08, variant: Literal["corrected", "official
 
     def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
         shares: list[float] = []
-        shapes: list[dict[str, tuple[int, int]]] = []
+        shapes = all_shapes(model)
         advance = request.stage("counting outliers", len(model.blocks))
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-            shapes.append(shapes_of(model, block))
             shares.append(float(_of_block(model.arch, block, stats, m)))
             return block
 

@@ -41,9 +41,9 @@ class _Names(NamedTuple):
 
 @functools.cache
 def _names(arch: Arch) -> _Names:
-    group, reads = arch.group("neurons"), {s.name: s.reads for s in arch.slots}
+    group = arch.group("neurons")
     *gate, one = (w.name for w in group.writers)
-    return _Names(one, gate[0] if gate else None, group.reader.name, reads[one], reads[group.reader.name])
+    return _Names(one, gate[0] if gate else None, group.reader.name, arch.tap(one), arch.tap(group.reader.name))
 
 
 def _ffn(arch: Arch, block: Block) -> Ffn:

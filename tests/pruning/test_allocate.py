@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -9,15 +10,16 @@ import numpy as np
 import pytest
 
 from eval.perplexity import perplexity
+from models import store
 from models.arch import Model
 from models.errors import InputError
 from pruning import alpha as alpha_module
-from pruning.allocate import MOST, by_block, exact, fraction_of, shapes_of, spread
+from pruning.allocate import MOST, all_shapes, by_block, exact, fraction_of, shapes_of, spread
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.neuroal_core import misalignment, row_fractions, schedule
 from pruning.types import Allocator, Budget, Outcome, Request, prune
 from reference import allocation as reference
-from reference.small import FAMILIES, logits, model, same, tokens, weight, zeros
+from reference.small import CONFIGS, FAMILIES, VOCAB, logits, model, same, tokens, weight, zeros
 
 SEARCHES = {
     "owl": {"m": 2.0, "lam": 0.2},
@@ -84,6 +86,18 @@ def test_a_sparsity_beyond_the_bounds_moves_them() -> None:
         got = exact(by_block(m, np.array([0.1, 0.5, 0.9])), shapes, sparsity)
         total = sum(float(f) * np.prod(b[s]) for fractions, b in zip(got, shapes, strict=True) for s, f in fractions.items())
         assert total / sum(np.prod(shape) for b in shapes for shape in b.values()) == pytest.approx(sparsity, abs=0.01)
+
+
+def test_shapes_of_a_checkpoint_are_known_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    m = model("llama-gqa")
+    store.save(tmp_path / "model", m, CONFIGS["llama-gqa"] | {"vocab_size": VOCAB}, tmp_path)
+    lazy = store.open_checkpoint(tmp_path / "model").model
+
+    def read(*_: Any) -> None:
+        raise AssertionError("a block was read")
+
+    monkeypatch.setattr(store, "read", read)
+    assert all_shapes(lazy) == all_shapes(m) == [shapes_of(m, block) for block in m.blocks]
 
 
 def test_spread() -> None:

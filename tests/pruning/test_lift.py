@@ -16,7 +16,7 @@ from pruning.lift import per_linear, scored
 from pruning.patterns import n_of_m, per_matrix, per_row
 from pruning.types import Allocation, Budget, Layerwise, Mask, Outcome, Pattern, Pruner, Request, prune
 from reference import wanda as reference
-from reference.small import FAMILIES, model, run_block, same, tokens, weight, zeros
+from reference.small import FAMILIES, model, removed_by_wanda, run_block, same, tokens, weight, without, zeros
 
 
 def wanda(pattern: Pattern) -> Pruner:
@@ -29,17 +29,8 @@ def in_numpy(m: Model, budget: Budget, pattern: tuple[int, int] | None) -> list[
     x, found = embed(m.arch, m.ends, tokens()), []
     for block, fractions in zip(m.blocks, budget, strict=True):
         _, taps = run_block(m, block, x)
-        removed = {}
-        for slot in m.arch.slots:
-            w = weight(block, slot.name)
-            score = reference.score(w, reference.scaler_row(taps[slot.reads]))
-            counts = (np.broadcast_to(fractions[slot.name], len(w)) * w.shape[1]).astype(int)
-            removed[slot.name] = (
-                reference.removed_n_of_m(score, *pattern) if pattern else reference.removed_per_row(score, counts)
-            )
-        found.append(removed)
-        new = {name: getattr(block, name).replace(w=jnp.where(gone, 0, getattr(block, name).w)) for name, gone in removed.items()}
-        x, _ = run_block(m, block.replace(**new), x)
+        found.append(removed_by_wanda(m, block, taps, fractions, pattern))
+        x, _ = run_block(m, without(block, found[-1]), x)
     return found
 
 

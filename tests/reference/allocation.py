@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Model, embed
 from reference import wanda
-from reference.small import run_block, weight
+from reference.small import removed_by_wanda, run_block, weight, without
 
 
 def spread(values: Sequence[float], sparsity: float, lam: float) -> np.ndarray:
@@ -52,13 +51,8 @@ def misalignment(m: Model, tokens: np.ndarray, sparsities: Sequence[float]) -> f
     x, total = embed(m.arch, m.ends, tokens), 0.0
     for block, sparsity in zip(m.blocks, sparsities, strict=True):
         _, dense = run_block(m, block, x)
-        new = {}
-        for s in m.arch.slots:
-            w = weight(block, s.name)
-            score = wanda.score(w, wanda.scaler_row(dense[s.reads]))
-            gone = wanda.removed_per_row(score, np.full(len(w), int(w.shape[1] * sparsity)))
-            new[s.name] = getattr(block, s.name).replace(w=jnp.where(gone, 0, getattr(block, s.name).w))
-        x, sparse = run_block(m, block.replace(**new), x)
+        removed = removed_by_wanda(m, block, dense, {s.name: sparsity for s in m.arch.slots})
+        x, sparse = run_block(m, without(block, removed), x)
         for s in m.arch.slots:
             a, b = (np.sqrt(wanda.scaler_row(taps[s.reads])) for taps in (dense, sparse))
             total += float(np.linalg.norm(a / a.sum() - b / b.sum())) / len(a)

@@ -11,6 +11,7 @@ import numpy as np
 from models import hf
 from models.arch import Arch, Block, Model, embed
 from pruning.types import Outcome
+from reference import wanda
 
 VOCAB = 31
 _LLAMA = {
@@ -96,3 +97,22 @@ def kept(outcome: Outcome, block: int, slot: str, units: int) -> np.ndarray:
     keep = np.ones(units, bool)
     keep[list(gone.rows or gone.columns)] = False
     return keep
+
+
+def without(block: Block, removed: Mapping[str, np.ndarray]) -> Block:
+    """The block with zeros where {slot: bool [out in]} says that entries are removed."""
+    zeroed = {name: jnp.where(gone, 0, getattr(block, name).w) for name, gone in removed.items()}
+    return block.replace(**{name: getattr(block, name).replace(w=w) for name, w in zeroed.items()})
+
+
+def removed_by_wanda(
+    m: Model, block: Block, taps: Mapping[str, np.ndarray], fractions: Mapping[str, Any], pattern: tuple[int, int] | None = None
+) -> dict[str, np.ndarray]:
+    """Wanda's masks of a block from its dense taps: {slot: bool [out in]}, each row without its fraction () or [out], or n:m."""
+    removed = {}
+    for slot in m.arch.slots:
+        w = weight(block, slot.name)
+        score = wanda.score(w, wanda.scaler_row(taps[slot.reads]))
+        counts = (np.broadcast_to(fractions[slot.name], len(w)) * w.shape[1]).astype(int)
+        removed[slot.name] = wanda.removed_n_of_m(score, *pattern) if pattern else wanda.removed_per_row(score, counts)
+    return removed
