@@ -41,6 +41,12 @@ def show(report: Mapping[str, Any], console: Console) -> None:
         console.print(Text(f"report: {Path(output) / 'report.html'}"), soft_wrap=True)
 
 
+def note(text: str, console: Console | None = None) -> None:
+    """A line for who watches, on `console` (default: standard error), from the main process only."""
+    if jax.process_index() == 0:
+        (console or Console(stderr=True)).print(Text(text), soft_wrap=True)
+
+
 Stage = Callable[[str, int], Callable[[], None]]
 
 

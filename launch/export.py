@@ -1,15 +1,19 @@
 """What goes into the output directory, and the check that it reads back as it was written."""
 
+import importlib.util
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models import hf
 from models.arch import Block, Model, apply_block, embed
-from models.store import Checkpoint, Writer, open_checkpoint
+from models.forms import Form
+from models.store import Checkpoint, open_checkpoint
+from models.writer import Writer
 from pruning.types import Outcome
 
 REPORT = "pruning_report.json"
@@ -31,26 +35,76 @@ class Echo:
         self._writer.put(i, block)
         self._x = apply_block(self._model.arch, block, self._x)
 
+    def logits(self) -> jax.Array:
+        """The logits [1 length vocab] of what was put."""
+        return self._model.arch.head(self._model.ends, self._x)
+
     def difference(self, loaded: Model) -> float:
         """Largest absolute difference of the logits on the fixed batch between what was put and a loaded model; NaN counts as inf."""
         x = embed(loaded.arch, loaded.ends, self.tokens)
         for block in loaded.blocks:
             x = apply_block(loaded.arch, block, x)
-        a, b = (m.arch.head(m.ends, h) for m, h in ((self._model, self._x), (loaded, x)))
+        a, b = self.logits(), loaded.arch.head(loaded.ends, x)
         return float(
             jnp.nan_to_num(jnp.max(jnp.where((a == b) | (jnp.isnan(a) & jnp.isnan(b)), 0.0, jnp.abs(a - b))), nan=jnp.inf)
         )
 
 
-def load_back(directory: pathlib.Path, echo: Echo, dtype: jnp.dtype) -> tuple[Checkpoint, float]:
-    """Open the written checkpoint as any user would; its largest logit difference to what was written. RuntimeError beyond rounding."""
+class Check(NamedTuple):
+    """Whether a loader gave the logits that were meant, or was not asked, and what to say of it."""
+
+    ok: bool
+    said: str
+
+
+class Written(NamedTuple):
+    """A checkpoint that was loaded back. `padding`: numbers stored that only fill narrower blocks up."""
+
+    loaded: Checkpoint
+    form: Form
+    topiary: str
+    transformers: Check
+    padding: int
+
+
+def load_back(directory: pathlib.Path, form: Form, echo: Echo, dtype: jnp.dtype, parameters: int) -> Written:
+    """Open the written checkpoint as any user would, with our loader and with transformers where torch is there, and compare logits.
+
+    Args:
+      parameters: that were put in, so that the others are padding.
+    RuntimeError if our own loader gives others than rounding allows.
+    """
     loaded = open_checkpoint(directory, dtype)
     difference = echo.difference(loaded.model)
-    if difference > (1e-3 if dtype == jnp.float32 else 0.5):
+    allowed = 1e-3 if dtype == jnp.float32 else 0.5
+    if difference > allowed:
         raise RuntimeError(
             f"the written checkpoint gives other logits than the pruned model (by {difference:.3g}); nothing was kept"
         )
-    return loaded, difference
+    said = f"largest difference of the logits {difference:.2g}"
+    return Written(loaded, form, said, _by_transformers(directory, echo, allowed), loaded.parameters - parameters)
+
+
+def _by_transformers(directory: pathlib.Path, echo: Echo, allowed: float) -> Check:
+    """What transformers makes of the checkpoint. It is another program with versions of its own: that it fails is told, not raised."""
+    if not importlib.util.find_spec("torch"):
+        return Check(True, "not checked: PyTorch is not installed")
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto").eval()
+        with torch.no_grad():
+            theirs = model(torch.tensor(np.asarray(echo.tokens, np.int64))).logits.float().numpy()
+    except Exception as e:
+        return Check(False, f"cannot load it ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+    ours = np.asarray(echo.logits())
+    apart = np.where((theirs == ours) | (np.isnan(theirs) & np.isnan(ours)), 0.0, np.abs(theirs - ours))
+    difference = float(np.nan_to_num(apart.max(), nan=np.inf))
+    return Check(difference <= allowed, f"largest difference of the logits {difference:.2g}")
 
 
 def by_linear(

@@ -18,7 +18,8 @@ from launch import __version__
 from launch.flags import check_length, dataset_list, window_length
 from models.arch import Model
 from models.errors import InputError
-from models.store import Checkpoint, write_json
+from models.store import Checkpoint
+from models.writer import write_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "safetensors", "tokenizers", "transformers", "datasets")
 

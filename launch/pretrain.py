@@ -27,7 +27,7 @@ from calibration.data import evaluation_tokens
 from eval.perplexity import perplexity
 from launch import cli
 from launch.staging import check_free, staged
-from models import hf, init, store
+from models import hf, init, writer
 from models.arch import Arch, Model, logits
 from models.errors import InputError
 
@@ -241,7 +241,7 @@ def pretrain(s: Settings, output: pathlib.Path) -> float:
     print(f"perplexity on {s.eval_windows} windows of the evaluation split: {result:.4f}")
     with staged(output, "config.json") as directory, tempfile.TemporaryDirectory() as companions:
         save_tokenizer(tokenizer, pathlib.Path(companions), s.length)
-        store.save(directory, stored, config, pathlib.Path(companions))
+        writer.save(directory, stored, config, pathlib.Path(companions))
     return result
 
 

@@ -23,7 +23,9 @@ from launch.flags import DTYPES, check_sparsity, evaluation_flags, mesh_of, mode
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.staging import staged
 from models.errors import InputError
-from models.store import Checkpoint, Writer, write_json
+from models.forms import Layout, preview
+from models.store import Checkpoint
+from models.writer import Writer, write_json
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.patterns import parse_pattern
 from pruning.types import Method, Outcome, Request
@@ -52,6 +54,7 @@ class RunConfig:
     output: str | None
     dtype: str
     mesh: str
+    layout: Layout
 
 
 def options() -> Flags:
@@ -59,6 +62,13 @@ def options() -> Flags:
     f = Flags("launch.prune", __doc__ or "")
     model_flags(f)
     f.string("output", None, "directory to write the pruned model, its report and pruning.json to")
+    f.choice(
+        "layout",
+        "auto",
+        ("auto", "padded"),
+        "how blocks of different widths are written: with a class that ships with the "
+        "checkpoint, or padded with zeros to a stock architecture",
+    )
     f.group("Method")
     f.string("method", "llmrank", f'a name or a call such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
     f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
@@ -142,10 +152,14 @@ def quantiles(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, Any]:
     return {"label": outcome.scores_label, "per_linear": per_linear}
 
 
-def warnings_of(figures: Mapping[str, Any], padded: bool, checkpoint: Checkpoint, length: int) -> Iterator[str]:
+def warnings_of(figures: Mapping[str, Any], written: export.Written, checkpoint: Checkpoint, length: int) -> Iterator[str]:
     """What a reader of the figures must know."""
-    if padded:
-        yield "blocks kept different numbers of neurons: all are padded with zeros to the widest, so the file is larger than the model"
+    if written.padding:
+        yield f"{written.padding:,} of the stored numbers are zeros that fill narrower blocks and absent biases up"
+    if written.form.code:
+        yield f"blocks differ in width: the model loads as {written.form.label}; --layout=padded writes a stock model instead"
+    if not written.transformers.ok:
+        yield f"transformers does not give the same logits: {written.transformers.said}"
     if abs(figures["prunable"] - figures["target"]) > MISSED:
         yield f"asked for {figures['target']:.4f} of the prunable weights, got {figures['prunable']:.4f}"
     longest = checkpoint.config.get("max_position_embeddings")
@@ -161,9 +175,7 @@ class Finished(NamedTuple):
     data: dict[str, Tokens]
     sparsity: float
     outcome: Outcome
-    loaded: Checkpoint
-    difference: float
-    padded: bool
+    written: export.Written
     dense: dict[str, dict[str, Any]]
     pruned: dict[str, dict[str, Any]]
 
@@ -181,7 +193,10 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
         "protocol": {"calibration": run.calibration.protocol} | protocol(run.data),
         "sparsity": figures,
         "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
-        "bytes": {"dense": checkpoint.parameters * DTYPES[config.dtype].dtype.itemsize, "pruned": run.loaded.stored_bytes},
+        "bytes": {
+            "dense": checkpoint.parameters * DTYPES[config.dtype].dtype.itemsize,
+            "pruned": run.written.loaded.stored_bytes,
+        },
         "perplexity": {
             name: {"dense": run.dense[name]["perplexity"], "pruned": run.pruned[name]["perplexity"], "tokens": found["tokens"]}
             for name, found in run.dense.items()
@@ -189,8 +204,9 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
         "tasks": {},
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": quantiles(checkpoint, outcome),
-        "warnings": [*warnings_of(figures, run.padded, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
-        "load_back": {"topiary": f"largest difference of the logits {run.difference:.2g}"},
+        "warnings": [*warnings_of(figures, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
+        "loads_as": run.written.form.label,
+        "load_back": {"topiary": run.written.topiary, "transformers": run.written.transformers.said},
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }
 
@@ -201,6 +217,7 @@ def prune(config: RunConfig) -> dict[str, Any]:
     method, request = request_of(config)
     output = output_path(config.output)
     checkpoint = open_model(config.model, config.dtype)
+    console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
     model, tokenizer = checkpoint.model, tokenizer_of(checkpoint)
     calibration = read_calibration(
         config.calibration, config.calibration_samples, config.calibration_length, config.seed, checkpoint, tokenizer
@@ -210,19 +227,19 @@ def prune(config: RunConfig) -> dict[str, Any]:
     with staged(output, export.REPORT) as directory:
         dense = evaluate(model, data, config.calibration_batch, request.mesh)
         clock.lap("eval")
-        writer = Writer(directory, checkpoint.config)
+        writer = Writer(directory, checkpoint.config, config.layout)
         echo = export.Echo(model, writer)
         with console.progress() as stage:
             outcome = method(model, calibration.ids, dataclasses.replace(request, stage=stage), echo.put)
         clock.lap("calibrate_and_prune")
-        padded = writer.finish(model.ends, checkpoint.directory)
-        loaded, difference = export.load_back(directory, echo, DTYPES[config.dtype])
-        counts = count(checkpoint, measure(loaded.model))
+        form = writer.finish(model.ends, checkpoint.directory)
+        written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)
+        counts = count(checkpoint, measure(written.loaded.model))
         write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")
-        pruned = evaluate(loaded.model, data, config.calibration_batch, request.mesh)
+        pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)
         clock.lap("eval")
-        run = Finished(checkpoint, calibration, data, request.sparsity, outcome, loaded, difference, padded, dense, pruned)
+        run = Finished(checkpoint, calibration, data, request.sparsity, outcome, written, dense, pruned)
         result = describe(config, run, counts, writer.parameters) | {"seconds": clock.seconds}
         write_json(directory / export.REPORT, result)
         report.write_html(result, directory / "report.html")

@@ -16,6 +16,7 @@ from models.layers import ACTIVATIONS, Linear, Norm, Rope
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
 WINDOW = 4096  # Mistral's and Qwen2's sliding window where the file leaves it out
+OWN = "topiary_"  # begins the model_type of a checkpoint whose blocks differ in width: the stock type it is made from follows
 MEND = "mend the file or fetch the checkpoint again"
 
 
@@ -121,8 +122,45 @@ def _windows(f: Fields, kind: str, blocks: int) -> tuple[int | None, ...]:
     return tuple(window if k == "sliding_attention" else None for k in kinds)
 
 
+def kind_of(config: Mapping[str, Any]) -> str:
+    """The stock `model_type` that a configuration has, or is made from."""
+    return str(config["model_type"]).removeprefix(OWN)
+
+
+def _widths(f: Fields) -> tuple[tuple[int, int], ...]:
+    """(units of heads, neurons) of every block of a model of our own type, else ()."""
+    if not str(f.config["model_type"]).startswith(OWN):
+        return ()
+    both = [f.section("widths").get(name) for name in ("heads", "neurons")]
+    count = f.count("num_hidden_layers")
+    for w in both:
+        if not isinstance(w, list) or len(w) != count or not all(type(n) is int and n > 0 for n in w):
+            raise InputError(f"config.json: widths must have {count} positive integers for heads and as many for neurons: {MEND}")
+    return tuple(zip(*both, strict=True))
+
+
+def _biases(f: Fields, linears: Mapping[str, str], stock: tuple[str, ...]) -> tuple[str, ...]:
+    """The slots with a bias: those that a model of our own type lists by their module's name, else `stock`."""
+    if not str(f.config["model_type"]).startswith(OWN):
+        return stock
+    listed = f.config.get("biases")
+    if not isinstance(listed, list) or not set(listed) <= set(linears.values()):
+        raise InputError(f"config.json: biases must be a list of words out of {', '.join(linears.values())}: {MEND}")
+    return tuple(slot for slot, name in linears.items() if name in listed)
+
+
+def _identity(f: Fields, head_dim: int) -> None:
+    """InputError unless a granite model's multipliers make it a LLaMA model."""
+    wanted = dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
+    for name, value in (wanted | {"attention_multiplier": head_dim**-0.5}).items():
+        if abs(f.number(name, 1.0) - value) > 1e-6 * value:
+            raise InputError(
+                f"config.json: a granite model with {name}={f.number(name, 1.0)} is not supported, only with {value:g}"
+            )
+
+
 def _llama(config: Mapping[str, Any]) -> Arch:
-    f, kind = Fields(config), config["model_type"]
+    f, kind = Fields(config), kind_of(config)
     dim, n = f.count("hidden_size"), f.count("num_attention_heads")
     kv = f.count("num_key_value_heads", n)
     if n % kv:
@@ -134,7 +172,11 @@ def _llama(config: Mapping[str, Any]) -> Arch:
     head_dim = f.count("head_dim", dim // n)
     if head_dim % 2:
         raise InputError(f"config.json: head_dim={head_dim} must be even, for rotary positions: {MEND}")
-    all_biased = f.flag("attention_bias", False) and kind == "llama"
+    if kind == "granite":
+        _identity(f, head_dim)
+    flags = kind in ("llama", "granite")
+    attention = ("q", "k", "v", "o") if flags and f.flag("attention_bias", False) else ("q", "k", "v") if kind == "qwen2" else ()
+    mlp = ("gate", "up", "down") if flags and f.flag("mlp_bias", False) else ()
     return llama.arch(
         llama.Config(
             head_dim=head_dim,
@@ -148,8 +190,8 @@ def _llama(config: Mapping[str, Any]) -> Arch:
             kv_heads=kv,
             vocab=f.count("vocab_size"),
             tied=f.flag("tie_word_embeddings", False),
-            attention_bias=(all_biased or kind == "qwen2", all_biased),
-            mlp_bias=f.flag("mlp_bias", False) and kind == "llama",
+            biases=_biases(f, LLAMA_LINEARS, (*attention, *mlp)),
+            widths=_widths(f),
         )
     )
 
@@ -171,9 +213,10 @@ def _opt(config: Mapping[str, Any]) -> Arch:
             ffn_dim=f.count("ffn_dim"),
             vocab=f.count("vocab_size"),
             positions=f.count("max_position_embeddings", 2048),
-            bias=f.flag("enable_bias", True),
             affine=f.flag("layer_norm_elementwise_affine", True),
             tied=f.flag("tie_word_embeddings", True),
+            biases=_biases(f, OPT_LINEARS, tuple(OPT_LINEARS) if f.flag("enable_bias", True) else ()),
+            widths=_widths(f),
         )
     )
 
@@ -188,20 +231,22 @@ def _llama_ends(c: llama.Config) -> llama.Ends:
     return llama.Ends(embed, Norm(_spec("model.norm.weight", (c.dim,), "ones")), head)
 
 
+# Slot -> the checkpoint's name of its module within a block.
+LLAMA_LINEARS = {f: f"self_attn.{f}_proj" for f in "qkvo"} | {f: f"mlp.{f}_proj" for f in ("gate", "up", "down")}
+OPT_LINEARS = {f: f"self_attn.{f}_proj" for f in "kvq"} | {"o": "self_attn.out_proj", "fc1": "fc1", "fc2": "fc2"}
+
+
 def _llama_block(c: llama.Config, i: int) -> llama.Block:
-    p, (qkv_bias, o_bias) = f"model.layers.{i}.", c.attention_bias
-    n, kv = c.query_heads * c.head_dim, c.kv_heads * c.head_dim
+    p = f"model.layers.{i}."
+    kv_heads, neurons = c.widths[i] if c.widths else (c.kv_heads, c.ffn_dim)
+    n, kv = kv_heads * c.query_heads // c.kv_heads * c.head_dim, kv_heads * c.head_dim
+    shapes = {"q": (n, c.dim), "k": (kv, c.dim), "v": (kv, c.dim), "o": (c.dim, n)}
+    shapes |= {"gate": (neurons, c.dim), "up": (neurons, c.dim), "down": (c.dim, neurons)}
     return llama.Block(
         attn_norm=Norm(_spec(p + "input_layernorm.weight", (c.dim,), "ones")),
-        q=_linear(p + "self_attn.q_proj", n, c.dim, qkv_bias),
-        k=_linear(p + "self_attn.k_proj", kv, c.dim, qkv_bias),
-        v=_linear(p + "self_attn.v_proj", kv, c.dim, qkv_bias),
-        o=_linear(p + "self_attn.o_proj", c.dim, n, o_bias),
         mlp_norm=Norm(_spec(p + "post_attention_layernorm.weight", (c.dim,), "ones")),
-        gate=_linear(p + "mlp.gate_proj", c.ffn_dim, c.dim, c.mlp_bias),
-        up=_linear(p + "mlp.up_proj", c.ffn_dim, c.dim, c.mlp_bias),
-        down=_linear(p + "mlp.down_proj", c.dim, c.ffn_dim, c.mlp_bias),
         window=c.windows[i],
+        **{slot: _linear(p + name, *shapes[slot], slot in c.biases) for slot, name in LLAMA_LINEARS.items()},
     )
 
 
@@ -223,41 +268,41 @@ def _opt_ends(c: opt.Config) -> opt.Ends:
 
 def _opt_block(c: opt.Config, i: int) -> opt.Block:
     p = f"model.decoder.layers.{i}."
-    square = {
-        f: _linear(f"{p}self_attn.{name}", c.dim, c.dim, c.bias)
-        for f, name in zip("qkvo", ("q_proj", "k_proj", "v_proj", "out_proj"), strict=True)
-    }
+    units, neurons = c.widths[i] if c.widths else (c.dim // c.head_dim, c.ffn_dim)
+    n = units * c.head_dim
+    shapes = dict.fromkeys("kvq", (n, c.dim)) | {"o": (c.dim, n), "fc1": (neurons, c.dim), "fc2": (c.dim, neurons)}
     return opt.Block(
         attn_norm=_opt_norm(c, p + "self_attn_layer_norm"),
         mlp_norm=_opt_norm(c, p + "final_layer_norm"),
-        fc1=_linear(p + "fc1", c.ffn_dim, c.dim, c.bias),
-        fc2=_linear(p + "fc2", c.dim, c.ffn_dim, c.bias),
-        **square,
+        **{slot: _linear(p + name, *shapes[slot], slot in c.biases) for slot, name in OPT_LINEARS.items()},
     )
 
 
 class Family(NamedTuple):
-    """How one family's configuration and names are written. `neurons` is the configuration's word for the feed-forward width."""
+    """How one family's configuration and names are written. `neurons` is the configuration's word for the feed-forward width, `linears`
+    the checkpoint's name of each slot's module within a block.
+    """
 
     neurons: str
+    linears: Mapping[str, str]
     arch: Callable[[Mapping[str, Any]], Arch]
     ends: Callable[[Any], Ends]
     block: Callable[[Any, int], Block]
 
 
-LLAMA = Family("intermediate_size", _llama, _llama_ends, _llama_block)
-OPT = Family("ffn_dim", _opt, _opt_ends, _opt_block)
-FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "opt": OPT}
+LLAMA = Family("intermediate_size", LLAMA_LINEARS, _llama, _llama_ends, _llama_block)
+OPT = Family("ffn_dim", OPT_LINEARS, _opt, _opt_ends, _opt_block)
+FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "granite": LLAMA, "opt": OPT}
 
 
 def family(config: Mapping[str, Any]) -> Family:
     """The family of a configuration's `model_type`; InputError when it is not one of ours."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FAMILIES:
+    if not isinstance(kind, str) or kind_of(config) not in FAMILIES:
         raise InputError(f"config.json: model_type {kind!r} is not supported: it must be one of {', '.join(sorted(FAMILIES))}")
     if config.get("quantization_config"):
         raise InputError("config.json: the checkpoint is quantised: save it dequantised first")
-    return FAMILIES[kind]
+    return FAMILIES[kind_of(config)]
 
 
 def specs(config: Mapping[str, Any]) -> tuple[Arch, Ends, tuple[Block, ...]]:
@@ -271,32 +316,3 @@ def specs(config: Mapping[str, Any]) -> tuple[Arch, Ends, tuple[Block, ...]]:
 def linear_name(block: Block, slot: str) -> str:
     """The checkpoint's name of a block spec's linear, without `.weight`: "model.layers.0.mlp.up_proj"."""
     return getattr(block, slot).w.name.removesuffix(".weight")
-
-
-def biased(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration of the same model with a bias on every linear of its blocks, zero where none was.
-
-    Only `llama` among the LLaMA family can say so; the others become it, which is the same model where no block has a sliding window.
-    Raises InputError where one has.
-    """
-    if family(config) is OPT:
-        return {**config, "enable_bias": True}
-    if any(_llama(config).config.windows):
-        raise InputError(
-            f"config.json: no stock architecture has model_type {config['model_type']!r}'s sliding window with biases: choose a "
-            "method that adds none, such as flap(bias=False)"
-        )
-    return {**config, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True}
-
-
-def exported(config: Mapping[str, Any], neurons: int, dtype: str) -> dict[str, Any]:
-    """The configuration of a pruned model: its feed-forward width and type, its rotary base in both spellings.
-
-    transformers 4 reads `torch_dtype` and `rope_theta`, 5 `dtype` and `rope_parameters`: both are written where they apply.
-    """
-    new = {**config, family(config).neurons: neurons, "torch_dtype": dtype, "dtype": dtype}
-    if rope := config.get("rope_parameters"):
-        new["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-        if rope.get("rope_type", "default") != "default":
-            new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
-    return new

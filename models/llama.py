@@ -17,7 +17,9 @@ from models.layers import ACTIVATIONS, Linear, Norm, Rope, attention, heads, lin
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the arrays cannot say. `windows` gives each block's sliding window (None: full attention)."""
+    """What the arrays cannot say. `windows` gives each block's sliding window (None: full attention), `biases` the slots that have one,
+    `widths` each block's (key-value heads, neurons) where blocks differ, else ().
+    """
 
     head_dim: int
     eps: float = 1e-6
@@ -30,8 +32,8 @@ class Config:
     kv_heads: int = 0
     vocab: int = 0
     tied: bool = False
-    attention_bias: tuple[bool, bool] = (False, False)  # of q, k, v; of o
-    mlp_bias: bool = False
+    biases: tuple[str, ...] = ()
+    widths: tuple[tuple[int, int], ...] = ()
 
 
 @struct.dataclass

@@ -15,7 +15,9 @@ POSITION_OFFSET = 2  # the first two rows of the position table are never read: 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the arrays cannot say. `pre_norm` is False in OPT-350m alone."""
+    """What the arrays cannot say. `pre_norm` is False in OPT-350m alone; `biases` are the slots that have one, `widths` each block's
+    (heads, neurons) where blocks differ, else ().
+    """
 
     head_dim: int
     act: str = "relu"
@@ -26,9 +28,10 @@ class Config:
     ffn_dim: int = 0
     vocab: int = 0
     positions: int = 0
-    bias: bool = True
     affine: bool = True
     tied: bool = True
+    biases: tuple[str, ...] = ()
+    widths: tuple[tuple[int, int], ...] = ()
 
 
 @struct.dataclass

@@ -1,43 +1,23 @@
-"""Where blocks come from and where they go: a checkpoint read block by block, a checkpoint written block by block.
+"""Where blocks come from: a checkpoint read block by block, never more of it held than the block asked for."""
 
-Reading never holds more than the block asked for; writing never more than one shard. The written directory is a plain Hugging Face
-checkpoint that appears under its name only when it is complete.
-"""
-
-import dataclasses
 import json
 import math
 import pathlib
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
 
 from models import hf
 from models.arch import Arch, Block, Ends, Model
 from models.errors import InputError
 from models.formats import open_tensors
-from models.layers import Linear
-from models.surgery import units
 from models.tensors import Tensors
 
-SHARD_BYTES = 2 << 30
 # Buffers some exporters stored beside the weights, and a tied head stored twice: nothing is lost by leaving them unread.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
-# The tokenizer's files and the generation settings, by the names that transformers gives them.
-COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 class Checkpoint(NamedTuple):
@@ -184,129 +164,6 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
 def in_memory(model: Model) -> Model:
     """The same model with all its blocks read: for small models, searches and notebooks."""
     return model._replace(blocks=tuple(model.blocks))
-
-
-class Writer:
-    """A checkpoint in the making: blocks go in one after the other, `finish` completes it.
-
-    Shards are flushed as they fill, so no more than `shard_bytes` wait in memory. `parameters` counts what was put in.
-    """
-
-    def __init__(self, directory: pathlib.Path, config: Mapping[str, Any], shard_bytes: int = SHARD_BYTES):
-        self._directory, self._config, self._limit = directory, dict(config), shard_bytes
-        self._buffer: dict[str, np.ndarray] = {}
-        self._where: dict[str, int] = {}  # tensor -> shard
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._size, self._total, self._shards = 0, 0, 0
-        self._arch, self._ends, self._specs = hf.specs(config)
-        self._biased: tuple[Block, ...] = ()  # specs with every bias, once a block has one more than the configuration says
-        self._neurons = 1
-        self.parameters = 0
-        directory.mkdir(parents=True, exist_ok=True)
-
-    def put(self, i: int, block: Block) -> None:
-        """Write block `i`. It may have fewer feed-forward neurons than the configuration says, and more biases."""
-        self._neurons = max(self._neurons, units(block, self._arch.group("neurons")))
-        specs = self._specs[i]
-        if len(jax.tree.leaves(block)) > len(jax.tree.leaves(specs, is_leaf=hf.is_spec)):
-            self._biased = self._biased or hf.specs(hf.biased(self._config))[2]
-            specs = _present(self._biased[i], block)
-        self._add(specs, block)
-
-    def _add(self, specs: Any, values: Any) -> None:
-        names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
-        if len(names) != len(arrays):
-            raise ValueError(f"{len(arrays)} arrays for {len(names)} names of the checkpoint: a bias was lost")
-        for spec, array in zip(names, arrays, strict=True):
-            value = np.ascontiguousarray(array)
-            if self._buffer and self._size + value.nbytes > self._limit:
-                self._flush()
-            self._buffer[spec.name], self._shapes[spec.name] = value, value.shape
-            self._size += value.nbytes
-            self._total += value.nbytes
-            self.parameters += value.size
-
-    def _shard(self, k: int) -> pathlib.Path:
-        return self._directory / f"shard-{k}.safetensors"
-
-    def _flush(self) -> None:
-        save_file(self._buffer, self._shard(self._shards), metadata={"format": "pt"})
-        self._where |= dict.fromkeys(self._buffer, self._shards)
-        self._buffer, self._size, self._shards = {}, 0, self._shards + 1
-
-    def finish(self, ends: Ends, companions: pathlib.Path) -> bool:
-        """Write the ends, `config.json`, the shard index if there are several, and copy tokenizer and generation files.
-
-        The configuration gets the widest block's number of neurons; narrower blocks are padded to it with zeros, which changes no
-        output and loads everywhere. Returns whether any had to be.
-        """
-        self._add(self._ends, ends)
-        dtype = jax.tree.leaves(ends)[0].dtype
-        config = hf.exported(hf.biased(self._config) if self._biased else self._config, self._neurons, str(dtype))
-        wanted = {s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)}
-        for name in wanted.keys() - self._shapes.keys():  # biases that other blocks have
-            self._buffer[name], self._shapes[name] = np.zeros(wanted[name], dtype), wanted[name]
-            self._total += self._buffer[name].nbytes
-        self._flush()
-        padded = self._pad(wanted)
-        names = (
-            ["model.safetensors"]
-            if self._shards == 1
-            else [f"model-{k + 1:05d}-of-{self._shards:05d}.safetensors" for k in range(self._shards)]
-        )
-        for k, name in enumerate(names):
-            self._shard(k).rename(self._directory / name)
-        if self._shards > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": {n: names[k] for n, k in sorted(self._where.items())}}
-            write_json(self._directory / "model.safetensors.index.json", index)
-        write_json(self._directory / "config.json", config)
-        copy_companions(companions, self._directory, config)
-        return padded
-
-    def _pad(self, wanted: Mapping[str, tuple[int, ...]]) -> bool:
-        """Grow what is narrower than `wanted` with zeros, shard by shard."""
-        narrow = {n for n, shape in self._shapes.items() if shape != wanted[n]}
-        for k in {self._where[n] for n in narrow}:
-            tensors = load_file(self._shard(k))
-            for n in narrow & tensors.keys():
-                tensors[n] = np.pad(tensors[n], [(0, w - h) for h, w in zip(tensors[n].shape, wanted[n], strict=True)])
-                self._total += tensors[n].nbytes - tensors[n].itemsize * int(np.prod(self._shapes[n]))
-            save_file(tensors, self._shard(k), metadata={"format": "pt"})
-        return bool(narrow)
-
-
-def _present(specs: Block, block: Block) -> Block:
-    """The specs of those biases alone that the block has."""
-    linears = {f.name: getattr(specs, f.name) for f in dataclasses.fields(specs) if isinstance(getattr(specs, f.name), Linear)}
-    return specs.replace(**{name: s if getattr(block, name).b is not None else s.replace(b=None) for name, s in linears.items()})
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON with a final newline; infinities and NaN as Python's json has them."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: pathlib.Path, target: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Copy the tokenizer's and generation's files of a checkpoint; what a `.gguf` file holds of them is written out."""
-    if source.is_file():
-        from models.gguf import gguf_tokenizer, gguf_tokenizer_config
-
-        gguf_tokenizer(source).save(str(target / "tokenizer.json"))
-        write_json(target / "tokenizer_config.json", gguf_tokenizer_config(source))
-    else:
-        for file in sorted({f for pattern in COPIED for f in source.glob(pattern) if f.is_file()}):
-            shutil.copyfile(file, target / file.name)
-    if not (target / "generation_config.json").exists():
-        tokens = {k: config[k] for k in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(k) is not None}
-        write_json(target / "generation_config.json", tokens)
-
-
-def save(directory: pathlib.Path, model: Model, config: Mapping[str, Any], companions: pathlib.Path) -> None:
-    """Write a whole model as a Hugging Face checkpoint; `companions` is where its tokenizer's files are."""
-    writer = Writer(directory, config)
-    for i, block in enumerate(model.blocks):
-        writer.put(i, block)
-    writer.finish(model.ends, companions)
 
 
 def abstract(arch: Arch, ends: Ends, blocks: Sequence[Block], dtype: jnp.dtype = jnp.float32) -> Model:

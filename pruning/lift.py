@@ -166,4 +166,4 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
         details = {**allocation.details, **by_name(found, len(model.blocks))}
         return Outcome(asked_of(budget), details=details, warnings=allocation.warnings)
 
-    return method
+    return Method(method)

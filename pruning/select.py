@@ -44,3 +44,19 @@ def global_by_count(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
     """The `ceil(fraction * units)` lowest units of all lists together, whatever they cost: LLM-Rank's GlobalPruner. A list may lose all."""
     flat = np.concatenate(scores)
     return np.split(lowest(flat, math.ceil(len(flat) * fraction)), np.cumsum([len(s) for s in scores])[:-1])
+
+
+def rounded(scores: Sequence[np.ndarray], keeps: Keeps, to: int) -> Keeps:
+    """The keeps with each list's number of kept units the nearest multiple of `to` (at least one multiple, at most all): what hardware
+    multiplies well. The best that had gone come back, or the worst that stayed go. `to` 0 changes nothing."""
+    if not to:
+        return keeps
+    found = []
+    for s, keep in zip(scores, keeps, strict=True):
+        count = min(len(s), max(1, round(int(keep.sum()) / to)) * to)
+        # Kept before gone, each by score: the order in which units would leave.
+        leaving = np.lexsort((np.arange(len(s)), s, keep))
+        new = np.ones(len(s), bool)
+        new[leaving[: len(s) - count]] = False
+        found.append(new)
+    return found

@@ -213,4 +213,4 @@ def sparsellm(
         walk_blocks(model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=advance)
         return _outcome(allocation, covered, found, losses, official, damp)
 
-    return method
+    return Method(method)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model
 from models.errors import InputError
+from models.forms import Leaves
 
 Put = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
 Mask = jax.Array  # bool, the shape of what it masks; True is kept
@@ -122,7 +123,21 @@ class Allocation(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-Method = Callable[[Model, np.ndarray, Request, Put], Outcome]
+SAME = Leaves()  # every shape as it was
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """What a user names with --method: `method(model, tokens, request, put)` prunes, `leaves` says what it makes of a model's shapes."""
+
+    run: Callable[[Model, np.ndarray, Request, Put], Outcome]
+    leaves: Leaves = SAME
+
+    def __call__(self, model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+        """Prune: calibration windows int [samples length]; finished blocks go to `put` in order."""
+        return self.run(model, tokens, request, put)
+
+
 Allocator = Callable[[Model, np.ndarray, Request, Layerwise], Allocation]
 Refiner = Callable[[Arch, Mapping[str, Pruner]], Mapping[str, Pruner]]  # the pruner of each tap -> one that does more
 

@@ -8,8 +8,9 @@ import pytest
 
 from eval.size import entries, measure, peak_memory
 from models import hf
-from models.store import open_checkpoint, save
+from models.store import open_checkpoint
 from models.surgery import cut, mask
+from models.writer import save
 from reference import tiny
 
 

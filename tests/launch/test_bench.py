@@ -10,7 +10,7 @@ import pytest
 from launch import bench, bench_solvers
 from launch.cli import run
 from models.init import init_model
-from models.store import save
+from models.writer import save
 from reference import sparsegpt as reference
 
 CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,

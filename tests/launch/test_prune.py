@@ -12,7 +12,8 @@ import pytest
 from launch import evaluate, prune
 from launch.cli import run
 from models.init import init_model
-from models.store import open_checkpoint, save
+from models.store import open_checkpoint
+from models.writer import save
 
 BASE = dict(
     vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2
@@ -133,13 +134,21 @@ def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path)
     assert report_of(out)["details"] == first["details"]
 
 
-def test_global_scope_pads_and_says_so(inputs: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_blocks_of_different_widths(layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What they load as is said before the work and in the report; padding is not counted as the model's."""
     out = tmp_path / "out"
-    assert call(args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4")) == 0
-    r = report_of(out)
+    assert call(args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4", f"--layout={layout}")) == 0
+    r, said = report_of(out), capsys.readouterr().err.splitlines()[0]
     kept = [64 - len(r["details"]["removed"][f"model.layers.{i}.mlp.up_proj"]) for i in range(3)]
     assert len(set(kept)) > 1 and open_checkpoint(out).config["intermediate_size"] == max(kept)
-    assert any("padded" in w for w in r["warnings"])
+    own = layout == "auto"
+    assert r["loads_as"] == said.removeprefix("the result will load as ")
+    assert r["loads_as"].startswith("topiary_llama, a class" if own else "stock llama")
+    assert (out / "modeling_pruned.py").exists() == own
+    assert any(("trust_remote_code" if own else "are zeros that fill") in w for w in r["warnings"])
+    stored = r["parameters"]["pruned"] + (0 if own else 3 * 32 * (3 * max(kept) - sum(kept)))
+    assert open_checkpoint(out).parameters == stored
     assert r["parameters"]["pruned"] == r["parameters"]["dense"] - 3 * 32 * (3 * 64 - sum(kept))
 
 

@@ -104,22 +104,9 @@ def test_linear_names() -> None:
     assert hf.linear_name(blocks["opt"], "o") == "model.decoder.layers.1.self_attn.out_proj"
 
 
-def test_exported_configuration_has_both_spellings() -> None:
-    scaled = {"rope_type": "linear", "factor": 4.0}
-    new = hf.exported({**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, **scaled}}, 24, "bfloat16")
-    assert (new["intermediate_size"], new["dtype"], new["torch_dtype"]) == (24, "bfloat16", "bfloat16")
-    assert (new["rope_theta"], new["rope_scaling"]) == (500.0, scaled)
-    assert hf.specs({k: v for k, v in new.items() if k != "rope_parameters"})[0] is hf.specs(new)[0]
-    assert "rope_scaling" not in hf.exported(
-        {**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, 24, "float32"
-    )
-    assert hf.exported(tiny.OPT, 24, "float32")["ffn_dim"] == 24
-    assert tiny.GQA["intermediate_size"] == 40  # the original is not touched
-
-
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None}, "model_type None is not supported"),
-    ({"model_type": "gpt2"}, "llama, mistral, opt, qwen2"),
+    ({"model_type": "gpt2"}, "granite, llama, mistral, opt, qwen2"),
     ({"model_type": ["llama"]}, "model_type"),
     ({"quantization_config": {"bits": 4}}, "quantised"),
     ({"hidden_size": None}, "hidden_size"),

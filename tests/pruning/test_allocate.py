@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval.perplexity import perplexity
-from models import store
+from models import store, writer
 from models.arch import Model
 from models.errors import InputError
 from pruning import alpha as alpha_module
@@ -90,7 +90,7 @@ def test_a_sparsity_beyond_the_bounds_moves_them() -> None:
 
 def test_shapes_of_a_checkpoint_are_known_without_its_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     m = model("llama-gqa")
-    store.save(tmp_path / "model", m, CONFIGS["llama-gqa"] | {"vocab_size": VOCAB}, tmp_path)
+    writer.save(tmp_path / "model", m, CONFIGS["llama-gqa"] | {"vocab_size": VOCAB}, tmp_path)
     lazy = store.open_checkpoint(tmp_path / "model").model
 
     def read(*_: Any) -> None:

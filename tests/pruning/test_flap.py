@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from calibration.observers import moments
-from models.arch import Model, embed
+from models.arch import Block, Group, Model, embed
 from models.errors import InputError
 from models.layers import Linear
-from models.surgery import cut, mask
+from models.surgery import mask
+from models.surgery import units as dense_units
 from pruning import repair
 from pruning.flap_core import Units, input_feature_metrics, released, released_fluctuation, sound
 from pruning.methods import METHODS
@@ -25,6 +26,7 @@ RNG = np.random.default_rng(0)
 X = (RNG.normal(size=(7, 5, 6)) * [1, 2, 0.1, 3, 1, 0] + [0, 5, 1, -2, 0, 3]).astype(np.float32)
 W = RNG.normal(size=(4, 6)).astype(np.float32)
 every_family = pytest.mark.parametrize("family", FAMILIES)
+SCOPES, REPAIRS = ("local", "global"), ("none", "bias", "refit")
 STRUCTURES = ["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 
 
@@ -134,37 +136,60 @@ def run(family: str, sparsity: float = 0.4, name: str = "flap", **arguments: Any
     return prune(model(family), METHODS[name](**arguments), tokens(), Request(sparsity))
 
 
-@every_family
-@pytest.mark.parametrize("options", [{}, {"bias": False}, {"refit": True}, {"variant": "official"}], ids=str)
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_mask_gives_what_the_cut_gives(structure: Any, options: dict[str, Any], family: str) -> None:
-    """The pruned model has heads masked and neurons cut: cutting its heads too, or masking instead of cutting, leaves the logits."""
-    m, (pruned, outcome) = model(family), run(family, structure=structure, heads_removed=3, **options)
-    kept = [
-        np.isin(np.arange(u), k)
-        for u, k in zip([4 if family != "llama-gqa" else 2] * 3, outcome.details["kept_heads"], strict=True)
-    ]
-    if all(k.any() for k in kept):
-        both = tuple(cut(b, m.arch.group("heads"), k) for b, k in zip(pruned.blocks, kept, strict=True))
-        np.testing.assert_allclose(logits(pruned._replace(blocks=both), tokens()), logits(pruned, tokens()), atol=1e-5)
-    readers = [m.arch.group(name).reader.name for name in ("heads", "neurons")]
-    wide = []
-    for dense, block, k, neurons in zip(m.blocks, pruned.blocks, kept, outcome.details["kept_neurons"], strict=True):
-        repaired = dense.replace(**{r: getattr(block, r) for r in readers if r == readers[0]})
-        new = mask(repaired, m.arch.group("heads"), k)
-        if not options.get("refit"):
-            new = new.replace(**{readers[1]: Linear(getattr(dense, readers[1]).w, getattr(block, readers[1]).b)})
-            wide.append(mask(new, m.arch.group("neurons"), np.isin(np.arange(24), neurons)))
-    if wide:
-        np.testing.assert_allclose(logits(m._replace(blocks=tuple(wide)), tokens()), logits(pruned, tokens()), atol=1e-5)
+def widened(dense: Block, cut: Block, group: Group, kept: list[int]) -> Block:
+    """The dense block with the units of the group that are not kept zero, and the reader of the cut block in its place."""
+    units = dense_units(dense, group)
+    block = mask(dense, group, np.isin(np.arange(units), kept))
+    reader, old = getattr(cut, group.reader.name), getattr(dense, group.reader.name)
+    columns = (np.asarray(kept)[:, None] * group.reader.width + np.arange(group.reader.width)).reshape(-1).astype(int)
+    w = np.zeros_like(old.w)
+    w[:, columns] = np.asarray(reader.w)[:, : len(columns)]
+    return block.replace(**{group.reader.name: Linear(jnp.asarray(w), reader.b)})
+
+
+CHOICES: list[tuple[str, dict[str, Any]]] = [
+    *(("flap", {"structure": s, "heads_removed": 3, **o}) for s in STRUCTURES for o in ({}, {"bias": False}, {"refit": True})),
+    *(("flap", {"structure": s, "heads_removed": 3, "variant": "official"}) for s in STRUCTURES),
+    *((n, {"scope": s, "repair": r}) for n in ("wanda_sp", "magnitude_sp", "llmrank") for s in SCOPES for r in REPAIRS),
+    ("flap", {"round_to": 4}),
+]
 
 
 @every_family
-def test_repairs_help_on_the_calibration_tokens(family: str) -> None:
-    """Of the same units removed, the last hidden states are nearer to the dense ones with the bias, and nearer still with a refit."""
+@pytest.mark.parametrize(("name", "options"), CHOICES, ids=str)
+def test_a_cut_gives_what_the_mask_gives(name: str, options: dict[str, Any], family: str) -> None:
+    """Every scorer, scope and repair: zeros in place of what was cut leave the logits, and as many parameters are gone as is said."""
+    m, (pruned, outcome) = model(family), run(family, name=name, **options)
+    wide, gone = [], 0
+    for i, (dense, block) in enumerate(zip(m.blocks, pruned.blocks, strict=True)):
+        new = dense
+        for group in ("heads", "neurons"):
+            if f"kept_{group}" in outcome.details:
+                kept, g = outcome.details[f"kept_{group}"][i], m.arch.group(group)
+                new = widened(new, block, g, kept)
+                assert dense_units(block, g) == max(1, len(kept))
+                gone += dense_units(dense, g) - len(kept)
+        wide.append(new)
+    assert gone > 0
+    np.testing.assert_allclose(logits(m._replace(blocks=tuple(wide)), tokens()), logits(pruned, tokens()), atol=1e-4, rtol=1e-4)
+
+
+@every_family
+@pytest.mark.parametrize("name", ["flap", "llmrank", "wanda_sp"])
+def test_widths_are_multiples(name: str, family: str) -> None:
+    _, outcome = run(family, name=name, round_to=5)
+    assert {len(k) for k in outcome.details["kept_neurons"]} <= {5, 10, 15, 20, 24}
+    assert same(run(family, 0.0, name, round_to=5)[0].blocks, model(family).blocks)
+
+
+@every_family
+@pytest.mark.parametrize("name", ["flap", "llmrank"])
+def test_repairs_help_on_the_calibration_tokens(name: str, family: str) -> None:
+    """Of the same units removed, the logits are nearer to the dense ones with a repair."""
     errors = []
-    for options in ({"bias": False}, {}, {"refit": True}):
-        pruned, _ = run(family, structure="UL-UM", **options)
+    for how in REPAIRS:
+        options = {"bias": how != "none", "refit": how == "refit", "structure": "UL-UM"} if name == "flap" else {"repair": how}
+        pruned, _ = run(family, name=name, **options)
         errors.append(np.square(logits(pruned, tokens()) - logits(model(family), tokens())).mean())
     assert errors[2] < errors[0] and errors[1] < 1.1 * errors[0]
 
@@ -196,14 +221,23 @@ def test_the_outcome_names_what_went() -> None:
     m, (pruned, outcome) = model("llama-gqa"), run("llama-gqa", structure="UL-UM", sparsity=0.5)
     gone = outcome.removed[0]
     assert gone["down"].cut and len(gone["down"].columns) == 24 - pruned.blocks[0].down.w.shape[1] == 12
-    assert not gone["o"].cut and len(gone["o"].columns) == 8 and len(gone["k"].rows) == 4 and len(gone["q"].rows) == 8
-    assert not np.asarray(pruned.blocks[0].o.w)[:, list(gone["o"].columns)].any()
-    assert any("zeroed in place" in w for w in outcome.warnings)
+    assert gone["o"].cut and len(gone["o"].columns) == 8 and len(gone["k"].rows) == 4 and len(gone["q"].rows) == 8
+    stays = np.setdiff1d(np.arange(16), gone["o"].columns)
+    assert np.array_equal(pruned.blocks[0].o.w, np.asarray(m.blocks[0].o.w)[:, stays])
     assert dataclasses.is_dataclass(outcome) and outcome.details["kept_neurons"][0] == sorted(outcome.details["kept_neurons"][0])
     assert m.blocks[0].down.b is None and pruned.blocks[0].down.b is not None
 
 
 @pytest.mark.parametrize(("arguments", "said"), [({"heads_removed": -1}, "negative"), ({"bias": False, "refit": True}, "leave")])
-def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
+def test_bad_arguments_of_flap(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         METHODS["flap"](**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [("flap", {"round_to": -1}), ("wanda_sp", {"round_to": -8}), ("llmrank", {"units": "rows", "repair": "bias"})],
+)
+def test_bad_arguments(name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"round_to"):
+        METHODS[name](**arguments)

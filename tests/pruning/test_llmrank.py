@@ -190,9 +190,9 @@ def test_the_outcome_says_what_was_asked_and_found(units: Any) -> None:
 
 
 def test_all_neurons_may_go() -> None:
-    """99 % of 24 rounds to all of them: the blocks still run, as attention alone."""
+    """99 % of 24 rounds to all of them: one of zeros is left, and the blocks run as attention alone."""
     new, _ = run(model("opt"), 0.99)
-    assert [b.fc1.w.shape for b in new.blocks] == [(0, 16)] * 3
+    assert [b.fc1.w.shape for b in new.blocks] == [(1, 16)] * 3 and not any(np.asarray(b.fc2.w).any() for b in new.blocks)
     assert np.isfinite(logits(new, tokens())).all()
 
 

@@ -110,3 +110,13 @@ def test_nothing_is_mutated() -> None:
     before = [s.copy() for s in RAGGED]
     select.local(RAGGED, 0.5), select.global_(RAGGED, 0.5, COSTS), select.global_by_count(RAGGED, 0.5)
     assert all(np.array_equal(a, b) for a, b in zip(before, RAGGED, strict=True))
+
+
+@pytest.mark.parametrize(("to", "want"), [(0, [3, 8, 5]), (4, [4, 8, 4]), (3, [3, 9, 6]), (16, [10, 10, 10])])
+def test_rounded_widths(to: int, want: list[int]) -> None:
+    """The nearest multiple, at least one and at most all; the best come back first, the worst of those that stayed go first."""
+    scores = [np.random.default_rng(i).permutation(10).astype(float) for i in range(3)]
+    keeps = [s >= 10 - k for s, k in zip(scores, (3, 8, 5), strict=True)]
+    got = select.rounded(scores, keeps, to)
+    assert counts(got) == [10 - w for w in want] or [int(k.sum()) for k in got] == want
+    assert lowest_go(scores, got)

@@ -26,7 +26,9 @@ def load(directory: pathlib.Path) -> Any:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager").eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory, dtype=torch.float32, attn_implementation="eager", trust_remote_code=True
+    ).eval()
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:

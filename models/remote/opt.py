@@ -1,0 +1,26 @@
+"""An OPT model whose blocks differ in width. `widths` in config.json has each block's heads and neurons, `biases` the linears that have
+one; everything else is transformers' own. Written by Topiary; load it with trust_remote_code=True."""
+
+from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
+
+
+class PrunedConfig(OPTConfig):
+    model_type = "topiary_opt"
+
+
+class PrunedForCausalLM(OPTForCausalLM):
+    config_class = PrunedConfig
+
+    def __init__(self, config: PrunedConfig) -> None:
+        super().__init__(config)
+        for layer, heads, neurons in zip(
+            self.model.decoder.layers, config.widths["heads"], config.widths["neurons"], strict=True
+        ):
+            kept = heads * layer.self_attn.head_dim
+            layer.self_attn.num_heads = heads
+            shapes = {f"self_attn.{n}_proj": (config.hidden_size, kept) for n in "qkv"}
+            shapes |= {"self_attn.out_proj": (kept, config.hidden_size)}
+            shapes |= {"fc1": (config.hidden_size, neurons), "fc2": (neurons, config.hidden_size)}
+            for name, shape in shapes.items():
+                layer.set_submodule(name, nn.Linear(*shape, bias=name in config.biases))

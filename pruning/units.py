@@ -1,0 +1,130 @@
+"""Removing whole units, whoever chose them: attention heads and neurons cut, their readers repaired, what became of it told.
+
+Any choice (`{group: bool [units]}` a block) goes with any repair of the linear that reads the group: none; the mean output of what went in
+its bias (FLAP's); or a least-squares refit of what it still reads.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from calibration.fold import fold_blocks
+from calibration.observers import Observer, gram, moments, pair
+from models.arch import Arch, Block, Group, Model
+from models.errors import InputError
+from models.surgery import cut, mask
+from pruning import repair
+from pruning.types import Outcome, Put, Removed, Request, gone
+
+GROUPS = ("heads", "neurons")
+Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; groups that are absent stay whole
+Repair = Literal["none", "bias", "refit"]
+OBSERVED: Mapping[Repair, Observer | None] = {"none": None, "bias": moments, "refit": pair(moments, gram)}
+
+
+def check_round_to(name: str, round_to: int) -> None:
+    """InputError unless it is a number of units."""
+    if round_to < 0:
+        raise InputError(f"{name}: round_to={round_to} must be 0 for off, or a number of neurons such as 64")
+
+
+def cost(block: Block, group: Group) -> float:
+    """Parameters of the matrices that one unit of the group holds in a block."""
+    members = (group.reader, *group.writers)
+    return float(sum(m.width * getattr(block, m.name).w.shape[1 - m.axis] for m in members))
+
+
+def without(arch: Arch, block: Block, keep: Keep) -> Block:
+    """The block without the units that go. Where all of a kind go, one stays as zeros: nothing has empty matrices."""
+    for name, stays in keep.items():
+        if not stays.any():
+            block = mask(block, arch.group(name), stays)
+            stays = np.arange(len(stays)) == 0
+        block = cut(block, arch.group(name), stays)
+    return block
+
+
+def repaired(arch: Arch, block: Block, stats: Mapping[str, Any], keep: Keep, how: Repair) -> Block:
+    """The block whose readers make up for the channels that go.
+
+    Args:
+      stats: by tap: something with a `mean` of the channels for "bias", (Moments, Gram) for "refit".
+    """
+    new = {}
+    for name, stays in keep.items():
+        group = arch.group(name)
+        p, channels = getattr(block, group.reader.name), np.repeat(stays, group.reader.width)
+        if stays.all() or how == "none":
+            continue
+        seen = stats[arch.tap(group.reader.name)]
+        if how == "refit":
+            m, g = seen
+            new[group.reader.name] = repair.least_squares(p, g.total, m.mean, g.samples * m.length, channels)
+        else:
+            new[group.reader.name] = repair.bias(p, seen.mean, channels)
+    return block.replace(**new)
+
+
+def walk(
+    model: Model,
+    tokens: np.ndarray,
+    request: Request,
+    visit: Callable[[int, Block, Mapping[str, Any]], Block],
+    observer: Observer | None,
+    propagate: Literal["pruned", "dense"],
+    what: str,
+    groups: Sequence[str] = GROUPS,
+) -> None:
+    """`fold_blocks` that watches what the readers of the groups get; without an observer, blocks alone."""
+    watch = {model.arch.tap(model.arch.group(name).reader.name): observer for name in groups} if observer else {}
+    advance = request.stage(what, len(model.blocks))
+    if not observer:
+        tokens, propagate = tokens[:0], "pruned"  # nothing to run through the blocks
+    fold_blocks(model, tokens, visit, watch=watch, propagate=propagate, batch=request.batch, mesh=request.mesh, advance=advance)
+
+
+def remove(
+    model: Model,
+    tokens: np.ndarray,
+    request: Request,
+    put: Put,
+    keeps: Sequence[Keep],
+    how: Repair,
+    known: Sequence[Mapping[str, Any]] | None = None,
+) -> None:
+    """Repair and cut every block and hand it over.
+
+    Args:
+      keeps: a block's choice.
+      how: a repair takes its statistics from what reaches each block of the model pruned so far,
+      known: unless they are given: a block's, as `repaired` takes them.
+    """
+
+    def finish(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
+        block = without(model.arch, repaired(model.arch, block, known[i] if known else stats, keeps[i], how), keeps[i])
+        put(i, block)
+        return block
+
+    walk(model, tokens, request, finish, None if known else OBSERVED[how], "pruned", "pruning", list(keeps[0]))
+
+
+def outcome(
+    arch: Arch, keeps: Sequence[Keep], request: Request, scores: Sequence[Mapping[str, np.ndarray]], label: str
+) -> Outcome:
+    """What left every linear, and which units stayed."""
+    removed = []
+    for keep in keeps:
+        found = {}
+        for name, stays in keep.items():
+            group = arch.group(name)
+            found[group.reader.name] = Removed(columns=gone(np.repeat(stays, group.reader.width)), cut=True)
+            found |= {w.name: Removed(rows=gone(np.repeat(stays, w.width)), cut=True) for w in group.writers}
+        removed.append(found)
+    return Outcome(
+        asked=tuple(dict.fromkeys(r, request.sparsity) for r in removed),
+        removed=tuple(removed),
+        scores=tuple(scores),
+        scores_label=label,
+        details={f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps] for name in keeps[0]},
+    )
