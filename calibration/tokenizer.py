@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from models.errors import InputError
 from models.gguf import gguf_tokenizer
@@ -79,7 +79,7 @@ def _from_transformers(directory: pathlib.Path) -> TextTokenizer:
     import transformers
 
     try:
-        backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        backend: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format and by what is missing
         hint = "put the model's tokenizer.json there, or pip install sentencepiece"
         raise InputError(f"transformers cannot read the tokenizer in {directory} ({_first_line(e)}): {hint}") from e

@@ -77,7 +77,9 @@ def main(values: dict[str, Any]) -> None:
     prompt = prompt_tokens(tokenizer, values["prompt"], checkpoint)
     positions = getattr(checkpoint.model.arch.config, "positions", None)
     if positions is not None and len(prompt) + new_tokens > positions:
-        raise InputError(f"{len(prompt)} tokens of --prompt and --new_tokens={new_tokens} are more than the model's {positions} positions")
+        raise InputError(
+            f"{len(prompt)} tokens of --prompt and --new_tokens={new_tokens} are more than the model's {positions} positions"
+        )
     arch, ends, blocks = checkpoint.model
     model = Model(arch, place(ends, mesh), tuple(place(b, mesh) for b in blocks))
     new = generate(

@@ -10,7 +10,10 @@ from models.errors import InputError
 from models.generate import generate
 from models.store import Checkpoint
 
-PROMPTS = ("Once there was a kind girl named Lucy, who lived near the sea. One day", "The three largest cities of Europe are London,")
+PROMPTS = (
+    "Once there was a kind girl named Lucy, who lived near the sea. One day",
+    "The three largest cities of Europe are London,",
+)
 NEW_TOKENS = 32
 MOST_BYTES = 4 << 30  # of weights; generation holds the whole model, which pruning never does
 
@@ -36,8 +39,7 @@ def samples(dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextT
         {
             "prompt": tokenizer().decode(ids),
             **{
-                name: continuation(tokenizer(), ids, text[i], ends)
-                for name, text in zip(("dense", "pruned"), texts, strict=True)
+                name: continuation(tokenizer(), ids, text[i], ends) for name, text in zip(("dense", "pruned"), texts, strict=True)
             },
         }
         for i, ids in enumerate(prompts.tolist())

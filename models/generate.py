@@ -14,6 +14,10 @@ import numpy as np
 from models.arch import Arch, Block, Ends, Model
 from models.cache import Cache, empty
 
+State = tuple[
+    jax.Array, jax.Array, jax.Array, jax.Array, tuple[Cache, ...]
+]  # count, last token [b], ended [b], text [b new], caches
+
 
 class Choice(NamedTuple):
     """How the next token is chosen, all traced: `temperature` and `top_p` float [], `key` of the draws."""
@@ -46,7 +50,8 @@ def prefill(
 def nucleus(logits: jax.Array, choice: Choice) -> jax.Array:
     """Logits [b vocab] divided by the temperature, -inf outside the nucleus (Holtzman et al. 2020, section 3.1).
 
-    The nucleus is the fewest most likely tokens whose probability together is at least `top_p`; one at least, and any that tie with its last.
+    The nucleus is the fewest most likely tokens, one at least, whose probability together is at least `top_p`, and those that tie with
+    its last.
     """
     logits = logits / choice.temperature
     order = -jnp.sort(-logits, axis=-1)
@@ -78,18 +83,19 @@ def decode(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """`new_tokens` tokens int32 [b new_tokens], of which the first is taken from the logits [b vocab] and stands at position `start`.
 
-    The caches' memory is taken over, and they are returned with the tokens in. The loop ends when every row has given one of `eos` (int [e], may be empty); what follows it in a row is `eos[0]`.
+    The caches' memory is taken over, and they are returned with the tokens in. The loop ends when every row has given one of `eos`
+    (int [e], may be empty); what follows it in a row is `eos[0]`.
     """
     fill = eos[0] if eos.size else jnp.int32(0)
 
     def ended(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == eos[None, :], axis=1)
 
-    def go_on(state: tuple[jax.Array, ...]) -> jax.Array:
+    def go_on(state: State) -> jax.Array:
         i, _, done, *_ = state
         return (i < new_tokens) & ~jnp.all(done)
 
-    def one(state):
+    def one(state: State) -> State:
         i, token, done, out, caches = state
         logits, caches = forward(arch, ends, blocks, token[:, None], caches, start + i - 1)
         token = jnp.where(done, fill, _pick(logits, choice, i))

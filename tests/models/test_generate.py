@@ -18,7 +18,13 @@ from models.surgery import cut, units
 from reference import tiny, torch_models
 
 SHORT = {**tiny.GQA, "max_position_embeddings": 16}  # shorter than the text: where dynamic scaling begins
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 CONFIGS = {
     "llama": tiny.LLAMA,
     "grouped": tiny.GQA,
