@@ -222,6 +222,7 @@ def figures_of(found: Mapping[str, Facts], task: Task, peak: float) -> dict[str,
         seconds = {part: [getattr(t, part) for t in own["times"]] for part in tokens}
         median = {part: statistics.median(s) for part, s in seconds.items()}
         row = {key: value for key, value in own.items() if key != "times"} | {
+            "generated": tokens["generation"],
             "seconds": seconds,
             "median": median,
             "tokens_per_second": {part: n / median[part] for part, n in tokens.items()},
@@ -237,31 +238,30 @@ def figures_of(found: Mapping[str, Facts], task: Task, peak: float) -> dict[str,
     return rows
 
 
-def table_of(title: str, figures: Mapping[str, Mapping[str, Facts]]) -> Table:
-    """The figures by batch size as a table for the terminal."""
-    spread = ("least-most", "faster")
-    heads = ("batch", "model", "prompt", *spread, "tokens/s", *spread, "memory", "GFLOP", "of peak", "MB/token")
-    table = Table(*heads, title=title, title_justify="left")
-    for batch, rows in figures.items():
-        for name, f in rows.items():
-            seconds, rate = f["seconds"], f["tokens_per_second"]["generation"] * f["median"]["generation"]
-            peak, flops, share = f["peak_memory_bytes"], f.get("flops", {}), f.get("share_of_peak", {})
-            table.add_row(
-                batch,
-                name,
-                summary.duration(f["median"]["prompt"]),
-                "-".join(f"{g(seconds['prompt']):.2f}" for g in (min, max)),
-                f"{f['speedup']['prompt']:.2f}x",
-                f"{f['tokens_per_second']['generation']:.1f}",
-                "-".join(f"{rate / g(seconds['generation']):.1f}" for g in (max, min)),
-                f"{f['speedup']['generation']:.2f}x",
-                summary.size(peak["device"] or peak["host"]),
-                f"{flops['prompt'] / 1e9:.1f}" if flops.get("prompt") else summary.ABSENT,
-                summary.percent(share.get("prompt")),
-                f"{f['bytes']['token'] / 1e6:.0f}" if flops.get("token") else summary.ABSENT,
-            )
-        table.add_section()
-    return table
+def tables_of(batch: str, rows: Mapping[str, Facts]) -> list[Table]:
+    """The figures of one batch size for the terminal: what is felt, and the work behind it."""
+    felt = Table(
+        "", "prompt, s", "faster", "tokens/s", "faster", title=f"batch {batch}: median (least-most)", title_justify="left"
+    )
+    work = Table("", "memory", "GFLOP, prompt", "of peak", "MB, token", title=f"batch {batch}: work", title_justify="left")
+    for name, f in rows.items():
+        seconds, rates = f["seconds"]["prompt"], sorted(f["generated"] / s for s in f["seconds"]["generation"])
+        flops, moved, peak = f.get("flops", {}), f.get("bytes", {}), f["peak_memory_bytes"]
+        felt.add_row(
+            summary.shorten(name),
+            f"{f['median']['prompt']:.3g} ({min(seconds):.3g}-{max(seconds):.3g})",
+            f"{f['speedup']['prompt']:.2f}x",
+            f"{f['tokens_per_second']['generation']:.3g} ({rates[0]:.3g}-{rates[-1]:.3g})",
+            f"{f['speedup']['generation']:.2f}x",
+        )
+        work.add_row(
+            summary.shorten(name),
+            summary.size(peak["device"] or peak["host"]),
+            f"{flops['prompt'] / 1e9:.4g}" if flops.get("prompt") else summary.ABSENT,
+            summary.percent(f.get("share_of_peak", {}).get("prompt")),
+            f"{moved['token'] / 1e6:.4g}" if moved.get("token") else summary.ABSENT,
+        )
+    return [felt, work]
 
 
 def lengths(prompt: int, new_tokens: int, configs: Sequence[Mapping[str, Any]]) -> int:
@@ -307,17 +307,19 @@ def run(values: Mapping[str, Any]) -> None:
     reference = values["torch"] and importlib.util.find_spec("torch")
     peak = measure({"peak": (matmul_peak, task)}, 0)["peak"]["flops_per_second"]
     figures = {}
-    for batch in batches:
-        own = task._replace(batch=batch)
+    for size in batches:
+        own = task._replace(batch=size)
         programs: dict[str, tuple[Program, Task]] = {
             name: (topiary, own._replace(directory=path)) for name, path in found.items()
         }
         if reference:
             programs[TORCH] = (pytorch, own)
-        figures[str(batch)] = figures_of(measure(programs, values["runs"]), own, peak)
+        figures[str(size)] = figures_of(measure(programs, values["runs"]), own, peak)
     shortened = f" (--prompt_length={values['prompt_length']}, as far as the positions go)" * (prompt < values["prompt_length"])
     title = f"prompts of {prompt} tokens{shortened}, {new_tokens} new; peak {peak / 1e9:.0f} GFLOP/s"
-    Console().print(table_of(title, figures))
+    Console().print(title)
+    for batch, rows in figures.items():
+        Console().print(*tables_of(batch, rows))
     if values["json"]:
         about = {"model": values["model"], "what": "speed", "prompt_length": prompt, "new_tokens": new_tokens}
         stamp = {"peak_flops_per_second": peak, "dtype": values["dtype"], "protocol": protocol({})}

@@ -188,11 +188,10 @@ def save_speed(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Pat
 def _speed_bars(ax: "Axes", rows: Mapping[str, Mapping[str, Any]], part: str) -> None:
     for y, row in enumerate(rows.values()):
         median, seconds = row["median"][part], row["seconds"][part]
-        tokens = row["tokens_per_second"][part] * median
-        bar, least, most = (s if part == "prompt" else tokens / s for s in (median, min(seconds), max(seconds)))
+        bar, least, most = (s if part == "prompt" else row["generated"] / s for s in (median, min(seconds), max(seconds)))
         ax.barh(y, bar, height=0.7, color=TEAL if y else GREY)
         ax.hlines(y, least, most, colors=_INK, linewidth=1.0)
-        ax.annotate(_figure(bar), (0, y), xytext=(3, 0), textcoords="offset points", va="center")
+        ax.annotate(f"{bar:.3g}", (0, y), xytext=(3, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(rows)), [summary.shorten(name) for name in rows])
     if not ax.yaxis_inverted():  # the two panels share the axis
         ax.invert_yaxis()
