@@ -134,34 +134,27 @@ def test_turns_at_a_position_are_those_of_the_whole_text(kind: str) -> None:
             np.testing.assert_array_equal(got, expected[:, 37:])
 
 
-def theirs(directory: pathlib.Path, prompts: np.ndarray, new: int) -> np.ndarray:
-    """The greedy tokens of transformers, [b new], over its own cache; texts do not end early."""
-    torch = pytest.importorskip("torch")
-    model = torch_models.load(directory)
-    model.generation_config.eos_token_id = None
-    ids = torch.from_numpy(prompts.astype(np.int64))
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0)
-    return out[:, prompts.shape[1] :].numpy()
-
-
 @pytest.mark.parametrize("config", [DYNAMIC, CONFIGS["windowed"], tiny.OPT_350M], ids=["dynamic", "windowed", "opt post-norm"])
 def test_greedy_tokens_of_random_models(config: dict[str, object], tmp_path: pathlib.Path) -> None:
     """Dynamic scaling too, where earlier keys keep the turns of a shorter text, which only a cache knows."""
     torch_models.save_random(config, tmp_path)
     model, tokens = in_memory(open_checkpoint(tmp_path).model), tiny.tokens(length=10)
-    np.testing.assert_array_equal(generate(model, tokens, 32), theirs(tmp_path, tokens, 32))
+    np.testing.assert_array_equal(generate(model, tokens, 32), torch_models.greedy(torch_models.load(tmp_path), tokens, 32))
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tiny-llama", "tiny-llama-gqa", "tiny-opt"])
 def test_greedy_tokens_of_trained_models(name: str, shared: pathlib.Path) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "tiny_eval.npy")[:2, :24] % 512
     model = open_checkpoint(shared / "models" / name).model
-    np.testing.assert_array_equal(generate(model, tokens, 32), theirs(shared / "models" / name, tokens, 32))
+    theirs = torch_models.greedy(torch_models.load(shared / "models" / name), tokens, 32)
+    np.testing.assert_array_equal(generate(model, tokens, 32), theirs)
 
 
 def test_greedy_tokens_of_smollm2(smollm2: pathlib.Path, shared: pathlib.Path) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "smollm2_eval.npy")[:2, :24]
-    np.testing.assert_array_equal(generate(open_checkpoint(smollm2).model, tokens, 32), theirs(smollm2, tokens, 32))
+    np.testing.assert_array_equal(
+        generate(open_checkpoint(smollm2).model, tokens, 32), torch_models.greedy(torch_models.load(smollm2), tokens, 32)
+    )
 
 
 def nucleus_reference(logits: np.ndarray, temperature: float, top_p: float) -> np.ndarray:
