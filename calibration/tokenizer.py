@@ -1,7 +1,9 @@
-"""A checkpoint's own tokenizer as one small function: text in, token ids out."""
+"""A checkpoint's own tokenizer as two small functions: text to token ids, and back."""
 
+import dataclasses
 import pathlib
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 from models.errors import InputError
 from models.gguf import gguf_tokenizer
@@ -19,7 +21,23 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, special: bool = False) -> list[int]: ...
 
 
-def load_tokenizer(model: pathlib.Path) -> Tokenizer:
+@dataclasses.dataclass(frozen=True)
+class TextTokenizer:
+    """A Tokenizer that also knows the way back: `decode` gives the text of token ids, special tokens left out."""
+
+    encode: Callable[[str, bool], list[int]]
+    decode: Callable[[Sequence[int]], str]
+
+    def __call__(self, text: str, special: bool = False) -> list[int]:
+        """The token ids of a text, see Tokenizer."""
+        return self.encode(text, special)
+
+    def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
+        """The text that tokens `new` add to tokens `prompt`: decoded together, as a first token alone may lose its leading space."""
+        return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
+
+
+def load_tokenizer(model: pathlib.Path) -> TextTokenizer:
     """The tokenizer in a checkpoint's directory, or in a `.gguf` file.
 
     `tokenizer.json` is read by the `tokenizers` library, which imports in under a tenth of a second; only without one is
@@ -38,7 +56,7 @@ def load_tokenizer(model: pathlib.Path) -> Tokenizer:
     raise InputError(f"{model} has no tokenizer: put tokenizer.json (or {expected}) there, or give all data as .npy tokens")
 
 
-def _from_json(file: pathlib.Path) -> Tokenizer:
+def _from_json(file: pathlib.Path) -> TextTokenizer:
     import tokenizers
 
     try:
@@ -48,30 +66,29 @@ def _from_json(file: pathlib.Path) -> Tokenizer:
     return _from_backend(backend)
 
 
-def _from_backend(backend: "tokenizers.Tokenizer") -> Tokenizer:
+def _from_backend(backend: "tokenizers.Tokenizer") -> TextTokenizer:
     backend.no_truncation()
     backend.no_padding()
+    return TextTokenizer(
+        lambda text, special: backend.encode(text, add_special_tokens=special).ids,
+        lambda ids: backend.decode(list(ids), skip_special_tokens=True),
+    )
 
-    def tokenize(text: str, special: bool = False) -> list[int]:
-        return backend.encode(text, add_special_tokens=special).ids
 
-    return tokenize
-
-
-def _from_transformers(directory: pathlib.Path) -> Tokenizer:
+def _from_transformers(directory: pathlib.Path) -> TextTokenizer:
     import transformers
 
     try:
-        backend = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        backend: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format and by what is missing
         hint = "put the model's tokenizer.json there, or pip install sentencepiece"
         raise InputError(f"transformers cannot read the tokenizer in {directory} ({_first_line(e)}): {hint}") from e
 
-    def tokenize(text: str, special: bool = False) -> list[int]:
+    return TextTokenizer(
         # Not verbose: a warning that the text is longer than the model's context means nothing here, windows are cut from it.
-        return backend(text, add_special_tokens=special, verbose=False)["input_ids"]
-
-    return tokenize
+        lambda text, special: backend(text, add_special_tokens=special, verbose=False)["input_ids"],
+        lambda ids: backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+    )
 
 
 def _first_line(error: Exception) -> str:

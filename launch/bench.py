@@ -3,11 +3,13 @@
     python -m launch.bench --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=sparsegpt --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=neuroal --model=DIR --calibration=tokens.npy --calibration_samples=8 --sparsity=0.7
+    python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
 
 --what=calibration: statistics of every block against PyTorch's forward. sparsegpt: a whole run against SparseGPT written plainly in
 PyTorch. sparsellm: a whole run against the released formulation by pseudo-inverses. neuroal: the search of both steps with Wanda
-against the released search, and as many trials one after the other in PyTorch. The programs run in turn, so that a machine whose
-speed drifts slows all of them: quote the ratio. Pruning runs are processes of their own, compilation included, with their peak memory.
+against the released search, and as many trials one after the other in PyTorch. speed: prompt processing and generation of a dense and
+of pruned checkpoints. The programs run in turn, so that a machine whose speed drifts slows all of them: quote the ratio. Pruning runs
+are processes of their own, compilation included, with their peak memory.
 """
 
 import functools
@@ -25,7 +27,7 @@ from rich.table import Table
 
 from calibration.fold import Stats, fold_blocks
 from calibration.observers import batch_norms, second_moment
-from launch import bench_solvers, summary
+from launch import bench_solvers, bench_speed, summary
 from launch.bench_solvers import Run
 from launch.cli import Flags, run
 from launch.flags import check_sparsity, mesh_of, model_flags, open_model
@@ -48,12 +50,13 @@ def options() -> Flags:
     f.integer("calibration_batch", 4, "windows at a time", 1)
     f.integer("seed", 0, "of the windows drawn")
     f.group("Measurement")
-    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm", "neuroal"), "what is timed")
+    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm", "neuroal", "speed"), "what is timed")
     f.number("sparsity", 0.5, "of the pruning runs")
     f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
     f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
     f.boolean("torch", True, "time PyTorch too, if torch is installed")
     f.string("json", None, "file to write the figures to")
+    bench_speed.flags(f)
     return f
 
 
@@ -184,6 +187,8 @@ def table_of(title: str, figures: dict[str, dict[str, Any]]) -> Table:
 
 def main(values: dict[str, Any]) -> None:
     """Measure, print a table, write the figures where `--json` says."""
+    if values["what"] == "speed":
+        return bench_speed.run(values)
     check_sparsity(values["sparsity"])
     checkpoint = open_model(values["model"], values["dtype"])
     tokens = read_calibration(

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 
 from calibration.data import Tokens, calibration_tokens, evaluation_tokens
-from calibration.tokenizer import Tokenizer, load_tokenizer
+from calibration.tokenizer import TextTokenizer, Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
 from launch.flags import check_length, dataset_list, window_length
@@ -38,7 +38,7 @@ class Clock:
         self._last = now
 
 
-def tokenizer_of(checkpoint: Checkpoint) -> Callable[[], Tokenizer]:
+def tokenizer_of(checkpoint: Checkpoint) -> Callable[[], TextTokenizer]:
     """The checkpoint's tokenizer, read when it is first asked for: token files need none."""
     return functools.cache(lambda: load_tokenizer(checkpoint.directory))
 

@@ -1,5 +1,7 @@
 """The report's plots, as SVG text that sits inside an HTML page: no outside reference, no date, text in the page's own colour.
 
+One plot, of speed, is a file of its own.
+
 Colours are Paul Tol's "vibrant" scheme (SRON/EPS/TN/09-002), which colour-blind readers can tell apart, and every plot also says
 in words what its colours say.
 """
@@ -10,6 +12,7 @@ import re
 import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch import summary
@@ -160,6 +163,38 @@ def scores_by_block(quantiles: Mapping[str, Sequence[float]], label: str) -> str
         _block_axis(axes, {i for boxes in kinds.values() for i in boxes})
 
     return _render(f"Scores per block: {label}", len(panels), 1.5 if len(panels) > 1 else 2.5, draw)
+
+
+def save_speed(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
+    """Draw prompt seconds and generated tokens a second of each batch size's models, as `launch.bench_speed` has them, to .svg or .png.
+
+    Bars are medians, thin lines reach from the slowest run to the fastest.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    most = max(map(len, figures.values()))
+    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": "speed"}]):
+        figure = Figure(figsize=(2 * _WIDTH, 0.6 + len(figures) * (0.5 + 0.35 * most)), layout="constrained")
+        grid = figure.subplots(len(figures), 2, sharey="row", squeeze=False)
+        for axes, (batch, rows) in zip(grid, figures.items(), strict=True):
+            for ax, part in zip(axes, ("prompt", "generation"), strict=True):
+                _speed_bars(ax, rows, part)
+            axes[0].set_title(f"prompt, seconds (batch {batch})")
+            axes[1].set_title(f"generation, tokens/s (batch {batch})")
+        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+
+
+def _speed_bars(ax: "Axes", rows: Mapping[str, Mapping[str, Any]], part: str) -> None:
+    for y, row in enumerate(rows.values()):
+        median, seconds = row["median"][part], row["seconds"][part]
+        bar, least, most = (s if part == "prompt" else row["generated"] / s for s in (median, min(seconds), max(seconds)))
+        ax.barh(y, bar, height=0.7, color=TEAL if y else GREY)
+        ax.hlines(y, least, most, colors=_INK, linewidth=1.0)
+        ax.annotate(f"{bar:.3g}", (0, y), xytext=(3, 0), textcoords="offset points", va="center")
+    ax.set_yticks(range(len(rows)), [summary.shorten(name) for name in rows])
+    if not ax.yaxis_inverted():  # the two panels share the axis
+        ax.invert_yaxis()
 
 
 def _render(title: str, panels: int, height: float, draw: Callable[[Sequence["Axes"]], None]) -> str:

@@ -21,6 +21,7 @@ from launch import calls, cli, console, export, report
 from launch.cli import Flags, frozen
 from launch.flags import DTYPES, check_sparsity, evaluation_flags, mesh_of, model_flags, open_model, output_path
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
+from launch.samples import samples
 from launch.staging import staged
 from models.errors import InputError
 from models.forms import Layout, preview
@@ -240,7 +241,12 @@ def prune(config: RunConfig) -> dict[str, Any]:
         pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)
         clock.lap("eval")
         run = Finished(checkpoint, calibration, data, request.sparsity, outcome, written, dense, pruned)
-        result = describe(config, run, counts, writer.parameters) | {"seconds": clock.seconds}
+        result = describe(config, run, counts, writer.parameters)
+        result |= {
+            "samples": samples(checkpoint, written.loaded, tokenizer)
+        }  # after the peak memory was read: they hold whole models
+        clock.lap("eval")
+        result |= {"seconds": clock.seconds}
         write_json(directory / export.REPORT, result)
         report.write_html(result, directory / "report.html")
     return result

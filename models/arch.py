@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.cache import Cache, Start
+
 Block = Any  # flax.struct dataclass: models.llama.Block or models.opt.Block
 Ends = Any  # flax.struct dataclass: models.llama.Ends or models.opt.Ends
 Taps = Mapping[str, jax.Array]  # activations of one block call, each [b t c]; jit drops those that nobody reads
@@ -52,16 +54,19 @@ class Arch(NamedTuple):
     """A family's pure functions with its configuration bound. Made by a cached factory, so equal configurations give one object
     and one compilation; hashable, for use as a static argument of jit.
 
-    embed: (ends, tokens int [b t]) -> x [b t d].
+    embed: (ends, tokens int [b t], start=0) -> x [b t d]; `start` is the first token's position, an int or traced.
     block: (block, x [b t d]) -> (x [b t d], taps).
     head: (ends, x [b t d]) -> logits float32 [b t vocab].
+    step: (block, x [b t d], cache, start) -> (x [b t d], cache): `block` for the next t positions of a text whose earlier keys and
+        values the cache holds. With `start` the int 0 it holds none, and the work is that of `block`.
     residual: a block's output is its last linear's output added to the residual stream, with no norm after it.
     """
 
     config: Any
-    embed: Callable[[Ends, jax.Array], jax.Array]
+    embed: Callable[..., jax.Array]
     block: Callable[[Block, jax.Array], tuple[jax.Array, Taps]]
     head: Callable[[Ends, jax.Array], jax.Array]
+    step: Callable[[Block, jax.Array, Cache, Start], tuple[jax.Array, Cache]]
     slots: tuple[Slot, ...]
     groups: tuple[Group, ...]
     residual: bool = True

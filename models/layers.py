@@ -5,6 +5,7 @@ Norms and softmax are computed in float32 and cast back, whatever the model's ty
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 
@@ -102,17 +103,47 @@ def _inverse_frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
     return f
 
 
+@functools.lru_cache(maxsize=16)
+def _turns(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines, float32 [length h/2], of the positions 0..length-1 of a text of that length; one pair for all blocks."""
+    angle = np.arange(length, dtype=np.float32)[:, None] * _inverse_frequencies(rope, head_dim, length)[None, :]
+    return np.cos(angle), np.sin(angle)
+
+
+def _turn(x: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray) -> jax.Array:
+    """x [b t n h] turned by angles whose cosines and sines are [t h/2]."""
+    cos, sin = (jnp.asarray(f, x.dtype)[None, :, None, :] for f in (cos, sin))
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+
+
 def rotate(rope: Rope, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rotary position embedding (Su et al. 2021) of q [b t n h] and k [b t k h], halves not interleaved, positions 0..t-1."""
-    length, head_dim = q.shape[1], q.shape[-1]
-    angle = np.arange(length, dtype=np.float32)[:, None] * _inverse_frequencies(rope, head_dim, length)[None, :]
-    cos, sin = (jnp.asarray(f(angle), q.dtype)[None, :, None, :] for f in (np.cos, np.sin))  # [1 t 1 h/2]
+    turns = _turns(rope, q.shape[-1], q.shape[1])
+    return _turn(q, *turns), _turn(k, *turns)
 
-    def turn(x: jax.Array) -> jax.Array:
-        a, b = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
-    return turn(q), turn(k)
+@functools.lru_cache(maxsize=16)
+def _frequencies_by_length(rope: Rope, head_dim: int, longest: int) -> np.ndarray:
+    """Inverse frequencies, float32 [longest+1 h/2], of texts of every length."""
+    return np.stack([_inverse_frequencies(rope, head_dim, n) for n in range(longest + 1)])
+
+
+def rotate_from(rope: Rope, q: jax.Array, k: jax.Array, start: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """`rotate` for the positions start..start+t-1 (start int [], traced), none of them beyond `capacity`.
+
+    The turns are the very numbers that `rotate` takes, from a table. Only under dynamic scaling are they computed: all of a row changes
+    with the text's length so far, which is start+t; keys that were turned before stay as they are, as in `transformers`.
+    """
+    head_dim, t = q.shape[-1], q.shape[1]
+    if rope.kind == "dynamic":
+        f = jnp.asarray(_frequencies_by_length(rope, head_dim, capacity))[start + t]
+        angle = (start + jnp.arange(t)).astype(jnp.float32)[:, None] * f[None, :]
+        turns = jnp.cos(angle), jnp.sin(angle)
+    else:
+        cos, sin = _turns(rope, head_dim, capacity)
+        turns = jax.lax.dynamic_slice_in_dim(cos, start, t), jax.lax.dynamic_slice_in_dim(sin, start, t)
+    return _turn(q, *turns), _turn(k, *turns)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:

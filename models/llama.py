@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
+from models.cache import Cache, Mix, Start, T, attend
 from models.layers import ACTIVATIONS, Linear, Norm, Rope, attention, heads, linear, rms_norm, rotate
 
 
@@ -61,7 +62,7 @@ class Ends:
     head: Linear | None = None
 
 
-def _embed(ends: Ends, tokens: jax.Array) -> jax.Array:
+def _embed(ends: Ends, tokens: jax.Array, start: Start = 0) -> jax.Array:
     return ends.embed[tokens]
 
 
@@ -71,20 +72,30 @@ def _head(config: Config, ends: Ends, x: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
-def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
-    """x [b t d] -> (x [b t d], taps); taps hold each linear's input under its tap's name and its output under its own."""
+def _forward(config: Config, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
+    """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
     t: dict[str, jax.Array] = {}
     t["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
     t["q"], t["k"], t["v"] = linear(p.q, t["attn_in"]), linear(p.k, t["attn_in"]), linear(p.v, t["attn_in"])
-    q, k, v = (heads(t[name], config.head_dim) for name in "qkv")
-    t["attn_mid"] = attention(*rotate(config.rope, q, k), v, p.window).reshape(*x.shape[:2], -1)
+    mixed, kept = mix(*(heads(t[name], config.head_dim) for name in "qkv"))
+    t["attn_mid"] = mixed.reshape(*x.shape[:2], -1)
     t["o"] = linear(p.o, t["attn_mid"])
     x = x + t["o"]
     t["mlp_in"] = rms_norm(p.mlp_norm, x, config.eps)
     t["gate"], t["up"] = linear(p.gate, t["mlp_in"]), linear(p.up, t["mlp_in"])
     t["mlp_mid"] = ACTIVATIONS[config.act](t["gate"]) * t["up"]
     t["down"] = linear(p.down, t["mlp_mid"])
-    return x + t["down"], t
+    return x + t["down"], t, kept
+
+
+def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+    x, taps, _ = _forward(config, p, x, lambda q, k, v: (attention(*rotate(config.rope, q, k), v, p.window), None))
+    return x, taps
+
+
+def _step(config: Config, p: Block, x: jax.Array, cache: Cache, start: Start) -> tuple[jax.Array, Cache]:
+    x, _, cache = _forward(config, p, x, functools.partial(attend, cache, start, config.rope, p.window))
+    return x, cache
 
 
 SLOTS = (
@@ -107,6 +118,7 @@ def arch(config: Config) -> Arch:
         _embed,
         functools.partial(_block, config),
         functools.partial(_head, config),
+        functools.partial(_step, config),
         SLOTS,
         (
             Group("heads", Member("o", 1, shared * h), (Member("q", 0, shared * h), Member("k", 0, h), Member("v", 0, h))),

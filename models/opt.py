@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
+from models.cache import Cache, Mix, Start, T, attend
 from models.layers import ACTIVATIONS, Linear, Norm, attention, heads, layer_norm, linear
 
 POSITION_OFFSET = 2  # the first two rows of the position table are never read: a relic of padding in fairseq
@@ -60,11 +61,11 @@ class Ends:
     head: Linear | None = None
 
 
-def _embed(ends: Ends, tokens: jax.Array) -> jax.Array:
+def _embed(ends: Ends, tokens: jax.Array, start: Start = 0) -> jax.Array:
     x = ends.embed[tokens]
     if ends.project_in is not None:
         x = linear(ends.project_in, x)
-    return x + ends.positions[None, POSITION_OFFSET : POSITION_OFFSET + tokens.shape[1]]
+    return x + jax.lax.dynamic_slice_in_dim(ends.positions, POSITION_OFFSET + start, tokens.shape[1])[None]
 
 
 def _head(ends: Ends, x: jax.Array) -> jax.Array:
@@ -76,13 +77,13 @@ def _head(ends: Ends, x: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
-def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
-    """x [b t d] -> (x [b t d], taps); taps hold each linear's input under its tap's name and its output under its own."""
+def _forward(config: Config, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
+    """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
     t: dict[str, jax.Array] = {}
     t["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
     t["q"], t["k"], t["v"] = linear(p.q, t["attn_in"]), linear(p.k, t["attn_in"]), linear(p.v, t["attn_in"])
-    q, k, v = (heads(t[name], config.head_dim) for name in "qkv")
-    t["attn_mid"] = attention(q, k, v, None).reshape(*x.shape[:2], -1)
+    mixed, kept = mix(*(heads(t[name], config.head_dim) for name in "qkv"))
+    t["attn_mid"] = mixed.reshape(*x.shape[:2], -1)
     t["o"] = linear(p.o, t["attn_mid"])
     x = x + t["o"]
     x = x if config.pre_norm else layer_norm(p.attn_norm, x)
@@ -91,7 +92,17 @@ def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
     t["mlp_mid"] = ACTIVATIONS[config.act](t["fc1"])
     t["fc2"] = linear(p.fc2, t["mlp_mid"])
     x = x + t["fc2"]
-    return (x if config.pre_norm else layer_norm(p.mlp_norm, x)), t
+    return (x if config.pre_norm else layer_norm(p.mlp_norm, x)), t, kept
+
+
+def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+    x, taps, _ = _forward(config, p, x, lambda q, k, v: (attention(q, k, v, None), None))
+    return x, taps
+
+
+def _step(config: Config, p: Block, x: jax.Array, cache: Cache, start: Start) -> tuple[jax.Array, Cache]:
+    x, _, cache = _forward(config, p, x, functools.partial(attend, cache, start, None, None))
+    return x, cache
 
 
 SLOTS = (
@@ -113,6 +124,7 @@ def arch(config: Config) -> Arch:
         _embed,
         functools.partial(_block, config),
         _head,
+        functools.partial(_step, config),
         SLOTS,
         (
             Group("heads", Member("o", 1, h), (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h))),

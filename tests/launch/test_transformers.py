@@ -1,4 +1,4 @@
-"""What the command writes is what `transformers` loads: real checkpoints pruned, loaded in torch, logits compared with ours."""
+"""What the command writes is what `transformers` loads: real checkpoints pruned, then logits and greedy tokens there against ours."""
 
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import pytest
 from launch import prune
 from launch.cli import run
 from models.arch import logits
+from models.generate import generate
 from models.store import open_checkpoint
 from reference import torch_models
 
@@ -22,9 +23,11 @@ def pruned(model: Path, kind: str, shared: Path, out: Path, *args: str) -> None:
 
 
 def assert_loads(directory: Path, tokens: np.ndarray) -> None:
-    ours = np.asarray(logits(open_checkpoint(directory).model, tokens))
-    theirs = torch_models.logits(torch_models.load(directory), tokens)
-    np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    """The same logits, and the same 32 greedy tokens after the first ones."""
+    ours, theirs = open_checkpoint(directory).model, torch_models.load(directory)
+    np.testing.assert_allclose(np.asarray(logits(ours, tokens)), torch_models.logits(theirs, tokens), atol=1e-4)
+    prompts = tokens[:, :24]
+    np.testing.assert_array_equal(generate(ours, prompts, 32), torch_models.greedy(theirs, prompts, 32))
 
 
 @pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda", "flap", "flap(refit=True)", "wanda_sp"])

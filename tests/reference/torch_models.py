@@ -36,3 +36,12 @@ def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     torch = pytest.importorskip("torch")
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+
+
+def greedy(model: Any, tokens: np.ndarray, new: int) -> np.ndarray:
+    """Its most likely `new` tokens [b new] after tokens [b t], over its own cache; texts do not end early."""
+    torch = pytest.importorskip("torch")
+    model.generation_config.eos_token_id = None
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0)
+    return out[:, tokens.shape[1] :].numpy()

@@ -1,0 +1,46 @@
+"""What the dense and the pruned model say to the same two prompts: a figure hides a model that repeats itself, a text does not."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from calibration.tokenizer import TextTokenizer
+from launch.generate import continuation, ends_of, prompt_tokens
+from models.errors import InputError
+from models.generate import generate
+from models.store import Checkpoint
+
+PROMPTS = (
+    "Once there was a kind girl named Lucy, who lived near the sea. One day",
+    "The three largest cities of Europe are London,",
+)
+NEW_TOKENS = 32
+MOST_BYTES = 4 << 30  # of weights; generation holds the whole model, which pruning never does
+
+
+def samples(dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextTokenizer]) -> list[dict[str, str]]:
+    """[{prompt, dense, pruned}], greedy. Empty without a tokenizer of the model's, for a model of more than MOST_BYTES, or one with too
+    few positions.
+
+    The prompts are cut to the same number of tokens, so that one batch and one compilation serve both.
+    """
+    try:
+        encoded = [prompt_tokens(tokenizer(), prompt, dense) for prompt in PROMPTS]
+    except InputError:
+        return []
+    prompts = np.asarray([ids[: min(map(len, encoded))] for ids in encoded], np.int32)
+    room = getattr(dense.model.arch.config, "positions", prompts.shape[1] + NEW_TOKENS) - prompts.shape[1]
+    itemsize = dense.model.ends.embed.dtype.itemsize
+    if room < NEW_TOKENS or dense.parameters * itemsize > MOST_BYTES:
+        return []
+    ends = ends_of(dense)
+    texts = [generate(c.model, prompts, NEW_TOKENS, eos=ends) for c in (dense, pruned)]
+    return [
+        {
+            "prompt": tokenizer().decode(ids),
+            **{
+                name: continuation(tokenizer(), ids, text[i], ends) for name, text in zip(("dense", "pruned"), texts, strict=True)
+            },
+        }
+        for i, ids in enumerate(prompts.tolist())
+    ]
