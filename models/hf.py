@@ -5,7 +5,7 @@ exporting a zip of two trees, and random initialisation another map.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import llama, opt
@@ -299,4 +299,16 @@ def exported(config: Mapping[str, Any], neurons: int, dtype: str) -> dict[str, A
         new["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
         if rope.get("rope_type", "default") != "default":
             new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
+    return new
+
+
+def shallower(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The configuration of the model with these blocks alone, in this order; what it says of each block goes with the block."""
+    new = {**config, "num_hidden_layers": len(kept)}
+    windows = getattr(family(config).arch(config).config, "windows", ())
+    types = config.get("layer_types")
+    if isinstance(types, list) and len(types) == config["num_hidden_layers"]:
+        new["layer_types"] = [types[i] for i in kept]
+    elif any(windows) and config["model_type"] == "qwen2":  # which blocks have a window follows from their number
+        new["layer_types"] = ["sliding_attention" if windows[i] else "full_attention" for i in kept]
     return new

@@ -234,15 +234,18 @@ class Writer:
         self._where |= dict.fromkeys(self._buffer, self._shards)
         self._buffer, self._size, self._shards = {}, 0, self._shards + 1
 
-    def finish(self, ends: Ends, companions: pathlib.Path) -> bool:
+    def finish(self, ends: Ends, companions: pathlib.Path, kept: Sequence[int] | None = None) -> bool:
         """Write the ends, `config.json`, the shard index if there are several, and copy tokenizer and generation files.
 
+        Args:
+          kept: the original index of every block that was put, where some were left out.
         The configuration gets the widest block's number of neurons; narrower blocks are padded to it with zeros, which changes no
         output and loads everywhere. Returns whether any had to be.
         """
         self._add(self._ends, ends)
         dtype = jax.tree.leaves(ends)[0].dtype
         config = hf.exported(hf.biased(self._config) if self._biased else self._config, self._neurons, str(dtype))
+        config = config if kept is None else hf.shallower(config, kept)
         wanted = {s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)}
         for name in wanted.keys() - self._shapes.keys():  # biases that other blocks have
             self._buffer[name], self._shapes[name] = np.zeros(wanted[name], dtype), wanted[name]

@@ -17,7 +17,7 @@ def removed(r: Reference, rows: int, **arguments: object) -> tuple[Model, Outcom
 
 
 def assert_golden(shared: pathlib.Path, name: str, variant: str, r: Reference) -> None:
-    """Order, losses and perplexity of the official variant; of the default one the same order and the same of the losses it knows."""
+    """Order, every loss, perplexity."""
     want, entry = golden(shared, name, variant), index(shared)[name, variant]
     s = entry["settings"]
     arguments = {"blocks": s["num_remove_blocks"], "early_barrier": s["early_barrier"], "latter_barrier": s["latter_barrier"]}
@@ -27,15 +27,17 @@ def assert_golden(shared: pathlib.Path, name: str, variant: str, r: Reference) -
     np.testing.assert_allclose(losses, want["candidate_loss"], rtol=1e-4, equal_nan=True)
     assert outcome.kept_blocks == tuple(i for i in range(s["num_blocks"]) if i not in want["removal_order"])
     assert perplexity(model, r.evaluation, batch=4).value == pytest.approx(entry["ppl"], rel=1e-4)
-    _, stopped = removed(r, s["nsamples"], **arguments)
-    assert stopped.details["removal_order"] == want["removal_order"].tolist()
-    known = np.array(stopped.details["losses"], float)
-    assert np.array_equal(known[~np.isnan(known)], losses[~np.isnan(known)])
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_tiny(shared: pathlib.Path, name: str) -> None:
     assert_golden(shared, name, "sleb-remove2", tiny(shared, name))
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_the_default_removes_the_same(shared: pathlib.Path, name: str) -> None:
+    _, outcome = removed(tiny(shared, name), 16, blocks=2)
+    assert outcome.details["removal_order"] == golden(shared, name, "sleb-remove2")["removal_order"].tolist()
 
 
 def test_smollm2(shared: pathlib.Path, smollm2: pathlib.Path) -> None:
