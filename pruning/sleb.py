@@ -174,11 +174,13 @@ def sleb(
 
     Args:
       blocks: how many units go; None: the request's sparsity is the fraction of them.
-      early_barrier, latter_barrier: so many blocks at the start and at the end must stay.
+      early_barrier: so many blocks at the start must stay.
+      latter_barrier: so many at the end.
       search: "greedy" is SLEB; "perplexity" takes those of lowest loss after the first phase (Shortened LLaMA, Kim et al. 2024);
         "influence" those whose output is most like their input (ShortGPT, Men et al. 2024), without a loss.
       units: "blocks", or "sublayers", where a block's attention and feed-forward part go separately; a part that goes alone is zeroed.
-      device_gib, host_gib: room for hidden states between blocks, which spares running blocks again; no result depends on it.
+      device_gib: room on the devices for hidden states between blocks, which spares running blocks again; no result depends on it.
+      host_gib: room on the host for those that do not fit there.
       variant: "corrected", the default, stops a candidate when the sum of its loss over windows exceeds the lowest whole loss of its
         phase: same order, less work (BUILD_NOTES.md has how much); "official" knows every loss, as the released code.
     Losses are the released code's: the sum over windows of the mean cross-entropy times the window's length.
