@@ -126,4 +126,7 @@ def pruning_record(checkpoint: Checkpoint, outcome: Outcome, zeros: Mapping[str,
         )
     else:
         linears = {name: {"zeros": count} for name, count in zeros.items()}
-    return {"format": 1, "kind": "units" if outcome.removed else "weights", "linears": linears}
+    kept = outcome.kept_blocks
+    blocks = {} if kept is None else {"kept_blocks": list(kept)}
+    kind = "blocks" if blocks else "units" if outcome.removed else "weights"
+    return {"format": 1, "kind": kind, **blocks, "linears": linears}

@@ -106,6 +106,35 @@ def scores_of_lambdas(lambdas: Sequence[float], scores: Sequence[float], best: f
     return _render(f"Scores of lambda, {what}", 1, 1.9, draw)
 
 
+def losses_by_unit(losses: Sequence[Sequence[float | None]], order: Sequence[int], unit: str) -> str:
+    """A line for each phase of a search: the loss without each unit, the removed ones marked; later phases are darker.
+
+    Args:
+      losses: a phase's by unit, None where it is not known; order: the units removed, one a phase, or all after a single one.
+    The axis ends at five times the spread of the lower half, so that a unit nothing works without does not hide the others. Returns SVG
+    text, or "" without losses.
+    """
+    known = sorted(_finite(loss for phase in losses for loss in phase))
+    if not known:
+        return ""
+    top = known[0] + 5 * (known[len(known) // 2] - known[0])
+
+    def draw(axes: Sequence["Axes"]) -> None:
+        (ax,) = axes
+        for p, phase in enumerate(losses):
+            points = [(u, loss) for u, loss in enumerate(phase) if loss is not None and math.isfinite(loss)]
+            ax.plot(*zip(*points, strict=True), color=BLUE, alpha=0.3 + 0.7 * (p + 1) / len(losses), marker=".", linewidth=1.0)
+            chosen = [(u, loss) for u, loss in points if u in (order if len(losses) == 1 else order[p : p + 1])]
+            ax.plot(*zip(*chosen, strict=True), color=ORANGE, marker="o", markersize=6, linestyle="")
+        if top > known[0]:
+            ax.set_ylim(top=min(top, known[-1] + 0.05 * (known[-1] - known[0])))
+        ax.yaxis.set_major_formatter(lambda value, _: _figure(value))
+        _block_axis(axes, set(range(max(map(len, losses)))))
+        ax.set_xlabel(unit)
+
+    return _render("Loss without each unit", 1, 2.4, draw)
+
+
 def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
     """Two bars for each data set, dense and pruned; a value that is not finite is a hatched bar to the edge, said in words.
 

@@ -8,7 +8,7 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -126,12 +126,12 @@ class Counts(NamedTuple):
     gone: dict[str, int]
 
 
-def count(checkpoint: Checkpoint, size: Size) -> Counts:
-    """What was removed from each linear, counted in the written checkpoint."""
+def count(checkpoint: Checkpoint, size: Size, kept: Sequence[int] | None = None) -> Counts:
+    """What was removed from each linear, counted in the written checkpoint, which holds these blocks alone (None: all)."""
     specs, slots = checkpoint.specs, [s.name for s in checkpoint.model.arch.slots]
     dense = export.by_linear(specs, tuple({s: math.prod(getattr(b, s).w.shape) for s in slots} for b in specs))
-    left = export.by_linear(specs, size.nonzero)
-    return Counts(dense, {name: n - left[name] for name, n in dense.items()})
+    left = export.by_linear(specs if kept is None else tuple(specs[i] for i in kept), size.nonzero)
+    return Counts(dense, {name: n - left.get(name, 0) for name, n in dense.items()})
 
 
 def sparsity_figures(checkpoint: Checkpoint, outcome: Outcome, counts: Counts, dense: int, target: float) -> dict[str, Any]:
@@ -233,9 +233,9 @@ def prune(config: RunConfig) -> dict[str, Any]:
         with console.progress() as stage:
             outcome = method(model, calibration.ids, dataclasses.replace(request, stage=stage), echo.put)
         clock.lap("calibrate_and_prune")
-        form = writer.finish(model.ends, checkpoint.directory)
+        form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
         written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)
-        counts = count(checkpoint, measure(written.loaded.model))
+        counts = count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
         write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")
         pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)

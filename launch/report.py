@@ -112,6 +112,7 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
             plots.allocation_by_block(details.get("block_sparsity") or [], sparsity.get("target", 0.0)),
         ),
         *_searches(details),
+        *_removals(details),
         Figure(
             "Sparsity in each block",
             "Bars: got. Line across: asked, where the method was given a budget. Linears within half a point "
@@ -155,6 +156,23 @@ def _searches(details: Mapping[str, Any]) -> list[Figure]:
         )
         for step in ("block", "row")
         if details.get(f"{step}_lambdas")
+    ]
+
+
+def _removals(details: Mapping[str, Any]) -> list[Figure]:
+    """A plot of a search for what to remove."""
+    order, parts = details.get("removal_order") or [], details.get("removed_parts")
+    if not order or not details.get("losses"):
+        return []
+    said = ", ".join(f"{block} ({writer})" for block, writer in parts) if parts else ", ".join(map(str, order))
+    unit = "sublayer" if parts else "block"
+    return [
+        Figure(
+            f"Loss without each {unit}",
+            f"A line is a phase, later ones darker; orange is what was removed, in this order: {said}. "
+            "A point is missing where the search stopped before its whole loss was known.",
+            plots.losses_by_unit(details["losses"], order, unit),
+        )
     ]
 
 

@@ -5,7 +5,7 @@ exporting a zip of two trees, and random initialisation another map.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import llama, opt
@@ -316,3 +316,17 @@ def specs(config: Mapping[str, Any]) -> tuple[Arch, Ends, tuple[Block, ...]]:
 def linear_name(block: Block, slot: str) -> str:
     """The checkpoint's name of a block spec's linear, without `.weight`: "model.layers.0.mlp.up_proj"."""
     return getattr(block, slot).w.name.removesuffix(".weight")
+
+
+def shallower(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The configuration of the model with these blocks alone, in this order; what it says of each block goes with the block."""
+    new = {**config, "num_hidden_layers": len(kept)}
+    windows = getattr(family(config).arch(config).config, "windows", ())
+    types = config.get("layer_types")
+    if isinstance(types, list) and len(types) == config["num_hidden_layers"]:
+        new["layer_types"] = [types[i] for i in kept]
+    elif any(windows) and kind_of(config) == "qwen2":  # which blocks have a window follows from their number
+        new["layer_types"] = ["sliding_attention" if windows[i] else "full_attention" for i in kept]
+    if isinstance(widths := config.get("widths"), dict):
+        new["widths"] = {name: [of_blocks[i] for i in kept] for name, of_blocks in widths.items()}
+    return new

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from models import forms, hf
-from models.arch import Block, Ends, Model
+from models.arch import Block, Ends, Model, Slot
 from models.layers import Linear
 
 SHARD_BYTES = 2 << 30
@@ -58,7 +58,7 @@ class Writer:
             raise ValueError(f"block {i} was put where block {len(self._shapes)} was due")
         self._shapes.append(forms.shape_of(self._arch, block))
         self._biases |= {s.name for s in self._arch.slots if getattr(block, s.name).b is not None}
-        self._add(_named(self._specs[i], block), block)
+        self._add(_named(self._specs[i], block, self._arch.slots), block)
 
     def _add(self, specs: Any, values: Any) -> None:
         names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
@@ -79,12 +79,18 @@ class Writer:
         self._where |= dict.fromkeys(self._buffer, self._shards)
         self._buffer, self._size, self._shards = {}, 0, self._shards + 1
 
-    def finish(self, ends: Ends, companions: pathlib.Path) -> forms.Form:
+    def finish(self, ends: Ends, companions: pathlib.Path, kept: Sequence[int] | None = None) -> forms.Form:
         """Write the ends, `config.json`, the class that our own types need, the shard index if there are several, and copy tokenizer and
-        generation files. Returns the form that was chosen; where it has one shape for all blocks, narrower ones are padded with zeros,
-        which changes no output."""
+        generation files.
+
+        Args:
+          kept: the original index of every block that was put, where some were left out.
+        Returns the form that was chosen; where it has one shape for all blocks, narrower ones are padded with zeros, which changes no
+        output.
+        """
         self._add(self._ends, ends)
-        form = forms.form(self._config, self._shapes, sorted(self._biases), self._layout)
+        config = self._config if kept is None else hf.shallower(self._config, kept)
+        form = forms.form(config, self._shapes, sorted(self._biases), self._layout)
         dtype = jax.tree.leaves(ends)[0].dtype
         config = forms.finished(form.config, str(dtype))
         wanted = {s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)}
@@ -124,21 +130,16 @@ class Writer:
             save_file(tensors, self._shard(k), metadata={"format": "pt"})
 
 
-def _named(specs: Block, block: Block) -> Block:
+def _named(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
     """The specs with a bias for those linears that have one in the block. ValueError where the block lacks one that it should have."""
-
-    def one(spec: Any, p: Linear) -> Linear:
-        if p.b is None and spec.b is not None:
+    new = {}
+    for name in (s.name for s in slots):
+        spec, b = getattr(specs, name), getattr(block, name).b
+        if b is None and spec.b is not None:
             raise ValueError(f"{spec.b.name} was lost")
-        bias: Any = None if p.b is None else hf.Spec(spec.w.name.removesuffix("weight") + "bias", p.b.shape)
-        return Linear(spec.w, bias)
-
-    return jax.tree.map(
-        lambda s, p: one(s, p) if isinstance(s, Linear) else s,
-        specs,
-        block,
-        is_leaf=lambda x: isinstance(x, Linear) or hf.is_spec(x),
-    )
+        bias: Any = None if b is None else hf.Spec(spec.w.name.removesuffix("weight") + "bias", b.shape)
+        new[name] = Linear(spec.w, bias)
+    return specs.replace(**new)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

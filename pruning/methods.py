@@ -16,6 +16,7 @@ from pruning.lift import per_linear, scored
 from pruning.llmrank import llmrank
 from pruning.neuroal import neuroal
 from pruning.owl import owl
+from pruning.sleb import sleb
 from pruning.sparsellm import sparsellm
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 
@@ -72,6 +73,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "flap": flap,
     "wanda_sp": wanda_sp,
     "magnitude_sp": magnitude_sp,
+    "sleb": sleb,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform, "owl": owl, "alpha": alpha, "neuroal": neuroal}
 REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": dsnot}

@@ -98,6 +98,7 @@ class Outcome:
     scores: a block's {slot: scores} for the report's plots; `scores_label` says what they are.
     details: method-specific figures, JSON-able.
     warnings: what a reader of the result must know, a sentence each.
+    kept_blocks: the original index of every block that was put, for methods that remove whole blocks; None: all, as they were.
     """
 
     asked: tuple[Mapping[str, float], ...]
@@ -106,6 +107,7 @@ class Outcome:
     scores_label: str = ""
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    kept_blocks: tuple[int, ...] | None = None
 
 
 class Layerwise(NamedTuple):

@@ -343,3 +343,13 @@ def test_a_search_shows_its_scores() -> None:
     assert plots.ORANGE in plots.scores_of_lambdas([0.0, 0.1], [5.0, 4.0], 0.1, "row step")
     assert plots.ORANGE not in plots.scores_of_lambdas([0.0, 0.1], [5.0, math.nan], 0.1, "row step")
     assert plots.scores_of_lambdas([], [], None, "row step") == plots.allocation_by_block([], 0.5) == ""
+
+
+def test_a_search_for_blocks_is_a_plot() -> None:
+    losses = [[None, 3.0, 2.0, 90.0], [None, 3.5, None, None]]
+    html = render(make_report() | {"details": {"removal_order": [2, 1], "losses": losses}})
+    assert "Loss without each block" in html and "in this order: 2, 1." in html
+    parts = {"removal_order": [2], "losses": losses[:1], "removed_parts": [[1, "o"]]}
+    assert "Loss without each sublayer" in (html := render(make_report() | {"details": parts})) and "1 (o)" in html
+    assert "Loss without" not in render(make_report() | {"details": {"removal_order": [2], "losses": []}})
+    assert plots.losses_by_unit([[2.0, 2.0]], [0], "block") and plots.losses_by_unit([[None]], [], "block") == ""

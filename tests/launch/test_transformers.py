@@ -1,5 +1,6 @@
 """What the command writes is what `transformers` loads: real checkpoints pruned, then logits and greedy tokens there against ours."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,3 +41,22 @@ def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
 def test_smollm2(method: str, smollm2: Path, shared: Path, tmp_path: Path) -> None:
     pruned(smollm2, "smollm2", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/smollm2_eval.npy")[:1, :128])
+
+
+SLEB = ["sleb", 'sleb(variant="official")', 'sleb(units="sublayers")', 'sleb(search="influence")']
+
+
+@pytest.mark.parametrize("method", SLEB)
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_fewer_blocks(method: str, name: str, shared: Path, tmp_path: Path) -> None:
+    pruned(shared / "models" / name, "tiny", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.4")
+    assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
+    report, record = (json.loads((tmp_path / "out" / f).read_text()) for f in ("pruning_report.json", "pruning.json"))
+    kept = record["kept_blocks"]
+    assert record["kind"] == "blocks" and json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == len(kept)
+    assert sum(report["sparsity"]["per_linear"].values()) > 0
+    for linear, share in report["sparsity"]["per_linear"].items():
+        block = int(linear.split(".layers.")[1].split(".")[0])
+        assert share == 1 if block not in kept else "sublayers" in method or share < 0.01
+    if "sublayers" not in method:
+        assert len(kept) == 3 and report["sparsity"]["prunable"] == pytest.approx(0.4, abs=0.01) and not report["warnings"]

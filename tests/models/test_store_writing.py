@@ -241,3 +241,25 @@ def test_added_biases_load_as_stock_llama(name: str, tmp_path: pathlib.Path) -> 
     np.testing.assert_allclose(logits(checkpoint.model, tiny.tokens()), logits(model, tiny.tokens()), atol=1e-5)
     assert not np.asarray(checkpoint.model.blocks[1].o.b).any()
     assert_transformers_agrees(tmp_path / "out", model)
+
+
+DEEP_QWEN2 = {**tiny.QWEN2, "num_hidden_layers": 5, "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 2}
+TYPED_QWEN2 = {**DEEP_QWEN2, "layer_types": ["sliding_attention", *["full_attention", "sliding_attention"] * 2]}
+
+
+@pytest.mark.parametrize(
+    "config", [DEEP_QWEN2, TYPED_QWEN2, *({**c, "num_hidden_layers": 5} for c in (tiny.MISTRAL, tiny.GQA, tiny.OPT))]
+)
+def test_blocks_that_are_left_out_take_their_settings_along(config: Mapping[str, Any], tmp_path: pathlib.Path) -> None:
+    """A block keeps its own window whatever number it gets."""
+    model, kept = tiny.random_model(config), (0, 1, 3)
+    less = model._replace(blocks=tuple(model.blocks[i] for i in kept))
+    writer = Writer(tmp_path / "out", config)
+    for i, block in enumerate(less.blocks):
+        writer.put(i, block)
+    writer.finish(less.ends, tmp_path, kept)
+    loaded = open_checkpoint(tmp_path / "out")
+    assert [getattr(b, "window", None) for b in loaded.model.blocks] == [getattr(b, "window", None) for b in less.blocks]
+    assert loaded.config["num_hidden_layers"] == 3
+    jax.tree.map(np.testing.assert_array_equal, (loaded.model.ends, tuple(loaded.model.blocks)), (less.ends, less.blocks))
+    assert_transformers_agrees(tmp_path / "out", less)

@@ -45,12 +45,25 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"metric": "IFV", "structure": "AL-MM", "heads_removed": 2, "refit": True},
         {"variant": "official"},
     ],
+    # Three blocks: with the released code's barriers, two could not go.
+    "sleb": [
+        {"latter_barrier": 0},
+        {"latter_barrier": 0, "variant": "official"},
+        {"latter_barrier": 0, "search": "perplexity"},
+        {"latter_barrier": 0, "search": "influence"},
+        {"early_barrier": 0, "units": "sublayers"},
+    ],
 }
 CASES = [Case(name, tuple(a.items())) for name in METHODS for a in ARGUMENTS.get(name, [{}])]
-WEIGHTS = [c for c in CASES if c.name not in ("llmrank", "flap", "wanda_sp", "magnitude_sp")]  # methods that zero single weights
+WEIGHTS = [
+    c for c in CASES if c.name not in ("llmrank", "flap", "wanda_sp", "magnitude_sp", "sleb")
+]  # methods that zero single weights
 UNITS = [c for c in CASES if c not in WEIGHTS]
+BLOCKS = [c for c in CASES if c.name == "sleb"]
 LLMRANK = [c for c in CASES if c.name == "llmrank"]
-ALIKE = [c for c in UNITS if c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM"]  # the same number in every block
+ALIKE = [
+    c for c in UNITS if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
+]  # as many in each block
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -143,12 +156,25 @@ def test_units_are_removed_as_asked(case: Case, family: str) -> None:
 
 
 @every_family
+@pytest.mark.parametrize("case", BLOCKS, ids=str)
+def test_blocks_are_removed_as_asked(case: Case, family: str) -> None:
+    """Half of three blocks are two, half of their six halves three; every linear of what left counts as gone."""
+    m, (pruned, outcome) = model(family), run(case, family)
+    sublayers = dict(case.arguments).get("units") == "sublayers"
+    assert len(outcome.asked) == 3 and all(asked == dict.fromkeys((s.name for s in m.arch.slots), 0.5) for asked in outcome.asked)
+    assert len(outcome.details["removal_order"]) == (3 if sublayers else 2) and len(pruned.blocks) == len(outcome.kept_blocks)
+    for i, block in zip(outcome.kept_blocks, pruned.blocks, strict=True):
+        assert sublayers or same(block, m.blocks[i])
+    assert sublayers or len(pruned.blocks) == 1
+
+
+@every_family
 @every_case
 def test_sparsity_zero_changes_no_bit(case: Case, family: str) -> None:
     assert same(fresh(case, model(family), 0.0)[0].blocks, model(family).blocks)
 
 
-@pytest.mark.parametrize("case", [Case(name) for name in METHODS], ids=str)
+@pytest.mark.parametrize("case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str)
 def test_bfloat16_stays_bfloat16(case: Case) -> None:
     m = model("llama", dtype="bfloat16")
     assert same(fresh(case, m, 0.0)[0].blocks, m.blocks)
@@ -225,7 +251,7 @@ def test_patterns_of_units_are_bad_input(case: Case) -> None:
 
 @every_case
 def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
-    """One for each block, in every walk over the blocks."""
+    """One for each block, in every walk over the blocks; in searches one for each trial."""
     told: dict[str, list[int]] = {}
 
     def stage(what: str, steps: int) -> Callable[[], None]:
@@ -237,14 +263,15 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
         return advance
 
     fresh(case, model("llama"), 0.5, stage=stage)
-    assert told and all(counts == [3, 3] for counts in told.values()), told
+    assert told and all(n == taken and (n == 3 or case in BLOCKS) for n, taken in told.values()), told
 
 
 @every_case
 def test_every_block_goes_to_the_sink_once_and_in_order(case: Case) -> None:
     put: list[int] = []
     METHODS[case.name](**dict(case.arguments))(model("llama"), tokens(), Request(0.5), lambda i, block: put.append(i))
-    assert put == [0, 1, 2]
+    assert put == list(range(len(run(case, "llama")[0].blocks)))
+    assert len(put) == 3 or case in BLOCKS
 
 
 @every_case

@@ -1,0 +1,215 @@
+"""Running a model with parts left out, over and over, without running any block twice on what is still at hand.
+
+A *path* is the sequence of blocks that hidden states have been through. States are kept by their path, so that two models that begin
+alike share what they have in common: a candidate for removal with the model it is removed from, and with itself one removal earlier.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from models.arch import Arch, Block, Model, apply_block, cross_entropy, embed
+from models.sharding import place, split
+
+Piece = tuple[int, tuple[str, ...]]  # a block, and those of its linears that write nothing to the residual stream any more
+Path = tuple[Piece, ...]
+
+
+class Unit(NamedTuple):
+    """What is removed at a time: all that these linears of a block write to the residual stream."""
+
+    block: int
+    writers: tuple[str, ...]
+
+
+class Candidate(NamedTuple):
+    """The model without one more unit: its path, and how many pieces at its start it shares with the model it is removed from."""
+
+    path: Path
+    shared: int
+
+
+def without(path: Path, unit: Unit, writers: tuple[str, ...]) -> Candidate:
+    """The path without a unit. A piece that none of the architecture's `writers` is left of is gone: a removed block is the identity."""
+    k = next(k for k, (block, _) in enumerate(path) if block == unit.block)
+    silent = tuple(w for w in writers if w in path[k][1] or w in unit.writers)
+    rest: Path = () if silent == writers else ((unit.block, silent),)
+    return Candidate(path[:k] + rest + path[k + 1 :], k)
+
+
+class Room(NamedTuple):
+    """What a store may hold: states after every so many pieces (0: none), bytes on the devices, bytes on the host."""
+
+    every: int
+    device: int
+    host: int
+
+
+def plan(depth: int, state: int, device: int, host: int) -> tuple[Room, Room]:
+    """How the bytes are spent: first on the states that the surviving blocks leave, then on those that candidates leave.
+
+    Args:
+      depth: blocks; state: bytes of the hidden states of all windows between two blocks; device, host: bytes there are.
+    Returns the room of the states that all candidates share, and that of each candidate's own. States that do not all fit are spread
+    evenly over the blocks: what is missing is run again from the last one kept.
+    """
+    shared, own = (depth - 1) * state, depth * (depth - 1) // 2 * state
+    every = math.ceil(shared / (device + host)) if device + host else 0
+    spent = min(shared, device)
+    left = max(0, device + host - shared)
+    return (
+        Room(min(every, max(1, depth // 2)), spent, min(shared - spent, host)),
+        Room(math.ceil(own / left) if left else 0, device - spent, left - (device - spent)),
+    )
+
+
+class Store:
+    """Hidden states [b t d] by (micro-batch, path), on the devices while there is room, then on the host, then not at all."""
+
+    def __init__(self, room: Room):
+        self.room = room
+        self._held: dict[tuple[int, Path], jax.Array | np.ndarray] = {}
+        self._used = {True: 0, False: 0}  # bytes by whether they are on a device
+        self.most = {True: 0, False: 0}
+
+    def get(self, m: int, path: Path) -> jax.Array | np.ndarray | None:
+        """The states that the path leaves of micro-batch `m`, if they were kept."""
+        return self._held.get((m, path))
+
+    def put(self, m: int, path: Path, x: jax.Array) -> None:
+        """Keep the states if the plan says so and there is room."""
+        if not self.room.every or len(path) % self.room.every or (m, path) in self._held:
+            return
+        for on_device, limit in ((True, self.room.device), (False, self.room.host)):
+            if self._used[on_device] + x.nbytes <= limit:
+                self._held[m, path] = x if on_device else np.asarray(x)
+                self._used[on_device] += x.nbytes
+                self.most[on_device] = max(self.most[on_device], self._used[on_device])
+                return
+
+    def forget(self, piece: Piece) -> None:
+        """Drop what has been through a piece that has left the model."""
+        for key in [k for k in self._held if piece in k[1]]:
+            x = self._held.pop(key)
+            self._used[isinstance(x, jax.Array)] -= x.nbytes
+
+
+@jax.jit
+def influence(x: jax.Array, y: jax.Array) -> jax.Array:
+    """1 - the mean over tokens of cos(x, y), float32 (), for hidden states [b t d]: block influence (Men et al. 2024, eq. 1)."""
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    cos = jnp.sum(x * y, axis=-1) * jax.lax.rsqrt(jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1) + 1e-30)
+    return 1 - jnp.mean(cos)
+
+
+def silenced(block: Block, writers: Iterable[str]) -> Block:
+    """The block with these linears zero, biases too: of equal shapes, so what is compiled for one block runs it."""
+    return block.replace(**{w: jax.tree.map(jnp.zeros_like, getattr(block, w)) for w in writers})
+
+
+class Runner:
+    """A model's blocks on the devices with the tokens they are tried on; runs any path from the longest part of it that is kept.
+
+    `evaluations` counts what was run, in blocks times windows; `sizes` has the windows of each micro-batch; `stores` the states that
+    all candidates of a phase share, and those that are each candidate's own.
+    """
+
+    def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, device: int, host: int):
+        self.arch: Arch = model.arch
+        self._mesh, self._ends = mesh, place(model.ends, mesh)
+        self._blocks = [place(block, mesh) for block in model.blocks]
+        self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
+        width = jax.eval_shape(model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
+        shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, device, host)
+        self.stores = Store(shared), Store(own)
+        self.depth, self.sizes, self.evaluations = len(self._blocks), [len(t) for t in self._tokens], 0
+
+    def _apply(self, piece: Piece, x: jax.Array) -> jax.Array:
+        block, writers = piece
+        self.evaluations += x.shape[0]
+        return apply_block(self.arch, silenced(self._blocks[block], writers), x)
+
+    def _start(self, m: int, path: Path) -> tuple[int, jax.Array]:
+        """The longest part of the path whose states are kept, and these."""
+        for k in range(len(path), 0, -1):
+            for store in self.stores:
+                if (x := store.get(m, path[:k])) is not None:
+                    return k, split(x, self._mesh, "sample")
+        return 0, embed(self.arch, self._ends, self._tokens[m])
+
+    def run(self, m: int, candidate: Candidate) -> jax.Array:
+        """What the path makes of micro-batch `m`: [b t d]."""
+        path, shared = candidate
+        start, x = self._start(m, path)
+        for k in range(start, len(path)):
+            x = self._apply(path[k], x)
+            if k + 1 < len(path):
+                self.stores[k >= shared].put(m, path[: k + 1], x)
+        return x
+
+    def losses(self, m: int, candidate: Candidate) -> np.ndarray:
+        """Of each window of micro-batch `m` the mean cross-entropy times its length, as the released code sums it: float64 [b]."""
+        x, tokens = self.run(m, candidate), self._tokens[m]
+        return np.asarray(cross_entropy(self.arch, self._ends, x, tokens), np.float64) * tokens.shape[1]
+
+    def influences(self, m: int, path: Path, units: Mapping[int, Unit], writers: tuple[str, ...]) -> dict[int, float]:
+        """The influence of each unit on what leaves its block, in micro-batch `m`; one walk along the path to the last of them."""
+        found, x = {}, embed(self.arch, self._ends, self._tokens[m])
+        last = max(unit.block for unit in units.values())
+        for k, piece in enumerate(path[: 1 + [block for block, _ in path].index(last)], start=1):
+            y = self._apply(piece, x)
+            self.stores[0].put(m, path[:k], y)
+            for u in [u for u, unit in units.items() if unit.block == piece[0]]:
+                left, _ = without((piece,), units[u], writers)
+                found[u] = influence(self._apply(left[0], x) if left else x, y)
+            x = y
+        return {u: float(f) for u, f in found.items()}
+
+    def forget(self, piece: Piece) -> None:
+        """Drop the states that a removed piece went into."""
+        for store in self.stores:
+            store.forget(piece)
+
+
+class Trial(NamedTuple):
+    """One candidate's loss, summed over windows; None if it was stopped or is not finite. `passed`: the loss it was stopped for
+    exceeding. `guess`: the whole loss, going by the windows seen."""
+
+    loss: float | None
+    passed: float | None
+    guess: float
+
+
+def try_one(runner: Runner, candidate: Candidate, bound: float) -> Trial:
+    """The loss of a candidate, or that it exceeds `bound`: a window's loss is not negative, so a sum only grows."""
+    total, seen, windows = 0.0, 0, sum(runner.sizes)
+    for m, size in enumerate(runner.sizes):
+        total, seen = total + float(runner.losses(m, candidate).sum()), seen + size
+        if not math.isfinite(total):
+            return Trial(None, None, math.inf)
+        if total > bound and seen < windows:
+            return Trial(None, bound, total * windows / seen)
+    return Trial(total, None, total)
+
+
+def try_all(
+    runner: Runner, candidates: Mapping[int, Candidate], best: int, stop: bool, advance: Callable[[], None]
+) -> dict[int, Trial]:
+    """One phase: every candidate's trial, in the order they come in.
+
+    Args:
+      best: how many of the lowest losses must be known; `stop`: whether candidates that cannot be among them are stopped.
+      advance: called after every candidate.
+    """
+    trials: dict[int, Trial] = {}
+    for unit, candidate in candidates.items():
+        full = sorted(t.loss for t in trials.values() if t.loss is not None)
+        bound = full[best - 1] if stop and len(full) >= best else math.inf
+        trials[unit] = try_one(runner, candidate, bound)
+        advance()
+    return trials

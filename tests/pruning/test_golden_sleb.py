@@ -1,0 +1,44 @@
+"""SLEB against what the authors' own code gives (../shared/golden): removal orders, every candidate's loss, perplexities."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from eval.perplexity import perplexity
+from models.arch import Model
+from pruning.methods import METHODS
+from pruning.types import Outcome, Request, prune
+from reference.golden import Reference, golden, index, load, tiny
+
+
+def removed(r: Reference, rows: int, **arguments: object) -> tuple[Model, Outcome]:
+    return prune(r.model, METHODS["sleb"](**arguments), r.calibration[:rows], Request(0.0, batch=4))
+
+
+def assert_golden(shared: pathlib.Path, name: str, variant: str, r: Reference) -> None:
+    """Order, every loss, perplexity."""
+    want, entry = golden(shared, name, variant), index(shared)[name, variant]
+    s = entry["settings"]
+    arguments = {"blocks": s["num_remove_blocks"], "early_barrier": s["early_barrier"], "latter_barrier": s["latter_barrier"]}
+    model, outcome = removed(r, s["nsamples"], **arguments, variant="official")
+    assert outcome.details["removal_order"] == want["removal_order"].tolist()
+    losses = np.array(outcome.details["losses"], float)
+    np.testing.assert_allclose(losses, want["candidate_loss"], rtol=1e-4, equal_nan=True)
+    assert outcome.kept_blocks == tuple(i for i in range(s["num_blocks"]) if i not in want["removal_order"])
+    assert perplexity(model, r.evaluation, batch=4).value == pytest.approx(entry["ppl"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_tiny(shared: pathlib.Path, name: str) -> None:
+    assert_golden(shared, name, "sleb-remove2", tiny(shared, name))
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+def test_the_default_removes_the_same(shared: pathlib.Path, name: str) -> None:
+    _, outcome = removed(tiny(shared, name), 16, blocks=2)
+    assert outcome.details["removal_order"] == golden(shared, name, "sleb-remove2")["removal_order"].tolist()
+
+
+def test_smollm2(shared: pathlib.Path, smollm2: pathlib.Path) -> None:
+    assert_golden(shared, "smollm2", "sleb-remove3", load(smollm2, shared / "golden/tokens/smollm2"))
