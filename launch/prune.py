@@ -104,6 +104,8 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
                 f"--sparsity={sparsity} with --pattern={config.pattern}, which removes {share:g}: leave --sparsity out"
             )
         sparsity = share
+    if sparsity is None and method.counts:
+        sparsity = 0.0
     if sparsity is None:
         raise InputError("--sparsity is missing: give the fraction to remove, such as 0.3")
     check_sparsity(sparsity)
@@ -240,11 +242,11 @@ def prune(config: RunConfig) -> dict[str, Any]:
         clock.lap("export")
         pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)
         clock.lap("eval")
-        run = Finished(checkpoint, calibration, data, request.sparsity, outcome, written, dense, pruned)
+        target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
+        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned)
         result = describe(config, run, counts, writer.parameters)
-        result |= {
-            "samples": samples(checkpoint, written.loaded, tokenizer)
-        }  # after the peak memory was read: they hold whole models
+        # After the peak memory was read: samples hold whole models.
+        result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}
         clock.lap("eval")
         result |= {"seconds": clock.seconds}
         write_json(directory / export.REPORT, result)

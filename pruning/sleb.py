@@ -206,10 +206,10 @@ def sleb(
         trace = _search(runner, candidates, n, rounds, variant == "corrected", request)
         _put(model, trace.path, put)
         return Outcome(
-            asked=tuple(dict.fromkeys((s.name for s in model.arch.slots), request.sparsity) for _ in range(total)),
+            asked=tuple(dict.fromkeys((s.name for s in model.arch.slots), n / len(every)) for _ in range(total)),
             kept_blocks=tuple(i for i, _ in trace.path),
             details=_details(runner, trace, every, units),
             warnings=tuple(_warnings(trace)),
         )
 
-    return Method(method)
+    return Method(method, counts=blocks is not None)

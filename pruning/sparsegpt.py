@@ -199,4 +199,4 @@ def reporting(method: Method, damp: float) -> Method:
         outcome = method(model, tokens, request, put)
         return dataclasses.replace(outcome, warnings=(*outcome.warnings, *raised(outcome.details, damp)))
 
-    return Method(reported, method.leaves)
+    return dataclasses.replace(method, run=reported)

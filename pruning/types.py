@@ -130,10 +130,14 @@ SAME = Leaves()  # every shape as it was
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """What a user names with --method: `method(model, tokens, request, put)` prunes, `leaves` says what it makes of a model's shapes."""
+    """What a user names with --method: `method(model, tokens, request, put)` prunes.
+
+    leaves: what it makes of a model's shapes. counts: its own parameters say how much goes, whatever the request's sparsity.
+    """
 
     run: Callable[[Model, np.ndarray, Request, Put], Outcome]
     leaves: Leaves = SAME
+    counts: bool = False
 
     def __call__(self, model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         """Prune: calibration windows int [samples length]; finished blocks go to `put` in order."""

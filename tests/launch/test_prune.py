@@ -273,3 +273,11 @@ def test_every_flag_file_parses_and_builds() -> None:
         if "launch.prune" in text:
             values = prune.options().parse([f"--flagfile={file}"])
             prune.request_of(prune.frozen(prune.RunConfig, values))
+
+
+def test_a_number_of_blocks_needs_no_sparsity(inputs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, "--method=sleb(blocks=1)")) == 0
+    r = report_of(out)
+    assert len(r["details"]["removal_order"]) == 1 and r["sparsity"]["target"] == pytest.approx(1 / 3)
+    assert r["sparsity"]["prunable"] == pytest.approx(1 / 3) and not any("asked for" in w for w in r["warnings"])
