@@ -200,13 +200,14 @@ def sleb(
             )
         total, every = len(model.blocks), _units(model.arch, len(model.blocks), units)
         n = round(request.sparsity * len(every)) if blocks is None else blocks
+        asked = request.sparsity if blocks is None else n / len(every)
         candidates = _candidates(model.arch, total, n, units, early_barrier, latter_barrier)
         runner = Runner(model, tokens, request.batch, request.mesh, int(device_gib * GIB), int(host_gib * GIB))
         rounds = {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
         trace = _search(runner, candidates, n, rounds, variant == "corrected", request)
         _put(model, trace.path, put)
         return Outcome(
-            asked=tuple(dict.fromkeys((s.name for s in model.arch.slots), n / len(every)) for _ in range(total)),
+            asked=tuple(dict.fromkeys((s.name for s in model.arch.slots), asked) for _ in range(total)),
             kept_blocks=tuple(i for i, _ in trace.path),
             details=_details(runner, trace, every, units),
             warnings=tuple(_warnings(trace)),

@@ -31,13 +31,13 @@ def assert_loads(directory: Path, tokens: np.ndarray) -> None:
     np.testing.assert_array_equal(generate(ours, prompts, 32), torch_models.greedy(theirs, prompts, 32))
 
 
-@pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda", "flap", "flap(refit=True)", "wanda_sp"])
+@pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda", "flap", 'flap(structure="AL-AM")', "wanda_sp"])
 def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
     pruned(shared / "models/tiny-opt", "tiny", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
 
 
-@pytest.mark.parametrize("method", ["llmrank", "flap"])
+@pytest.mark.parametrize("method", ["llmrank", 'flap(structure="AL-AM")'])
 def test_smollm2(method: str, smollm2: Path, shared: Path, tmp_path: Path) -> None:
     pruned(smollm2, "smollm2", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/smollm2_eval.npy")[:1, :128])

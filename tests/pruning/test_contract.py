@@ -40,6 +40,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     ],
     "flap": [
         {},
+        {"structure": "AL-AM"},
         {"structure": "UL-UM", "bias": False},
         {"metric": "WIFN", "structure": "UL-MM", "heads_removed": 3},
         {"metric": "IFV", "structure": "AL-MM", "heads_removed": 2, "refit": True},
