@@ -185,5 +185,11 @@ def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0)
 
 
 def magnitude_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> Method:
-    """Magnitude-sp (An et al. 2024): heads and neurons go by the norm of the columns that read them. Arguments are `wanda_sp`'s."""
+    """Magnitude-sp (An et al. 2024): heads and neurons go by the norm of the columns that read them.
+
+    Args:
+      scope: the same share of every block's heads and of its neurons, or the lowest of all by parameters removed, standardised in blocks.
+      repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
+      round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
+    """
     return _by_channels("magnitude_sp", None, _magnitude, "norm of the columns", scope, repair, round_to)

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +16,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
 SMOLLM2 = pathlib.Path(os.environ.get("TOPIARY_SMOLLM2", pathlib.Path(tempfile.gettempdir()) / "topiary-smollm2"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_compilations() -> Iterator[None]:
+    """Drop compiled programs after every file: a process that keeps thousands runs out of memory maps, and the compiler crashes."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
