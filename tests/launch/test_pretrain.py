@@ -162,7 +162,7 @@ def test_a_run_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: py
         (directory / "model.safetensors").write_bytes(b"half of it")
         raise OSError("disk full")
 
-    monkeypatch.setattr(pretrain.store, "save", fail)
+    monkeypatch.setattr(pretrain.writer, "save", fail)
     with pytest.raises(OSError, match="disk full"):
         pretrain.pretrain(dataclasses.replace(TINY, steps=6), tmp_path / "model")
     assert not list(tmp_path.iterdir())
