@@ -12,7 +12,7 @@ from eval.size import entries
 from launch import bench, bench_speed
 from launch.cli import run
 from models.init import init_model
-from models.store import save
+from models.writer import save
 
 CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=24, architectures=["LlamaForCausalLM"])  # fmt: skip

@@ -14,7 +14,7 @@ from models.errors import InputError
 from pruning import lift, sparsegpt
 from pruning.methods import METHODS
 from pruning.patterns import n_of_m, per_column_block, per_matrix
-from pruning.types import Mask, Outcome, Pattern, Put, Request, prune
+from pruning.types import Mask, Method, Outcome, Pattern, Put, Request, prune
 from reference import sparsegpt as reference
 from reference.small import model, tokens, zeros
 
@@ -191,7 +191,7 @@ def test_a_raise_is_a_warning() -> None:
     def method(m: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         return Outcome((), details=details, warnings=("before",))
 
-    outcome = sparsegpt.reporting(method, 0.01)(model("llama"), tokens(), Request(0.5), lambda *_: None)
+    outcome = sparsegpt.reporting(Method(method), 0.01)(model("llama"), tokens(), Request(0.5), lambda *_: None)
     assert outcome.warnings == ("before", "block 0, mlp: damping raised from 0.01 to 0.1, H did not factor")
     assert outcome.details == details
 
