@@ -40,14 +40,20 @@ class Echo:
         return self._model.arch.head(self._model.ends, self._x)
 
     def difference(self, loaded: Model) -> float:
-        """Largest absolute difference of the logits on the fixed batch between what was put and a loaded model; NaN counts as inf."""
+        """Largest absolute difference of the logits on the fixed batch between what was put and a loaded model."""
         x = embed(loaded.arch, loaded.ends, self.tokens)
         for block in loaded.blocks:
             x = apply_block(loaded.arch, block, x)
-        a, b = self.logits(), loaded.arch.head(loaded.ends, x)
-        return float(
-            jnp.nan_to_num(jnp.max(jnp.where((a == b) | (jnp.isnan(a) & jnp.isnan(b)), 0.0, jnp.abs(a - b))), nan=jnp.inf)
-        )
+        return largest_difference(self.logits(), loaded.arch.head(loaded.ends, x))
+
+
+def largest_difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> float:
+    """Of the entries of two arrays; equal infinities and two NaN are no difference, one NaN is an infinite one."""
+    a, b = np.asarray(a), np.asarray(b)
+    equal = (a == b) | (np.isnan(a) & np.isnan(b))
+    return float(
+        np.nan_to_num(np.where(equal, 0.0, np.abs(np.subtract(a, b, where=~equal, out=np.zeros_like(a)))), nan=np.inf).max()
+    )
 
 
 class Check(NamedTuple):
@@ -101,9 +107,7 @@ def _by_transformers(directory: pathlib.Path, echo: Echo, allowed: float) -> Che
             theirs = model(torch.tensor(np.asarray(echo.tokens, np.int64))).logits.float().numpy()
     except Exception as e:
         return Check(False, f"cannot load it ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
-    ours = np.asarray(echo.logits())
-    apart = np.where((theirs == ours) | (np.isnan(theirs) & np.isnan(ours)), 0.0, np.abs(theirs - ours))
-    difference = float(np.nan_to_num(apart.max(), nan=np.inf))
+    difference = largest_difference(echo.logits(), theirs)
     return Check(difference <= allowed, f"largest difference of the logits {difference:.2g}")
 
 

@@ -18,7 +18,6 @@ from models.surgery import units
 Layout = Literal["auto", "padded"]
 NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "granite": "Granite", "opt": "OPT"}
 CODE = "modeling_pruned.py"  # the class that ships with a checkpoint of our own type
-IDENTITY = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "logits_scaling": 1.0}
 
 
 class Shape(NamedTuple):
@@ -38,11 +37,10 @@ class Leaves(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a model is written. `shape` is the stored blocks' where they are alike (narrower ones are padded to it), `code` the class that
-    ships with it, None for a stock one."""
+    """How a model is written. `code` is the class that ships with it, None for a stock one, whose blocks are all as wide as the
+    configuration says: narrower ones are to be padded."""
 
     config: dict[str, Any]
-    shape: Shape | None
     code: str | None = None
 
     @property
@@ -77,7 +75,7 @@ def _stock_llama(config: Mapping[str, Any], kind: str, wanted: Any) -> dict[str,
         new["attention_bias"] = bool({"q", "k", "v", "o"} & set(wanted.biases))
         new["mlp_bias"] = bool({"gate", "up", "down"} & set(wanted.biases))
     if kind == "granite":
-        new |= IDENTITY | {"attention_multiplier": wanted.head_dim**-0.5}
+        new |= hf.granite_identity(wanted.head_dim)
     if kind == "mistral":
         new["sliding_window"] = wanted.windows[0]
     read = hf.LLAMA.arch(new).config
@@ -87,17 +85,18 @@ def _stock_llama(config: Mapping[str, Any], kind: str, wanted: Any) -> dict[str,
 
 def _stock(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) -> Form | None:
     """The first stock form of blocks that all have this shape, or None."""
-    dense, own = hf.family(config).arch(config).config, hf.kind_of(config)
+    own = hf.kind_of(config)
     if hf.family(config) is hf.OPT:
         new = _without_own(config) | {"model_type": own, "architectures": ["OPTForCausalLM"]}
         new |= {"ffn_dim": shape.neurons, "enable_bias": bool(biases)}
-        return Form(new, shape) if shape.heads == _all_heads(config) else None
+        return Form(new) if shape.heads == _all_heads(config) else None
+    dense = hf.family(config).arch(config).config
     heads = {"kv_heads": shape.heads, "query_heads": shape.heads * (dense.query_heads // dense.kv_heads)}
     wanted = dataclasses.replace(dense, ffn_dim=shape.neurons, biases=tuple(biases), widths=(), **heads)
     first = [own] if shape.heads == dense.kv_heads else []
     for kind in dict.fromkeys([*first, "llama", "mistral", "granite", own]):
         if found := _stock_llama(config, kind, wanted):
-            return Form(found, shape)
+            return Form(found)
     return None
 
 
@@ -118,7 +117,7 @@ def _of_our_own(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequ
     base = "opt" if family is hf.OPT else "llama"
     text = (pathlib.Path(__file__).parent / "remote" / f"{base}.py").read_text(encoding="utf-8")
     code = text.replace(f"topiary_{base}", hf.OWN + kind).replace(NAMES[base], NAMES[kind])
-    return Form(new, None, code)
+    return Form(new, code)
 
 
 def form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str], layout: Layout) -> Form:

@@ -149,10 +149,16 @@ def _biases(f: Fields, linears: Mapping[str, str], stock: tuple[str, ...]) -> tu
     return tuple(slot for slot, name in linears.items() if name in listed)
 
 
-def _identity(f: Fields, head_dim: int) -> None:
+def granite_identity(head_dim: int) -> dict[str, float]:
+    """The multipliers with which a granite model is a LLaMA model."""
+    return dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0) | {
+        "attention_multiplier": head_dim**-0.5
+    }
+
+
+def _check_identity(f: Fields, head_dim: int) -> None:
     """InputError unless a granite model's multipliers make it a LLaMA model."""
-    wanted = dict.fromkeys(("embedding_multiplier", "residual_multiplier", "logits_scaling"), 1.0)
-    for name, value in (wanted | {"attention_multiplier": head_dim**-0.5}).items():
+    for name, value in granite_identity(head_dim).items():
         if abs(f.number(name, 1.0) - value) > 1e-6 * value:
             raise InputError(
                 f"config.json: a granite model with {name}={f.number(name, 1.0)} is not supported, only with {value:g}"
@@ -173,7 +179,7 @@ def _llama(config: Mapping[str, Any]) -> Arch:
     if head_dim % 2:
         raise InputError(f"config.json: head_dim={head_dim} must be even, for rotary positions: {MEND}")
     if kind == "granite":
-        _identity(f, head_dim)
+        _check_identity(f, head_dim)
     flags = kind in ("llama", "granite")
     attention = ("q", "k", "v", "o") if flags and f.flag("attention_bias", False) else ("q", "k", "v") if kind == "qwen2" else ()
     mlp = ("gate", "up", "down") if flags and f.flag("mlp_bias", False) else ()

@@ -22,37 +22,36 @@ Channels = Callable[
 ]  # (W [out in] of a reader, statistics of its input) -> a score of each channel [in]
 
 
+def _of_readers(model: Model, block: Block, stats: Mapping[str, Any], channels: Channels) -> dict[str, np.ndarray]:
+    """{reader of a group: metric of its channels} of a block; stats by tap, none for metrics of weights alone."""
+    readers = [model.arch.group(name).reader.name for name in GROUPS]
+    return {r: np.asarray(channels(getattr(block, r).w, stats.get(model.arch.tap(r)))) for r in readers}
+
+
 def _measured(
     model: Model, tokens: np.ndarray, request: Request, observer: Observer | None, channels: Channels, what: str
-) -> tuple[Units, Units, list[Mapping[str, Any]]]:
-    """One dense walk: heads and neurons with the metric of their channels, and each block's {tap: statistics}."""
+) -> tuple[Units, Units, list[dict[str, np.ndarray]], list[Mapping[str, Any]]]:
+    """One dense walk: heads and neurons with the metric of their channels, each block's {reader: that}, and its {tap: statistics}."""
     groups = [model.arch.group(name) for name in GROUPS]
-    found: list[list[np.ndarray]] = [[] for _ in groups]
+    found: list[dict[str, np.ndarray]] = []
     seen: list[Mapping[str, Any]] = []
     costs: list[float] = []
 
     def measure(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-        for metrics, g in zip(found, groups, strict=True):
-            metrics.append(np.asarray(channels(getattr(block, g.reader.name).w, stats.get(model.arch.tap(g.reader.name)))))
+        found.append(_of_readers(model, block, stats, channels))
         seen.append(dict(stats))
         costs[:] = [cost(block, g) for g in groups]  # of a unit: the same in every block
         return block
 
     walk(model, tokens, request, measure, observer, "dense", what)
-    heads, neurons = (Units(m, g.reader.width, c) for m, g, c in zip(found, groups, costs, strict=True))
-    return heads, neurons, seen
+    heads, neurons = (Units([m[g.reader.name] for m in found], g.reader.width, c) for g, c in zip(groups, costs, strict=True))
+    return heads, neurons, found, seen
 
 
 def _keeps(kept: Kept, neurons: Sequence[np.ndarray], round_to: int) -> list[Keep]:
     """A block's {group: keep}, the neurons' numbers rounded."""
     pairs = zip(kept.heads, rounded(neurons, kept.neurons, round_to), strict=True)
     return [dict(zip(GROUPS, both, strict=True)) for both in pairs]
-
-
-def _scores(model: Model, heads: Units, neurons: Units) -> list[dict[str, np.ndarray]]:
-    """A block's {reader: metric of its channels}, for the report."""
-    names = [model.arch.group(name).reader.name for name in GROUPS]
-    return [dict(zip(names, both, strict=True)) for both in zip(heads.metric, neurons.metric, strict=True)]
 
 
 def flap(
@@ -96,12 +95,12 @@ def flap(
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         unstructured_only("flap", request)
         observer = released_fluctuation if official else moments
-        heads, neurons, seen = _measured(model, tokens, request, observer, channels, "measuring fluctuation")
+        heads, neurons, scores, seen = _measured(model, tokens, request, observer, channels, "measuring fluctuation")
         choose = released if official and request.sparsity else sound  # the released code always removes something
         kept = choose(heads, neurons, request.sparsity, structure, heads_removed if request.sparsity else 0)
-        keeps = _keeps(kept, neurons.metric, round_to if request.sparsity else 0)
+        keeps = _keeps(kept, neurons.metric, round_to)
         remove(model, tokens, request, put, keeps, how, None if refit else seen)
-        return outcome(model.arch, keeps, request, _scores(model, heads, neurons), f"{metric} of channels")
+        return outcome(model.arch, keeps, request, scores, f"{metric} of channels")
 
     return Method(method, Leaves(GROUPS, structure.startswith("UL"), bias))
 
@@ -142,14 +141,11 @@ def _by_channels(
         arch, keeps, scores = model.arch, [], []
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-            seen, metrics, kept = _moments_of(stats, how), {}, {}
+            metrics, kept = _of_readers(model, block, _moments_of(stats, how), channels), {}
             for group in map(arch.group, GROUPS):
-                reader = group.reader
-                metrics[reader.name] = m = np.asarray(channels(getattr(block, reader.name).w, seen.get(arch.tap(reader.name))))
-                score = m.reshape(-1, reader.width).sum(axis=1)
+                score = metrics[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
                 keep = lowest(score, int(request.sparsity * len(score)))
-                multiple = round_to if group.name == "neurons" and request.sparsity else 0
-                (kept[group.name],) = rounded([score], [keep], multiple)
+                (kept[group.name],) = rounded([score], [keep], round_to if group.name == "neurons" else 0)
             keeps.append(kept)
             scores.append(metrics)
             new = without(arch, repaired(arch, block, stats, kept, how), kept)
@@ -160,11 +156,11 @@ def _by_channels(
         return outcome(arch, keeps, request, scores, label)
 
     def over_all(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        heads, neurons, _ = _measured(model, tokens, request, observer, channels, "measuring channels")
+        heads, neurons, scores, _ = _measured(model, tokens, request, observer, channels, "measuring channels")
         kept = sound(heads, neurons, request.sparsity, "AL-AM", 0)
-        keeps = _keeps(kept, neurons.metric, round_to if request.sparsity else 0)
+        keeps = _keeps(kept, neurons.metric, round_to)
         remove(model, tokens, request, put, keeps, how)
-        return outcome(model.arch, keeps, request, _scores(model, heads, neurons), label)
+        return outcome(model.arch, keeps, request, scores, label)
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         unstructured_only(name, request)

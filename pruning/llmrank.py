@@ -109,7 +109,7 @@ def _keep_rows(
 def _keep_neurons(ranks: Sequence[np.ndarray], fraction: float, scope: Scope, round_to: int) -> list[Keep]:
     """Which neurons stay; all of a model's neurons hold the same number of parameters."""
     keeps = select.local(ranks, fraction) if scope == "local" else select.global_(ranks, fraction, [1.0] * len(ranks))
-    return [{"neurons": keep} for keep in select.rounded(ranks, keeps, round_to if fraction else 0)]
+    return [{"neurons": keep} for keep in select.rounded(ranks, keeps, round_to)]
 
 
 def _zero_rows(model: Model, keeps: Sequence[tuple[np.ndarray, np.ndarray]], put: Put) -> list[dict[str, Removed]]:

@@ -48,12 +48,13 @@ def global_by_count(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
 
 def rounded(scores: Sequence[np.ndarray], keeps: Keeps, to: int) -> Keeps:
     """The keeps with each list's number of kept units the nearest multiple of `to` (at least one multiple, at most all): what hardware
-    multiplies well. The best that had gone come back, or the worst that stayed go. `to` 0 changes nothing."""
+    multiplies well. The best that had gone come back, or the worst that stayed go. A list of which all stay is not touched, nor with `to` 0
+    any."""
     if not to:
         return keeps
     found = []
     for s, keep in zip(scores, keeps, strict=True):
-        count = min(len(s), max(1, round(int(keep.sum()) / to)) * to)
+        count = len(s) if keep.all() else min(len(s), max(1, round(int(keep.sum()) / to)) * to)
         # Kept before gone, each by score: the order in which units would leave.
         leaving = np.lexsort((np.arange(len(s)), s, keep))
         new = np.ones(len(s), bool)

@@ -16,7 +16,6 @@ from models.errors import InputError
 from models.forms import Form, Layout, Leaves, Shape, finished, form, preview
 from models.store import open_checkpoint
 from models.surgery import cut
-from models.writer import Writer
 from reference import tiny, torch_models
 
 BOTH = ("heads", "neurons")
@@ -45,10 +44,7 @@ def pruned(config: Mapping[str, Any], heads: list[int], neurons: list[int], bias
 
 
 def write(directory: pathlib.Path, model: Model, config: Mapping[str, Any], layout: Layout = "auto") -> Form:
-    writer = Writer(directory, config, layout)
-    for i, block in enumerate(model.blocks):
-        writer.put(i, block)
-    return writer.finish(model.ends, directory)
+    return tiny.written(directory, model, config, layout=layout)[1]
 
 
 Case = tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...], str]

@@ -17,14 +17,6 @@ from models.store import in_memory, open_checkpoint
 from models.surgery import cut, units
 from reference import tiny, torch_models
 
-SHORT = {**tiny.GQA, "max_position_embeddings": 16}  # shorter than the text: where dynamic scaling begins
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 CONFIGS = {
     "llama": tiny.LLAMA,
     "grouped": tiny.GQA,
@@ -33,15 +25,15 @@ CONFIGS = {
     "wide heads": {**tiny.GQA, "head_dim": 16},
     "windowed": tiny.MISTRAL,
     "window and full": {**tiny.QWEN2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
-    "linear": {**SHORT, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
-    "llama3": {**tiny.GQA, "rope_scaling": LLAMA3},
+    "linear": {**tiny.SHORT, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+    "llama3": {**tiny.GQA, "rope_scaling": tiny.LLAMA3},
     "dynamic, within its positions": {**tiny.GQA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
     "opt": tiny.OPT,
     "opt post-norm, projected": tiny.OPT_350M,
     "opt no biases": {**tiny.OPT, "enable_bias": False},
     "one block": {**tiny.GQA, "num_hidden_layers": 1},
 }  # fmt: skip
-DYNAMIC = {**SHORT, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+DYNAMIC = {**tiny.SHORT, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
 
 
 def ragged(config: dict[str, object]) -> Model:

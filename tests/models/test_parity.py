@@ -11,21 +11,13 @@ from models.arch import Model, apply_block, embed, logits
 from models.store import open_checkpoint
 from reference import tiny, torch_models
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
 SCALINGS = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},
     "dynamic": {"rope_type": "dynamic", "factor": 2.0},
-    "llama3": LLAMA3,
+    "llama3": tiny.LLAMA3,
 }
 THETA = 500.0
-SHORT = {**tiny.GQA, "max_position_embeddings": 16}  # shorter than the text: where dynamic scaling begins
 
 CONFIGS = {
     "llama": tiny.LLAMA,
@@ -55,10 +47,13 @@ CONFIGS = {
     "opt no final norm": {**tiny.OPT, "_remove_final_layer_norm": True},
     "opt no biases": {**tiny.OPT, "enable_bias": False},
     "opt plain norms": {**tiny.OPT, "layer_norm_elementwise_affine": False},
-    **{f"rope {kind}, old spelling": {**SHORT, "rope_theta": THETA, "rope_scaling": s} for kind, s in SCALINGS.items()},
-    **{f"rope {kind}, new spelling": {**SHORT, "rope_parameters": {"rope_theta": THETA, **s}} for kind, s in SCALINGS.items()},
-    "rope linear, oldest spelling": {**SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}},
-    "rope plain": {**SHORT, "rope_theta": THETA},
+    **{f"rope {kind}, old spelling": {**tiny.SHORT, "rope_theta": THETA, "rope_scaling": s} for kind, s in SCALINGS.items()},
+    **{
+        f"rope {kind}, new spelling": {**tiny.SHORT, "rope_parameters": {"rope_theta": THETA, **s}}
+        for kind, s in SCALINGS.items()
+    },
+    "rope linear, oldest spelling": {**tiny.SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "rope plain": {**tiny.SHORT, "rope_theta": THETA},
 }
 
 
@@ -80,18 +75,18 @@ def test_dynamic_scaling_leaves_short_texts_alone(tmp_path: pathlib.Path) -> Non
     torch_models.save_random(CONFIGS["rope dynamic, old spelling"], tmp_path)
     model, tokens = open_checkpoint(tmp_path).model, tiny.tokens(length=12)
     assert_same_logits(model, tmp_path, tokens)
-    unscaled = hf.specs({**SHORT, "rope_theta": THETA})[0]
+    unscaled = hf.specs({**tiny.SHORT, "rope_theta": THETA})[0]
     np.testing.assert_array_equal(logits(model, tokens), logits(model._replace(arch=unscaled), tokens))
 
 
 def test_every_setting_shows_in_the_logits(tmp_path: pathlib.Path) -> None:
     """Parity says nothing where a setting does nothing: on equal weights, each of these must change the logits."""
-    torch_models.save_random(SHORT, tmp_path)
+    torch_models.save_random(tiny.SHORT, tmp_path)
     model, tokens = open_checkpoint(tmp_path).model, tiny.tokens()
     seen = [logits(model, tokens)]
     settings = [{"rope_scaling": s, "rope_theta": THETA} for s in SCALINGS.values()]
     for change in [*settings, {"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}, {"model_type": "mistral", "sliding_window": 7}]:
-        (tmp_path / "config.json").write_text(json.dumps({**SHORT, **change}))
+        (tmp_path / "config.json").write_text(json.dumps({**tiny.SHORT, **change}))
         seen.append(logits(open_checkpoint(tmp_path).model, tokens))
     for i, a in enumerate(seen):
         for b in seen[:i]:

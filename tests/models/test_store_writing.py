@@ -13,7 +13,6 @@ from safetensors.numpy import load_file
 
 from models import hf
 from models.arch import Model, logits
-from models.forms import Form, Layout
 from models.store import open_checkpoint
 from models.surgery import cut
 from models.writer import SHARD_BYTES, Writer, save
@@ -28,22 +27,6 @@ def pruned(model: Model, group: str, ragged: bool) -> Model:
         keeps[1] = np.arange(len(keeps[1])) == 0
         keeps[0][:] = True
     return model._replace(blocks=tuple(cut(b, g, k) for b, k in zip(model.blocks, keeps, strict=True)))
-
-
-def written(
-    directory: pathlib.Path,
-    model: Model,
-    config: Mapping[str, Any],
-    shard_bytes: int = SHARD_BYTES,
-    layout: Layout = "auto",
-) -> tuple[Writer, Form]:
-    """Write the model, with a directory that holds nothing for companions."""
-    companions = directory.parent / "companions"
-    companions.mkdir(exist_ok=True)
-    writer = Writer(directory, config, layout, shard_bytes)
-    for i, block in enumerate(model.blocks):
-        writer.put(i, block)
-    return writer, writer.finish(model.ends, companions)
 
 
 def assert_transformers_agrees(directory: pathlib.Path, model: Model) -> None:
@@ -84,7 +67,7 @@ def test_transformers_loads_bfloat16(tmp_path: pathlib.Path) -> None:
 def test_fewer_neurons_are_a_smaller_model(name: str, tmp_path: pathlib.Path) -> None:
     config = tiny.EVERY[name]
     model = pruned(tiny.random_model(config), "neurons", ragged=False)
-    writer, form = written(tmp_path / "out", model, config)
+    writer, form = tiny.written(tmp_path / "out", model, config)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert form.label == f"stock {config['model_type']}" and checkpoint.config[hf.family(config).neurons] == 20
     assert writer.parameters == checkpoint.parameters == sum(x.size for x in jax.tree.leaves((model.ends, model.blocks)))
@@ -98,7 +81,7 @@ def test_ragged_blocks_are_padded(name: str, group: str, shard_bytes: int, tmp_p
     """Zeros fill the narrower blocks up; the function stays, and the size on disk is that of the padded model."""
     config = {**tiny.OPT, "num_attention_heads": 2} if name == "opt" else tiny.EVERY[name]
     model = pruned(tiny.random_model(config), group, ragged=True)
-    writer, form = written(tmp_path / "out", model, config, shard_bytes, "padded")
+    writer, form = tiny.written(tmp_path / "out", model, config, shard_bytes, "padded")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert form.label == f"stock {config['model_type']}" and checkpoint.config[hf.family(config).neurons] == 40
     assert writer.parameters == sum(x.size for x in jax.tree.leaves((model.ends, model.blocks))) < checkpoint.parameters
@@ -113,7 +96,7 @@ def test_blocks_without_a_neuron_left(tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.BIASED)
     g = model.arch.group("neurons")
     empty = model._replace(blocks=tuple(cut(b, g, np.zeros(40, bool)) for b in model.blocks))
-    written(tmp_path / "out", empty, tiny.BIASED)
+    tiny.written(tmp_path / "out", empty, tiny.BIASED)
     assert open_checkpoint(tmp_path / "out").config["intermediate_size"] == 1
     assert_transformers_agrees(tmp_path / "out", empty)
 
@@ -135,7 +118,7 @@ def check_index(directory: pathlib.Path, shards: int | None = None) -> list[path
 @pytest.mark.parametrize(("limit", "shards"), [(1, 21), (8000, None), (10**6, 1)])
 def test_shards(limit: int, shards: int | None, tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.GQA)
-    written(tmp_path / "out", model, tiny.GQA, limit)
+    tiny.written(tmp_path / "out", model, tiny.GQA, limit)
     files = check_index(tmp_path / "out", shards)
     assert shards is None or len(files) == shards
     for f in files:
@@ -161,18 +144,9 @@ def test_a_bias_that_is_missing_is_noticed(tmp_path: pathlib.Path) -> None:
         Writer(tmp_path / "out", tiny.BIASED).put(0, block.replace(down=block.down.replace(b=None)))
 
 
-LLAMA3 = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-
-
 @pytest.mark.parametrize(
     "rope",
-    [{"rope_parameters": {"rope_theta": 500.0, **LLAMA3}}, {"rope_theta": 500.0, "rope_scaling": LLAMA3}],
+    [{"rope_parameters": {"rope_theta": 500.0, **tiny.LLAMA3}}, {"rope_theta": 500.0, "rope_scaling": tiny.LLAMA3}],
     ids=["new spelling", "old spelling"],
 )
 def test_rotary_settings_survive_in_every_spelling(rope: dict[str, Any], tmp_path: pathlib.Path) -> None:
@@ -180,7 +154,7 @@ def test_rotary_settings_survive_in_every_spelling(rope: dict[str, Any], tmp_pat
     model = tiny.random_model(config)
     save(tmp_path / "out", model, config, tmp_path)
     stored = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (stored["rope_theta"], stored["rope_scaling"]) == (500.0, LLAMA3)  # what transformers 4 reads
+    assert (stored["rope_theta"], stored["rope_scaling"]) == (500.0, tiny.LLAMA3)  # what transformers 4 reads
     assert hf.specs(stored)[0] is model.arch
     assert_transformers_agrees(tmp_path / "out", model)
 
@@ -234,7 +208,7 @@ def test_added_biases_load_as_stock_llama(name: str, tmp_path: pathlib.Path) -> 
     first = model.blocks[0]
     first = first.replace(o=first.o.replace(b=jnp.linspace(-1, 1, 32)), down=first.down.replace(b=jnp.linspace(1, 2, 32)))
     model = model._replace(blocks=(first, *model.blocks[1:]))
-    writer, _ = written(tmp_path / "out", model, config, layout="padded")
+    writer, _ = tiny.written(tmp_path / "out", model, config, layout="padded")
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.config["model_type"] == "llama" and checkpoint.config["attention_bias"]
     assert writer.parameters == sum(leaf.size for leaf in jax.tree.leaves((model.ends, model.blocks)))

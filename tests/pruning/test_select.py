@@ -120,3 +120,7 @@ def test_rounded_widths(to: int, want: list[int]) -> None:
     got = select.rounded(scores, keeps, to)
     assert counts(got) == [10 - w for w in want] or [int(k.sum()) for k in got] == want
     assert lowest_go(scores, got)
+
+
+def test_rounding_leaves_a_whole_list_whole() -> None:
+    assert [int(k.sum()) for k in select.rounded([np.arange(10.0)] * 2, [np.ones(10, bool), np.arange(10) > 3], 4)] == [10, 8]

@@ -12,6 +12,8 @@ from safetensors.numpy import save_file
 
 from models import hf
 from models.arch import Model
+from models.forms import Form, Layout
+from models.writer import SHARD_BYTES, Writer
 
 VOCAB, LENGTH = 96, 24
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -24,6 +26,14 @@ MISTRAL = {**GQA, "model_type": "mistral", "sliding_window": 7}
 QWEN2 = {**GQA, "model_type": "qwen2"}
 OPT = {"model_type": "opt", "ffn_dim": 40, "max_position_embeddings": 64, **_SIZES, **_TOKENS}
 OPT_350M = {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
+SHORT = {**GQA, "max_position_embeddings": 16}  # shorter than the text: where dynamic scaling begins
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
 FAMILIES = {"llama": LLAMA, "gqa": GQA, "biased": BIASED, "opt": OPT}
 EVERY = {**FAMILIES, "qwen2": QWEN2, "opt-350m": OPT_350M}
 
@@ -56,6 +66,22 @@ def write(directory: pathlib.Path, state: Mapping[str, np.ndarray], config: Mapp
     save_file({n: np.ascontiguousarray(v) for n, v in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     return directory
+
+
+def written(
+    directory: pathlib.Path,
+    model: Model,
+    config: Mapping[str, Any],
+    shard_bytes: int = SHARD_BYTES,
+    layout: Layout = "auto",
+) -> tuple[Writer, Form]:
+    """Write the model, with a directory that holds nothing for companions."""
+    companions = directory.parent / "companions"
+    companions.mkdir(exist_ok=True)
+    writer = Writer(directory, config, layout, shard_bytes)
+    for i, block in enumerate(model.blocks):
+        writer.put(i, block)
+    return writer, writer.finish(model.ends, companions)
 
 
 def assert_equal(got: Model, expected: Model) -> None:
