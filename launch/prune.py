@@ -220,6 +220,7 @@ def prune(config: RunConfig) -> dict[str, Any]:
     method, request = request_of(config)
     output = output_path(config.output)
     checkpoint = open_model(config.model, config.dtype)
+    method.check(checkpoint.model, request)
     console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
     model, tokenizer = checkpoint.model, tokenizer_of(checkpoint)
     calibration = read_calibration(

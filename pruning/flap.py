@@ -1,5 +1,6 @@
 """FLAP, Wanda-sp and magnitude-sp over a model: which attention heads and feed-forward neurons go, by scores of the channels they write."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -13,7 +14,7 @@ from models.errors import InputError
 from models.forms import Leaves
 from pruning.flap_core import Kept, Metric, Structure, Units, input_feature_metrics, released, released_fluctuation, sound
 from pruning.select import lowest, rounded
-from pruning.types import Method, Outcome, Put, Request, unstructured_only
+from pruning.types import Method, Outcome, Put, Request, whole_units
 from pruning.units import GROUPS, OBSERVED, Keep, Repair, check_round_to, cost, outcome, remove, repaired, walk, without
 
 Scope = Literal["local", "global"]
@@ -93,7 +94,6 @@ def flap(
         return input_feature_metrics(w, stats)[metric]
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        unstructured_only("flap", request)
         observer = released_fluctuation if official else moments
         heads, neurons, scores, seen = _measured(model, tokens, request, observer, channels, "measuring fluctuation")
         choose = released if official and request.sparsity else sound  # the released code always removes something
@@ -102,7 +102,7 @@ def flap(
         remove(model, tokens, request, put, keeps, how, None if refit else seen)
         return outcome(model.arch, keeps, request, scores, f"{metric} of channels")
 
-    return Method(method, Leaves(GROUPS, structure.startswith("UL"), bias))
+    return Method(method, Leaves(GROUPS, structure.startswith("UL"), bias), check=functools.partial(whole_units, "flap"))
 
 
 @jax.jit
@@ -162,11 +162,8 @@ def _by_channels(
         remove(model, tokens, request, put, keeps, how)
         return outcome(model.arch, keeps, request, scores, label)
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        unstructured_only(name, request)
-        return (local if scope == "local" else over_all)(model, tokens, request, put)
-
-    return Method(method, Leaves(GROUPS, scope == "local", how != "none"))
+    leaves = Leaves(GROUPS, scope == "local", how != "none")
+    return Method(local if scope == "local" else over_all, leaves, check=functools.partial(whole_units, name))
 
 
 def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> Method:

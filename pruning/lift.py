@@ -12,7 +12,7 @@ from calibration.fold import fold_blocks
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model
 from models.errors import InputError
-from pruning.allocate import uniform
+from pruning.allocate import all_shapes, uniform
 from pruning.patterns import n_of_m
 from pruning.types import Allocation, Budget, Layerwise, Mask, Method, Outcome, Pattern, Pruner, Put, Request
 
@@ -106,6 +106,12 @@ def rule_of(request: Request, unstructured: Pattern) -> Pattern:
     return n_of_m(*request.pattern) if request.pattern else unstructured
 
 
+def fits(model: Model, rule: Pattern) -> None:
+    """InputError if the pattern does not divide the inputs of a linear."""
+    for shape in dict.fromkeys(shape for shapes in all_shapes(model) for shape in shapes.values()):
+        rule.counts(shape, np.zeros(()))
+
+
 def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
     """What the request's allocation gives; the same fraction of every linear without one, or where nothing is to be removed."""
     return (request.allocation if request.allocation and request.sparsity else uniform)(model, tokens, request, layerwise)
@@ -136,8 +142,6 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         arch, rule = model.arch, rule_of(request, unstructured)
-        if request.refine and rule.group:
-            raise InputError("--refine swaps weights of a whole row, which --pattern=N:M does not allow: leave one of them out")
         own = pruner(rule)
         allocation = allocate(model, tokens, request, Layerwise(own, rule))
         budget, found = allocation.budget, {}
@@ -166,4 +170,9 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
         details = {**allocation.details, **by_name(found, len(model.blocks))}
         return Outcome(asked_of(budget), details=details, warnings=allocation.warnings)
 
-    return Method(method)
+    def check(model: Model, request: Request) -> None:
+        if request.refine and request.pattern:
+            raise InputError("--refine swaps weights of a whole row, which --pattern=N:M does not allow: leave one of them out")
+        fits(model, rule_of(request, unstructured))
+
+    return Method(method, check=check)

@@ -1,5 +1,6 @@
 """LLMRank over a model: statistics from one dense walk, importance along the blocks, selection, and rows zeroed or neurons cut."""
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from models.forms import Leaves
 from models.surgery import zero_rows
 from pruning import select
 from pruning.llmrank_core import Centrality, Ffn, as_released, corrected, flow
-from pruning.types import Method, Outcome, Put, Removed, Request, gone, unstructured_only
+from pruning.types import Method, Outcome, Put, Removed, Request, gone, whole_units
 from pruning.units import Keep, Repair, check_round_to, outcome, remove
 
 ScorerName = Literal["wpr", "mpr", "norm", "activation", "wanda", "random"]
@@ -165,7 +166,6 @@ def llmrank(
     check_round_to("llmrank", round_to)
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        unstructured_only("llmrank", request)
         _, up, down = _linears(model)
         ranks = _importance(model, _statistics(model, tokens, request), centrality, backward, request.seed)
         if units == "rows":
@@ -181,4 +181,4 @@ def llmrank(
         return outcome(model.arch, keeps, request, [{up: n} for n, _ in ranks], f"importance of MLP neurons ({scorer})")
 
     narrower = ("neurons",) if units == "neurons" else ()
-    return Method(method, Leaves(narrower, scope == "local", repair != "none"))
+    return Method(method, Leaves(narrower, scope == "local", repair != "none"), check=functools.partial(whole_units, "llmrank"))

@@ -8,7 +8,7 @@ import numpy as np
 from models.arch import Arch, Model
 from models.errors import InputError
 from pruning.sleb_core import Path, Runner, Trial, Unit, silenced, try_all, without
-from pruning.types import Method, Outcome, Put, Request, unstructured_only
+from pruning.types import Method, Outcome, Put, Request, whole_units
 
 Kind = Literal["blocks", "sublayers"]
 GIB = 1 << 30
@@ -192,16 +192,23 @@ def sleb(
     if not (device_gib >= 0 and host_gib >= 0):
         raise InputError(f"sleb: device_gib={device_gib} and host_gib={host_gib} must not be negative")
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        unstructured_only("sleb", request)
+    def choice(model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
+        total = len(model.blocks)
+        n = round(request.sparsity * len(_units(model.arch, total, units))) if blocks is None else blocks
+        return n, _candidates(model.arch, total, n, units, early_barrier, latter_barrier)
+
+    def check(model: Model, request: Request) -> None:
+        whole_units("sleb", model, request)
         if units == "sublayers" and not model.arch.residual:
             raise InputError(
                 'units="sublayers" needs parts that only add to the residual stream; here a norm follows: use "blocks"'
             )
+        choice(model, request)
+
+    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         total, every = len(model.blocks), _units(model.arch, len(model.blocks), units)
-        n = round(request.sparsity * len(every)) if blocks is None else blocks
+        n, candidates = choice(model, request)
         asked = request.sparsity if blocks is None else n / len(every)
-        candidates = _candidates(model.arch, total, n, units, early_barrier, latter_barrier)
         runner = Runner(model, tokens, request.batch, request.mesh, int(device_gib * GIB), int(host_gib * GIB))
         rounds = {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
         trace = _search(runner, candidates, n, rounds, variant == "corrected", request)
@@ -213,4 +220,4 @@ def sleb(
             warnings=tuple(_warnings(trace)),
         )
 
-    return Method(method, counts=blocks is not None)
+    return Method(method, counts=blocks is not None, check=check)

@@ -13,7 +13,7 @@ from calibration.observers import gram
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import patterns, sparsegpt
-from pruning.lift import allocate, asked_of, by_name, counts_of, every_tap, figures, rule_of, solve_block
+from pruning.lift import allocate, asked_of, by_name, counts_of, every_tap, figures, fits, rule_of, solve_block
 from pruning.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, corrected
 from pruning.sparsellm_released import Aux, as_released
 from pruning.types import Allocation, Layerwise, Method, Outcome, Put, Request, not_refined
@@ -191,9 +191,15 @@ def sparsellm(
         raise InputError("sparsellm: alpha, beta and gamma must be positive, and damp not negative")
     official = variant == "official"
 
+    def settings_of(model: Model, request: Request) -> Settings:
+        return _settings(model.arch, request, damp, (alpha, beta, gamma), iterations, official)
+
+    def check(model: Model, request: Request) -> None:
+        not_refined("sparsellm", model, request)
+        fits(model, settings_of(model, request).rule)
+
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        not_refined("sparsellm", request)
-        settings = _settings(model.arch, request, damp, (alpha, beta, gamma), iterations, official)
+        settings = settings_of(model, request)
         run = _Run(model.arch, settings, official)
         # Budgets are tried with SparseGPT, which the alternation starts from.
         allocation = allocate(model, tokens, request, Layerwise(sparsegpt.pruner(damp, settings.rule), settings.rule))
@@ -213,4 +219,4 @@ def sparsellm(
         walk_blocks(model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=advance)
         return _outcome(allocation, covered, found, losses, official, damp)
 
-    return Method(method)
+    return Method(method, check=check)

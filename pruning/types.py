@@ -133,14 +133,17 @@ class Method:
     """What a user names with --method: `method(model, tokens, request, put)` prunes.
 
     leaves: what it makes of a model's shapes. counts: its own parameters say how much goes, whatever the request's sparsity.
+    check: InputError for a request that it cannot follow on this model; reads no parameters, so it can be asked before any work.
     """
 
     run: Callable[[Model, np.ndarray, Request, Put], Outcome]
     leaves: Leaves = SAME
     counts: bool = False
+    check: Callable[[Model, Request], None] = lambda model, request: None
 
     def __call__(self, model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         """Prune: calibration windows int [samples length]; finished blocks go to `put` in order."""
+        self.check(model, request)
         return self.run(model, tokens, request, put)
 
 
@@ -153,18 +156,18 @@ def gone(keep: np.ndarray) -> tuple[int, ...]:
     return tuple(int(i) for i in np.flatnonzero(~keep))
 
 
-def unstructured_only(name: str, request: Request) -> None:
-    """InputError if the request has a pattern or an allocation that a method of whole units cannot follow."""
+def whole_units(name: str, model: Model, request: Request) -> None:
+    """InputError if the request has a pattern or an allocation, which a method of whole units cannot follow."""
     if request.pattern:
         raise InputError(
             f"--pattern={request.pattern[0]}:{request.pattern[1]} is for weight methods: {name} removes whole units, leave it out"
         )
     if request.allocation:
         raise InputError(f"--allocation is for weight methods: {name} sets its own, leave it out")
-    not_refined(name, request)
+    not_refined(name, model, request)
 
 
-def not_refined(name: str, request: Request) -> None:
+def not_refined(name: str, model: Model, request: Request) -> None:
     """InputError if the request would refine the masks of a method that does not prune each linear on its own."""
     if request.refine:
         raise InputError(f"--refine is for methods that prune each linear on its own: {name} does not, leave it out")

@@ -197,7 +197,6 @@ BAD = {
     "unknown refinement": (["--method=wanda", "--sparsity=0.5", "--refine=zebra"], "dsnot"),
     "refinement with a pattern": (["--method=wanda", "--pattern=2:4", "--refine=dsnot"], "does not allow"),
     "refinement of a unit method": (["--method=llmrank", "--sparsity=0.5", "--refine=dsnot"], "leave it out"),
-    "rows of one threshold": (["--method=magnitude", "--sparsity=0.5", '--allocation=neuroal(step="row")'], 'step="block"'),
     "bad pattern": (["--method=wanda", "--pattern=9:4"], "--pattern"),
     "pattern against sparsity": (["--method=wanda", "--pattern=2:4", "--sparsity=0.7"], "leave --sparsity out"),
     "pattern of a unit method": (["--method=llmrank", "--pattern=2:4"], "weight methods"),
@@ -206,10 +205,25 @@ BAD = {
     "missing data": (["--method=wanda", "--sparsity=0.5", "--eval_data=/no/such.npy"], "such.npy"),
     "batch against mesh": (["--method=wanda", "--sparsity=0.5", "--mesh=data=8"], "multiple of it"),
     "too many devices": (["--method=wanda", "--sparsity=0.5", "--mesh=data=999"], "--mesh"),
+    "too many blocks": (["--method=sleb(blocks=3)"], "ask for 1 or fewer"),
+}
+BAD_LATE = {  # what only the search finds
+    "rows of one threshold": (["--method=magnitude", "--sparsity=0.5", '--allocation=neuroal(step="row")'], 'step="block"'),
 }
 
 
 @pytest.mark.parametrize(("more", "said"), BAD.values(), ids=BAD)
+def test_bad_input_is_found_before_any_work(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+) -> None:
+    def work(*args: Any) -> None:
+        raise AssertionError("the dense model was evaluated")
+
+    monkeypatch.setattr(prune, "evaluate", work)
+    test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys, more, said)
+
+
+@pytest.mark.parametrize(("more", "said"), BAD_LATE.values(), ids=BAD_LATE)
 def test_bad_input_is_one_line_and_leaves_nothing(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], said: str
 ) -> None:
