@@ -13,25 +13,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calibration.observers import Observer
-from models.arch import Arch, Block, Model, apply_block, embed
+from models.arch import Arch, Block, Model, Taps, apply_block, embed
 from models.errors import InputError
 from models.sharding import place, split
 
 Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashable static argument
 Stats = Mapping[str, Any]  # tap or slot -> its observer's final state
+Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # an architecture's `block`
 Visit = Callable[[int, Block, Stats], Block]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(arch: Arch, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
-    widths = {name: tap.shape[-1] for name, tap in jax.eval_shape(arch.block, block, x)[1].items()}
+def _start(function: Forward, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
+    widths = {name: tap.shape[-1] for name, tap in jax.eval_shape(function, block, x)[1].items()}
     return {name: observer.init(widths[name]) for name, observer in watch}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(arch: Arch, watch: Watch, onward: bool, block: Block, x: jax.Array, states: Stats) -> tuple[jax.Array | None, Stats]:
+def _observe(
+    function: Forward, watch: Watch, onward: bool, block: Block, x: jax.Array, states: Stats
+) -> tuple[jax.Array | None, Stats]:
     """One micro-batch through one block. Taps nobody watches, and the output unless `onward`, are not computed."""
-    y, taps = arch.block(block, x)
+    y, taps = function(block, x)
     return y if onward else None, {name: observer.update(states[name], taps[name]) for name, observer in watch}
 
 
@@ -85,9 +88,9 @@ def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs:
     static = tuple(sorted(watch.items()))
     if not static and not onward:
         return {}
-    states: Stats = _start(arch, static, block, xs[0])
+    states: Stats = _start(arch.block, static, block, xs[0])
     for j, x in enumerate(xs):
-        y, states = _observe(arch, static, onward, block, x, states)
+        y, states = _observe(arch.block, static, onward, block, x, states)
         if onward:
             xs[j] = y
     if static and not _finite(states):

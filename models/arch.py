@@ -51,8 +51,9 @@ class Group(NamedTuple):
 
 
 class Arch(NamedTuple):
-    """A family's pure functions with its configuration bound. Made by a cached factory, so equal configurations give one object
-    and one compilation; hashable, for use as a static argument of jit.
+    """A family's pure functions with its configuration bound. Made by a cached factory, so equal configurations give one object;
+    hashable, for use as a static argument of jit. Its functions are the same objects wherever they compute the same, so a program that
+    is compiled for one of them serves the dense and the pruned model.
 
     embed: (ends, tokens int [b t], start=0) -> x [b t d]; `start` is the first token's position, an int or traced.
     block: (block, x [b t d]) -> (x [b t d], taps).
@@ -97,28 +98,39 @@ def logits(model: Model, tokens: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _embed(function: Callable[..., jax.Array], ends: Ends, tokens: jax.Array) -> jax.Array:
+    return function(ends, tokens)
+
+
 def embed(arch: Arch, ends: Ends, tokens: jax.Array) -> jax.Array:
-    """`arch.embed`, compiled once for every model of the architecture."""
-    return arch.embed(ends, tokens)
+    """`arch.embed`, compiled once for all ends of equal shapes."""
+    return _embed(arch.embed, ends, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
+def _apply(function: Callable[..., tuple[jax.Array, Taps]], block: Block, x: jax.Array) -> jax.Array:
+    return function(block, x)[0]
+
+
 def apply_block(arch: Arch, block: Block, x: jax.Array) -> jax.Array:
     """`arch.block` without its taps, compiled once for all blocks of equal shapes."""
-    return arch.block(block, x)[0]
+    return _apply(arch.block, block, x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def cross_entropy(arch: Arch, ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
     """Mean cross-entropy of each window [b] in nats, float32, over its length-1 predicted positions.
 
     Args:
       x: what leaves the last block [b t d]; tokens: int [b t].
     """
+    return _cross_entropy(arch.head, ends, x, tokens)
 
+
+@functools.partial(jax.jit, static_argnums=0)
+def _cross_entropy(head: Callable[[Ends, jax.Array], jax.Array], ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
     def window(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, t = args
-        logits = arch.head(ends, x[None, :-1])[0]
+        logits = head(ends, x[None, :-1])[0]
         chosen = jnp.take_along_axis(logits, t[1:, None], axis=1)[:, 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
 

@@ -6,6 +6,8 @@ from the arrays, so a block may have fewer heads or neurons than its neighbours.
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +37,20 @@ class Config:
     tied: bool = False
     biases: tuple[str, ...] = ()
     widths: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def computed(self) -> "Computed":
+        """What of it the functions compute with."""
+        return Computed(self.head_dim, self.eps, self.act, self.rope)
+
+
+class Computed(NamedTuple):
+    """The settings that the functions of an architecture depend on; all else of its configuration is in the shapes."""
+
+    head_dim: int
+    eps: float
+    act: str
+    rope: Rope
 
 
 @struct.dataclass
@@ -66,13 +82,13 @@ def _embed(ends: Ends, tokens: jax.Array, start: Start = 0) -> jax.Array:
     return ends.embed[tokens]
 
 
-def _head(config: Config, ends: Ends, x: jax.Array) -> jax.Array:
+def _head(config: Computed, ends: Ends, x: jax.Array) -> jax.Array:
     w = ends.embed if ends.head is None else ends.head.w
     x = rms_norm(ends.norm, x, config.eps)
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(config: Config, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
+def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
     """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
     t: dict[str, jax.Array] = {}
     t["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
@@ -88,12 +104,12 @@ def _forward(config: Config, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.A
     return x + t["down"], t, kept
 
 
-def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+def _block(config: Computed, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
     x, taps, _ = _forward(config, p, x, lambda q, k, v: (attention(*rotate(config.rope, q, k), v, p.window), None))
     return x, taps
 
 
-def _step(config: Config, p: Block, x: jax.Array, cache: Cache, start: Start) -> tuple[jax.Array, Cache]:
+def _step(config: Computed, p: Block, x: jax.Array, cache: Cache, start: Start) -> tuple[jax.Array, Cache]:
     x, _, cache = _forward(config, p, x, functools.partial(attend, cache, start, config.rope, p.window))
     return x, cache
 
@@ -110,15 +126,22 @@ SLOTS = (
 
 
 @functools.cache
+def _functions(c: Computed) -> tuple[Callable[..., Any], ...]:
+    """`block`, `head` and `step`, the same objects for equal settings: what is compiled for a model serves the one pruned from it."""
+    return functools.partial(_block, c), functools.partial(_head, c), functools.partial(_step, c)
+
+
+@functools.cache
 def arch(config: Config) -> Arch:
     """The family's functions with `config` bound; equal configurations give the same object."""
     shared, h = config.query_heads // config.kv_heads, config.head_dim  # query heads of one key-value head
+    block, head, step = _functions(config.computed)
     return Arch(
         config,
         _embed,
-        functools.partial(_block, config),
-        functools.partial(_head, config),
-        functools.partial(_step, config),
+        block,
+        head,
+        step,
         SLOTS,
         (
             Group("heads", Member("o", 1, shared * h), (Member("q", 0, shared * h), Member("k", 0, h), Member("v", 0, h))),

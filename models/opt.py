@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +35,19 @@ class Config:
     tied: bool = True
     biases: tuple[str, ...] = ()
     widths: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def computed(self) -> "Computed":
+        """What of it the functions compute with."""
+        return Computed(self.head_dim, self.act, self.pre_norm)
+
+
+class Computed(NamedTuple):
+    """The settings that the functions of an architecture depend on; all else of its configuration is in the shapes."""
+
+    head_dim: int
+    act: str
+    pre_norm: bool
 
 
 @struct.dataclass
@@ -77,7 +92,7 @@ def _head(ends: Ends, x: jax.Array) -> jax.Array:
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(config: Config, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
+def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
     """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
     t: dict[str, jax.Array] = {}
     t["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
@@ -95,12 +110,12 @@ def _forward(config: Config, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.A
     return (x if config.pre_norm else layer_norm(p.mlp_norm, x)), t, kept
 
 
-def _block(config: Config, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+def _block(config: Computed, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
     x, taps, _ = _forward(config, p, x, lambda q, k, v: (attention(q, k, v, None), None))
     return x, taps
 
 
-def _step(config: Config, p: Block, x: jax.Array, cache: Cache, start: Start) -> tuple[jax.Array, Cache]:
+def _step(config: Computed, p: Block, x: jax.Array, cache: Cache, start: Start) -> tuple[jax.Array, Cache]:
     x, _, cache = _forward(config, p, x, functools.partial(attend, cache, start, None, None))
     return x, cache
 
@@ -116,15 +131,22 @@ SLOTS = (
 
 
 @functools.cache
+def _functions(c: Computed) -> tuple[Callable[..., Any], ...]:
+    """`block` and `step`, the same objects for equal settings: what is compiled for a model serves the one pruned from it."""
+    return functools.partial(_block, c), functools.partial(_step, c)
+
+
+@functools.cache
 def arch(config: Config) -> Arch:
     """The family's functions with `config` bound; equal configurations give the same object."""
     h = config.head_dim
+    block, step = _functions(config.computed)
     return Arch(
         config,
         _embed,
-        functools.partial(_block, config),
+        block,
         _head,
-        functools.partial(_step, config),
+        step,
         SLOTS,
         (
             Group("heads", Member("o", 1, h), (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h))),

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import hf
-from models.arch import Model, logits
+from models import arch, hf
+from models.arch import Model, apply_block, embed, logits
 from models.errors import InputError
 from models.forms import Form, Layout, Leaves, Shape, finished, form, preview
+from models.generate import generate
 from models.store import open_checkpoint
 from models.surgery import cut
 from reference import tiny, torch_models
@@ -88,10 +89,11 @@ def test_every_form_is_the_same_function(case: Case, tmp_path: pathlib.Path) -> 
 
 
 def torch_agrees(directory: pathlib.Path, model: Model) -> bool:
-    """Whether transformers has our logits on the tests' tokens; true without torch, which the other half of a test does without."""
+    """Whether transformers has our logits on the tests' tokens, and writes the same 32 after them; it must be there."""
     pytest.importorskip("torch")
-    theirs = torch_models.logits(torch_models.load(directory), tiny.tokens())
-    np.testing.assert_allclose(np.asarray(logits(model, tiny.tokens())), theirs, atol=1e-4, rtol=1e-4)
+    theirs, tokens = torch_models.load(directory), tiny.tokens()
+    np.testing.assert_allclose(np.asarray(logits(model, tokens)), torch_models.logits(theirs, tokens), atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(generate(open_checkpoint(directory).model, tokens, 32), torch_models.greedy(theirs, tokens, 32))
     return True
 
 
@@ -112,6 +114,19 @@ def test_padding_makes_it_stock(case: Case, tmp_path: pathlib.Path) -> None:
     assert checkpoint.config[hf.family(config).neurons] == 21
     np.testing.assert_allclose(logits(checkpoint.model, tiny.tokens()), logits(model, tiny.tokens()), atol=1e-5)
     assert torch_agrees(tmp_path / "out", model)
+
+
+def test_what_is_compiled_for_a_model_serves_the_one_pruned_from_it(tmp_path: pathlib.Path) -> None:
+    """Blocks that kept their shapes, though the configuration is another."""
+    model = pruned(GQA, [3, 2], [40, 21])
+    x = embed(model.arch, model.ends, tiny.tokens())
+    apply_block(model.arch, model.blocks[0], x)
+    compiled = arch._apply._cache_size(), arch._embed._cache_size()
+    write(tmp_path / "out", model, GQA)
+    again = open_checkpoint(tmp_path / "out").model
+    assert again.arch is not model.arch
+    apply_block(again.arch, again.blocks[0], embed(again.arch, again.ends, tiny.tokens()))
+    assert (arch._apply._cache_size(), arch._embed._cache_size()) == compiled
 
 
 @pytest.mark.parametrize("second", ["auto", "padded"])
@@ -166,8 +181,8 @@ def test_what_is_said_before_the_work(config: Mapping[str, Any], leaves: Leaves,
 
 
 def test_a_checkpoint_that_was_not_cut_keeps_its_configuration() -> None:
-    arch, _, blocks = hf.specs(GQA)
-    found = form(GQA, [Shape(3, 40)] * len(blocks), arch.config.biases, "auto")
+    dense, _, blocks = hf.specs(GQA)
+    found = form(GQA, [Shape(3, 40)] * len(blocks), dense.config.biases, "auto")
     assert {k: found.config[k] for k in GQA} == GQA
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from eval.perplexity import perplexity
-from models import hf
+from models import arch, hf
 from models.arch import Model, embed, logits
 from models.errors import InputError
 from models.sharding import make_mesh
@@ -171,9 +171,9 @@ def test_a_mesh_removes_the_same() -> None:
 
 
 def test_one_program_serves_all_candidates() -> None:
-    core.apply_block.clear_cache()
+    arch._apply.clear_cache()
     run(deep("llama"), 4)
-    assert core.apply_block._cache_size() == 1
+    assert arch._apply._cache_size() == 1
 
 
 def test_one_shot_by_perplexity_takes_the_lowest_of_the_first_phase() -> None:
