@@ -3,13 +3,15 @@
     python -m launch.bench --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=sparsegpt --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=neuroal --model=DIR --calibration=tokens.npy --calibration_samples=8 --sparsity=0.7
+    python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --calibration_samples=4 --sparsity=0.2
     python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
 
 --what=calibration: statistics of every block against PyTorch's forward. sparsegpt: a whole run against SparseGPT written plainly in
 PyTorch. sparsellm: a whole run against the released formulation by pseudo-inverses. neuroal: the search of both steps with Wanda
-against the released search, and as many trials one after the other in PyTorch. speed: prompt processing and generation of a dense and
-of pruned checkpoints. The programs run in turn, so that a machine whose speed drifts slows all of them: quote the ratio. Pruning runs
-are processes of their own, compilation included, with their peak memory.
+against the released search, and as many trials one after the other in PyTorch. sleb: the search with and without kept hidden states,
+against whole forwards in PyTorch. speed: prompt processing and generation of a dense and of pruned checkpoints. The programs run in
+turn, so that a machine whose speed drifts slows all of them: quote the ratio. Pruning runs are processes of their own, compilation
+included, with their peak memory.
 """
 
 import functools
@@ -50,7 +52,7 @@ def options() -> Flags:
     f.integer("calibration_batch", 4, "windows at a time", 1)
     f.integer("seed", 0, "of the windows drawn")
     f.group("Measurement")
-    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm", "neuroal", "speed"), "what is timed")
+    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm", "neuroal", "sleb", "speed"), "what is timed")
     f.number("sparsity", 0.5, "of the pruning runs")
     f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
     f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
@@ -141,18 +143,24 @@ def solvers(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) 
     task = bench_solvers.Task(checkpoint.directory, tokens, values["sparsity"], values["calibration_batch"], values["blocks"])
     ours = functools.partial(bench_solvers.alone, bench_solvers.topiary, task)
     programs: dict[str, Callable[[], Run]] = {}
+    torch = values["torch"] and importlib.util.find_spec("torch")
     if values["what"] == "sparsellm":
         programs["SparseLLM"] = functools.partial(ours, "sparsellm")
         programs["by pseudo-inverses"] = functools.partial(ours, 'sparsellm(variant="official")')
+    elif values["what"] == "sleb":
+        programs["SLEB"] = functools.partial(ours, "sleb")
+        programs["without its cache"] = functools.partial(ours, "sleb(device_gib=0, host_gib=0)")
+        if torch:
+            programs["PyTorch"] = functools.partial(bench_solvers.alone, bench_solvers.plain_removal, task)
     elif values["what"] == "neuroal":
         find = functools.partial(bench_solvers.alone, bench_solvers.search, task)
         programs["NeuroAL"] = functools.partial(find, f"neuroal(samples={len(tokens)})")
         programs["released search"] = functools.partial(find, f'neuroal(samples={len(tokens)}, variant="official")')
-        if values["torch"] and importlib.util.find_spec("torch"):
+        if torch:
             programs["PyTorch, trial by trial"] = functools.partial(bench_solvers.alone, bench_solvers.plain_search, task)
     else:
         programs["SparseGPT"] = functools.partial(ours, "sparsegpt")
-        if values["torch"] and importlib.util.find_spec("torch"):
+        if torch:
             programs["PyTorch"] = functools.partial(bench_solvers.alone, bench_solvers.plain_sparsegpt, task)
     return in_turn(programs, values["runs"])
 

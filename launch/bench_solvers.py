@@ -1,4 +1,4 @@
-"""Whole runs for `launch.bench`, each in a process of its own: ours, and SparseGPT and NeuroAL's search written plainly in PyTorch."""
+"""Whole runs for `launch.bench`, each in a process of its own: ours, and SparseGPT, SLEB and NeuroAL's search plainly in PyTorch."""
 
 import contextlib
 import multiprocessing
@@ -118,6 +118,35 @@ def plain_sparsegpt(task: Task, _: str) -> float:
                 m.weight.copy_(_sweep(m.weight.clone(), h, task.sparsity))
             calls = _run(layer, [], [], calls)
     return time.perf_counter() - start
+
+
+def plain_removal(task: Task, _: str) -> float:
+    """Seconds of SLEB (Song et al. 2024, Algorithm 1) in PyTorch."""
+    model, layers = _torch_layers(task)
+    start = time.perf_counter()
+    removed(model, list(layers), task.tokens, round(task.sparsity * len(layers)))
+    return time.perf_counter() - start
+
+
+def removed(model: Any, layers: list[Any], tokens: np.ndarray, n: int) -> list[int]:
+    """The layers that SLEB removes, in order: the loss of every candidate by a whole forward of what is left, a window at a time. All but
+    the first and the last are candidates."""
+    import torch
+
+    decoder, left, order = model.get_decoder(), list(range(len(layers))), []
+    windows = torch.tensor(tokens.astype(np.int64))
+
+    def loss(stack: list[int]) -> float:
+        decoder.layers = torch.nn.ModuleList([layers[i] for i in stack])
+        rows = (model(row[None], use_cache=False).logits[0, :-1] for row in windows)
+        return sum(float(torch.nn.functional.cross_entropy(x, row[1:])) for x, row in zip(rows, windows, strict=True))
+
+    with torch.no_grad():
+        for _ in range(n):
+            losses = {i: loss([j for j in left if j != i]) for i in left if 0 < i < len(layers) - 1}
+            order.append(min(losses, key=losses.__getitem__))
+            left.remove(order[-1])
+    return order
 
 
 def _torch_layers(task: Task) -> tuple[Any, Any]:

@@ -11,7 +11,10 @@ from launch import bench, bench_solvers
 from launch.cli import run
 from models.init import init_model
 from models.writer import save
+from pruning.methods import METHODS
+from pruning.types import Request, prune
 from reference import sparsegpt as reference
+from reference import torch_models
 
 CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
     num_key_value_heads=1, max_position_embeddings=16, architectures=["LlamaForCausalLM"])  # fmt: skip
@@ -44,6 +47,7 @@ def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pyt
     [
         ("sparsegpt", True, ["SparseGPT", "PyTorch"]),
         ("sparsellm", False, ["SparseLLM", "by pseudo-inverses"]),
+        ("sleb", True, ["SLEB", "without its cache", "PyTorch"]),
         ("neuroal", True, ["NeuroAL", "released search", "PyTorch, trial by trial"]),
     ],
 )
@@ -73,3 +77,14 @@ def test_the_plain_sparsegpt_is_sparsegpt(tmp_path: Path) -> None:
     want, removed = reference.solve(w, h, 0.5)
     assert np.mean((got == 0) == removed) > 0.999
     assert np.quantile(np.abs(got - want), 0.99) < 1e-3
+
+
+def test_the_plain_removal_is_sleb(tmp_path: Path) -> None:
+    """What ours is timed against removes the same blocks in the same order."""
+    config = CONFIG | {"num_hidden_layers": 6, "initializer_range": 0.3}
+    model = init_model(config, jax.random.key(0))
+    save(tmp_path / "model", model, config, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 64, (4, 16), np.int32)
+    theirs = torch_models.load(tmp_path / "model")
+    want = prune(model, METHODS["sleb"](blocks=3), tokens, Request(0.0))[1].details["removal_order"]
+    assert bench_solvers.removed(theirs, list(theirs.get_decoder().layers), tokens, 3) == want
