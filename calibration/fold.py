@@ -5,22 +5,23 @@ At any moment the device holds one block, one micro-batch inside it, and the hid
 
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from calibration.journal import Begun, Journal, plain
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model, Taps, apply_block, embed
 from models.errors import InputError
-from models.sharding import place, split
+from models.sharding import place, placement, split
 
 Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashable static argument
 Stats = Mapping[str, Any]  # tap or slot -> its observer's final state
 Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # an architecture's `block`
-Visit = Callable[[int, Block, Stats], Block]
+Visit = Callable[[int, Block, Stats], tuple[Block, Any]]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -49,30 +50,62 @@ def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterabl
         yield split(tokens[start : start + batch], mesh, "sample")
 
 
+def _states(model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None) -> list[jax.ShapeDtypeStruct]:
+    """The hidden states between two blocks, a micro-batch each."""
+    found = []
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        x = jax.eval_shape(model.arch.embed, model.ends, jax.ShapeDtypeStruct(part.shape, part.dtype))
+        found.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, mesh, "sample")))
+    return found
+
+
+class Visited(NamedTuple):
+    """What became of a block: the one that takes its place, what comes out of it (None: have it run over its inputs), and what is to be
+    remembered of it (`journal.plain`)."""
+
+    block: Block
+    outputs: list[jax.Array] | None = None
+    record: Any = None
+
+
 def walk_blocks(
     model: Model,
     tokens: np.ndarray,
-    visit: Callable[[int, Block, list[jax.Array], bool], tuple[Block, list[jax.Array] | None]],
+    visit: Callable[[int, Block, list[jax.Array], bool], Visited],
     *,
     batch: int = 8,
     mesh: Mesh | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> None:
+    journal: Journal | None = None,
+) -> list[Any]:
     """Visit every block with the hidden states that reach it: what `fold_blocks` is made of, for methods that need more than statistics.
 
     Args:
-      visit: (i, block, its inputs [b t d] a micro-batch, whether it is the last) -> (the block that takes its place, what comes out of
-        it, or None to have the new block run over its inputs).
+      visit: (i, block, its inputs [b t d] a micro-batch, whether it is the last) -> what became of it.
+      journal: makes the walk one of its steps; blocks that were finished before are not visited.
       The others are `fold_blocks`'.
+    Returns every block's record, in order.
     """
-    ends = place(model.ends, mesh)
-    xs = [embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)]
-    for i in range(len(model.blocks)):
-        last = i == len(model.blocks) - 1
-        new, ys = visit(i, place(model.blocks[i], mesh), xs, last)
-        if not last:
-            xs = [apply_block(model.arch, new, x) for x in xs] if ys is None else ys
+    depth, ends = len(model.blocks), place(model.ends, mesh)
+    records, xs = journal.begin(_states(model, tokens, batch, mesh)) if journal else Begun([], None)
+    for _ in records:
         advance()
+    if xs is None and len(records) < depth:
+        xs = [embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)]
+    for i in range(len(records), depth):
+        xs, last = xs or [], i == depth - 1
+        new, ys, record = visit(i, place(model.blocks[i], mesh), xs, last)
+        records.append(plain(record))
+        if not last:
+            ys = [apply_block(model.arch, new, x) for x in xs] if ys is None else ys
+            xs = [split(y, mesh, "sample") for y in ys]  # a state read back is placed as one that was not written
+            if journal:
+                journal.reach(i + 1, records, xs)
+        advance()
+    if journal:
+        journal.complete(records)
+    return records
 
 
 def overflow(i: int) -> InputError:
@@ -108,25 +141,27 @@ def fold_blocks(
     batch: int = 8,
     mesh: Mesh | None = None,
     advance: Callable[[], None] = lambda: None,
-) -> None:
+    journal: Journal | None = None,
+) -> list[Any]:
     """Visit every block with the statistics of its activations over the calibration tokens.
 
     Args:
       model: read one block at a time.
       tokens: int [samples length].
-      visit: (i, block, statistics) -> the block that takes its place (the same one to leave it).
+      visit: (i, block, statistics) -> (the block that takes its place, the same one to leave it; a record of it, as `Visited` has it).
       watch: tap or slot name -> observer; a tap is a linear's input, a slot's name its output.
       propagate: what the next block sees: outputs of the visited ("pruned") block, as Wanda and SparseGPT do, or of the dense one,
         which then cost no second pass.
       batch: windows in one micro-batch.
       mesh: windows are split over its `data` axis, matrices over `model`.
       advance: called after every block, for a progress bar.
-    Raises InputError as `observe` does.
+      journal: as `walk_blocks` has it.
+    Returns every block's record. Raises InputError as `observe` does.
     """
     dense = propagate == "dense"
 
-    def each(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, list[jax.Array] | None]:
-        stats = observe(model.arch, watch, i, block, xs, dense and not last)
-        return visit(i, block, stats), xs if dense else None
+    def each(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
+        new, record = visit(i, block, observe(model.arch, watch, i, block, xs, dense and not last))
+        return Visited(new, xs if dense else None, record)
 
-    walk_blocks(model, tokens, each, batch=batch, mesh=mesh, advance=advance)
+    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, advance=advance, journal=journal)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -93,12 +95,26 @@ def frozen(kind: Any, values: dict[str, Any]) -> Any:
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
 
 
+class Terminated(BaseException):
+    """SIGTERM came, as it does before a machine is taken away: unwind, keeping what is finished."""
+
+
+def _terminated(number: int, frame: object) -> None:
+    raise Terminated
+
+
+def _on_termination() -> None:
+    if threading.current_thread() is threading.main_thread():  # the only one that may say what signals do
+        signal.signal(signal.SIGTERM, _terminated)
+
+
 def run(options: Flags, main: Callable[[dict[str, Any]], None], argv: Sequence[str] | None = None) -> int:
     """Parse, run `main(values)`, and return the exit code: 0, or 2 after one line `error: ...` for what the user can mend.
 
     A defect of ours keeps its traceback, and so does every error with `--debug`.
     """
     argv = sys.argv[1:] if argv is None else argv
+    _on_termination()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
@@ -111,6 +127,9 @@ def run(options: Flags, main: Callable[[dict[str, Any]], None], argv: Sequence[s
             traceback.print_exc()
         print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
         return 2
+    except Terminated:
+        print("error: stopped by SIGTERM", file=sys.stderr)
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
-        return 130
+        return 128 + signal.SIGINT

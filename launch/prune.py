@@ -16,21 +16,23 @@ import numpy as np
 from rich.console import Console
 
 from calibration.data import Tokens
+from calibration.journal import Journal, file_digest
 from eval.size import Size, measure, peak_memory
 from launch import calls, cli, console, export, report
 from launch.cli import Flags, frozen
 from launch.flags import DTYPES, check_sparsity, evaluation_flags, mesh_of, model_flags, open_model, output_path
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.samples import samples
-from launch.staging import staged
+from launch.staging import UNFINISHED, staged
 from models.errors import InputError
 from models.forms import Layout, preview
-from models.store import Checkpoint
+from models.store import Checkpoint, weight_files
 from models.writer import Writer, write_json
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.patterns import parse_pattern
 from pruning.types import Method, Outcome, Request
 
+EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
 MISSED = 0.005  # a budget missed by more of the prunable weights is worth a warning
 
 
@@ -56,6 +58,7 @@ class RunConfig:
     dtype: str
     mesh: str
     layout: Layout
+    resume: bool
 
 
 def options() -> Flags:
@@ -70,6 +73,7 @@ def options() -> Flags:
         "how blocks of different widths are written: with a class that ships with the "
         "checkpoint, or padded with zeros to a stock architecture",
     )
+    f.boolean("resume", True, "go on from the last finished block of the same run, if it was interrupted")
     f.group("Method")
     f.string("method", "llmrank", f'a name or a call such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
     f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
@@ -214,6 +218,22 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
     }
 
 
+def fingerprint(config: RunConfig, checkpoint: Checkpoint, calibration: Tokens, data: Mapping[str, Tokens]) -> dict[str, Any]:
+    """All that the result depends on, by a name for people: what an interrupted run must have in common with the one that goes on."""
+    settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
+    elsewhere = ("model", "output", "resume", "calibration", "eval_data")  # told by content, or of no matter
+    versions = protocol({})
+    return {
+        "model configuration": checkpoint.config,
+        "weights": {p.name: file_digest(p) for p in weight_files(checkpoint.directory)},
+        "--calibration tokens": calibration.protocol["sha256"],
+        "--eval_data tokens": {name: tokens.protocol["sha256"] for name, tokens in data.items()},
+        **{f"--{name}": value for name, value in settings.items() if name not in elsewhere},
+        **{f"version of {name}": value for name, value in versions["versions"].items()},
+        **{f"device {name}": value for name, value in versions["device"].items()},
+    }
+
+
 def prune(config: RunConfig) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory."""
     clock = Clock("load", "calibrate_and_prune", "eval", "export")
@@ -228,13 +248,23 @@ def prune(config: RunConfig) -> dict[str, Any]:
     )
     data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
     clock.lap("load")
-    with staged(output, export.REPORT) as directory:
-        dense = evaluate(model, data, config.calibration_batch, request.mesh)
+    journal: Journal | None = None
+
+    def begun() -> bool:
+        return journal.finished > EVALUATED if journal else (directory / UNFINISHED / "journal").is_dir()  # of a refused run
+
+    with staged(output, export.REPORT, config.resume, begun) as directory:
+        work = directory / UNFINISHED
+        writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
+        journal = Journal(work / "journal", fingerprint(config, checkpoint, calibration, data), writer)
+        if went_on := journal.finished > EVALUATED:
+            console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
+        clock.lap("load")
+        dense = journal.step(lambda: evaluate(model, data, config.calibration_batch, request.mesh))
         clock.lap("eval")
-        writer = Writer(directory, checkpoint.config, config.layout)
         echo = export.Echo(model, writer)
         with console.progress() as stage:
-            outcome = method(model, calibration.ids, dataclasses.replace(request, stage=stage), echo.put)
+            outcome = method(model, calibration.ids, dataclasses.replace(request, stage=stage, journal=journal), echo.put)
         clock.lap("calibrate_and_prune")
         form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
         written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)
@@ -250,6 +280,10 @@ def prune(config: RunConfig) -> dict[str, Any]:
         result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}
         clock.lap("eval")
         result |= {"seconds": clock.seconds}
+        if went_on:
+            result["warnings"].append(
+                "the run was interrupted: seconds are those since it went on, without what was finished before"
+            )
         write_json(directory / export.REPORT, result)
         report.write_html(result, directory / "report.html")
     return result

@@ -1,11 +1,15 @@
-"""Output directories that are complete, or not there."""
+"""Output directories that are complete, or not there; what an interrupted run has finished waits beside."""
 
 import contextlib
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+
+import filelock
 
 from models.errors import InputError
+
+UNFINISHED = "unfinished"  # within a staged directory: what an interrupted run goes on from
 
 
 def check_free(output: pathlib.Path, marker: str) -> None:
@@ -15,25 +19,58 @@ def check_free(output: pathlib.Path, marker: str) -> None:
 
 
 @contextlib.contextmanager
-def staged(output: pathlib.Path, marker: str) -> Iterator[pathlib.Path]:
-    """A fresh directory beside `output`, which takes its place when the body ends without an exception, and else leaves no trace.
-
-    An earlier result is replaced; InputError as `check_free`, or if nothing can be written there.
-    """
-    check_free(output, marker)
-    partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
+def _alone(output: pathlib.Path) -> Iterator[None]:
+    """InputError while another process is in here for the same output."""
+    lock = filelock.FileLock(output.parent / f".{output.name}.lock")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        raise InputError(f"--output={output}: another run is writing it: wait for that, or choose another name") from None
     except OSError as e:
         raise InputError(f"--output={output} cannot be written ({e.strerror}): choose another place") from None
     try:
-        yield partial
-        shutil.rmtree(old, ignore_errors=True)
-        if output.exists():
-            output.rename(old)
-        partial.rename(output)
-        shutil.rmtree(old, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        yield
+    finally:
+        pathlib.Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextlib.contextmanager
+def staged(
+    output: pathlib.Path, marker: str, resume: bool = False, begun: Callable[[], bool] = lambda: False
+) -> Iterator[pathlib.Path]:
+    """A directory beside `output`, which takes its place when the body ends without an exception.
+
+    Args:
+      marker: the file that tells an earlier result, which is replaced.
+      resume: go on with what an interrupted run left there in UNFINISHED, which is no part of the result; else it is removed.
+      begun: whether what is there is worth keeping when the body fails; if not, no trace is left.
+    Raises InputError as `check_free`, if nothing can be written there, if another run is at it, or if the disk is full.
+    """
+    check_free(output, marker)
+    partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
+    with _alone(output):
+        try:
+            if not resume:
+                shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(exist_ok=True)
+            for path in partial.iterdir():  # what an interrupted run had begun to make of its blocks
+                if path.name != UNFINISHED:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        except OSError as e:
+            raise InputError(f"--output={output} cannot be written ({e.strerror}): choose another place") from None
+        try:
+            yield partial
+            shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
+            if output.exists():
+                output.rename(old)
+            partial.rename(output)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException as e:
+            if not begun():
+                shutil.rmtree(partial, ignore_errors=True)
+            if "No space left" in str(e):  # every library says it, each in a type of its own
+                raise InputError(f"no space left for --output={output}: free some, and the same command goes on") from None
+            raise

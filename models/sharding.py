@@ -1,10 +1,11 @@
 """One table from what an axis means to the mesh axis it is split over, and the few placements made from it."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from models.errors import InputError
 
@@ -37,13 +38,19 @@ def make_mesh(spec: str, batch: int = 0) -> Mesh:
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 2, devices=jax.local_devices()[:needed])
 
 
+def placement(shape: Sequence[int], mesh: Mesh | None, logical: str) -> Sharding:
+    """The first axis split over the mesh axis of `logical` where that divides it, else every device has the whole."""
+    if mesh is None or mesh.size == 1:
+        return SingleDeviceSharding(jax.local_devices()[0])
+    axis = LOGICAL[logical]
+    return NamedSharding(mesh, PartitionSpec(axis) if shape and shape[0] % mesh.shape[axis] == 0 else PartitionSpec())
+
+
 def split(x: Any, mesh: Mesh | None, logical: str) -> jax.Array:
-    """`x` with its first axis split over the mesh axis of `logical` where that divides it, else on every device whole."""
+    """`x` where `placement` says."""
     if mesh is None or mesh.size == 1:
         return jax.numpy.asarray(x)
-    axis = LOGICAL[logical]
-    spec = PartitionSpec(axis) if x.ndim and x.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
-    return jax.device_put(x, NamedSharding(mesh, spec))
+    return jax.device_put(x, placement(x.shape, mesh, logical))
 
 
 def place(params: Any, mesh: Mesh | None) -> Any:

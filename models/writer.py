@@ -1,20 +1,26 @@
 """Where blocks go: a Hugging Face checkpoint written block by block, never more than one shard of it in memory."""
 
 import json
+import math
+import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from models import forms, hf
 from models.arch import Block, Ends, Model, Slot
+from models.errors import InputError
+from models.formats import load_tensor
 from models.layers import Linear
 
-SHARD_BYTES = 2 << 30
+SHARD_BYTES = 1 << 30  # saving takes as much again
+METADATA = {"format": "pt"}
 # The tokenizer's files and the generation settings, by the names that transformers gives them.
 COPIED = (
     "generation_config.json",
@@ -30,8 +36,12 @@ COPIED = (
 class Writer:
     """A checkpoint in the making: blocks go in one after the other, `finish` completes it.
 
-    Shards are flushed as they fill, so no more than `shard_bytes` wait in memory. `parameters` counts what was put in. Blocks may have
-    fewer heads and neurons than the configuration says, and more biases: `models.forms` finds the form that holds them.
+    Blocks wait in memory until there are `shard_bytes` of them, or a `mark` is set; then they go to a file in `work`, from which `finish`
+    makes the checkpoint, so that it can be killed and called again. `parameters` counts what was put in. Blocks may have fewer heads and
+    neurons than the configuration says, and more biases: `models.forms` finds the form that holds them.
+
+    Args:
+      work: a directory that survives for a `rewind`; None: one that `finish` removes.
     """
 
     def __init__(
@@ -40,22 +50,34 @@ class Writer:
         config: Mapping[str, Any],
         layout: forms.Layout = "auto",
         shard_bytes: int = SHARD_BYTES,
+        work: pathlib.Path | None = None,
     ):
         self._directory, self._config, self._layout, self._limit = directory, dict(config), layout, shard_bytes
+        self._work, self._passing = work or directory / "unfinished", work is None
         self._buffer: dict[str, np.ndarray] = {}
-        self._where: dict[str, int] = {}  # tensor -> shard
-        self._stored: dict[str, tuple[int, ...]] = {}  # tensor -> shape
-        self._size, self._total, self._shards = 0, 0, 0
         self._arch, self._ends, self._specs = hf.specs(config)
         self._shapes: list[forms.Shape] = []
         self._biases = set(self._arch.config.biases)
-        self.parameters = 0
+        self._shards: list[dict[str, list[int]]] = []  # of each written file, the tensors' shapes
+        self._sizes: list[int] = []  # and its bytes
         directory.mkdir(parents=True, exist_ok=True)
+        self._work.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks were put."""
+        return len(self._shapes)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers that were put in."""
+        written = sum(math.prod(shape) for shard in self._shards for shape in shard.values())
+        return written + sum(x.size for x in self._buffer.values())
 
     def put(self, i: int, block: Block) -> None:
         """Write block `i`, the next one."""
-        if i != len(self._shapes):
-            raise ValueError(f"block {i} was put where block {len(self._shapes)} was due")
+        if i != self.blocks:
+            raise ValueError(f"block {i} was put where block {self.blocks} was due")
         self._shapes.append(forms.shape_of(self._arch, block))
         self._biases |= {s.name for s in self._arch.slots if getattr(block, s.name).b is not None}
         self._add(_named(self._specs[i], block, self._arch.slots), block)
@@ -64,20 +86,50 @@ class Writer:
         names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
         for spec, array in zip(names, arrays, strict=True):
             value = np.ascontiguousarray(array)
-            if self._buffer and self._size + value.nbytes > self._limit:
+            if self._buffer and sum(x.nbytes for x in self._buffer.values()) + value.nbytes > self._limit:
                 self._flush()
-            self._buffer[spec.name], self._stored[spec.name] = value, value.shape
-            self._size += value.nbytes
-            self._total += value.nbytes
-            self.parameters += value.size
+            self._buffer[spec.name] = value
 
     def _shard(self, k: int) -> pathlib.Path:
-        return self._directory / f"shard-{k}.safetensors"
+        return self._work / f"shard-{k}.safetensors"
 
     def _flush(self) -> None:
-        save_file(self._buffer, self._shard(self._shards), metadata={"format": "pt"})
-        self._where |= dict.fromkeys(self._buffer, self._shards)
-        self._buffer, self._size, self._shards = {}, 0, self._shards + 1
+        if self._buffer:
+            path = self._shard(len(self._shards))
+            save_file(self._buffer, path, metadata=METADATA)
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+            self._shards.append({name: list(x.shape) for name, x in self._buffer.items()})
+            self._sizes.append(path.stat().st_size)
+            self._buffer = {}
+
+    def mark(self) -> dict[str, Any]:
+        """Write what waits, and say how far the checkpoint is: JSON-able."""
+        self._flush()
+        shapes = [list(s) for s in self._shapes]
+        return {"blocks": shapes, "biases": sorted(self._biases), "shards": self._shards, "sizes": self._sizes}
+
+    def rewind(self, mark: Mapping[str, Any]) -> None:
+        """Go back to a mark, of a writer that was killed too. InputError for a file that is gone or cut short."""
+        self._shapes, self._biases = [forms.Shape(*s) for s in mark["blocks"]], set(mark["biases"])
+        self._shards, self._sizes, self._buffer = list(mark["shards"]), list(mark["sizes"]), {}
+        for k, size in enumerate(self._sizes):
+            path = self._shard(k)
+            if not path.is_file() or path.stat().st_size != size:
+                raise InputError(f"{path} of the unfinished run is damaged or gone: begin anew with --noresume")
+
+    def stored(self) -> Iterator[Block]:
+        """The blocks that were put, read back in order after a `rewind`."""
+        where = {name: k for k, shard in enumerate(self._shards) for name in shard}
+        for specs in self._specs[: self.blocks]:
+            new = {}
+            for name in (s.name for s in self._arch.slots):
+                spec = getattr(specs, name)
+                bias = _bias_name(spec)
+                new[name] = Linear(spec.w, hf.Spec(bias, ()) if bias in where else None)  # type: ignore[arg-type]
+            yield jax.tree.map(
+                lambda s: jnp.asarray(load_tensor(self._shard(where[s.name]), s.name)), specs.replace(**new), is_leaf=hf.is_spec
+            )
 
     def finish(self, ends: Ends, companions: pathlib.Path, kept: Sequence[int] | None = None) -> forms.Form:
         """Write the ends, `config.json`, the class that our own types need, the shard index if there are several, and copy tokenizer and
@@ -94,40 +146,52 @@ class Writer:
         dtype = jax.tree.leaves(ends)[0].dtype
         config = forms.finished(form.config, str(dtype))
         wanted = {s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)}
-        for name in wanted.keys() - self._stored.keys():  # biases that other blocks, or other linears, have
-            self._buffer[name], self._stored[name] = np.zeros(wanted[name], dtype), wanted[name]
-            self._total += self._buffer[name].nbytes
+        held = set(self._buffer).union(*self._shards)
+        for name in sorted(wanted.keys() - held):  # biases that other blocks, or other linears, have
+            self._buffer[name] = np.zeros(wanted[name], dtype)
         self._flush()
-        self._pad(wanted)
-        self._name_shards()
+        self._make_files(wanted, dtype.itemsize)
         write_json(self._directory / "config.json", config)
         if form.code is not None:
             (self._directory / forms.CODE).write_text(form.code, encoding="utf-8")
         copy_companions(companions, self._directory, config)
+        if self._passing:
+            shutil.rmtree(self._work)
         return form
 
-    def _name_shards(self) -> None:
-        """Give the shards their final names, with an index if there are several."""
-        names = (
-            ["model.safetensors"]
-            if self._shards == 1
-            else [f"model-{k + 1:05d}-of-{self._shards:05d}.safetensors" for k in range(self._shards)]
-        )
-        for k, name in enumerate(names):
-            self._shard(k).rename(self._directory / name)
-        if self._shards > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": {n: names[k] for n, k in sorted(self._where.items())}}
+    def _make_files(self, wanted: Mapping[str, tuple[int, ...]], itemsize: int) -> None:
+        """The checkpoint's files: one if `shard_bytes` allow it, else the shards; narrower tensors are padded to the shapes wanted."""
+        size = sum(math.prod(wanted[name]) for shard in self._shards for name in shard) * itemsize
+        every = list(range(len(self._shards)))
+        groups = [every] if size <= self._limit else [[k] for k in every]
+        total, where = len(groups), dict[str, str]()
+        for g, members in enumerate(groups):
+            name = "model.safetensors" if total == 1 else f"model-{g + 1:05d}-of-{total:05d}.safetensors"
+            where |= dict.fromkeys((tensor for k in members for tensor in self._shards[k]), name)
+            self._make_file(self._directory / name, members, wanted)
+        if total > 1:
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
             write_json(self._directory / "model.safetensors.index.json", index)
 
-    def _pad(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
-        """Grow what is narrower than `wanted` with zeros, shard by shard."""
-        narrow = {n for n, shape in self._stored.items() if shape != wanted[n]}
-        for k in {self._where[n] for n in narrow}:
-            tensors = load_file(self._shard(k))
-            for n in narrow & tensors.keys():
-                tensors[n] = np.pad(tensors[n], [(0, w - h) for h, w in zip(tensors[n].shape, wanted[n], strict=True)])
-                self._total += tensors[n].nbytes - tensors[n].itemsize * int(np.prod(self._stored[n]))
-            save_file(tensors, self._shard(k), metadata={"format": "pt"})
+    def _make_file(self, path: pathlib.Path, members: Sequence[int], wanted: Mapping[str, tuple[int, ...]]) -> None:
+        as_they_are = all(tuple(shape) == wanted[name] for k in members for name, shape in self._shards[k].items())
+        if len(members) == 1 and as_they_are:
+            path.unlink(missing_ok=True)
+            try:
+                os.link(self._shard(members[0]), path)
+            except OSError:  # a file system without links
+                shutil.copyfile(self._shard(members[0]), path)
+            return
+        tensors = {name: x for k in members for name, x in load_file(self._shard(k)).items()}
+        for name in [n for n, x in tensors.items() if x.shape != wanted[n]]:
+            fill = [(0, w - h) for h, w in zip(tensors[name].shape, wanted[name], strict=True)]
+            tensors[name] = np.pad(tensors[name], fill)
+        save_file(tensors, path, metadata=METADATA)
+
+
+def _bias_name(spec: Any) -> str:
+    """The name of a linear's bias, whether it has one or not."""
+    return spec.w.name.removesuffix("weight") + "bias"
 
 
 def _named(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
@@ -137,7 +201,7 @@ def _named(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
         spec, b = getattr(specs, name), getattr(block, name).b
         if b is None and spec.b is not None:
             raise ValueError(f"{spec.b.name} was lost")
-        bias: Any = None if b is None else hf.Spec(spec.w.name.removesuffix("weight") + "bias", b.shape)
+        bias: Any = None if b is None else hf.Spec(_bias_name(spec), b.shape)
         new[name] = Linear(spec.w, bias)
     return specs.replace(**new)
 

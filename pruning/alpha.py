@@ -1,12 +1,13 @@
 """AlphaPruning (Lu et al. 2024): blocks whose weights have heavier-tailed spectra are better trained, and keep more."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.arch import Model
+from calibration.fold import fold_blocks
+from models.arch import Block, Model
 from models.errors import InputError
 from pruning.allocate import all_shapes, block_means, by_block, exact
 from pruning.types import Allocation, Allocator, Layerwise, Request
@@ -83,13 +84,14 @@ def alpha(epsilon: float = 0.1, variant: Literal["corrected", "official"] = "cor
         raise InputError(f"alpha: epsilon={epsilon} must be at least 0 and less than 1")
 
     def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
-        advance = request.stage("fitting spectra", len(model.blocks))
-        found: list[dict[str, float]] = []
         shapes = all_shapes(model)
-        for i in range(len(model.blocks)):
-            block = model.blocks[i]
-            found.append({s.name: exponent(getattr(block, s.name).w, variant == "official") for s in model.arch.slots})
-            advance()
+
+        def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
+            return block, {s.name: exponent(getattr(block, s.name).w, variant == "official") for s in model.arch.slots}
+
+        advance = request.stage("fitting spectra", len(model.blocks))
+        nothing = tokens[:0]  # the spectra are of weights alone
+        found = fold_blocks(model, nothing, visit, watch={}, propagate="pruned", advance=advance, journal=request.journal)
         asked = fractions(np.array([np.mean(list(block.values())) for block in found]), request.sparsity, epsilon)
         sizes = np.array([sum(out * inputs for out, inputs in block.values()) for block in shapes])
         asked = asked * request.sparsity / np.average(asked, weights=sizes)

@@ -31,22 +31,18 @@ def _of_readers(model: Model, block: Block, stats: Mapping[str, Any], channels: 
 
 def _measured(
     model: Model, tokens: np.ndarray, request: Request, observer: Observer | None, channels: Channels, what: str
-) -> tuple[Units, Units, list[dict[str, np.ndarray]], list[Mapping[str, Any]]]:
-    """One dense walk: heads and neurons with the metric of their channels, each block's {reader: that}, and its {tap: statistics}."""
+) -> tuple[Units, Units, list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
+    """One dense walk: heads and neurons with the metric of their channels, each block's {reader: that}, and its {tap: mean}."""
     groups = [model.arch.group(name) for name in GROUPS]
-    found: list[dict[str, np.ndarray]] = []
-    seen: list[Mapping[str, Any]] = []
-    costs: list[float] = []
 
-    def measure(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-        found.append(_of_readers(model, block, stats, channels))
-        seen.append(dict(stats))
-        costs[:] = [cost(block, g) for g in groups]  # of a unit: the same in every block
-        return block
+    def measure(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+        means = {tap: s.mean for tap, s in stats.items()} if observer else {}
+        costs = [cost(block, g) for g in groups]  # of a unit: the same in every block
+        return block, (_of_readers(model, block, stats, channels), means, costs)
 
-    walk(model, tokens, request, measure, observer, "dense", what)
+    found, means, (costs, *_) = zip(*walk(model, tokens, request, measure, observer, "dense", what), strict=True)
     heads, neurons = (Units([m[g.reader.name] for m in found], g.reader.width, c) for g, c in zip(groups, costs, strict=True))
-    return heads, neurons, found, seen
+    return heads, neurons, list(found), list(means)
 
 
 def _keeps(kept: Kept, neurons: Sequence[np.ndarray], round_to: int) -> list[Keep]:
@@ -95,11 +91,11 @@ def flap(
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         observer = released_fluctuation if official else moments
-        heads, neurons, scores, seen = _measured(model, tokens, request, observer, channels, "measuring fluctuation")
+        heads, neurons, scores, means = _measured(model, tokens, request, observer, channels, "measuring fluctuation")
         choose = released if official and request.sparsity else sound  # the released code always removes something
         kept = choose(heads, neurons, request.sparsity, structure, heads_removed if request.sparsity else 0)
         keeps = _keeps(kept, neurons.metric, round_to)
-        remove(model, tokens, request, put, keeps, how, None if refit else seen)
+        remove(model, tokens, request, put, keeps, how, means if how == "bias" else None)
         return outcome(model.arch, keeps, request, scores, f"{metric} of channels")
 
     return Method(method, Leaves(GROUPS, structure.startswith("UL"), bias), check=functools.partial(whole_units, "flap"))
@@ -138,21 +134,20 @@ def _by_channels(
     check_round_to(name, round_to)
 
     def local(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        arch, keeps, scores = model.arch, [], []
+        arch = model.arch
 
-        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
+        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             metrics, kept = _of_readers(model, block, _moments_of(stats, how), channels), {}
             for group in map(arch.group, GROUPS):
                 score = metrics[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
                 keep = lowest(score, int(request.sparsity * len(score)))
                 (kept[group.name],) = rounded([score], [keep], round_to if group.name == "neurons" else 0)
-            keeps.append(kept)
-            scores.append(metrics)
             new = without(arch, repaired(arch, block, stats, kept, how), kept)
             put(i, new)
-            return new
+            return new, (kept, metrics)
 
-        walk(model, tokens, request, visit, OBSERVED[how] or observer, "pruned", "pruning")
+        records = walk(model, tokens, request, visit, OBSERVED[how] or observer, "pruned", "pruning")
+        keeps, scores = zip(*records, strict=True)
         return outcome(arch, keeps, request, scores, label)
 
     def over_all(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:

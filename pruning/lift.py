@@ -95,10 +95,10 @@ def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
     return found
 
 
-def by_name(found: Mapping[int, Mapping[str, Mapping[str, float]]], blocks: int) -> dict[str, Any]:
-    """Figures as the report has them: for each name a list with one {tap: figure} a block, empty where nothing was done."""
-    names = {name for taps in found.values() for n in taps.values() for name in n}
-    return {name: [{tap: n[name] for tap, n in found.get(i, {}).items()} for i in range(blocks)] for name in sorted(names)}
+def by_name(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Every block's figures as the report has them: for each name a list with one {tap: figure} a block, empty where nothing was done."""
+    names = {name for taps in found for n in taps.values() for name in n}
+    return {name: [{tap: n[name] for tap, n in taps.items()} for taps in found] for name in sorted(names)}
 
 
 def rule_of(request: Request, unstructured: Pattern) -> Pattern:
@@ -144,20 +144,21 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
         arch, rule = model.arch, rule_of(request, unstructured)
         own = pruner(rule)
         allocation = allocate(model, tokens, request, Layerwise(own, rule))
-        budget, found = allocation.budget, {}
+        budget = allocation.budget
         pruners = (request.refine or unrefined)(arch, every_tap(arch, own))
 
-        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
+        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+            found: dict[str, dict[str, float]] = {}
             if counts := counts_of(arch, rule, block, budget[i]):
                 block, notes = solve_block(arch, pruners, block, stats, counts)
-                found[i] = figures(i, notes)
+                found = figures(i, notes)
             put(i, block)
-            return block
+            return block, found
 
         watch = watched(pruners)
         # Without statistics the walk needs no activations either.
         calibration = tokens if watch else tokens[:0]
-        fold_blocks(
+        found = fold_blocks(
             model,
             calibration,
             visit,
@@ -166,8 +167,9 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             batch=request.batch,
             mesh=request.mesh,
             advance=request.stage("pruning", len(model.blocks)),
+            journal=request.journal,
         )
-        details = {**allocation.details, **by_name(found, len(model.blocks))}
+        details = {**allocation.details, **by_name(found)}
         return Outcome(asked_of(budget), details=details, warnings=allocation.warnings)
 
     def check(model: Model, request: Request) -> None:

@@ -34,33 +34,40 @@ def _linears(model: Model) -> tuple[tuple[str, ...], str, str]:
     return tuple(gates), up, group.reader.name
 
 
-def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict[str, jax.Array]]:
+def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict[str, np.ndarray]]:
     """A block's norms of what enters up and down, and of what leaves them; one dense forward."""
     _, up, down = _linears(model)
     into_up, into_down = map(model.arch.tap, (up, down))
-    found: list[dict[str, jax.Array]] = []
 
-    def visit(i: int, block: Block, stats: Any) -> Block:
+    def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
         norms = {name: s.mean for name, s in stats.items()}
-        found.append({"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]})
-        return block
+        return block, {"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]}
 
     watch = dict.fromkeys((into_up, into_down, up, down), batch_norms)
     advance = request.stage("measuring activations", len(model.blocks))
-    fold_blocks(model, tokens, visit, watch=watch, propagate="dense", batch=request.batch, mesh=request.mesh, advance=advance)
-    return found
+    return fold_blocks(
+        model,
+        tokens,
+        visit,
+        watch=watch,
+        propagate="dense",
+        batch=request.batch,
+        mesh=request.mesh,
+        advance=advance,
+        journal=request.journal,
+    )
 
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 2 * i + which), (width,))
 
 
-def _stacked(model: Model, stats: Sequence[dict[str, jax.Array]], run: range, seed: int) -> Ffn:
+def _stacked(model: Model, stats: Sequence[dict[str, np.ndarray]], run: range, seed: int) -> Ffn:
     """The run's feed-forward parts with every array stacked [blocks ...]."""
     gates, up, down = _linears(model)
 
     def ffn(i: int) -> Ffn:
-        block, s = model.blocks[i], stats[i]
+        block, s = model.blocks[i], jax.tree.map(jnp.asarray, stats[i])
         weights = (getattr(block, up).w, tuple(getattr(block, g).w for g in gates), getattr(block, down).w)
         noise = (_noise(seed, i, s["a_up"].shape[0], 0), _noise(seed, i, s["a_down"].shape[0], 1))
         return Ffn(*weights, s["a_in"], s["a_up"], s["a_mid"], s["a_down"], *noise)
@@ -68,7 +75,7 @@ def _stacked(model: Model, stats: Sequence[dict[str, jax.Array]], run: range, se
     return jax.tree.map(lambda *xs: jnp.stack(xs), *(ffn(i) for i in run))
 
 
-def _runs(stats: Sequence[dict[str, jax.Array]], linears: int) -> list[range]:
+def _runs(stats: Sequence[dict[str, np.ndarray]], linears: int) -> list[range]:
     """Consecutive blocks of equal widths, no more in one run than RUN_BYTES of stacked weights."""
     runs = []
     for (f, d), group in itertools.groupby(range(len(stats)), lambda i: (stats[i]["a_up"].shape[0], stats[i]["a_in"].shape[0])):
@@ -78,11 +85,11 @@ def _runs(stats: Sequence[dict[str, jax.Array]], linears: int) -> list[range]:
 
 
 def _importance(
-    model: Model, stats: Sequence[dict[str, jax.Array]], centrality: Centrality, backward: bool, seed: int
+    model: Model, stats: Sequence[dict[str, np.ndarray]], centrality: Centrality, backward: bool, seed: int
 ) -> list[HostRanks]:
     """Every block's ranks of neurons [f] and channels [d], the importance carried along all blocks."""
     runs = _runs(stats, len(model.arch.group("neurons").writers) + 1)
-    carried = jnp.ones_like(stats[0]["a_in"]) if backward else stats[0]["a_in"]
+    carried = jnp.ones_like(stats[0]["a_in"]) if backward else jnp.asarray(stats[0]["a_in"])
     found: dict[int, HostRanks] = {}
     for run in reversed(runs) if backward else runs:
         carried, (neurons, channels) = flow(centrality, backward, _stacked(model, stats, run, seed), carried)

@@ -4,13 +4,13 @@ Both steps have one parameter, lambda, and try values of it. All trials of a ste
 """
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 
-from calibration.fold import batches, observe, walk_blocks
+from calibration.fold import Visited, batches, observe, walk_blocks
 from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
@@ -47,6 +47,13 @@ class _Search(NamedTuple):
         advance = self.request.stage(what, len(self.model.blocks))
         walk_blocks(self.model, self.tokens, visit, batch=self.request.batch, mesh=self.request.mesh, advance=advance)
 
+    def tried(self, trials: "Trials", budgets: Sequence[Budget], what: str) -> tuple[list[float], list[Norms]]:
+        """What the trials give, a durable step of the run."""
+        return self.request.step(lambda: trials(self, budgets, what))
+
+
+Trials = Callable[[_Search, Sequence[Budget], str], tuple[list[float], list[Norms]]]
+
 
 def _norms(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {tap: np.sqrt(np.asarray(state.per_sample, np.float64)) for tap, state in stats.items()}
@@ -75,7 +82,7 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
     scores, lost = [0.0] * len(budgets), [[] for _ in budgets]  # type: tuple[list[float], list[Norms]]
     streams: list[list[jax.Array]] = []
 
-    def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, list[jax.Array]]:
+    def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
         if i == 0:
             streams.extend(list(xs) for _ in budgets)
         for k, budget in enumerate(budgets):
@@ -85,7 +92,7 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return block, xs
+        return Visited(block, xs)
 
     search.walk(what, visit)
     return scores, lost
@@ -131,7 +138,7 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
     streams: list[list[jax.Array]] = []
     lost: list[Norms] = [[] for _ in budgets]
 
-    def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, list[jax.Array]]:
+    def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
         if i == 0:
             streams.extend(list(xs) for _ in budgets)
         stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, second_moment), i, block, xs, onward=not last))
@@ -140,7 +147,7 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
         for k, new in enumerate(_trials(search, block, prepared, counts)):
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return block, xs
+        return Visited(block, xs)
 
     search.walk(what, visit)
     ends = place(search.model.ends, request.mesh)
@@ -212,14 +219,14 @@ def _released(search: _Search, step: str) -> tuple[_Step, _Step]:
     grid = [lam for lam in GRID if s < DENSEST or lam < GRID[-1]] if step != "row" else []
     even = [within(schedule(len(model.blocks), s, lam)) for lam in grid] or [np.full(len(model.blocks), s)]
     budgets = [by_block(model, f) for f in even]
-    scores, lost = _aligned(search, budgets, "trying block-wise sparsities")
+    scores, lost = search.tried(_aligned, budgets, "trying block-wise sparsities")
     k = int(np.argmin(scores))
     first = _Step(grid, scores if grid else [], grid[k] if grid else None, budgets[k], lost[k])
     if step == "block":
         return first, _Step([], [], None, first.budget, [])
     grid = [0.0, *GRID]
     budgets = [_official_rows(search, lost[k], even[k], lam) for lam in grid]
-    scores, lost = _aligned(search, budgets, "trying row-wise sparsities")
+    scores, lost = search.tried(_aligned, budgets, "trying row-wise sparsities")
     k = int(np.argmin(scores))
     return first, _Step(grid, scores, grid[k], budgets[k], lost[k])
 
@@ -236,7 +243,7 @@ def _sound(search: _Search, step: str) -> tuple[_Step, _Step]:
         return min(found, key=lambda lam: found[lam][0])
 
     def attempt(lambdas: Sequence[float], budgets: list[Budget], what: str) -> None:
-        losses, lost = _losses(search, budgets, what)
+        losses, lost = search.tried(_losses, budgets, what)
         found.update(zip(lambdas, zip(losses, budgets, lost, strict=True), strict=True))
 
     def finished() -> _Step:

@@ -42,16 +42,24 @@ def owl(m: float = 5, lam: float = 0.08, variant: Literal["corrected", "official
         raise InputError(f"owl: m={m} must be positive, lam={lam} at least 0 and less than 1")
 
     def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
-        shares: list[float] = []
         shapes = all_shapes(model)
         advance = request.stage("counting outliers", len(model.blocks))
 
-        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-            shares.append(float(_of_block(model.arch, block, stats, m)))
-            return block
+        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+            return block, float(_of_block(model.arch, block, stats, m))
 
         watch = {s.reads: second_moment for s in model.arch.slots}
-        fold_blocks(model, tokens, visit, watch=watch, propagate="dense", batch=request.batch, mesh=request.mesh, advance=advance)
+        shares = fold_blocks(
+            model,
+            tokens,
+            visit,
+            watch=watch,
+            propagate="dense",
+            batch=request.batch,
+            mesh=request.mesh,
+            advance=advance,
+            journal=request.journal,
+        )
         asked = spread(np.array(shares), request.sparsity, lam)
         official = variant == "official"
         budget = by_block(model, within(asked)) if official else exact(by_block(model, asked), shapes, request.sparsity)

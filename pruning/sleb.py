@@ -1,13 +1,13 @@
 """SLEB over a model: whole blocks (or their two halves) leave, one after the other, each time the one that is missed least."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from models.arch import Arch, Model
 from models.errors import InputError
-from pruning.sleb_core import Path, Runner, Trial, Unit, silenced, try_all, without
+from pruning.sleb_core import TIERS, Candidate, Path, Runner, Trial, Unit, silenced, try_all, without
 from pruning.types import Method, Outcome, Put, Request, whole_units
 
 Kind = Literal["blocks", "sublayers"]
@@ -73,6 +73,20 @@ def _influences(
     return {u: float(np.average([f[u] for f in found], weights=sizes)) for u in units}
 
 
+def _phase(
+    runner: Runner, candidates: Mapping[int, Candidate], best: int, stop: bool, advance: Callable[[], None], request: Request
+) -> tuple[dict[int, Trial], int]:
+    """`try_all` as a durable step: the trials, and what was run for them."""
+
+    def compute() -> Any:
+        before = runner.evaluations
+        trials = try_all(runner, candidates, best, stop, advance)
+        return [[u, *t] for u, t in trials.items()], runner.evaluations - before
+
+    trials, run = request.step(compute)
+    return {u: Trial(*t) for u, *t in trials}, run
+
+
 def _search(runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop: bool, request: Request) -> Trace:
     """Remove `n` of the units in `rounds` phases of trials: as many as go (greedy), one, or none, which leaves it to their influence."""
     writers, order = _writers(runner.arch), list(units)
@@ -81,7 +95,8 @@ def _search(runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop
     if not n:
         return Trace(path, [], [], {}, [], [])
     if stop or not rounds:  # the first micro-batch is enough to put candidates in an order
-        influence = _influences(runner, path, units, range(len(runner.sizes) if not rounds else 1), request)
+        found = request.step(lambda: _influences(runner, path, units, range(len(runner.sizes) if not rounds else 1), request))
+        influence = {int(u): x for u, x in found.items()}
         order = sorted(order, key=lambda u: (influence[u], u))
     if not rounds:
         removed = _lowest(influence, n, "the influence")
@@ -90,19 +105,17 @@ def _search(runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop
         )
     advance = request.stage("trying removals", sum(len(order) - p for p in range(rounds)))
     trace = Trace(path, [], [], influence, [], [])
-    before = 0
     for _ in range(rounds):
         candidates = {u: without(path, units[u], writers) for u in order}
-        trials = try_all(runner, candidates, n // rounds, stop, advance)
+        trials, run = _phase(runner, candidates, n // rounds, stop, advance, request)
         gone = _lowest({u: t.loss for u, t in trials.items()}, n // rounds, "the loss")
         for piece in [path[candidates[u].shared] for u in gone]:
             runner.forget(piece)
         path = _after(path, [units[u] for u in gone], writers)
         trace.phases.append(trials)
         trace.removed.extend(gone)
-        trace.evaluations.append(runner.evaluations - before)
+        trace.evaluations.append(run)
         trace.plain.append(sum(len(c.path) for c in candidates.values()) * sum(runner.sizes))
-        before = runner.evaluations
         order = [u for u in (sorted(order, key=lambda u: (trials[u].guess, u)) if stop else order) if u not in gone]
     return trace._replace(path=path)
 
@@ -123,8 +136,7 @@ def _details(runner: Runner, trace: Trace, units: Sequence[Unit], kind: Kind) ->
         "cache": {
             "surviving_every": shared.room.every,
             "candidates_every": own.room.every,
-            "device_bytes": shared.most[True] + own.most[True],
-            "host_bytes": shared.most[False] + own.most[False],
+            **{f"{tier}_bytes": a + b for tier, a, b in zip(TIERS, shared.most, own.most, strict=True)},
         },
     }
     if kind == "sublayers":
@@ -168,6 +180,7 @@ def sleb(
     units: Kind = "blocks",
     device_gib: float = 2.0,
     host_gib: float = 4.0,
+    disk_gib: float = 0.0,
     variant: Literal["corrected", "official"] = "corrected",
 ) -> Method:
     """SLEB (Song et al. 2024, algorithm 1): the block whose absence costs the least loss goes; then all are tried again without it.
@@ -181,6 +194,7 @@ def sleb(
       units: "blocks", or "sublayers", where a block's attention and feed-forward part go separately; a part that goes alone is zeroed.
       device_gib: room on the devices for hidden states between blocks, which spares running blocks again; no result depends on it.
       host_gib: room on the host for those that do not fit there.
+      disk_gib: room in the temporary directory for those that fit on neither.
       variant: "corrected", the default, stops a candidate when the sum of its loss over windows exceeds the lowest whole loss of its
         phase: same order, less work (BUILD_NOTES.md has how much); "official" knows every loss, as the released code.
     Losses are the released code's: the sum over windows of the mean cross-entropy times the window's length.
@@ -189,8 +203,9 @@ def sleb(
         raise InputError(
             f"sleb: blocks={blocks}, early_barrier={early_barrier} and latter_barrier={latter_barrier} must not be negative"
         )
-    if not (device_gib >= 0 and host_gib >= 0):
-        raise InputError(f"sleb: device_gib={device_gib} and host_gib={host_gib} must not be negative")
+    if not min(device_gib, host_gib, disk_gib) >= 0:
+        raise InputError(f"sleb: device_gib={device_gib}, host_gib={host_gib} and disk_gib={disk_gib} must not be negative")
+    there = [int(gib * GIB) for gib in (device_gib, host_gib, disk_gib)]
 
     def choice(model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
         total = len(model.blocks)
@@ -209,7 +224,7 @@ def sleb(
         total, every = len(model.blocks), _units(model.arch, len(model.blocks), units)
         n, candidates = choice(model, request)
         asked = request.sparsity if blocks is None else n / len(every)
-        runner = Runner(model, tokens, request.batch, request.mesh, int(device_gib * GIB), int(host_gib * GIB))
+        runner = Runner(model, tokens, request.batch, request.mesh, there)
         rounds = {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
         trace = _search(runner, candidates, n, rounds, variant == "corrected", request)
         _put(model, trace.path, put)

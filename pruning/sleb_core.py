@@ -4,8 +4,13 @@ A *path* is the sequence of blocks that hidden states have been through. States 
 alike share what they have in common: a candidate for removal with the model it is removed from, and with itself one removal earlier.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+import pathlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -42,61 +47,90 @@ def without(path: Path, unit: Unit, writers: tuple[str, ...]) -> Candidate:
     return Candidate(path[:k] + rest + path[k + 1 :], k)
 
 
+TIERS = ("device", "host", "disk")  # where states can be, the fastest first
+
+
 class Room(NamedTuple):
-    """What a store may hold: states after every so many pieces (0: none), bytes on the devices, bytes on the host."""
+    """What a store may hold: states after every so many pieces (0: none), and bytes by tier."""
 
     every: int
-    device: int
-    host: int
+    bytes: tuple[int, ...]
 
 
-def plan(depth: int, state: int, device: int, host: int) -> tuple[Room, Room]:
+def _taken(need: int, there: Sequence[int]) -> tuple[int, ...]:
+    """What of each tier is used for so many bytes, the fastest first."""
+    found = []
+    for room in there:
+        found.append(min(need, room))
+        need -= found[-1]
+    return tuple(found)
+
+
+def plan(depth: int, state: int, there: Sequence[int]) -> tuple[Room, Room]:
     """How the bytes are spent: first on the states that the surviving blocks leave, then on those that candidates leave.
 
     Args:
-      depth: blocks; state: bytes of the hidden states of all windows between two blocks; device, host: bytes there are.
+      depth: blocks; state: bytes of the hidden states of all windows between two blocks; there: bytes by tier.
     Returns the room of the states that all candidates share, and that of each candidate's own. States that do not all fit are spread
     evenly over the blocks: what is missing is run again from the last one kept.
     """
     shared, own = (depth - 1) * state, depth * (depth - 1) // 2 * state
-    every = math.ceil(shared / (device + host)) if device + host else 0
-    spent = min(shared, device)
-    left = max(0, device + host - shared)
-    return (
-        Room(min(every, max(1, depth // 2)), spent, min(shared - spent, host)),
-        Room(math.ceil(own / left) if left else 0, device - spent, left - (device - spent)),
-    )
+    every = math.ceil(shared / sum(there)) if sum(there) else 0
+    taken = _taken(shared, there)
+    left = tuple(room - used for room, used in zip(there, taken, strict=True)) if sum(there) > shared else (0,) * len(there)
+    return Room(min(every, max(1, depth // 2)), taken), Room(math.ceil(own / sum(left)) if sum(left) else 0, left)
+
+
+class OnDisk(NamedTuple):
+    """States in a file; NumPy's files do not know every type."""
+
+    path: pathlib.Path
+    dtype: np.dtype
+    nbytes: int
 
 
 class Store:
-    """Hidden states [b t d] by (micro-batch, path), on the devices while there is room, then on the host, then not at all."""
+    """Hidden states [b t d] by (micro-batch, path): on the devices while there is room, then on the host, in files, or not at all."""
 
-    def __init__(self, room: Room):
-        self.room = room
-        self._held: dict[tuple[int, Path], jax.Array | np.ndarray] = {}
-        self._used = {True: 0, False: 0}  # bytes by whether they are on a device
-        self.most = {True: 0, False: 0}
+    def __init__(self, room: Room, directory: pathlib.Path):
+        self.room, self._directory, self._files = room, directory, itertools.count()
+        self._held: dict[tuple[int, Path], tuple[int, jax.Array | np.ndarray | OnDisk]] = {}  # with the tier
+        self._used = [0] * len(TIERS)
+        self.most = [0] * len(TIERS)
 
     def get(self, m: int, path: Path) -> jax.Array | np.ndarray | None:
         """The states that the path leaves of micro-batch `m`, if they were kept."""
-        return self._held.get((m, path))
+        _, x = self._held.get((m, path), (0, None))
+        return np.load(x.path).view(x.dtype) if isinstance(x, OnDisk) else x
 
     def put(self, m: int, path: Path, x: jax.Array) -> None:
         """Keep the states if the plan says so and there is room."""
         if not self.room.every or len(path) % self.room.every or (m, path) in self._held:
             return
-        for on_device, limit in ((True, self.room.device), (False, self.room.host)):
-            if self._used[on_device] + x.nbytes <= limit:
-                self._held[m, path] = x if on_device else np.asarray(x)
-                self._used[on_device] += x.nbytes
-                self.most[on_device] = max(self.most[on_device], self._used[on_device])
+        for tier, limit in enumerate(self.room.bytes):
+            if self._used[tier] + x.nbytes <= limit:
+                self._held[m, path] = tier, self._moved(x, tier)
+                self._used[tier] += x.nbytes
+                self.most[tier] = max(self.most[tier], self._used[tier])
                 return
+
+    def _moved(self, x: jax.Array, tier: int) -> jax.Array | np.ndarray | OnDisk:
+        if TIERS[tier] == "device":
+            return x
+        value = np.asarray(x)
+        if TIERS[tier] == "host":
+            return value
+        path = self._directory / f"{id(self)}-{next(self._files)}.npy"
+        np.save(path, value)
+        return OnDisk(path, value.dtype, value.nbytes)
 
     def forget(self, piece: Piece) -> None:
         """Drop what has been through a piece that has left the model."""
         for key in [k for k in self._held if piece in k[1]]:
-            x = self._held.pop(key)
-            self._used[isinstance(x, jax.Array)] -= x.nbytes
+            tier, x = self._held.pop(key)
+            self._used[tier] -= x.nbytes
+            if isinstance(x, OnDisk):
+                x.path.unlink()
 
 
 @jax.jit
@@ -119,14 +153,16 @@ class Runner:
     all candidates of a phase share, and those that are each candidate's own.
     """
 
-    def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, device: int, host: int):
+    def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, there: Sequence[int]):
         self.arch: Arch = model.arch
         self._mesh, self._ends = mesh, place(model.ends, mesh)
         self._blocks = [place(block, mesh) for block in model.blocks]
         self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
         width = jax.eval_shape(model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
-        shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, device, host)
-        self.stores = Store(shared), Store(own)
+        shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, there)
+        scratch = pathlib.Path(tempfile.mkdtemp(prefix="topiary-"))
+        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
+        self.stores = Store(shared, scratch), Store(own, scratch)
         self.depth, self.sizes, self.evaluations = len(self._blocks), [len(t) for t in self._tokens], 0
 
     def _apply(self, piece: Piece, x: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import observe, overflow, walk_blocks
+from calibration.fold import Visited, observe, overflow, walk_blocks
 from calibration.observers import gram
 from models.arch import Arch, Block, Model
 from models.errors import InputError
@@ -152,11 +152,11 @@ def _settings(
 
 
 def _outcome(
-    allocation: Allocation, covered: int, found: Mapping[int, Any], losses: list[list[float]], official: bool, damp: float
+    allocation: Allocation, covered: int, found: list[Any], losses: list[list[float]], official: bool, damp: float
 ) -> Outcome:
     asked = tuple(b if i < covered else {} for i, b in enumerate(asked_of(allocation.budget)))
     kept = [None if not x else len(x) - 1 if official else int(np.nanargmin(x)) for x in losses]
-    details = {**allocation.details, "loss": losses, "iteration_kept": kept, **by_name(found, len(losses))}
+    details = {**allocation.details, "loss": losses, "iteration_kept": kept, **by_name(found)}
     same = [i for i, (k, x) in enumerate(zip(kept, losses, strict=True)) if k == 0 and len(x) > 1]
     warnings = [f"block {i}: no iteration was better than SparseGPT's solution, which stays" for i in same]
     return Outcome(asked, details=details, warnings=(*allocation.warnings, *warnings, *sparsegpt.raised(details, damp)))
@@ -204,19 +204,19 @@ def sparsellm(
         # Budgets are tried with SparseGPT, which the alternation starts from.
         allocation = allocate(model, tokens, request, Layerwise(sparsegpt.pruner(damp, settings.rule), settings.rule))
         covered = len(model.blocks) // 2 if first_half else len(model.blocks)
-        found: dict[int, Any] = {}
-        losses: list[list[float]] = []
 
-        def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> tuple[Block, None]:
-            loss: list[float] = []
+        def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
+            found: dict[str, dict[str, float]] = {}
+            losses: list[float] = []
             if i < covered and (counts := counts_of(model.arch, settings.rule, block, allocation.budget[i])):
-                block, found[i], loss = run.block(i, block, xs, counts)
-            losses.append(loss)
+                block, found, losses = run.block(i, block, xs, counts)
             put(i, block)
-            return block, None
+            return Visited(block, record=(found, losses))
 
         advance = request.stage("pruning", len(model.blocks))
-        walk_blocks(model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=advance)
-        return _outcome(allocation, covered, found, losses, official, damp)
+        records = walk_blocks(
+            model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=advance, journal=request.journal
+        )
+        return _outcome(allocation, covered, [f for f, _ in records], [x for _, x in records], official, damp)
 
     return Method(method, check=check)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from calibration.journal import Journal, plain
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model
 from models.errors import InputError
@@ -69,6 +70,7 @@ class Request:
     batch, mesh: windows in one micro-batch, and the devices they are split over.
     seed: of whatever is random.
     stage: (what is done, in how many steps) -> what to call after each step, for a progress bar.
+    journal: where finished steps are kept for a run that is started again, or None.
     """
 
     sparsity: float
@@ -79,6 +81,11 @@ class Request:
     mesh: Mesh | None = None
     seed: int = 0
     stage: Callable[[str, int], Callable[[], None]] = lambda description, steps: lambda: None
+    journal: Journal | None = None
+
+    def step(self, compute: Callable[[], Any]) -> Any:
+        """`compute()`, as a durable step where there is a journal; what `Journal.step` says of its value holds without one too."""
+        return self.journal.step(compute) if self.journal else plain(compute())
 
 
 class Removed(NamedTuple):

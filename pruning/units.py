@@ -5,7 +5,7 @@ its bias (FLAP's); or a least-squares refit of what it still reads.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -20,6 +20,14 @@ from pruning.types import Outcome, Put, Removed, Request, gone
 GROUPS = ("heads", "neurons")
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; groups that are absent stay whole
 Repair = Literal["none", "bias", "refit"]
+
+
+class Mean(NamedTuple):
+    """All that repair by the bias wants of a tap's statistics: the mean of its channels [c]."""
+
+    mean: np.ndarray
+
+
 OBSERVED: Mapping[Repair, Observer | None] = {"none": None, "bias": moments, "refit": pair(moments, gram)}
 
 
@@ -70,18 +78,28 @@ def walk(
     model: Model,
     tokens: np.ndarray,
     request: Request,
-    visit: Callable[[int, Block, Mapping[str, Any]], Block],
+    visit: Callable[[int, Block, Mapping[str, Any]], tuple[Block, Any]],
     observer: Observer | None,
     propagate: Literal["pruned", "dense"],
     what: str,
     groups: Sequence[str] = GROUPS,
-) -> None:
+) -> list[Any]:
     """`fold_blocks` that watches what the readers of the groups get; without an observer, blocks alone."""
     watch = {model.arch.tap(model.arch.group(name).reader.name): observer for name in groups} if observer else {}
     advance = request.stage(what, len(model.blocks))
     if not observer:
         tokens, propagate = tokens[:0], "pruned"  # nothing to run through the blocks
-    fold_blocks(model, tokens, visit, watch=watch, propagate=propagate, batch=request.batch, mesh=request.mesh, advance=advance)
+    return fold_blocks(
+        model,
+        tokens,
+        visit,
+        watch=watch,
+        propagate=propagate,
+        batch=request.batch,
+        mesh=request.mesh,
+        advance=advance,
+        journal=request.journal,
+    )
 
 
 def remove(
@@ -91,20 +109,21 @@ def remove(
     put: Put,
     keeps: Sequence[Keep],
     how: Repair,
-    known: Sequence[Mapping[str, Any]] | None = None,
+    known: Sequence[Mapping[str, np.ndarray]] | None = None,
 ) -> None:
     """Repair and cut every block and hand it over.
 
     Args:
       keeps: a block's choice.
       how: a repair takes its statistics from what reaches each block of the model pruned so far,
-      known: unless they are given: a block's, as `repaired` takes them.
+      known: unless it is the bias and each block's {tap: mean of its channels} is given.
     """
 
-    def finish(i: int, block: Block, stats: Mapping[str, Any]) -> Block:
-        block = without(model.arch, repaired(model.arch, block, known[i] if known else stats, keeps[i], how), keeps[i])
+    def finish(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+        seen = {tap: Mean(mean) for tap, mean in known[i].items()} if known else stats
+        block = without(model.arch, repaired(model.arch, block, seen, keeps[i], how), keeps[i])
         put(i, block)
-        return block
+        return block, None
 
     walk(model, tokens, request, finish, None if known else OBSERVED[how], "pruned", "pruning", list(keeps[0]))
 

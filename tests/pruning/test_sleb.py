@@ -100,23 +100,25 @@ def test_a_block_switched_off_is_a_block_dropped(family: str) -> None:
 
 
 ROOMS = [
-    (0.0, 0.0),
-    (7 * WINDOWS * STATE, 0.0),
-    (0.0, 5 * STATE),
-    (3 * WINDOWS * STATE, 2 * WINDOWS * STATE),
-    (STATE, GIB * STATE),
+    (0.0, 0.0, 0.0),
+    (7 * WINDOWS * STATE, 0.0, 0.0),
+    (0.0, 5 * STATE, 0.0),
+    (3 * WINDOWS * STATE, 2 * WINDOWS * STATE, 0.0),
+    (STATE, GIB * STATE, 0.0),
+    (0.0, 0.0, 7 * WINDOWS * STATE),
+    (2 * STATE, 3 * STATE, 1.0),
 ]
 
 
 @families
 @pytest.mark.parametrize("room", ROOMS)
 @pytest.mark.parametrize("variant", ["official", "corrected"])
-def test_no_result_depends_on_the_cache(family: str, room: tuple[float, float], variant: str) -> None:
+def test_no_result_depends_on_the_cache(family: str, room: tuple[float, float, float], variant: str) -> None:
     m = deep(family)
     want = details(m, 4, variant=variant)
-    got = details(m, 4, variant=variant, device_gib=room[0], host_gib=room[1])
+    got = details(m, 4, variant=variant, device_gib=room[0], host_gib=room[1], disk_gib=room[2])
     assert all(got[k] == want[k] for k in ("removal_order", "losses", "stopped_at"))
-    spent = got["cache"]["device_bytes"], got["cache"]["host_bytes"]
+    spent = [got["cache"][f"{tier}_bytes"] for tier in core.TIERS]
     assert all(s <= r * GIB for s, r in zip(spent, room, strict=True)) and any(spent) == any(room)
     runs = [sum(d["block_evaluations"]["run"]) for d in (want, got)]
     plain = sum(got["block_evaluations"]["plain_search"])
@@ -277,12 +279,15 @@ def test_sparsity_is_a_fraction_of_the_blocks_unless_their_number_is_given() -> 
 
 @pytest.mark.parametrize("device", [0, 1, 5, 21, 22, 60, 1000])
 @pytest.mark.parametrize("host", [0, 1, 6, 30, 1000])
-def test_the_plan_spends_no_more_than_there_is(device: int, host: int) -> None:
-    shared, own = core.plan(8, 3, device, host)
-    assert shared.device + own.device <= device and shared.host + own.host <= host
+@pytest.mark.parametrize("disk", [0, 40])
+def test_the_plan_spends_no_more_than_there_is(device: int, host: int, disk: int) -> None:
+    there = (device, host, disk)
+    shared, own = core.plan(8, 3, there)
+    assert all(a + b <= room for a, b, room in zip(shared.bytes, own.bytes, there, strict=True))
     assert shared.every <= 4
-    if device + host >= 21:
-        assert shared.every == 1 and shared.device + shared.host == 21
+    if sum(there) >= 21:
+        assert shared.every == 1 and sum(shared.bytes) == 21
+        assert shared.bytes[:2] == (min(device, 21), min(host, 21 - min(device, 21)))  # the fastest first
     else:
         assert own.every == 0
-    assert (own.every == 1) == (device + host - 21 >= 28 * 3)
+    assert (own.every == 1) == (sum(there) - 21 >= 28 * 3)

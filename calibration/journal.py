@@ -1,0 +1,205 @@
+"""Durable steps: what a run has finished is on disk, and the same run started again goes on behind it.
+
+A run is a sequence of steps in a fixed order: a measurement, a phase of a search, a walk over the blocks. A step's value is written when
+it is done; a walk is also interruptible between blocks, by its hidden states at that point. `journal.json` names all files that count and
+is replaced in one stroke after they are written, so whatever instant a run is killed at, one of two consistent states is there.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from models.errors import InputError
+
+INDEX = "journal.json"
+SHARE = 0.1  # of the time that may go into saving hidden states: the rest is what a kill costs at most
+
+
+class Sink(Protocol):
+    """Where finished blocks go. `mark` makes what was put so far durable and says where it ended, JSON-able; `rewind` goes back there,
+    with InputError where the files are not as they were."""
+
+    def mark(self) -> Any: ...
+    def rewind(self, mark: Any) -> None: ...
+
+
+class Begun(NamedTuple):
+    """Where a walk stands: a record for each finished block, and the hidden states behind the last of them; None where none is."""
+
+    records: list[Any]
+    states: list[jax.Array] | None
+
+
+def write_durably(path: pathlib.Path, data: bytes) -> None:
+    """Write a file that is there whole or not at all, also after a crash of the machine."""
+    beside = path.with_name(path.name + ".new")
+    with beside.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def plain(value: Any) -> Any:
+    """A value with its arrays on the host and its tuples as lists: as it comes back from a file."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return np.asarray(value) if isinstance(value, jax.Array) else value
+
+
+def _pack(value: Any) -> bytes:
+    from flax.serialization import msgpack_serialize
+
+    return msgpack_serialize({"value": value})
+
+
+def _unpack(path: pathlib.Path) -> Any:
+    from flax.serialization import msgpack_restore
+
+    return msgpack_restore(path.read_bytes())["value"]
+
+
+def _size(path: pathlib.Path) -> int:
+    """Bytes of a file, or of all files of a directory; -1 where nothing is."""
+    if path.is_dir():
+        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+    return path.stat().st_size if path.is_file() else -1
+
+
+class Journal:
+    """The steps of one run, in a directory of their own.
+
+    Args:
+      fingerprint: all that the result depends on, by a name for people: a run with another one is refused.
+      sink: rewound to the last step that was finished.
+    Raises InputError for another fingerprint, named, and for files that are damaged or gone.
+    """
+
+    def __init__(self, directory: pathlib.Path, fingerprint: Mapping[str, Any], sink: Sink):
+        self._directory, self._sink = directory, sink
+        self._step, self._steps, self._walk = 0, [], None  # type: tuple[int, list[str], dict[str, Any] | None]
+        self._fingerprint = json.loads(json.dumps(fingerprint))
+        self._saved, self._cost = time.monotonic(), 0.0
+        directory.mkdir(parents=True, exist_ok=True)
+        if any(directory.iterdir()):
+            self._open()
+        else:
+            self._commit([], None)
+
+    def _damaged(self, name: str) -> InputError:
+        return InputError(f"{self._directory / name} of the unfinished run is damaged or gone: begin anew with --noresume")
+
+    def _open(self) -> None:
+        try:
+            index = json.loads((self._directory / INDEX).read_text(encoding="utf-8"))
+            was, sizes = index["fingerprint"], index["sizes"]
+            self._steps, self._walk = index["steps"], index["walk"]
+            mark = index["sink"]
+        except (ValueError, KeyError, TypeError, OSError):
+            raise self._damaged(INDEX) from None
+        changed = [k for k in {**was, **self._fingerprint} if was.get(k) != self._fingerprint.get(k)]
+        if changed:
+            raise InputError(
+                f"an unfinished run in {self._directory} had another {', '.join(_told(k, was, self._fingerprint) for k in changed)}: "
+                "repeat its command to go on, or begin anew with --noresume"
+            )
+        for name, size in sizes.items():
+            if _size(self._directory / name) != size:
+                raise self._damaged(name)
+        self._sink.rewind(mark)
+
+    @property
+    def finished(self) -> int:
+        """How many steps are, an interrupted walk counted in."""
+        return len(self._steps) + (self._walk is not None)
+
+    def step(self, compute: Callable[[], Any]) -> Any:
+        """The value of the next step: read if it was finished before, else computed and written.
+
+        It consists of dicts with text for keys, lists, numbers, text, None and arrays, and comes back so (`plain`).
+        """
+        if self._step < len(self._steps):
+            value = _unpack(self._directory / self._steps[self._step])
+        else:
+            value = plain(compute())
+            self._finish(value)
+        self._step += 1
+        return value
+
+    def _finish(self, value: Any) -> None:
+        name = f"{self._step:03d}.msgpack"
+        write_durably(self._directory / name, _pack(value))
+        self._commit([*self._steps, name], None)
+
+    def _commit(self, steps: list[str], walk: dict[str, Any] | None) -> None:
+        used = [*steps, *(name for name in (walk["records"], walk["states"]) if name)] if walk else steps
+        sizes = {name: _size(self._directory / name) for name in used}
+        index = {"fingerprint": self._fingerprint, "steps": steps, "walk": walk, "sink": self._sink.mark(), "sizes": sizes}
+        write_durably(self._directory / INDEX, json.dumps(index).encode())
+        self._steps, self._walk = steps, walk
+        for path in self._directory.iterdir():
+            if path.name not in (*used, INDEX):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    def begin(self, states: Sequence[jax.ShapeDtypeStruct]) -> Begun:
+        """Where the next step, a walk, stands.
+
+        Args:
+          states: the shapes, types and placements of its hidden states.
+        """
+        if self._step < len(self._steps):
+            return Begun(_unpack(self._directory / self._steps[self._step]), None)
+        if not self._walk:
+            return Begun([], None)
+        records = _unpack(self._directory / self._walk["records"])
+        if not states:
+            return Begun(records, [])
+        from orbax.checkpoint import StandardCheckpointer
+
+        with StandardCheckpointer() as checkpointer:
+            return Begun(records, checkpointer.restore(self._directory.absolute() / self._walk["states"], list(states)))
+
+    def reach(self, blocks: int, records: Sequence[Any], states: list[jax.Array]) -> None:
+        """Say that the walk has finished so many blocks. It is saved if saving does not cost more than `SHARE` of the time."""
+        now = time.monotonic()
+        if blocks > 1 and now - self._saved < self._cost / SHARE:
+            return
+        name = f"{self._step:03d}-{blocks:03d}"
+        if states:
+            from orbax.checkpoint import StandardCheckpointer
+
+            shutil.rmtree(self._directory / name, ignore_errors=True)  # of a run that was killed while it saved
+            with StandardCheckpointer() as checkpointer:
+                checkpointer.save(self._directory.absolute() / name, states)
+        write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
+        self._commit(self._steps, {"records": f"{name}.msgpack", "states": name if states else None})
+        self._saved = time.monotonic()
+        self._cost = self._saved - now
+
+    def complete(self, records: Sequence[Any]) -> None:
+        """Say that the walk is over."""
+        if self._step == len(self._steps):
+            self._finish(list(records))
+        self._step += 1
+
+
+def _told(name: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """A name with its two values, where these are short enough to tell people something."""
+    a, b = (json.dumps(x.get(name)) for x in (was, now))
+    return f"{name} ({a}, now {b})" if max(len(a), len(b)) < 60 else name
+
+
+def file_digest(path: pathlib.Path) -> str:
+    """SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,166 @@
+"""Finished steps survive: what is read back is what was computed, a step is computed once, and damage is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from calibration.journal import Journal, plain
+from models.errors import InputError
+from models.sharding import make_mesh, split
+
+PRINT = {"--sparsity": 0.5, "weights": {"a": "b" * 64}}
+
+
+class Sink:
+    """Counts; rewinds."""
+
+    def __init__(self) -> None:
+        self.at = 0
+
+    def mark(self) -> int:
+        return self.at
+
+    def rewind(self, mark: int) -> None:
+        self.at = mark
+
+
+def never() -> Any:
+    raise AssertionError("the step was finished")
+
+
+VALUE = {
+    "a": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "b": [1, 2.5, "text", None, True, float("inf")],
+    "c": {"d": np.zeros((0, 3), np.int64), "e": np.array([True, False])},
+    "f": [0.1 + 0.2, np.float64(1 / 3).item()],
+}
+
+
+def assert_same(a: Any, b: Any) -> None:
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert type(x) is type(y)
+        np.testing.assert_array_equal(x, y)
+
+
+def test_a_step_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
+    first = Journal(tmp_path, PRINT, Sink())
+    assert first.finished == 0
+    assert_same(first.step(lambda: VALUE), VALUE)
+    assert first.step(lambda: (1, jnp.ones(2)))[0] == 1
+    again = Journal(tmp_path, PRINT, Sink())
+    assert again.finished == 2
+    assert_same(again.step(never), VALUE)
+    assert_same(again.step(never), [1, np.ones(2, np.float32)])
+    assert again.step(lambda: "third") == "third"
+
+
+def test_without_a_file_a_value_has_the_same_form() -> None:
+    assert_same(plain({1: (jnp.ones(2), 3)}), {"1": [np.ones(2, np.float32), 3]})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("mesh", ["", "data=4,model=2"])
+def test_a_walk_goes_on_with_the_states_it_had(dtype: str, mesh: str, tmp_path: Path) -> None:
+    m = make_mesh(mesh) if mesh else None
+    states = [split(jax.random.normal(jax.random.key(i), (n, 3, 5)).astype(dtype), m, "sample") for i, n in enumerate((4, 3))]
+    like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in states]
+    sink = Sink()
+    first = Journal(tmp_path, PRINT, sink)
+    assert first.begin(like) == ([], None)
+    sink.at = 1
+    first.reach(1, [{"x": 1.5}], states)
+    again = Journal(tmp_path, PRINT, other := Sink())
+    assert other.at == 1 and again.finished == 1
+    records, found = again.begin(like)
+    assert records == [{"x": 1.5}]
+    for x, y in zip(found or [], states, strict=True):
+        assert x.dtype == y.dtype == ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+        assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
+        np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
+    again.complete([{"x": 1.5}, None])
+    last = Journal(tmp_path, PRINT, Sink())
+    assert last.begin(like) == ([{"x": 1.5}, None], None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000.msgpack", "journal.json"]
+
+
+def test_a_walk_without_states(tmp_path: Path) -> None:
+    first = Journal(tmp_path, PRINT, Sink())
+    first.begin([])
+    first.reach(1, ["a"], [])
+    assert Journal(tmp_path, PRINT, Sink()).begin([]) == (["a"], [])
+
+
+def test_saving_takes_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block is saved at once, the others when ten times the cost of saving has gone by."""
+    now = 0.0
+    monkeypatch.setattr("calibration.journal.time.monotonic", lambda: now)
+    journal, saved = Journal(tmp_path, PRINT, Sink()), []
+    commit = journal._commit
+
+    def slow(*args: Any) -> None:
+        nonlocal now
+        commit(*args)
+        now += 1.0
+        saved.append(block)
+
+    monkeypatch.setattr(journal, "_commit", slow)
+    journal.begin([])
+    for block in range(1, 30):
+        now += 2.0
+        journal.reach(block, [None] * block, [])
+    assert saved == [1, 6, 11, 16, 21, 26]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            {"--sparsity": 0.6},
+            r"had another --sparsity \(0.5, now 0.6\): repeat its command to go on, or begin anew with --noresume",
+        ),
+        ({"weights": {"a": "c" * 64}}, r"had another weights: repeat"),
+        ({"--pattern": "2:4"}, r'--pattern \(null, now "2:4"\)'),
+    ],
+)
+def test_another_run_is_refused_and_told_apart(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    Journal(tmp_path, PRINT, Sink()).step(lambda: 1)
+    with pytest.raises(InputError, match=said):
+        Journal(tmp_path, PRINT | change, Sink())
+    assert Journal(tmp_path, PRINT, Sink()).step(never) == 1
+
+
+@pytest.mark.parametrize("name", ["journal.json", "000.msgpack", "001-001.msgpack", "001-001"])
+@pytest.mark.parametrize("how", ["gone", "cut short"])
+def test_damage_is_told(name: str, how: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path, PRINT, Sink())
+    journal.step(lambda: 1)
+    journal.begin([jax.ShapeDtypeStruct((2,), np.float32)])
+    journal.reach(1, [None], [jnp.ones(2)])
+    path = tmp_path / name
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(InputError, match=rf"{name} of the unfinished run is damaged or gone: begin anew with --noresume"):
+        Journal(tmp_path, PRINT, Sink())
+
+
+def test_the_index_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal = Journal(tmp_path, PRINT, Sink())
+    journal.step(lambda: "first")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as m:
+        m.setattr("os.replace", fail)
+        with pytest.raises(OSError, match="No space"):
+            journal.step(lambda: "second")
+    again = Journal(tmp_path, PRINT, Sink())
+    assert again.step(never) == "first" and again.step(lambda: "new") == "new"
+    assert json.loads((tmp_path / "journal.json").read_text())["steps"] == ["000.msgpack", "001.msgpack"]

@@ -1,0 +1,268 @@
+"""A run that is killed and started again with the same command gives the same bytes, whatever instant it was killed at."""
+
+import functools
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from launch import prune
+from launch.cli import run
+from models import writer
+from models.init import init_model
+from models.writer import save
+
+BASE = dict(vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=24)
+LLAMA = BASE | dict(model_type="llama", intermediate_size=24, num_key_value_heads=2, initializer_range=0.3)
+OPT = BASE | dict(model_type="opt", ffn_dim=24, word_embed_proj_dim=16, init_std=0.3)
+RUNS = {
+    "wanda": ("llama", ["--method=wanda", "--sparsity=0.5"]),
+    "magnitude": ("opt", ["--method=magnitude", "--sparsity=0.5"]),
+    "sparsegpt with dsnot": ("llama", ["--method=sparsegpt", "--sparsity=0.5", "--refine=dsnot"]),
+    "sparsegpt with neuroal": ("llama", ["--method=sparsegpt", "--sparsity=0.5", "--allocation=neuroal(samples=2)"]),
+    "wanda with neuroal official": (
+        "opt",
+        ["--method=wanda", "--sparsity=0.5", '--allocation=neuroal(samples=2, variant="official")'],
+    ),
+    "wanda with owl": ("opt", ["--method=wanda", "--sparsity=0.5", "--allocation=owl"]),
+    "wanda with alpha": ("llama", ["--method=wanda", "--sparsity=0.5", "--allocation=alpha"]),
+    "sparsellm": ("opt", ["--method=sparsellm(iterations=1)", "--sparsity=0.5"]),
+    "llmrank": ("llama", ['--method=llmrank(repair="refit")', "--sparsity=0.5"]),
+    "rows": ("opt", ['--method=llmrank(units="rows")', "--sparsity=0.5"]),
+    "flap": ("opt", ["--method=flap", "--sparsity=0.3"]),
+    "flap official": ("llama", ['--method=flap(variant="official")', "--sparsity=0.5"]),
+    "wanda_sp": ("llama", ['--method=wanda_sp(scope="global", repair="bias")', "--sparsity=0.4", "--layout=padded"]),
+    "sleb": ("llama", ["--method=sleb(blocks=2)"]),
+}
+
+
+class Killed(BaseException):
+    """What no handler in the program may stop."""
+
+
+class Fuse:
+    """Raises `Killed` when what it guards is called for the n-th time; counts for ever if n is 0."""
+
+    def __init__(self, n: int):
+        self.n, self.calls = n, 0
+
+    def guard(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def guarded(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if self.calls == self.n:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return guarded
+
+
+@pytest.fixture(autouse=True)
+def _no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What models say is compiled anew for every shape, and nothing here is about it."""
+    monkeypatch.setattr(prune, "samples", lambda *_: [])
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    root = tmp_path_factory.mktemp("inputs")
+    for config in (LLAMA, OPT):
+        save(root / config["model_type"], init_model(config, jax.random.key(1)), config, root)
+    rng = np.random.default_rng(0)
+    np.save(root / "calib.npy", rng.integers(0, 64, (4, 16), np.int32))
+    np.save(root / "eval.npy", rng.integers(0, 64, (2, 16), np.int32))
+    return root
+
+
+def argv(inputs: pathlib.Path, output: pathlib.Path, model: str, args: list[str]) -> list[str]:
+    data = [
+        f"--calibration={inputs / 'calib.npy'}",
+        f"--eval_data={inputs / 'eval.npy'}",
+        "--calibration_batch=2",
+        "--mesh=data=1",
+    ]
+    return [f"--model={inputs / model}", f"--output={output}", *data, *args]
+
+
+def weights(output: pathlib.Path) -> dict[str, np.ndarray]:
+    return {name: x for file in sorted(output.glob("*.safetensors")) for name, x in load_file(file).items()}
+
+
+def call(args: list[str]) -> int:
+    return run(prune.options(), prune.main, args)
+
+
+def watched(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
+    """Guard what a run does to the disk, and what comes just before and after it."""
+    m.setattr("calibration.journal.os.replace", fuse.guard(os.replace))
+    m.setattr("calibration.journal.shutil", types.SimpleNamespace(rmtree=fuse.guard(shutil.rmtree)))
+    for name in ("save_file", "write_json"):
+        m.setattr(writer, name, fuse.guard(getattr(writer, name)))
+    for name in ("put", "mark"):
+        m.setattr(writer.Writer, name, fuse.guard(getattr(writer.Writer, name)))
+    m.setattr("calibration.journal.SHARE", 1e9)  # save after every block
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_anywhere_it_gives_the_same_bytes(name: str, inputs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """Killed at each of a spread of instants, one after the other, until the run gets through."""
+    model, args = RUNS[name]
+    with pytest.MonkeyPatch.context() as m:
+        watched(count := Fuse(0), m)
+        assert call(argv(inputs, tmp_path / "whole", model, args)) == 0
+    want = weights(tmp_path / "whole")
+    record = (tmp_path / "whole" / "pruning.json").read_bytes()
+    for n in range(1, count.calls + 1, max(1, count.calls // 6)):
+        with pytest.MonkeyPatch.context() as m:
+            watched(Fuse(n), m)
+            with pytest.raises(Killed):
+                call(argv(inputs, tmp_path / "cut", model, args))
+        if not (tmp_path / "cut").exists():  # what is there is complete, if the last act of the run was cut short
+            assert call(argv(inputs, tmp_path / "cut", model, args)) == 0
+        got = weights(tmp_path / "cut")
+        assert got.keys() == want.keys()
+        for tensor, x in want.items():
+            np.testing.assert_array_equal(got[tensor], x, err_msg=f"killed at {n}: {tensor}")
+        assert (tmp_path / "cut" / "pruning.json").read_bytes() == record
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
+        shutil.rmtree(tmp_path / "cut")
+
+
+def stopped(inputs: pathlib.Path, output: pathlib.Path, n: int = 14) -> list[str]:
+    """The command of a run that was killed in the middle."""
+    args = argv(inputs, output, *RUNS["wanda"])
+    with pytest.MonkeyPatch.context() as m:
+        watched(Fuse(n), m)
+        with pytest.raises(Killed):
+            call(args)
+    assert (output.parent / f".{output.name}.partial" / "unfinished" / "journal" / "journal.json").is_file()
+    return args
+
+
+def test_finished_blocks_are_not_pruned_again(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = stopped(inputs, tmp_path / "out")
+    watched(count := Fuse(0), monkeypatch)
+    monkeypatch.setattr(writer.Writer, "put", (puts := Fuse(0)).guard(writer.Writer.put))
+    assert call(args) == 0
+    assert 0 < puts.calls < 4 and count.calls
+    assert f"{4 - puts.calls} blocks are finished" in capsys.readouterr().err
+    assert "interrupted" in (tmp_path / "out" / "pruning_report.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--sparsity=0.6"], "another --sparsity (0.5, now 0.6)"),
+        (["--pattern=2:4"], 'another --pattern ("unstructured", now "2:4")'),
+        (["--seed=1"], "another --seed (0, now 1)"),
+        (["--dtype=bfloat16"], "another --dtype"),
+    ],
+)
+def test_another_setting_is_refused(
+    change: list[str], said: str, inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = stopped(inputs, tmp_path / "out")
+    assert call([*args, *change]) == 2
+    assert said in capsys.readouterr().err
+    assert call(args) == 0
+    assert "blocks are finished" in capsys.readouterr().err
+
+
+def test_another_model_and_other_tokens_are_refused(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("llama", "calib.npy", "eval.npy"):
+        shutil.copytree(inputs, tmp_path / "mine")
+        args = stopped(tmp_path / "mine", tmp_path / "out")
+        if name == "llama":
+            save(tmp_path / "mine" / "llama", init_model(LLAMA, jax.random.key(2)), LLAMA, inputs)
+        else:
+            np.save(tmp_path / "mine" / name, np.load(inputs / name)[::-1])
+        assert call(args) == 2
+        said = {"llama": "another weights", "calib.npy": "another --calibration tokens", "eval.npy": "another --eval_data tokens"}
+        assert said[name] in capsys.readouterr().err
+        assert call([*args, "--noresume"]) == 0
+        assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+        shutil.rmtree(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("how", ["gone", "cut short"])
+@pytest.mark.parametrize("name", ["blocks/shard-0.safetensors", "journal/journal.json"])
+def test_damage_is_one_line_and_nothing_else_is_lost(
+    name: str, how: str, inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = stopped(inputs, tmp_path / "out")
+    work = tmp_path / ".out.partial" / "unfinished"
+    file = work / name
+    file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-5])
+    before = sorted(p for p in work.rglob("*"))
+    assert call(args) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "damaged or gone: begin anew with --noresume" in last
+    assert sorted(p for p in work.rglob("*")) == before
+    assert call([*args, "--noresume"]) == 0
+
+
+def test_a_full_disk(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls, save_file = 0, writer.save_file
+
+    def full(*args: Any, **kwargs: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise OSError(28, "No space left on device")
+        save_file(*args, **kwargs)
+
+    args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
+    with monkeypatch.context() as m:
+        m.setattr("models.writer.save_file", full)
+        m.setattr("calibration.journal.SHARE", 1e9)
+        assert call(args) == 2
+    assert "no space left" in capsys.readouterr().err
+    assert call(args) == 0
+    assert "blocks are finished" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_one_place(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
+
+    def meanwhile(*_: Any) -> Any:
+        assert call(args) == 2
+        raise Killed
+
+    monkeypatch.setattr(prune, "evaluate", meanwhile)
+    with pytest.raises(Killed):
+        call(args)
+    assert "another run is writing it" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_run_with_its_code(inputs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """And the same command goes on."""
+    args = argv(inputs, tmp_path / "out", *RUNS["sparsegpt with neuroal"])
+    code = (
+        "import os, signal, sys\nfrom launch import prune\nfrom launch.cli import run\nfrom models.writer import Writer\n"
+        "put = Writer.put\n"
+        "def terminated(self, i, block):\n    put(self, i, block)\n    if i == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "Writer.put = terminated\nsys.exit(run(prune.options(), prune.main, sys.argv[1:]))"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code, *args], cwd=root, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 128 + signal.SIGTERM
+    assert done.stderr.strip().splitlines()[-1] == "error: stopped by SIGTERM" and "Traceback" not in done.stderr
+    assert call(args) == 0
