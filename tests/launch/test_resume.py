@@ -122,7 +122,7 @@ def test_killed_anywhere_it_gives_the_same_bytes(name: str, inputs: pathlib.Path
         assert call(argv(inputs, tmp_path / "whole", model, args)) == 0
     want = weights(tmp_path / "whole")
     record = (tmp_path / "whole" / "pruning.json").read_bytes()
-    for n in range(1, count.calls + 1, max(1, count.calls // 6)):
+    for n in range(1, count.calls + 1, max(1, count.calls // 4)):
         with pytest.MonkeyPatch.context() as m:
             watched(Fuse(n), m)
             with pytest.raises(Killed):
