@@ -8,7 +8,7 @@ import dataclasses
 import math
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from rich.console import Console
 
 from calibration.data import Tokens
 from calibration.journal import Journal, file_digest
+from calibration.tokenizer import TextTokenizer
 from eval.size import Size, measure, peak_memory
 from launch import calls, cli, console, export, report
 from launch.cli import Flags, frozen
@@ -234,19 +235,34 @@ def fingerprint(config: RunConfig, checkpoint: Checkpoint, calibration: Tokens, 
     }
 
 
+class Inputs(NamedTuple):
+    """What a run reads."""
+
+    checkpoint: Checkpoint
+    tokenizer: Callable[[], TextTokenizer]
+    calibration: Tokens
+    data: dict[str, Tokens]
+
+
+def read_inputs(config: RunConfig, method: Method, request: Request) -> Inputs:
+    """Open the model and read all tokens; InputError for what cannot be read, or does not go with the method."""
+    checkpoint = open_model(config.model, config.dtype)
+    method.check(checkpoint.model, request)
+    console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
+    tokenizer = tokenizer_of(checkpoint)
+    samples, length = config.calibration_samples, config.calibration_length
+    calibration = read_calibration(config.calibration, samples, length, config.seed, checkpoint, tokenizer)
+    data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
+    return Inputs(checkpoint, tokenizer, calibration, data)
+
+
 def prune(config: RunConfig) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory."""
     clock = Clock("load", "calibrate_and_prune", "eval", "export")
     method, request = request_of(config)
     output = output_path(config.output)
-    checkpoint = open_model(config.model, config.dtype)
-    method.check(checkpoint.model, request)
-    console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
-    model, tokenizer = checkpoint.model, tokenizer_of(checkpoint)
-    calibration = read_calibration(
-        config.calibration, config.calibration_samples, config.calibration_length, config.seed, checkpoint, tokenizer
-    )
-    data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
+    checkpoint, tokenizer, calibration, data = read_inputs(config, method, request)
+    model = checkpoint.model
     clock.lap("load")
     journal: Journal | None = None
 
@@ -280,10 +296,7 @@ def prune(config: RunConfig) -> dict[str, Any]:
         result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}
         clock.lap("eval")
         result |= {"seconds": clock.seconds}
-        if went_on:
-            result["warnings"].append(
-                "the run was interrupted: seconds are those since it went on, without what was finished before"
-            )
+        result["warnings"] += ["the run was interrupted: its seconds are those since it went on"] * went_on
         write_json(directory / export.REPORT, result)
         report.write_html(result, directory / "report.html")
     return result

@@ -49,12 +49,12 @@ def collect(m: Model, windows: np.ndarray, replace: bool, **options: Any) -> lis
     """Every block's statistics, as a visitor that replaces blocks by halved ones or leaves them sees them."""
     found: list[dict[str, Any]] = []
 
-    def visit(i: int, block: Block, stats: Any) -> Block:
+    def visit(i: int, block: Block, stats: Any) -> tuple[Block, int]:
         assert i == len(found)
         found.append(dict(stats))
-        return halved(block) if replace else block
+        return halved(block) if replace else block, i
 
-    fold_blocks(m, windows, visit, **options)
+    assert fold_blocks(m, windows, visit, **options) == list(range(len(m.blocks)))  # the records
     return found
 
 
@@ -96,9 +96,9 @@ def test_every_block_is_read_once_in_order_and_progress_is_told_after_each(propa
     m, events = model("llama"), []
     blocks = Counted(m.blocks)
 
-    def visit(i: int, block: Block, stats: Any) -> Block:
+    def visit(i: int, block: Block, stats: Any) -> tuple[Block, None]:
         events.append(i)
-        return block
+        return block, None
 
     options: dict[str, Any] = {"watch": {}, "propagate": propagate, "batch": 3}
     fold_blocks(m._replace(blocks=blocks), tokens(), visit, advance=lambda: events.append("advance"), **options)
@@ -132,7 +132,7 @@ def test_activations_that_overflow_are_bad_input() -> None:
         fold_blocks(
             m,
             tokens(),
-            lambda i, block, _: seen.append(i) or block,
+            lambda i, block, _: (seen.append(i) or block, None),
             watch={"mlp_mid": second_moment},
             propagate="pruned",
             batch=3,

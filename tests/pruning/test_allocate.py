@@ -196,7 +196,7 @@ def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None
             kept = per_row.keep(wanda(w, stats[slot.reads]), per_row.counts(w.shape, budget[i][slot.name]))
             new[slot.name] = jnp.where(kept, w, 0)
         blocks.append(with_weights(block, new))
-        return block
+        return block, None
 
     fold_blocks(m, tokens()[:4], visit, watch={s.reads: second_moment for s in m.arch.slots}, propagate="dense")
     want = perplexity(m._replace(blocks=tuple(blocks)), tokens()[:4]).cross_entropy.mean()

@@ -46,14 +46,14 @@ def follow(
 ) -> None:
     """Walk the blocks as the authors' run did, pruned by its masks; `see` gets each linear's name, weights, statistics and mask."""
 
-    def visit(i: int, block: Block, stats: Any) -> Block:
+    def visit(i: int, block: Block, stats: Any) -> tuple[Block, None]:
         new = {}
         for slot in r.model.arch.slots:
             linear, name = getattr(block, slot.name), r.names[i][slot.name]
             mask = bits(masks[f"mask:{name}"], linear.w.shape)
             see(name, linear.w, stats[slot.reads], mask)
             new[slot.name] = linear.replace(w=jnp.where(mask, 0, linear.w))
-        return block.replace(**new)
+        return block.replace(**new), None
 
     watch = {slot.reads: second_moment for slot in r.model.arch.slots}
     fold_blocks(r.model, r.calibration, visit, watch=watch, propagate="pruned", batch=8)
