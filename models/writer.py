@@ -60,6 +60,7 @@ class Writer:
         self._biases = set(self._arch.config.biases)
         self._shards: list[dict[str, list[int]]] = []  # of each written file, the tensors' shapes
         self._sizes: list[int] = []  # and its bytes
+        self._filled: set[str] = set()  # biases of zeros that `finish` adds
         directory.mkdir(parents=True, exist_ok=True)
         self._work.mkdir(parents=True, exist_ok=True)
 
@@ -71,7 +72,7 @@ class Writer:
     @property
     def parameters(self) -> int:
         """Numbers that were put in."""
-        written = sum(math.prod(shape) for shard in self._shards for shape in shard.values())
+        written = sum(math.prod(shape) for shard in self._shards for name, shape in shard.items() if name not in self._filled)
         return written + sum(x.size for x in self._buffer.values())
 
     def put(self, i: int, block: Block) -> None:
@@ -147,8 +148,8 @@ class Writer:
         config = forms.finished(form.config, str(dtype))
         wanted = {s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)}
         held = set(self._buffer).union(*self._shards)
-        for name in sorted(wanted.keys() - held):  # biases that other blocks, or other linears, have
-            self._buffer[name] = np.zeros(wanted[name], dtype)
+        self._filled = set(wanted) - held  # other blocks, or other linears, have them
+        self._buffer |= {name: np.zeros(wanted[name], dtype) for name in sorted(self._filled)}
         self._flush()
         self._make_files(wanted, dtype.itemsize)
         write_json(self._directory / "config.json", config)
