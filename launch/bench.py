@@ -74,9 +74,9 @@ def calibration_walks(model: Model, tokens: np.ndarray, batch: int, mesh: Any) -
     def walk(watch: dict[str, Any]) -> None:
         kept = []
 
-        def visit(i: int, block: Block, stats: Stats) -> Block:
+        def visit(i: int, block: Block, stats: Stats) -> tuple[Block, None]:
             kept.append(stats)
-            return block
+            return block, None
 
         fold_blocks(model, tokens, visit, watch=watch, propagate="dense", batch=batch, mesh=mesh)
         jax.block_until_ready(kept)
