@@ -2,8 +2,8 @@
 
     python -m launch.bench --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=sparsegpt --model=DIR --calibration=tokens.npy
-    python -m launch.bench --what=neuroal --model=DIR --calibration=tokens.npy --calibration_samples=8 --sparsity=0.7
-    python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --calibration_samples=4 --sparsity=0.2
+    python -m launch.bench --what=neuroal --model=DIR --calibration=tokens.npy --sparsity=0.7
+    python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --sparsity=0.2
     python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
 
 --what=calibration: statistics of every block against PyTorch's forward. sparsegpt: a whole run against SparseGPT written plainly in
@@ -11,7 +11,7 @@ PyTorch. sparsellm: a whole run against the released formulation by pseudo-inver
 against the released search, and as many trials one after the other in PyTorch. sleb: the search with and without kept hidden states,
 against whole forwards in PyTorch. speed: prompt processing and generation of a dense and of pruned checkpoints. The programs run in
 turn, so that a machine whose speed drifts slows all of them: quote the ratio. Pruning runs are processes of their own, compilation
-included, with their peak memory.
+included, with their peak memory. All windows of a `.npy` file are taken: cut it to a few for the searches.
 """
 
 import functools

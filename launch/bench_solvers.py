@@ -249,7 +249,10 @@ def alone(program: Callable[[Task, str], float], task: Task, argument: str = "")
     out = context.SimpleQueue()
     process = context.Process(target=_child, args=(program, task, argument, out))
     process.start()
-    process.join()
+    try:
+        process.join()
+    finally:
+        process.terminate()  # of a benchmark that was itself ended; else there is nothing left to do
     if process.exitcode:
         raise RuntimeError(f"a benchmark's process ended with {process.exitcode}")
     return out.get()
