@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from models.errors import InputError
+from models.errors import InputError, damaged
 
 INDEX = "journal.json"
 SHARE = 0.1  # of the time that may go into saving hidden states: the rest is what a kill costs at most
@@ -96,9 +96,6 @@ class Journal:
         else:
             self._commit([], None)
 
-    def _damaged(self, name: str) -> InputError:
-        return InputError(f"{self._directory / name} of the unfinished run is damaged or gone: begin anew with --noresume")
-
     def _open(self) -> None:
         try:
             index = json.loads((self._directory / INDEX).read_text(encoding="utf-8"))
@@ -106,7 +103,7 @@ class Journal:
             self._steps, self._walk = index["steps"], index["walk"]
             mark = index["sink"]
         except (ValueError, KeyError, TypeError, OSError):
-            raise self._damaged(INDEX) from None
+            raise damaged(self._directory / INDEX) from None
         changed = [k for k in {**was, **self._fingerprint} if was.get(k) != self._fingerprint.get(k)]
         if changed:
             raise InputError(
@@ -115,7 +112,7 @@ class Journal:
             )
         for name, size in sizes.items():
             if _size(self._directory / name) != size:
-                raise self._damaged(name)
+                raise damaged(self._directory / name)
         self._sink.rewind(mark)
 
     @property

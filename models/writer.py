@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from models import forms, hf
 from models.arch import Block, Ends, Model, Slot
-from models.errors import InputError
+from models.errors import damaged
 from models.formats import load_tensor
 from models.layers import Linear
 
@@ -117,7 +117,7 @@ class Writer:
         for k, size in enumerate(self._sizes):
             path = self._shard(k)
             if not path.is_file() or path.stat().st_size != size:
-                raise InputError(f"{path} of the unfinished run is damaged or gone: begin anew with --noresume")
+                raise damaged(path)
 
     def stored(self) -> Iterator[Block]:
         """The blocks that were put, read back in order after a `rewind`."""

@@ -1,16 +1,17 @@
 """AlphaPruning (Lu et al. 2024): blocks whose weights have heavier-tailed spectra are better trained, and keep more."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import fold_blocks
 from models.arch import Block, Model
 from models.errors import InputError
 from pruning.allocate import all_shapes, block_means, by_block, exact
 from pruning.types import Allocation, Allocator, Layerwise, Request
+from pruning.walk import fold
 
 BINS = 100  # of the histogram whose peak bounds where the tail may begin
 
@@ -89,9 +90,8 @@ def alpha(epsilon: float = 0.1, variant: Literal["corrected", "official"] = "cor
         def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
             return block, {s.name: exponent(getattr(block, s.name).w, variant == "official") for s in model.arch.slots}
 
-        advance = request.stage("fitting spectra", len(model.blocks))
-        nothing = tokens[:0]  # the spectra are of weights alone
-        found = fold_blocks(model, nothing, visit, watch={}, propagate="pruned", advance=advance, journal=request.journal)
+        alone = dataclasses.replace(request, mesh=None)  # a spectrum is of the whole matrix
+        found = fold(model, tokens, alone, visit, watch={}, propagate="pruned", what="fitting spectra")
         asked = fractions(np.array([np.mean(list(block.values())) for block in found]), request.sparsity, epsilon)
         sizes = np.array([sum(out * inputs for out, inputs in block.values()) for block in shapes])
         asked = asked * request.sparsity / np.average(asked, weights=sizes)

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import fold_blocks
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning.allocate import all_shapes, uniform
 from pruning.patterns import n_of_m
 from pruning.types import Allocation, Budget, Layerwise, Mask, Method, Outcome, Pattern, Pruner, Put, Request
+from pruning.walk import fold
 
 Notes = Mapping[str, jax.Array]
 
@@ -155,20 +155,7 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             put(i, block)
             return block, found
 
-        watch = watched(pruners)
-        # Without statistics the walk needs no activations either.
-        calibration = tokens if watch else tokens[:0]
-        found = fold_blocks(
-            model,
-            calibration,
-            visit,
-            watch=watch,
-            propagate="pruned",
-            batch=request.batch,
-            mesh=request.mesh,
-            advance=request.stage("pruning", len(model.blocks)),
-            journal=request.journal,
-        )
+        found = fold(model, tokens, request, visit, watch=watched(pruners), propagate="pruned", what="pruning")
         details = {**allocation.details, **by_name(found)}
         return Outcome(asked_of(budget), details=details, warnings=allocation.warnings)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import fold_blocks
 from calibration.observers import batch_norms
 from models.arch import Block, Model
 from models.errors import InputError
@@ -19,6 +18,7 @@ from pruning import select
 from pruning.llmrank_core import Centrality, Ffn, as_released, corrected, flow
 from pruning.types import Method, Outcome, Put, Removed, Request, gone, whole_units
 from pruning.units import Keep, Repair, check_round_to, outcome, remove
+from pruning.walk import fold
 
 ScorerName = Literal["wpr", "mpr", "norm", "activation", "wanda", "random"]
 Scope = Literal["local", "global"]
@@ -44,18 +44,7 @@ def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict
         return block, {"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]}
 
     watch = dict.fromkeys((into_up, into_down, up, down), batch_norms)
-    advance = request.stage("measuring activations", len(model.blocks))
-    return fold_blocks(
-        model,
-        tokens,
-        visit,
-        watch=watch,
-        propagate="dense",
-        batch=request.batch,
-        mesh=request.mesh,
-        advance=advance,
-        journal=request.journal,
-    )
+    return fold(model, tokens, request, visit, watch=watch, propagate="dense", what="measuring activations")
 
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:

@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import fold_blocks
 from calibration.observers import SecondMoment, second_moment
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import scores
 from pruning.allocate import all_shapes, block_means, by_block, exact, spread, within
 from pruning.types import Allocation, Allocator, Layerwise, Request
+from pruning.walk import fold
 
 
 def outliers(metrics: list[jax.Array], m: jax.Array | float) -> jax.Array:
@@ -43,23 +43,12 @@ def owl(m: float = 5, lam: float = 0.08, variant: Literal["corrected", "official
 
     def allocate(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
         shapes = all_shapes(model)
-        advance = request.stage("counting outliers", len(model.blocks))
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             return block, float(_of_block(model.arch, block, stats, m))
 
         watch = {s.reads: second_moment for s in model.arch.slots}
-        shares = fold_blocks(
-            model,
-            tokens,
-            visit,
-            watch=watch,
-            propagate="dense",
-            batch=request.batch,
-            mesh=request.mesh,
-            advance=advance,
-            journal=request.journal,
-        )
+        shares = fold(model, tokens, request, visit, watch=watch, propagate="dense", what="counting outliers")
         asked = spread(np.array(shares), request.sparsity, lam)
         official = variant == "official"
         budget = by_block(model, within(asked)) if official else exact(by_block(model, asked), shapes, request.sparsity)

@@ -9,13 +9,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from calibration.fold import fold_blocks
 from calibration.observers import Observer, gram, moments, pair
 from models.arch import Arch, Block, Group, Model
 from models.errors import InputError
 from models.surgery import cut, mask
 from pruning import repair
 from pruning.types import Outcome, Put, Removed, Request, gone
+from pruning.walk import fold
 
 GROUPS = ("heads", "neurons")
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; groups that are absent stay whole
@@ -84,22 +84,9 @@ def walk(
     what: str,
     groups: Sequence[str] = GROUPS,
 ) -> list[Any]:
-    """`fold_blocks` that watches what the readers of the groups get; without an observer, blocks alone."""
+    """`fold` that watches what the readers of the groups get; without an observer, blocks alone."""
     watch = {model.arch.tap(model.arch.group(name).reader.name): observer for name in groups} if observer else {}
-    advance = request.stage(what, len(model.blocks))
-    if not observer:
-        tokens, propagate = tokens[:0], "pruned"  # nothing to run through the blocks
-    return fold_blocks(
-        model,
-        tokens,
-        visit,
-        watch=watch,
-        propagate=propagate,
-        batch=request.batch,
-        mesh=request.mesh,
-        advance=advance,
-        journal=request.journal,
-    )
+    return fold(model, tokens, request, visit, watch=watch, propagate=propagate, what=what)
 
 
 def remove(
