@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 
 from calibration.journal import Begun, Journal, plain
 from calibration.observers import Observer
+from calibration.states import States, Tier
 from models.arch import Arch, Block, Model, Taps, apply_block, embed
 from models.errors import InputError
 from models.sharding import place, placement, split
+from models.store import ahead
 
 Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashable static argument
 Stats = Mapping[str, Any]  # tap or slot -> its observer's final state
@@ -50,32 +52,38 @@ def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterabl
         yield split(tokens[start : start + batch], mesh, "sample")
 
 
-def _states(model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None) -> list[jax.ShapeDtypeStruct]:
-    """The hidden states between two blocks, a micro-batch each."""
-    found = []
+def _shapes(
+    model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, tier: Tier
+) -> list[jax.ShapeDtypeStruct | np.ndarray]:
+    """What the hidden states between two blocks are like, a micro-batch each: where they are not on the devices, arrays without memory."""
+    found: list[jax.ShapeDtypeStruct | np.ndarray] = []
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
         x = jax.eval_shape(model.arch.embed, model.ends, jax.ShapeDtypeStruct(part.shape, part.dtype))
-        found.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, mesh, "sample")))
+        if tier == "device":
+            found.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, mesh, "sample")))
+        else:
+            found.append(np.broadcast_to(np.zeros((), x.dtype), x.shape))
     return found
 
 
 class Visited(NamedTuple):
-    """What became of a block: the one that takes its place, what comes out of it (None: have it run over its inputs), and what is to be
-    remembered of it (`journal.plain`)."""
+    """What became of a block: the one that takes its place, what is to be remembered of it (`journal.plain`), and whether the visitor
+    has made its inputs what the next block sees; else the new block is run over them."""
 
     block: Block
-    outputs: list[jax.Array] | None = None
     record: Any = None
+    moved_on: bool = False
 
 
 def walk_blocks(
     model: Model,
     tokens: np.ndarray,
-    visit: Callable[[int, Block, list[jax.Array], bool], Visited],
+    visit: Callable[[int, Block, States, bool], Visited],
     *,
     batch: int = 8,
     mesh: Mesh | None = None,
+    tier: Tier = "device",
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
 ) -> list[Any]:
@@ -88,20 +96,23 @@ def walk_blocks(
     Returns every block's record, in order.
     """
     depth, ends = len(model.blocks), place(model.ends, mesh)
-    records, xs = journal.begin(_states(model, tokens, batch, mesh)) if journal else Begun([], None)
+    records, saved = journal.begin(_shapes(model, tokens, batch, mesh, tier)) if journal else Begun([], None)
     for _ in records:
         advance()
-    if xs is None and len(records) < depth:
-        xs = [embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)]
+    fresh = (embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)) if len(records) < depth else []
+    xs = States(fresh if saved is None else saved, tier, mesh)
+    del saved
+    blocks = ahead(model.blocks, len(records))
     for i in range(len(records), depth):
-        xs, last = xs or [], i == depth - 1
-        new, ys, record = visit(i, place(model.blocks[i], mesh), xs, last)
+        last = i == depth - 1
+        new, record, moved_on = visit(i, place(next(blocks), mesh), xs, last)
         records.append(plain(record))
         if not last:
-            ys = [apply_block(model.arch, new, x) for x in xs] if ys is None else ys
-            xs = [split(y, mesh, "sample") for y in ys]  # a state read back is placed as one that was not written
+            if not moved_on:
+                for j, x in enumerate(xs):
+                    xs[j] = apply_block(model.arch, new, x)
             if journal:
-                journal.reach(i + 1, records, xs)
+                journal.reach(i + 1, records, xs.stored())
         advance()
     if journal:
         journal.complete(records)
@@ -113,7 +124,7 @@ def overflow(i: int) -> InputError:
     return InputError(f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again")
 
 
-def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs: list[jax.Array], onward: bool = False) -> Stats:
+def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs: States, onward: bool = False) -> Stats:
     """Statistics of block i over its inputs, which become its outputs in place if `onward`.
 
     Raises InputError when the block's activations overflow: every score made from them would be meaningless.
@@ -140,6 +151,7 @@ def fold_blocks(
     propagate: Literal["pruned", "dense"],
     batch: int = 8,
     mesh: Mesh | None = None,
+    tier: Tier = "device",
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
 ) -> list[Any]:
@@ -154,14 +166,15 @@ def fold_blocks(
         which then cost no second pass.
       batch: windows in one micro-batch.
       mesh: windows are split over its `data` axis, matrices over `model`.
+      tier: where the hidden states between two blocks are kept; no result depends on it.
       advance: called after every block, for a progress bar.
       journal: as `walk_blocks` has it.
     Returns every block's record. Raises InputError as `observe` does.
     """
     dense = propagate == "dense"
 
-    def each(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
+    def each(i: int, block: Block, xs: States, last: bool) -> Visited:
         new, record = visit(i, block, observe(model.arch, watch, i, block, xs, dense and not last))
-        return Visited(new, xs if dense else None, record)
+        return Visited(new, record, moved_on=dense)
 
-    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, advance=advance, journal=journal)
+    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, tier=tier, advance=advance, journal=journal)

@@ -35,7 +35,7 @@ class Begun(NamedTuple):
     """Where a walk stands: a record for each finished block, and the hidden states behind the last of them; None where none is."""
 
     records: list[Any]
-    states: list[jax.Array] | None
+    states: list[jax.Array | np.ndarray] | None
 
 
 def write_durably(path: pathlib.Path, data: bytes) -> None:
@@ -148,11 +148,11 @@ class Journal:
             if path.name not in (*used, INDEX):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def begin(self, states: Sequence[jax.ShapeDtypeStruct]) -> Begun:
+    def begin(self, states: Sequence[jax.ShapeDtypeStruct | np.ndarray]) -> Begun:
         """Where the next step, a walk, stands.
 
         Args:
-          states: the shapes, types and placements of its hidden states.
+          states: what its hidden states are like: shapes, types and placements of those on devices, arrays of those on the host.
         """
         if self._step < len(self._steps):
             return Begun(_unpack(self._directory / self._steps[self._step]), None)
@@ -166,7 +166,7 @@ class Journal:
         with StandardCheckpointer() as checkpointer:
             return Begun(records, checkpointer.restore(self._directory.absolute() / self._walk["states"], list(states)))
 
-    def reach(self, blocks: int, records: Sequence[Any], states: list[jax.Array]) -> None:
+    def reach(self, blocks: int, records: Sequence[Any], states: Sequence[jax.Array | np.ndarray]) -> None:
         """Say that the walk has finished so many blocks. It is saved if saving does not cost more than `SHARE` of the time."""
         now = time.monotonic()
         if blocks > 1 and now - self._saved < self._cost / SHARE:
@@ -177,7 +177,7 @@ class Journal:
 
             shutil.rmtree(self._directory / name, ignore_errors=True)  # of a run that was killed while it saved
             with StandardCheckpointer() as checkpointer:
-                checkpointer.save(self._directory.absolute() / name, states)
+                checkpointer.save(self._directory.absolute() / name, list(states))
         write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
         self._commit(self._steps, {"records": f"{name}.msgpack", "states": name if states else None})
         self._saved = time.monotonic()

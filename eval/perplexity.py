@@ -40,9 +40,9 @@ def perplexity(model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh 
         together = windows[start : start + chunk]
         tokens = [split(together[j : j + batch], mesh, "sample") for j in range(0, len(together), batch)]
         xs = [embed(arch, ends, t) for t in tokens]
-        for i in range(len(model.blocks)):
-            block = place(model.blocks[i], mesh)
-            xs = [apply_block(arch, block, x) for x in xs]
+        for block in model.blocks:
+            placed = place(block, mesh)
+            xs = [apply_block(arch, placed, x) for x in xs]
         found += [np.asarray(cross_entropy(arch, ends, x, t), np.float64) for x, t in zip(xs, tokens, strict=True)]
     ce = np.concatenate(found)
     with np.errstate(over="ignore"):

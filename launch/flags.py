@@ -1,12 +1,17 @@
 """Flags that commands share, and what they mean."""
 
 import pathlib
+from typing import cast
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from calibration.states import TIERS, Tier, memory, tier_of
 from launch.cli import Flags
 from models import hub
+from models.arch import Model
 from models.errors import InputError
 from models.sharding import make_mesh
 from models.store import Checkpoint, open_checkpoint
@@ -38,10 +43,30 @@ def open_model(name: str | None, dtype: str) -> Checkpoint:
     return open_checkpoint(hub.resolve(name), DTYPES[dtype])
 
 
+def activations_flag(f: Flags) -> None:
+    """--activations."""
+    f.choice(
+        "activations",
+        "auto",
+        ["auto", *TIERS],
+        "where hidden states between two blocks are kept: on the devices, in host memory, or in files under TMPDIR; "
+        "auto: the first with room",
+    )
+
+
 def mesh_of(spec: str, batch: int) -> Mesh | None:
     """The mesh that --mesh asks for, for micro-batches of `batch` windows; None where it is one device: nothing has to be placed."""
     mesh = make_mesh(spec, batch)
     return None if mesh.size == 1 else mesh
+
+
+def tier_for(flag: str, model: Model, tokens: np.ndarray, mesh: Mesh | None) -> Tier:
+    """Where --activations puts the hidden states of calibration windows [samples length]; "auto" goes by what this machine has."""
+    if flag != "auto":
+        return cast(Tier, flag)
+    width = jax.eval_shape(model.arch.embed, model.ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
+    size = width.size * width.dtype.itemsize
+    return tier_of(size // (mesh.shape["data"] if mesh else 1), size, memory())
 
 
 def window_length(flag: int, checkpoint: Checkpoint) -> int:

@@ -21,7 +21,17 @@ from calibration.tokenizer import TextTokenizer
 from eval.size import Size, measure, peak_memory
 from launch import calls, cli, console, export, report
 from launch.cli import Flags, frozen
-from launch.flags import DTYPES, check_sparsity, evaluation_flags, mesh_of, model_flags, open_model, output_path
+from launch.flags import (
+    DTYPES,
+    activations_flag,
+    check_sparsity,
+    evaluation_flags,
+    mesh_of,
+    model_flags,
+    open_model,
+    output_path,
+    tier_for,
+)
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
@@ -51,6 +61,7 @@ class RunConfig:
     calibration_samples: int
     calibration_length: int
     calibration_batch: int
+    activations: str
     seed: int
     eval_data: str
     eval_length: int
@@ -86,6 +97,7 @@ def options() -> Flags:
     f.integer("calibration_samples", 128, "how many windows", 1)
     f.integer("calibration_length", 0, "tokens in a window; 0: what the model was made for, at most 2048")
     f.integer("calibration_batch", 8, "windows at a time", 1)
+    activations_flag(f)
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
     return f
@@ -222,7 +234,7 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
 def fingerprint(config: RunConfig, checkpoint: Checkpoint, calibration: Tokens, data: Mapping[str, Tokens]) -> dict[str, Any]:
     """All that the result depends on, by a name for people: what an interrupted run must have in common with the one that goes on."""
     settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
-    elsewhere = ("model", "output", "resume", "calibration", "eval_data")  # told by content, or of no matter
+    elsewhere = ("model", "output", "resume", "calibration", "eval_data", "activations")  # told by content, or of no matter
     versions = protocol({})
     return {
         "model configuration": checkpoint.config,
@@ -280,7 +292,9 @@ def prune(config: RunConfig) -> dict[str, Any]:
         clock.lap("eval")
         echo = export.Echo(model, writer)
         with console.progress() as stage:
-            outcome = method(model, calibration.ids, dataclasses.replace(request, stage=stage, journal=journal), echo.put)
+            tier = tier_for(config.activations, model, calibration.ids, request.mesh)
+            request = dataclasses.replace(request, tier=tier, stage=stage, journal=journal)
+            outcome = method(model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
         form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
         written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)

@@ -3,7 +3,8 @@
 import json
 import math
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, overload
 
 import jax
@@ -36,7 +37,7 @@ class Checkpoint(NamedTuple):
 
 
 class LazyBlocks(Sequence[Block]):
-    """A checkpoint's blocks, each read (and checked for non-finite numbers) when it is indexed, and kept nowhere.
+    """A checkpoint's blocks, each read (and checked for non-finite numbers) when it is asked for, and kept nowhere.
 
     `specs` has their shapes: trees like the blocks with a Spec for every array.
     """
@@ -54,7 +55,31 @@ class LazyBlocks(Sequence[Block]):
     def __getitem__(self, i: int | slice) -> Block | tuple[Block, ...]:
         if isinstance(i, slice):
             return tuple(self[j] for j in range(*i.indices(len(self))))
-        return read(self._tensors, self.specs[i], self._dtype)
+        return self.placed(self.fetch(i))
+
+    def __iter__(self) -> Iterator[Block]:
+        return ahead(self)
+
+    def fetch(self, i: int) -> Block:
+        """Block i in host memory, in the type it is stored in."""
+        return fetch(self._tensors, self.specs[i])
+
+    def placed(self, block: Block) -> Block:
+        """A block that was fetched, on the default device in the type that was asked for."""
+        return _placed(block, self._dtype)
+
+
+def ahead(blocks: Sequence[Block], start: int = 0) -> Iterator[Block]:
+    """blocks[start:] one after the other; a checkpoint's next one is read into host memory while the caller works on this one."""
+    if not isinstance(blocks, LazyBlocks):
+        yield from (blocks[i] for i in range(start, len(blocks)))
+        return
+    with ThreadPoolExecutor(1, "read-ahead") as reader:
+        reading = [reader.submit(blocks.fetch, i) for i in range(len(blocks))[start : start + 1]]
+        for i in range(start, len(blocks)):
+            placed = [blocks.placed(reading.pop().result())]
+            reading += [reader.submit(blocks.fetch, j) for j in range(len(blocks))[i + 1 : i + 2]]
+            yield placed.pop()  # nothing of it is held here while the caller works
 
 
 def _finite(value: np.ndarray) -> bool:
@@ -64,16 +89,20 @@ def _finite(value: np.ndarray) -> bool:
         return bool(np.isfinite(np.sum(np.abs(value), dtype=np.float32)) or np.isfinite(value.astype(np.float32)).all())
 
 
-def read(tensors: Tensors, specs: Any, dtype: jnp.dtype) -> Any:
-    """The parameters of a tree of specs, as arrays of `dtype` on the default device; InputError on NaN or infinity."""
+def fetch(tensors: Tensors, specs: Any) -> Any:
+    """The parameters of a tree of specs, as they are stored; InputError on NaN or infinity."""
 
-    def one(spec: hf.Spec) -> jax.Array:
+    def one(spec: hf.Spec) -> np.ndarray:
         value = tensors.read(spec.name)
         if not _finite(value):
             raise InputError(f"tensor {spec.name} holds NaN or infinity: fetch the checkpoint again, or mend it before pruning")
-        return jnp.asarray(value, dtype)
+        return value
 
     return jax.tree.map(one, specs, is_leaf=hf.is_spec)
+
+
+def _placed(values: Any, dtype: jnp.dtype) -> Any:
+    return jax.tree.map(lambda x: jnp.asarray(x, dtype), values)
 
 
 class _Renamed:
@@ -146,7 +175,7 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
         tensors = _Renamed(tensors)
     leaves = jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec)
     check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
-    model = Model(arch, read(tensors, ends, dtype), LazyBlocks(tensors, blocks, dtype))
+    model = Model(arch, _placed(fetch(tensors, ends), dtype), LazyBlocks(tensors, blocks, dtype))
     size = sum(f.stat().st_size for f in weight_files(path))
     return Checkpoint(model, config, blocks, path, sum(math.prod(s.shape) for s in leaves), size)
 

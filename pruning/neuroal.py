@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from calibration.fold import Visited, batches, observe, walk_blocks
+from calibration.fold import Visited, batches, observe
 from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
+from calibration.states import States
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
 from models.sharding import place
@@ -19,6 +20,7 @@ from pruning.allocate import LEAST, MOST, Shapes, all_shapes, block_means, by_bl
 from pruning.lift import counts_for, every_tap, readers, solve_block, with_weights
 from pruning.neuroal_core import misalignment, row_fractions, schedule
 from pruning.types import Allocation, Allocator, Budget, Layerwise, Pruner, Request
+from pruning.walk import walk
 
 GRID = (*(i / 100 for i in range(1, 11)), 0.12, 0.15, 0.2, 0.25)  # of the released code
 DENSEST = 0.8  # from this sparsity on the released block step leaves the last of GRID out
@@ -44,8 +46,7 @@ class _Search(NamedTuple):
 
     def walk(self, what: str, visit: Any) -> None:
         """Walk the search windows through the blocks, with a progress bar that says what is tried."""
-        advance = self.request.stage(what, len(self.model.blocks))
-        walk_blocks(self.model, self.tokens, visit, batch=self.request.batch, mesh=self.request.mesh, advance=advance)
+        walk(self.model, self.tokens, self.request, visit, what, durable=False)
 
     def tried(self, trials: "Trials", budgets: Sequence[Budget], what: str) -> tuple[list[float], list[Norms]]:
         """What the trials give, a durable step of the run."""
@@ -80,11 +81,11 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
     norm = fading_second_moment if pruner.observer is gram else second_moment
     pruners, norms = every_tap(arch, pruner), {s.reads: norm for s in arch.slots}
     scores, lost = [0.0] * len(budgets), [[] for _ in budgets]  # type: tuple[list[float], list[Norms]]
-    streams: list[list[jax.Array]] = []
+    streams: list[States] = []
 
-    def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
+    def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
         if i == 0:
-            streams.extend(list(xs) for _ in budgets)
+            streams.extend(xs.copy() for _ in budgets)
         for k, budget in enumerate(budgets):
             if i > 0 or k == 0:  # before the first block all trials are the same
                 stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, norm), i, block, streams[k]))
@@ -92,7 +93,7 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return Visited(block, xs)
+        return Visited(block, moved_on=True)
 
     search.walk(what, visit)
     return scores, lost
@@ -135,25 +136,25 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
     """
     arch, pruner, request = search.model.arch, search.pruner, search.request
     norms = {s.reads: second_moment for s in arch.slots}
-    streams: list[list[jax.Array]] = []
+    streams: list[States] = []
     lost: list[Norms] = [[] for _ in budgets]
 
-    def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
+    def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
         if i == 0:
-            streams.extend(list(xs) for _ in budgets)
+            streams.extend(xs.copy() for _ in budgets)
         stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, second_moment), i, block, xs, onward=not last))
         prepared = {tap: pruner.prepare(s)[0] for tap, s in stats.items()}
         counts = [counts_for(arch, search.layerwise.rule, block, budget[i]) for budget in budgets]
         for k, new in enumerate(_trials(search, block, prepared, counts)):
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return Visited(block, xs)
+        return Visited(block, moved_on=True)
 
     search.walk(what, visit)
     ends = place(search.model.ends, request.mesh)
     windows = list(batches(search.tokens, request.batch, request.mesh))
 
-    def loss(xs: list[jax.Array]) -> float:
+    def loss(xs: States) -> float:
         return float(np.mean(np.concatenate([cross_entropy(arch, ends, x, t) for x, t in zip(xs, windows, strict=True)])))
 
     return [loss(xs) for xs in streams], lost

@@ -5,9 +5,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from calibration.states import TIERS
 from models.arch import Arch, Model
 from models.errors import InputError
-from pruning.sleb_core import TIERS, Candidate, Path, Runner, Trial, Unit, silenced, try_all, without
+from pruning.sleb_core import Candidate, Path, Runner, Trial, Unit, silenced, try_all, without
 from pruning.types import Method, Outcome, Put, Request, whole_units
 
 Kind = Literal["blocks", "sublayers"]

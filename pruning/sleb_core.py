@@ -7,9 +7,6 @@ alike share what they have in common: a candidate for removal with the model it 
 import itertools
 import math
 import pathlib
-import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from calibration.states import TIERS, Kept, OnDisk, fetch, keep, scratch
 from models.arch import Arch, Block, Model, apply_block, cross_entropy, embed
 from models.sharding import place, split
 
@@ -45,9 +43,6 @@ def without(path: Path, unit: Unit, writers: tuple[str, ...]) -> Candidate:
     silent = tuple(w for w in writers if w in path[k][1] or w in unit.writers)
     rest: Path = () if silent == writers else ((unit.block, silent),)
     return Candidate(path[:k] + rest + path[k + 1 :], k)
-
-
-TIERS = ("device", "host", "disk")  # where states can be, the fastest first
 
 
 class Room(NamedTuple):
@@ -81,27 +76,19 @@ def plan(depth: int, state: int, there: Sequence[int]) -> tuple[Room, Room]:
     return Room(min(every, max(1, depth // 2)), taken), Room(math.ceil(own / sum(left)) if sum(left) else 0, left)
 
 
-class OnDisk(NamedTuple):
-    """States in a file; NumPy's files do not know every type."""
-
-    path: pathlib.Path
-    dtype: np.dtype
-    nbytes: int
-
-
 class Store:
     """Hidden states [b t d] by (micro-batch, path): on the devices while there is room, then on the host, in files, or not at all."""
 
     def __init__(self, room: Room, directory: pathlib.Path):
         self.room, self._directory, self._files = room, directory, itertools.count()
-        self._held: dict[tuple[int, Path], tuple[int, jax.Array | np.ndarray | OnDisk]] = {}  # with the tier
+        self._held: dict[tuple[int, Path], tuple[int, Kept]] = {}  # with the tier
         self._used = [0] * len(TIERS)
         self.most = [0] * len(TIERS)
 
     def get(self, m: int, path: Path) -> jax.Array | np.ndarray | None:
         """The states that the path leaves of micro-batch `m`, if they were kept."""
-        _, x = self._held.get((m, path), (0, None))
-        return np.load(x.path).view(x.dtype) if isinstance(x, OnDisk) else x
+        found = self._held.get((m, path))
+        return fetch(found[1]) if found else None
 
     def put(self, m: int, path: Path, x: jax.Array) -> None:
         """Keep the states if the plan says so and there is room."""
@@ -109,20 +96,10 @@ class Store:
             return
         for tier, limit in enumerate(self.room.bytes):
             if self._used[tier] + x.nbytes <= limit:
-                self._held[m, path] = tier, self._moved(x, tier)
+                self._held[m, path] = tier, keep(x, TIERS[tier], self._directory / f"{id(self)}-{next(self._files)}.npy")
                 self._used[tier] += x.nbytes
                 self.most[tier] = max(self.most[tier], self._used[tier])
                 return
-
-    def _moved(self, x: jax.Array, tier: int) -> jax.Array | np.ndarray | OnDisk:
-        if TIERS[tier] == "device":
-            return x
-        value = np.asarray(x)
-        if TIERS[tier] == "host":
-            return value
-        path = self._directory / f"{id(self)}-{next(self._files)}.npy"
-        np.save(path, value)
-        return OnDisk(path, value.dtype, value.nbytes)
 
     def forget(self, piece: Piece) -> None:
         """Drop what has been through a piece that has left the model."""
@@ -160,9 +137,8 @@ class Runner:
         self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
         width = jax.eval_shape(model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
         shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, there)
-        scratch = pathlib.Path(tempfile.mkdtemp(prefix="topiary-"))
-        weakref.finalize(self, shutil.rmtree, scratch, ignore_errors=True)
-        self.stores = Store(shared, scratch), Store(own, scratch)
+        directory = scratch(self)
+        self.stores = Store(shared, directory), Store(own, directory)
         self.depth, self.sizes, self.evaluations = len(self._blocks), [len(t) for t in self._tokens], 0
 
     def _apply(self, piece: Piece, x: jax.Array) -> jax.Array:

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import Visited, observe, overflow, walk_blocks
+from calibration.fold import Visited, observe, overflow
 from calibration.observers import gram
+from calibration.states import States
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import patterns, sparsegpt
@@ -17,6 +18,7 @@ from pruning.lift import allocate, asked_of, by_name, counts_of, every_tap, figu
 from pruning.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, corrected
 from pruning.sparsellm_released import Aux, as_released
 from pruning.types import Allocation, Layerwise, Method, Outcome, Put, Request, not_refined
+from pruning.walk import walk
 
 KNOWN = ("relu", "silu", "swish")  # activations with an auxiliary update: relu without a gate, the others with one
 ONCE = (1, 30, 31)  # blocks that the released code for gated models iterates once, whatever the model's depth
@@ -102,20 +104,20 @@ class _Run(NamedTuple):
     settings: Settings
     official: bool
 
-    def _official(self, i: int, dense: Block, xs: list[jax.Array], h1: jax.Array, h2: jax.Array, counts: Counts) -> Solved:
+    def _official(self, i: int, dense: Block, xs: States, h1: jax.Array, h2: jax.Array, counts: Counts) -> Solved:
         parts = [_activations(self.arch, dense, x) for x in xs]
         together = {name: jnp.concatenate([p[name] for p in parts]) for name in parts[0]}
         once = i in ONCE and _names(self.arch).gate is not None
         c = self.settings._replace(iterations=1) if once else self.settings
         return _released(self.arch, dense, together, h1, h2, counts, c)
 
-    def _corrected(self, dense: Block, pruned: Block, xs: list[jax.Array], counts: Counts) -> Solved:
+    def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solved:
         pairs = [_aims(self.arch, dense, pruned, x) for x in xs]
         x, y = (_micro_batches(jnp.concatenate(parts), len(xs[0])) for parts in zip(*pairs, strict=True))
         return _sound(self.arch, dense, x, y, counts, self.settings)
 
     def block(
-        self, i: int, block: Block, xs: list[jax.Array], counts: Mapping[str, Any]
+        self, i: int, block: Block, xs: States, counts: Mapping[str, Any]
     ) -> tuple[Block, dict[str, dict[str, float]], list[float]]:
         """Block i pruned: (the block, the solvers' figures, the part's error after each iteration)."""
         arch, rule, n = self.arch, self.settings.rule, _names(self.arch)
@@ -205,7 +207,7 @@ def sparsellm(
         allocation = allocate(model, tokens, request, Layerwise(sparsegpt.pruner(damp, settings.rule), settings.rule))
         covered = len(model.blocks) // 2 if first_half else len(model.blocks)
 
-        def visit(i: int, block: Block, xs: list[jax.Array], last: bool) -> Visited:
+        def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
             found: dict[str, dict[str, float]] = {}
             losses: list[float] = []
             if i < covered and (counts := counts_of(model.arch, settings.rule, block, allocation.budget[i])):
@@ -213,10 +215,7 @@ def sparsellm(
             put(i, block)
             return Visited(block, record=(found, losses))
 
-        advance = request.stage("pruning", len(model.blocks))
-        records = walk_blocks(
-            model, tokens, visit, batch=request.batch, mesh=request.mesh, advance=advance, journal=request.journal
-        )
+        records = walk(model, tokens, request, visit, "pruning")
         return _outcome(allocation, covered, [f for f, _ in records], [x for _, x in records], official, damp)
 
     return Method(method, check=check)

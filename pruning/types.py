@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from calibration.journal import Journal, plain
 from calibration.observers import Observer
+from calibration.states import Tier
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from models.forms import Leaves
@@ -68,6 +69,7 @@ class Request:
     allocation: how the sparsity is spread over the model, for the methods that take one; None: evenly.
     refine: what is done to the finished mask of each linear, for the methods that prune each on its own.
     batch, mesh: windows in one micro-batch, and the devices they are split over.
+    tier: where hidden states between two blocks are kept; no result depends on it.
     seed: of whatever is random.
     stage: (what is done, in how many steps) -> what to call after each step, for a progress bar.
     journal: where finished steps are kept for a run that is started again, or None.
@@ -79,6 +81,7 @@ class Request:
     refine: "Refiner | None" = None
     batch: int = 8
     mesh: Mesh | None = None
+    tier: Tier = "device"
     seed: int = 0
     stage: Callable[[str, int], Callable[[], None]] = lambda description, steps: lambda: None
     journal: Journal | None = None

@@ -1,14 +1,37 @@
 """The calibration walk as a request asks for it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
-from calibration.fold import Visit, fold_blocks
+from calibration.fold import Visit, Visited, fold_blocks, walk_blocks
 from calibration.observers import Observer
-from models.arch import Model
+from calibration.states import States
+from models.arch import Block, Model
 from pruning.types import Request
+
+
+def _options(model: Model, request: Request, what: str) -> dict[str, Any]:
+    advance = request.stage(what, len(model.blocks))
+    return {"batch": request.batch, "mesh": request.mesh, "tier": request.tier, "advance": advance}
+
+
+def walk(
+    model: Model,
+    tokens: np.ndarray,
+    request: Request,
+    visit: Callable[[int, Block, States, bool], Visited],
+    what: str,
+    *,
+    durable: bool = True,
+) -> list[Any]:
+    """`walk_blocks` with the request's batch, mesh and tier, and a progress bar that says `what`; every block's record.
+
+    Args:
+      durable: whether it is a step of the request's journal.
+    """
+    return walk_blocks(model, tokens, visit, journal=request.journal if durable else None, **_options(model, request, what))
 
 
 def fold(
@@ -21,7 +44,7 @@ def fold(
     propagate: Literal["pruned", "dense"],
     what: str,
 ) -> list[Any]:
-    """`fold_blocks` with the request's batch, mesh and journal, and a progress bar that says `what`; every block's record.
+    """`fold_blocks` with the request's batch, mesh, tier and journal, and a progress bar that says `what`; every block's record.
 
     Where nothing is watched blocks are visited alone, without activations.
     """
@@ -31,8 +54,6 @@ def fold(
         visit,
         watch=watch,
         propagate=propagate if watch else "pruned",
-        batch=request.batch,
-        mesh=request.mesh,
-        advance=request.stage(what, len(model.blocks)),
         journal=request.journal,
+        **_options(model, request, what),
     )

@@ -2,6 +2,7 @@
 
 import gc
 import pathlib
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 
 from models import hf, store
 from models.errors import InputError
-from models.store import LazyBlocks, in_memory, open_checkpoint
+from models.store import LazyBlocks, ahead, in_memory, open_checkpoint
 from reference import tiny
 
 State = dict[str, np.ndarray]
@@ -118,6 +119,33 @@ def test_what_was_read_is_not_held_by_the_checkpoint(tmp_path: pathlib.Path, cou
     del block
     gc.collect()
     assert weak() is None and not any(ref() is not None for ref in counting.given)
+
+
+def test_the_next_block_is_read_while_one_is_worked_on(tmp_path: pathlib.Path, counting: Counting) -> None:
+    checkpoint = open_checkpoint(tmp_path)
+    blocks = ahead(checkpoint.model.blocks)
+    first = next(blocks).up.w
+    for _ in range(500):
+        if any(".layers.1." in name for name in counting.reads):
+            break
+        time.sleep(0.01)
+    else:
+        raise AssertionError("nobody read block 1")
+    np.testing.assert_array_equal(first, checkpoint.model.blocks[0].up.w)
+    weak = weakref.ref(next(blocks).up.w)
+    gc.collect()
+    assert weak() is None, "a block that its user has let go of is held"
+    assert next(blocks, None) is None
+    assert [b.up.w.shape for b in ahead(checkpoint.model.blocks, 1)] == [(40, 32)]
+    assert list(ahead(checkpoint.model.blocks, 2)) == []
+
+
+def test_what_is_wrong_with_a_block_read_ahead_is_told_when_it_is_due(tmp_path: pathlib.Path, counting: Counting) -> None:
+    counting._state[UP] = np.full(counting.shapes[UP], np.nan, np.float32)
+    blocks = iter(open_checkpoint(tmp_path).model.blocks)
+    next(blocks)
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight holds NaN"):
+        next(blocks)
 
 
 CONFIG_ERRORS: dict[str, tuple[bytes | None, str]] = {

@@ -1,0 +1,113 @@
+"""Hidden states between two blocks, kept where there is room: on the devices, in host memory, or in files."""
+
+import os
+import pathlib
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal, NamedTuple, get_args, overload
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from models.sharding import split
+
+Tier = Literal["device", "host", "disk"]
+TIERS: tuple[Tier, ...] = get_args(Tier)  # the fastest first
+
+
+SHARE = {"device": 0.25, "host": 0.5}  # of a memory that hidden states may take
+
+
+def memory() -> dict[str, int]:
+    """Bytes of one device's memory, and of the host's; a device that is the host, as a CPU is, has none of its own."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return {"device": stats.get("bytes_limit", 0), "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+
+
+def tier_of(device: int, host: int, there: Mapping[str, int]) -> Tier:
+    """The fastest tier with room for hidden states that take so many bytes of each device, or of the host."""
+    if not there["device"]:
+        return "device" if host <= SHARE["host"] * there["host"] else "disk"
+    if device <= SHARE["device"] * there["device"]:
+        return "device"
+    return "host" if host <= SHARE["host"] * there["host"] else "disk"
+
+
+class OnDisk(NamedTuple):
+    """An array in a file; NumPy's files do not know every type."""
+
+    path: pathlib.Path
+    dtype: np.dtype
+    nbytes: int
+
+
+Kept = jax.Array | np.ndarray | OnDisk
+
+
+def scratch(owner: object) -> pathlib.Path:
+    """A temporary directory that goes when its owner does."""
+    directory = pathlib.Path(tempfile.mkdtemp(prefix="topiary-"))
+    weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
+    return directory
+
+
+def keep(x: jax.Array | np.ndarray, tier: Tier, path: pathlib.Path) -> Kept:
+    """The array moved to a tier; `path` is the file where that is the disk."""
+    if tier == "device":
+        return jax.numpy.asarray(x)
+    value = np.asarray(x)
+    if tier == "host":
+        return value
+    np.save(path, value)
+    return OnDisk(path, value.dtype, value.nbytes)
+
+
+def fetch(kept: Kept) -> jax.Array | np.ndarray:
+    """What was kept, on the device or in host memory."""
+    return np.load(kept.path).view(kept.dtype) if isinstance(kept, OnDisk) else kept
+
+
+class States(Sequence[jax.Array]):
+    """The hidden states of all micro-batches [b t d], in a tier; what is asked for is on the devices.
+
+    Args:
+      xs: in order; each is moved as it comes.
+      mesh: windows are split over its `data` axis.
+    """
+
+    def __init__(self, xs: Iterable[jax.Array | np.ndarray], tier: Tier = "device", mesh: Mesh | None = None):
+        self._tier, self._mesh = tier, mesh
+        self._directory = scratch(self) if tier == "disk" else pathlib.Path()
+        self._kept: list[Kept] = []
+        for x in xs:
+            self._kept.append(self._moved(len(self._kept), x))
+
+    def _moved(self, j: int, x: jax.Array | np.ndarray) -> Kept:
+        placed = split(x, self._mesh, "sample") if self._tier == "device" else x
+        return keep(placed, self._tier, self._directory / f"{j}.npy")
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @overload
+    def __getitem__(self, j: int) -> jax.Array: ...
+    @overload
+    def __getitem__(self, j: slice) -> list[jax.Array]: ...
+    def __getitem__(self, j: int | slice) -> jax.Array | list[jax.Array]:
+        if isinstance(j, slice):
+            return [self[k] for k in range(*j.indices(len(self)))]
+        return split(fetch(self._kept[j]), self._mesh, "sample")
+
+    def __setitem__(self, j: int, x: jax.Array) -> None:
+        self._kept[j] = self._moved(j, x)
+
+    def copy(self) -> "States":
+        """The same states once more, to be changed on their own."""
+        return States((fetch(x) for x in self._kept), self._tier, self._mesh)
+
+    def stored(self) -> list[jax.Array | np.ndarray]:
+        """All of them where they are, files mapped into memory: for saving."""
+        return [np.load(x.path, mmap_mode="r").view(x.dtype) if isinstance(x, OnDisk) else x for x in self._kept]

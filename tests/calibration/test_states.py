@@ -1,0 +1,113 @@
+"""Hidden states are the same wherever they are kept, and a walk is."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from calibration.fold import Visited, walk_blocks
+from calibration.journal import Journal
+from calibration.states import TIERS, OnDisk, States, Tier, memory, tier_of
+from models.arch import Block, apply_block
+from models.sharding import make_mesh, split
+from reference.small import model, tokens
+
+
+class Sink:
+    """Keeps nothing."""
+
+    def mark(self) -> None: ...
+    def rewind(self, mark: None) -> None: ...
+
+
+def batches(dtype: str = "float32") -> list[jax.Array]:
+    return [jax.random.normal(jax.random.key(i), (n, 3, 4)).astype(dtype) for i, n in enumerate((4, 2))]
+
+
+@pytest.mark.parametrize("mesh", ["", "data=2,model=2"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tier", TIERS)
+def test_what_was_kept_comes_back_on_the_devices(tier: Tier, dtype: str, mesh: str) -> None:
+    m, xs = make_mesh(mesh) if mesh else None, batches(dtype)
+    states = States(iter(xs), tier, m)
+    states[1] = xs[1] + 1
+    other = states.copy()
+    other[0] = xs[0] * 2
+    for found, wanted in ((states, [xs[0], xs[1] + 1]), (other, [xs[0] * 2, xs[1] + 1])):
+        assert len(found) == 2 and found[1:][0].shape == (2, 3, 4)
+        for x, y, saved in zip(found, wanted, found.stored(), strict=True):
+            assert isinstance(x, jax.Array) and x.dtype == dtype and x.sharding == split(y, m, "sample").sharding
+            np.testing.assert_array_equal(x, y)
+            np.testing.assert_array_equal(np.asarray(saved), y)
+            assert saved.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
+            assert isinstance(saved, jax.Array) == (tier == "device")
+
+
+def test_files_go_with_the_states() -> None:
+    states = States(batches(), "disk")
+    (kept, _) = states._kept
+    assert isinstance(kept, OnDisk) and kept.path.is_file()
+    del states
+    assert not kept.path.parent.exists()
+
+
+def test_between_two_blocks_nothing_is_on_the_devices() -> None:
+    """Of states in files; on a CPU host memory is the device's."""
+    m, windows = model("llama"), tokens()[:6]
+    (width,) = {w.shape[1] for w in [m.blocks[0].q.w]}
+
+    def states() -> int:
+        return sum(x.shape == (2, windows.shape[1], width) for x in jax.live_arrays())
+
+    counts, before = [], states()
+
+    def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+        counts.append(states())
+        return Visited(block)
+
+    walk_blocks(m, windows, visit, batch=2, tier="disk")
+    assert max(counts) - before <= 1  # the one that was last run
+
+
+@pytest.mark.parametrize("moved_on", [False, True])
+@pytest.mark.parametrize("tier", TIERS)
+def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(tier: Tier, moved_on: bool, tmp_path: Path) -> None:
+    m, windows = model("llama"), tokens()
+
+    def walk(stop: int | None, journal: Journal | None, tier: Tier) -> list[Any]:
+        def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+            if i == stop:
+                raise KeyboardInterrupt
+            record = [np.asarray(x) for x in xs]
+            if moved_on:
+                for j, x in enumerate(xs):
+                    xs[j] = apply_block(m.arch, block, x)
+            return Visited(block, record, moved_on)
+
+        return walk_blocks(m, windows, visit, batch=4, tier=tier, journal=journal)
+
+    whole = walk(None, None, "device")
+    with pytest.raises(KeyboardInterrupt):
+        walk(1, Journal(tmp_path, {}, Sink()), tier)
+    again = walk(None, Journal(tmp_path, {}, Sink()), tier)
+    assert len(whole) == len(again) == len(m.blocks)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("device", "host", "there", "tier"),
+    [
+        (25, 200, {"device": 100, "host": 400}, "device"),
+        (26, 200, {"device": 100, "host": 400}, "host"),
+        (26, 201, {"device": 100, "host": 400}, "disk"),
+        (200, 200, {"device": 0, "host": 400}, "device"),  # a CPU's memory is the host's
+        (201, 201, {"device": 0, "host": 400}, "disk"),
+    ],
+)
+def test_states_go_to_the_fastest_memory_with_room(device: int, host: int, there: dict[str, int], tier: Tier) -> None:
+    assert tier_of(device, host, there) == tier
+    assert memory()["host"] > 1 << 28
