@@ -24,6 +24,7 @@ Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashabl
 Stats = Mapping[str, Any]  # tap or slot -> its observer's final state
 Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # an architecture's `block`
 Visit = Callable[[int, Block, Stats], tuple[Block, Any]]
+Rehearse = Callable[..., Any]  # (what, a function, its arguments as shapes, calls=how often in a run) -> what it gives, as shapes
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -140,6 +141,36 @@ def observe(arch: Arch, watch: Mapping[str, Observer], i: int, block: Block, xs:
     if static and not _finite(states):
         raise overflow(i)
     return states
+
+
+def rehearse_fold(
+    model: Model,
+    tokens: jax.ShapeDtypeStruct,
+    run: Rehearse,
+    *,
+    watch: Mapping[str, Observer],
+    propagate: Literal["pruned", "dense"],
+    batch: int = 8,
+) -> tuple[jax.ShapeDtypeStruct, Stats]:
+    """What `fold_blocks` compiles, told to `run`: (the states of a micro-batch, the statistics of a block), as shapes.
+
+    Args:
+      model, tokens: of shapes.
+    """
+    arch, static, blocks = model.arch, tuple(sorted(watch.items())), len(model.blocks)
+    steps = -(-tokens.shape[0] // batch)
+    part = jax.ShapeDtypeStruct((batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
+    x = run("embedding", functools.partial(embed, arch), model.ends, part, calls=steps)
+    if not static:
+        return x, {}
+    onward = propagate == "dense"
+    block = model.blocks[0]
+    states = jax.eval_shape(functools.partial(_start, arch.block, static), block, x)
+    update = functools.partial(_observe, arch.block, static, onward)
+    _, states = run("statistics", update, block, x, states, calls=steps * blocks)
+    if not onward:
+        run("pruned block", functools.partial(apply_block, arch), block, x, calls=steps * (blocks - 1))
+    return x, states
 
 
 def fold_blocks(

@@ -27,8 +27,6 @@ from models.errors import InputError
 from models.store import in_memory, open_checkpoint, read_config
 
 TORCH = "PyTorch, dense"
-MATMUL = {"cpu": 2048}  # size of the square matrices whose product gives a device's peak; elsewhere MATMUL_LARGE
-MATMUL_LARGE, MATMUL_RUNS = 8192, 10
 
 
 class Task(NamedTuple):
@@ -116,18 +114,9 @@ def pytorch(task: Task) -> tuple[Once, Facts]:
 
 def matmul_peak(task: Task) -> tuple[Once, Facts]:
     """Facts: FLOPs a second of a large matrix product in the task's type, the best of a few: what the device can do."""
-    import jax
-    import jax.numpy as jnp
+    from eval.peak import flops_per_second
 
-    size = MATMUL.get(jax.default_backend(), MATMUL_LARGE)
-    a = jax.random.normal(jax.random.key(0), (size, size), DTYPES[task.dtype])
-    product, seconds = jax.jit(jnp.matmul), []
-    jax.block_until_ready(product(a, a))
-    for _ in range(MATMUL_RUNS):
-        begin = time.perf_counter()
-        jax.block_until_ready(product(a, a))
-        seconds.append(time.perf_counter() - begin)
-    return lambda: Times(0.0, 0.0), {"flops_per_second": 2 * size**3 / min(seconds)}
+    return lambda: Times(0.0, 0.0), {"flops_per_second": flops_per_second(DTYPES[task.dtype])}
 
 
 Program = Callable[[Task], tuple[Once, Facts]]

@@ -8,10 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calibration.fold import Rehearse
 from calibration.observers import Observer, moments
 from models.arch import Block, Model
 from models.errors import InputError
 from models.forms import Leaves
+from pruning import units
 from pruning.flap_core import Kept, Metric, Structure, Units, input_feature_metrics, released, released_fluctuation, sound
 from pruning.select import lowest, rounded
 from pruning.types import Method, Outcome, Put, Request, whole_units
@@ -98,7 +100,13 @@ def flap(
         remove(model, tokens, request, put, keeps, how, means if how == "bias" else None)
         return outcome(model.arch, keeps, request, scores, f"{metric} of channels")
 
-    return Method(method, Leaves(GROUPS, structure.startswith("UL"), bias), check=functools.partial(whole_units, "flap"))
+    def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        units.rehearse(model, tokens, request, run, released_fluctuation if official else moments, "dense")
+        if refit:
+            units.rehearse(model, tokens, request, run, OBSERVED[how], "pruned", how)
+
+    leaves = Leaves(GROUPS, structure.startswith("UL"), bias)
+    return Method(method, leaves, check=functools.partial(whole_units, "flap"), rehearse=rehearse)
 
 
 @jax.jit
@@ -157,8 +165,16 @@ def _by_channels(
         remove(model, tokens, request, put, keeps, how)
         return outcome(model.arch, keeps, request, scores, label)
 
+    def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        if scope == "local":
+            units.rehearse(model, tokens, request, run, OBSERVED[how] or observer, "pruned", how)
+        else:
+            units.rehearse(model, tokens, request, run, observer, "dense")
+            units.rehearse(model, tokens, request, run, OBSERVED[how], "pruned", how)
+
     leaves = Leaves(GROUPS, scope == "local", how != "none")
-    return Method(local if scope == "local" else over_all, leaves, check=functools.partial(whole_units, name))
+    run = local if scope == "local" else over_all
+    return Method(run, leaves, check=functools.partial(whole_units, name), rehearse=rehearse)
 
 
 def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> Method:

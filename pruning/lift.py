@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calibration.fold import Rehearse, rehearse_fold
 from calibration.observers import Observer
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning.allocate import all_shapes, uniform
 from pruning.patterns import n_of_m
-from pruning.types import Allocation, Budget, Layerwise, Mask, Method, Outcome, Pattern, Pruner, Put, Request
+from pruning.types import Allocation, Budget, Layerwise, Mask, Method, Outcome, Pattern, Pruner, Put, Request, as_it_is
 from pruning.walk import fold
 
 Notes = Mapping[str, jax.Array]
@@ -132,6 +133,26 @@ def asked_of(budget: Budget) -> tuple[dict[str, float], ...]:
     return tuple({name: float(np.mean(fraction)) for name, fraction in block.items()} for block in budget)
 
 
+def rehearse_taps(
+    arch: Arch,
+    pruners: Mapping[str, Pruner],
+    rule: Pattern,
+    block: Block,
+    stats: Mapping[str, Any],
+    request: Request,
+    run: Rehearse,
+    calls: int,
+) -> None:
+    """What `solve_block` compiles for the slots that read the taps of `pruners`, told to `run`; blocks and statistics of shapes."""
+    for tap, names in readers(arch, [s.name for s in arch.slots if s.reads in pruners]).items():
+        pruner, ws = pruners[tap], [getattr(block, name).w for name in names]
+        counts = [rule.counts(w.shape, np.asarray(request.sparsity)) for w in ws]
+        prepared = stats.get(tap)
+        if pruner.prepare is not as_it_is:
+            prepared, _ = run(f"{tap}: statistics prepared", pruner.prepare, prepared, calls=calls)
+        run(f"{tap}: {', '.join(names)} pruned", functools.partial(_solve, pruner), prepared, ws, counts, calls=calls)
+
+
 def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Method:
     """The method that prunes each linear on its own, block after block, each block seeing what the pruned ones before it give.
 
@@ -164,4 +185,10 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             raise InputError("--refine swaps weights of a whole row, which --pattern=N:M does not allow: leave one of them out")
         fits(model, rule_of(request, unstructured))
 
-    return Method(method, check=check)
+    def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        arch, rule = model.arch, rule_of(request, unstructured)
+        pruners = (request.refine or unrefined)(arch, every_tap(arch, pruner(rule)))
+        _, stats = rehearse_fold(model, tokens, run, watch=watched(pruners), propagate="pruned", batch=request.batch)
+        rehearse_taps(arch, pruners, rule, model.blocks[0], stats, request, run, len(model.blocks))
+
+    return Method(method, check=check, rehearse=rehearse)

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.observers import batch_norms
+from calibration.fold import Rehearse, rehearse_fold
+from calibration.observers import Observer, batch_norms
 from models.arch import Block, Model
 from models.errors import InputError
 from models.forms import Leaves
 from models.surgery import zero_rows
 from pruning import select
+from pruning import units as whole
 from pruning.llmrank_core import Centrality, Ffn, as_released, corrected, flow
 from pruning.types import Method, Outcome, Put, Removed, Request, gone, whole_units
 from pruning.units import Keep, Repair, check_round_to, outcome, remove
@@ -34,6 +36,12 @@ def _linears(model: Model) -> tuple[tuple[str, ...], str, str]:
     return tuple(gates), up, group.reader.name
 
 
+def _watch(model: Model) -> dict[str, Observer]:
+    """The norms of what enters and leaves up and down."""
+    _, up, down = _linears(model)
+    return dict.fromkeys((*map(model.arch.tap, (up, down)), up, down), batch_norms)
+
+
 def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict[str, np.ndarray]]:
     """A block's norms of what enters up and down, and of what leaves them; one dense forward."""
     _, up, down = _linears(model)
@@ -43,8 +51,7 @@ def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict
         norms = {name: s.mean for name, s in stats.items()}
         return block, {"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]}
 
-    watch = dict.fromkeys((into_up, into_down, up, down), batch_norms)
-    return fold(model, tokens, request, visit, watch=watch, propagate="dense", what="measuring activations")
+    return fold(model, tokens, request, visit, watch=_watch(model), propagate="dense", what="measuring activations")
 
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:
@@ -177,4 +184,11 @@ def llmrank(
         return outcome(model.arch, keeps, request, [{up: n} for n, _ in ranks], f"importance of MLP neurons ({scorer})")
 
     narrower = ("neurons",) if units == "neurons" else ()
-    return Method(method, Leaves(narrower, scope == "local", repair != "none"), check=functools.partial(whole_units, "llmrank"))
+    leaves = Leaves(narrower, scope == "local", repair != "none")
+
+    def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        rehearse_fold(model, tokens, run, watch=_watch(model), propagate="dense", batch=request.batch)
+        if repair != "none":
+            whole.rehearse(model, tokens, request, run, whole.OBSERVED[repair], "pruned", repair, ("neurons",))
+
+    return Method(method, leaves, check=functools.partial(whole_units, "llmrank"), rehearse=rehearse)

@@ -1,12 +1,15 @@
 """SLEB over a model: whole blocks (or their two halves) leave, one after the other, each time the one that is missed least."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
+from calibration.fold import Rehearse, rehearse_fold
 from calibration.states import TIERS
-from models.arch import Arch, Model
+from models.arch import Arch, Model, apply_block, cross_entropy
 from models.errors import InputError
 from pruning.sleb_core import Candidate, Path, Runner, Trial, Unit, silenced, try_all, without
 from pruning.types import Method, Outcome, Put, Request, whole_units
@@ -173,6 +176,17 @@ def _candidates(arch: Arch, total: int, n: int, kind: Kind, early: int, latter: 
     return inside
 
 
+def rehearse_search(
+    model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse, passes: int, losses: int
+) -> None:
+    """What a search compiles, told to `run`: so many passes of a micro-batch through a block, so many losses of one."""
+    arch = model.arch
+    x, _ = rehearse_fold(model, tokens, run, watch={}, propagate="pruned", batch=request.batch)
+    part = jax.ShapeDtypeStruct((request.batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
+    run("block of a candidate, at most", functools.partial(apply_block, arch), model.blocks[0], x, calls=passes)
+    run("loss of a candidate", functools.partial(cross_entropy, arch), model.ends, x, part, calls=losses)
+
+
 def sleb(
     blocks: int | None = None,
     early_barrier: int = 1,
@@ -236,4 +250,11 @@ def sleb(
             warnings=tuple(_warnings(trace)),
         )
 
-    return Method(method, counts=blocks is not None, check=check)
+    def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        n, candidates = choice(model, request)
+        rounds, steps = {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search], -(-tokens.shape[0] // request.batch)
+        tried = sum(len(candidates) - p for p in range(rounds))
+        passes = sum((len(candidates) - p) * (len(model.blocks) - 1 - p) for p in range(rounds))  # the plain search's
+        rehearse_search(model, tokens, request, run, steps * max(passes, len(model.blocks)), steps * tried)
+
+    return Method(method, counts=blocks is not None, check=check, rehearse=rehearse)

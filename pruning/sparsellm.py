@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.fold import Visited, observe, overflow
+from calibration.fold import Rehearse, Visited, observe, overflow, rehearse_fold
 from calibration.observers import gram
 from calibration.states import States
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from pruning import patterns, sparsegpt
-from pruning.lift import allocate, asked_of, by_name, counts_of, every_tap, figures, fits, rule_of, solve_block
+from pruning.lift import allocate, asked_of, by_name, counts_of, every_tap, figures, fits, rehearse_taps, rule_of, solve_block
 from pruning.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, corrected
 from pruning.sparsellm_released import Aux, as_released
 from pruning.types import Allocation, Layerwise, Method, Outcome, Put, Request, not_refined
@@ -91,8 +91,10 @@ def _sound(arch: Arch, block: Block, x: jax.Array, y: jax.Array, counts: Counts,
     return corrected(_ffn(arch, block), x, y, counts, c)
 
 
-def _micro_batches(x: jax.Array, most: int) -> jax.Array:
-    """[n ...] -> [micro-batches b ...], b the largest divisor of n up to `most`; windows split over devices stay where they are."""
+def _together(most: int, *parts: jax.Array) -> jax.Array:
+    """Parts [n ...] -> [micro-batches b ...], b the largest divisor of their windows up to `most`; windows split over devices stay where
+    they are."""
+    x = jnp.concatenate(parts)
     b = max(k for k in range(1, most + 1) if len(x) % k == 0)
     return x.reshape(b, len(x) // b, *x.shape[1:]).swapaxes(0, 1)
 
@@ -113,7 +115,7 @@ class _Run(NamedTuple):
 
     def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solved:
         pairs = [_aims(self.arch, dense, pruned, x) for x in xs]
-        x, y = (_micro_batches(jnp.concatenate(parts), len(xs[0])) for parts in zip(*pairs, strict=True))
+        x, y = (_together(len(xs[0]), *parts) for parts in zip(*pairs, strict=True))
         return _sound(self.arch, dense, x, y, counts, self.settings)
 
     def block(
@@ -138,6 +140,30 @@ class _Run(NamedTuple):
         if not np.any(np.isfinite(losses)):
             raise overflow(i)
         return _with_ffn(arch, new, solved.ffn), found, losses
+
+    def rehearse(self, model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        """What `block` compiles for all blocks of a model of shapes, told to `run`."""
+        arch, settings, block, n = self.arch, self.settings, model.blocks[0], _names(self.arch)
+        solved = [s.reads for s in arch.slots if s.name not in n.slots]
+        watch = dict.fromkeys([s.reads for s in arch.slots] if self.official else solved, gram)
+        x, stats = rehearse_fold(model, tokens, run, watch=watch, propagate="pruned", batch=request.batch)
+        pruners = dict.fromkeys(solved, sparsegpt.pruner(settings.damp, settings.rule))
+        blocks, steps = len(model.blocks), -(-tokens.shape[0] // request.batch)
+        rehearse_taps(arch, pruners, settings.rule, block, stats, request, run, blocks)
+        mine: list[Any] = [settings.rule.counts(getattr(block, name).w.shape, np.asarray(request.sparsity)) for name in n.slots]
+        counts, calls = Counts(tuple(mine[:-1]), mine[-1]), {"calls": steps * blocks}
+        if self.official:
+            parts = [run("activations", functools.partial(_activations, arch), block, x, **calls)] * steps
+            every = run("activations together", lambda ps: jax.tree.map(lambda *p: jnp.concatenate(p), *ps), parts, calls=blocks)
+            h1, h2 = (run(f"{tap}: H", sparsegpt.hessian, stats[tap], calls=blocks) for tap in (n.enters, n.inside))
+            solve = functools.partial(_released, arch, c=settings)
+            run("alternation", lambda b, t, h1, h2: solve(b, t, h1, h2, counts), block, every, h1, h2, calls=blocks)
+        else:
+            pair = run("targets", functools.partial(_aims, arch), block, block, x, **calls)
+            every = [
+                run("targets together", functools.partial(_together, request.batch), *[p] * steps, calls=blocks) for p in pair
+            ]
+            run("alternation", lambda b, x, y: _sound(arch, b, x, y, counts, settings), block, *every, calls=blocks)
 
 
 def _settings(
@@ -218,4 +244,9 @@ def sparsellm(
         records = walk(model, tokens, request, visit, "pruning")
         return _outcome(allocation, covered, [f for f, _ in records], [x for _, x in records], official, damp)
 
-    return Method(method, check=check)
+    def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+        settings = settings_of(model, request)
+        half = model._replace(blocks=model.blocks[: len(model.blocks) // 2]) if first_half else model
+        _Run(model.arch, settings, official).rehearse(half, tokens, request, run)
+
+    return Method(method, check=check, rehearse=rehearse)

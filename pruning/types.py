@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from calibration.fold import Rehearse
 from calibration.journal import Journal, plain
 from calibration.observers import Observer
 from calibration.states import Tier
@@ -138,18 +139,28 @@ class Allocation(NamedTuple):
 SAME = Leaves()  # every shape as it was
 
 
+Rehearsal = Callable[[Model, jax.ShapeDtypeStruct, Request, Rehearse], None]
+
+
+def nothing(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
+    """The rehearsal of a method that compiles nothing worth counting."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """What a user names with --method: `method(model, tokens, request, put)` prunes.
 
     leaves: what it makes of a model's shapes. counts: its own parameters say how much goes, whatever the request's sparsity.
     check: InputError for a request that it cannot follow on this model; reads no parameters, so it can be asked before any work.
+    rehearse: (model and tokens [samples length] of shapes, request, run) -> the programs that are most of the method's work, told to `run`;
+      without those of an allocation.
     """
 
     run: Callable[[Model, np.ndarray, Request, Put], Outcome]
     leaves: Leaves = SAME
     counts: bool = False
     check: Callable[[Model, Request], None] = lambda model, request: None
+    rehearse: Rehearsal = nothing
 
     def __call__(self, model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         """Prune: calibration windows int [samples length]; finished blocks go to `put` in order."""

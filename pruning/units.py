@@ -7,8 +7,10 @@ its bias (FLAP's); or a least-squares refit of what it still reads.
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
 
+from calibration.fold import Rehearse, rehearse_fold
 from calibration.observers import Observer, gram, moments, pair
 from models.arch import Arch, Block, Group, Model
 from models.errors import InputError
@@ -74,6 +76,11 @@ def repaired(arch: Arch, block: Block, stats: Mapping[str, Any], keep: Keep, how
     return block.replace(**new)
 
 
+def _watch(arch: Arch, observer: Observer | None, groups: Sequence[str]) -> dict[str, Observer]:
+    """What the readers of the groups get, watched."""
+    return {arch.tap(arch.group(name).reader.name): observer for name in groups} if observer else {}
+
+
 def walk(
     model: Model,
     tokens: np.ndarray,
@@ -85,8 +92,27 @@ def walk(
     groups: Sequence[str] = GROUPS,
 ) -> list[Any]:
     """`fold` that watches what the readers of the groups get; without an observer, blocks alone."""
-    watch = {model.arch.tap(model.arch.group(name).reader.name): observer for name in groups} if observer else {}
-    return fold(model, tokens, request, visit, watch=watch, propagate=propagate, what=what)
+    return fold(model, tokens, request, visit, watch=_watch(model.arch, observer, groups), propagate=propagate, what=what)
+
+
+def rehearse(
+    model: Model,
+    tokens: jax.ShapeDtypeStruct,
+    request: Request,
+    run: Rehearse,
+    observer: Observer | None,
+    propagate: Literal["pruned", "dense"],
+    how: Repair = "none",
+    groups: Sequence[str] = GROUPS,
+) -> None:
+    """What `walk` compiles, and the repair of readers that lose half of what they read, told to `run`; model and tokens of shapes."""
+    arch, block = model.arch, model.blocks[0]
+    watch = _watch(arch, observer, groups)
+    _, stats = rehearse_fold(model, tokens, run, watch=watch, propagate=propagate, batch=request.batch)
+    if how != "none":
+        counts = {g.name: getattr(block, g.reader.name).w.shape[1] // g.reader.width for g in map(arch.group, groups)}
+        keep = {name: np.arange(n) < n // 2 for name, n in counts.items()}
+        run("readers repaired", lambda b, s: repaired(arch, b, s, keep, how), block, stats, calls=len(model.blocks))
 
 
 def remove(

@@ -11,9 +11,9 @@ from models import hf
 from models.arch import Block, Ends, Model, logits
 from models.errors import InputError
 from models.layers import Rope
+from models.published import MODELS
 from models.store import abstract
 from reference import tiny
-from reference.published import MODELS
 
 
 def spec_leaves(config: dict[str, Any]) -> list[hf.Spec]:
