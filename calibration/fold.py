@@ -4,7 +4,7 @@ At any moment the device holds one block, one micro-batch inside it, and the hid
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -78,17 +78,20 @@ def walk_blocks(
     mesh: Mesh | None = None,
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
+    key: Hashable = None,
 ) -> list[Any]:
     """Visit every block with the hidden states that reach it: what `fold_blocks` is made of, for methods that need more than statistics.
 
     Args:
       visit: (i, block, its inputs [b t d] a micro-batch, whether it is the last) -> what became of it.
       journal: makes the walk one of its steps; blocks that were finished before are not visited.
+      key: of a walk that only looks: what its records depend on, as `Journal.step` has it. Where the journal remembers them of another
+        run no block is visited.
       The others are `fold_blocks`'.
     Returns every block's record, in order.
     """
     depth, ends = len(model.blocks), place(model.ends, mesh)
-    records, xs = journal.begin(_states(model, tokens, batch, mesh)) if journal else Begun([], None)
+    records, xs = journal.begin(_states(model, tokens, batch, mesh), key) if journal else Begun([], None)
     for _ in records:
         advance()
     if xs is None and len(records) < depth:
@@ -104,7 +107,7 @@ def walk_blocks(
                 journal.reach(i + 1, records, xs)
         advance()
     if journal:
-        journal.complete(records)
+        journal.complete(records, key)
     return records
 
 
@@ -142,6 +145,7 @@ def fold_blocks(
     mesh: Mesh | None = None,
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
+    key: Hashable = None,
 ) -> list[Any]:
     """Visit every block with the statistics of its activations over the calibration tokens.
 
@@ -155,7 +159,7 @@ def fold_blocks(
       batch: windows in one micro-batch.
       mesh: windows are split over its `data` axis, matrices over `model`.
       advance: called after every block, for a progress bar.
-      journal: as `walk_blocks` has it.
+      journal, key: as `walk_blocks` has them.
     Returns every block's record. Raises InputError as `observe` does.
     """
     dense = propagate == "dense"
@@ -164,4 +168,4 @@ def fold_blocks(
         new, record = visit(i, block, observe(model.arch, watch, i, block, xs, dense and not last))
         return Visited(new, xs if dense else None, record)
 
-    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, advance=advance, journal=journal)
+    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, advance=advance, journal=journal, key=key)

@@ -44,7 +44,7 @@ def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict
         return block, {"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]}
 
     watch = dict.fromkeys((into_up, into_down, up, down), batch_norms)
-    return fold(model, tokens, request, visit, watch=watch, propagate="dense", what="measuring activations")
+    return fold(model, tokens, request, visit, watch=watch, propagate="dense", what="measuring activations", key="norms")
 
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:

@@ -4,7 +4,7 @@ Any choice (`{group: bool [units]}` a block) goes with any repair of the linear 
 its bias (FLAP's); or a least-squares refit of what it still reads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -83,10 +83,11 @@ def walk(
     propagate: Literal["pruned", "dense"],
     what: str,
     groups: Sequence[str] = GROUPS,
+    key: Hashable = None,
 ) -> list[Any]:
     """`fold` that watches what the readers of the groups get; without an observer, blocks alone."""
     watch = {model.arch.tap(model.arch.group(name).reader.name): observer for name in groups} if observer else {}
-    return fold(model, tokens, request, visit, watch=watch, propagate=propagate, what=what)
+    return fold(model, tokens, request, visit, watch=watch, propagate=propagate, what=what, key=key)
 
 
 def remove(
