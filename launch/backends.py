@@ -109,7 +109,7 @@ def on_ray(trials: Sequence[Trial], where: Where) -> Ended:
                 f"--resources={_said(need)}: no host of the cluster has so much: ask for less, or say --workers to wait"
             )
         with cli.termination_deferred() as stop:  # also from the handler that Ray has put in the place of ours
-            yield from _dealt(ray, trials, [_actor(ray, need) for _ in range(count)], stop)
+            yield from _dealt(ray, trials, lambda: _actor(ray, need), count, stop)
 
 
 def _said(need: Mapping[str, Any]) -> str:
@@ -128,31 +128,35 @@ def _actor(ray: Any, need: Mapping[str, float]) -> Any:
     return actor.remote(os.getcwd())
 
 
-def _dealt(ray: Any, trials: Sequence[Trial], actors: Sequence[Any], stop: threading.Event) -> Ended:
-    """Deal trials out to the actors, the next one to whoever is free, until there are none or `stop` is set."""
+def _dealt(ray: Any, trials: Sequence[Trial], new: Callable[[], Any], count: int, stop: threading.Event) -> Ended:
+    """Deal trials out to `count` actors, the next one to whoever is free, until there are none or `stop` is set."""
     waiting, running = iter(trials), {}
 
     def deal(actor: Any) -> None:
         if trial := next(waiting, None):
             running[actor.run.remote(trial)] = actor, trial
+        else:
+            ray.kill(actor)
 
     try:
-        for actor in actors:
-            deal(actor)
+        for _ in range(count):
+            deal(new())
         while running:
             ended, _ = ray.wait(list(running), timeout=POLL)
             if stop.is_set():
                 raise cli.Terminated
             for done in ended:
                 actor, trial = running.pop(done)
-                deal(actor)
                 try:
                     error = ray.get(done)
                 except ray.exceptions.RayError as e:
                     error = trial.failed(f"its worker was lost {1 + RETRIES} times: {type(e).__name__}", str(e))
+                    ray.kill(actor)  # it may still be coming back, and what it is asked meanwhile fails
+                    actor = new()
+                deal(actor)
                 yield trial, error
     finally:
-        for actor in actors:
+        for actor, _ in running.values():
             ray.kill(actor)
 
 
@@ -162,6 +166,7 @@ def on_slurm(trials: Sequence[Trial], where: Where, cluster: str = "slurm") -> E
     Args:
       cluster: submitit's name for where jobs go.
     """
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")  # or importing it closes the handlers that other libraries log to
     submitit = _need("submitit")
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError("--backend=slurm found no sbatch: start the sweep where jobs are submitted, or choose another --backend")
