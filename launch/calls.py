@@ -26,7 +26,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
 
 def each(text: str) -> list[str]:
     """The items of a comma-separated list; commas inside parentheses do not separate."""
-    return [item.strip() for item in re.split(r",(?![^(]*\))", text) if item.strip()]
+    return [item.strip() for item in re.split(r",(?![^(]*\))", text)]
 
 
 def build(flag: str, text: str, known: Mapping[str, Callable[..., Any]]) -> Any:

@@ -76,8 +76,6 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
         "seeds": seeds(values["seeds"]),
     }
     for name, items in axes.items():
-        if not items:
-            raise InputError(f"--{name} is empty: give at least one")
         check_once(name, [repr(calls.parse_call(i)) if isinstance(i, str) else i for i in items])
     for allocation in axes["allocations"]:
         calls.build("allocation", allocation, ALLOCATIONS)

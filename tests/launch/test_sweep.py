@@ -114,7 +114,7 @@ BAD = {
     "twice": (["--methods=wanda,wanda()", "--sparsities=0.5"], "give each once"),
     "sparsity twice": (["--sparsities=0.5,0.50"], "give each once"),
     "no seeds": (["--sparsities=0.5", "--seeds="], "--seeds"),
-    "no methods": (["--sparsities=0.5", "--methods="], "--methods is empty"),
+    "no methods": (["--sparsities=0.5", "--methods="], "is not a name or a call"),
     "an allocation that goes with nothing": (["--methods=flap,llmrank", "--sparsities=0.5", "--allocations=uniform,owl"], "owl"),
     "a method that goes with nothing": (["--methods=wanda,flap", "--pattern=2:4"], "flap"),
     "no model": (["--sparsities=0.5", "--model="], "--model"),
