@@ -4,7 +4,7 @@ At any moment the device holds one block, one micro-batch inside it, and the hid
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -87,17 +87,21 @@ def walk_blocks(
     tier: Tier = "device",
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
+    key: Hashable = None,
 ) -> list[Any]:
     """Visit every block with the hidden states that reach it: what `fold_blocks` is made of, for methods that need more than statistics.
 
     Args:
       visit: (i, block, its inputs [b t d] a micro-batch, whether it is the last) -> what became of it.
       journal: makes the walk one of its steps; blocks that were finished before are not visited.
+      key: of a walk that only looks: what its records depend on, as `Journal.step` has it. Where the journal remembers them of another
+        run no block is visited.
       The others are `fold_blocks`'.
     Returns every block's record, in order.
     """
     depth, ends = len(model.blocks), place(model.ends, mesh)
-    records, saved = journal.begin(_shapes(model, tokens, batch, mesh, tier)) if journal else Begun([], None)
+    shapes = _shapes(model, tokens, batch, mesh, tier)
+    records, saved = journal.begin(shapes, key) if journal else Begun([], None)
     for _ in records:
         advance()
     fresh = (embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)) if len(records) < depth else []
@@ -116,7 +120,7 @@ def walk_blocks(
                 journal.reach(i + 1, records, xs.stored())
         advance()
     if journal:
-        journal.complete(records)
+        journal.complete(records, key)
     return records
 
 
@@ -185,6 +189,7 @@ def fold_blocks(
     tier: Tier = "device",
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
+    key: Hashable = None,
 ) -> list[Any]:
     """Visit every block with the statistics of its activations over the calibration tokens.
 
@@ -199,7 +204,7 @@ def fold_blocks(
       mesh: windows are split over its `data` axis, matrices over `model`.
       tier: where the hidden states between two blocks are kept; no result depends on it.
       advance: called after every block, for a progress bar.
-      journal: as `walk_blocks` has it.
+      journal, key: as `walk_blocks` has them.
     Returns every block's record. Raises InputError as `observe` does.
     """
     dense = propagate == "dense"
@@ -208,4 +213,4 @@ def fold_blocks(
         new, record = visit(i, block, observe(model.arch, watch, i, block, xs, dense and not last))
         return Visited(new, record, moved_on=dense)
 
-    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, tier=tier, advance=advance, journal=journal)
+    return walk_blocks(model, tokens, each, batch=batch, mesh=mesh, tier=tier, advance=advance, journal=journal, key=key)

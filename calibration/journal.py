@@ -11,7 +11,7 @@ import os
 import pathlib
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -29,6 +29,41 @@ class Sink(Protocol):
 
     def mark(self) -> Any: ...
     def rewind(self, mark: Any) -> None: ...
+
+
+class Memory:
+    """What steps gave, for other runs of this process that would compute the same: by all that it depends on. No run's values differ by it.
+
+    Args:
+      limit: bytes of arrays that are kept; the oldest values make room.
+    """
+
+    def __init__(self, limit: int = 1 << 30):
+        self._limit, self._values = limit, {}  # type: int, dict[Hashable, tuple[Any, int]]
+        self.reused = 0  # how many values were
+
+    def get(self, key: Hashable) -> Any:
+        """The value of that key, or None."""
+        found, _ = self._values.get(key, (None, 0))
+        self.reused += found is not None
+        return found
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Remember a value, which nobody may change from here on."""
+        size = sum(np.asarray(x).nbytes for x in jax.tree.leaves(value))
+        if size > self._limit:
+            return
+        self._values[key] = value, size
+        while sum(size for _, size in self._values.values()) > self._limit:
+            del self._values[next(iter(self._values))]
+
+    def of(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """The value of that key, computed where it is not remembered."""
+        value = self.get(key)
+        if value is None:
+            value = compute()
+            self.keep(key, value)
+        return value
 
 
 class Begun(NamedTuple):
@@ -82,11 +117,19 @@ class Journal:
     Args:
       fingerprint: all that the result depends on, by a name for people: a run with another one is refused.
       sink: rewound to the last step that was finished.
+      memory, common: where steps that have a key are looked up and kept, together with `common`: what else their values depend on.
     Raises InputError for another fingerprint, named, and for files that are damaged or gone.
     """
 
-    def __init__(self, directory: pathlib.Path, fingerprint: Mapping[str, Any], sink: Sink):
-        self._directory, self._sink = directory, sink
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        fingerprint: Mapping[str, Any],
+        sink: Sink,
+        memory: Memory | None = None,
+        common: Hashable = None,
+    ):
+        self._directory, self._sink, self._memory, self._common = directory, sink, memory or Memory(0), common
         self._step, self._steps, self._walk = 0, [], None  # type: tuple[int, list[str], dict[str, Any] | None]
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._saved, self._cost = time.monotonic(), 0.0
@@ -120,18 +163,30 @@ class Journal:
         """How many steps are, an interrupted walk counted in."""
         return len(self._steps) + (self._walk is not None)
 
-    def step(self, compute: Callable[[], Any]) -> Any:
-        """The value of the next step: read if it was finished before, else computed and written.
+    def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
+        """The value of the next step: read if it was finished before, else remembered of another run or computed, and written.
 
         It consists of dicts with text for keys, lists, numbers, text, None and arrays, and comes back so (`plain`).
+
+        Args:
+          key: all that the value depends on, but for what the run's `common` says; None: only this run can use it.
         """
         if self._step < len(self._steps):
             value = _unpack(self._directory / self._steps[self._step])
         else:
-            value = plain(compute())
+            known = self._known(key)
+            value = plain(compute()) if known is None else known
             self._finish(value)
-        self._step += 1
+        self._over(key, value)
         return value
+
+    def _known(self, key: Hashable) -> Any:
+        return None if key is None else self._memory.get((self._common, key))
+
+    def _over(self, key: Hashable, value: Any) -> None:
+        if key is not None:
+            self._memory.keep((self._common, key), value)
+        self._step += 1
 
     def _finish(self, value: Any) -> None:
         name = f"{self._step:03d}.msgpack"
@@ -148,14 +203,17 @@ class Journal:
             if path.name not in (*used, INDEX):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def begin(self, states: Sequence[jax.ShapeDtypeStruct | np.ndarray]) -> Begun:
+    def begin(self, states: Sequence[jax.ShapeDtypeStruct | np.ndarray], key: Hashable = None) -> Begun:
         """Where the next step, a walk, stands.
 
         Args:
           states: what its hidden states are like: shapes, types and placements of those on devices, arrays of those on the host.
+          key: as `step` has it.
         """
         if self._step < len(self._steps):
             return Begun(_unpack(self._directory / self._steps[self._step]), None)
+        if (known := self._known(key)) is not None:
+            return Begun(list(known), None)
         if not self._walk:
             return Begun([], None)
         records = _unpack(self._directory / self._walk["records"])
@@ -183,17 +241,22 @@ class Journal:
         self._saved = time.monotonic()
         self._cost = self._saved - now
 
-    def complete(self, records: Sequence[Any]) -> None:
-        """Say that the walk is over."""
+    def complete(self, records: Sequence[Any], key: Hashable = None) -> None:
+        """Say that the walk is over; `key` as `step` has it."""
         if self._step == len(self._steps):
             self._finish(list(records))
-        self._step += 1
+        self._over(key, list(records))
 
 
 def _told(name: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """A name with its two values, where these are short enough to tell people something."""
     a, b = (json.dumps(x.get(name)) for x in (was, now))
     return f"{name} ({a}, now {b})" if max(len(a), len(b)) < 60 else name
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's numbers, shape and type: what stands for tokens in a key."""
+    return hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes()).hexdigest()
 
 
 def file_digest(path: pathlib.Path) -> str:

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import typing
 from collections.abc import Callable, Mapping
 from types import UnionType
@@ -21,6 +22,11 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
     raise InputError(f'{text!r} is not a name or a call with literal keyword arguments such as wanda or llmrank(scorer="mpr")')
+
+
+def each(text: str) -> list[str]:
+    """The items of a comma-separated list; commas inside parentheses do not separate."""
+    return [item.strip() for item in re.split(r",(?![^(]*\))", text)]
 
 
 def build(flag: str, text: str, known: Mapping[str, Callable[..., Any]]) -> Any:

@@ -1,12 +1,13 @@
 """What every command shares: flags in groups, a short help, flag files, and errors as one line with exit code 2."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
@@ -103,13 +104,26 @@ def _terminated(number: int, frame: object) -> None:
     raise Terminated
 
 
+@contextlib.contextmanager
+def termination_deferred() -> Iterator[threading.Event]:
+    """SIGTERM sets the event and does no more, for callers of libraries that no handler may raise through."""
+    stop = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
+    try:
+        yield stop
+    finally:
+        _on_termination()
+
+
 def _on_termination() -> None:
     if threading.current_thread() is threading.main_thread():  # the only one that may say what signals do
         signal.signal(signal.SIGTERM, _terminated)
 
 
-def run(options: Flags, main: Callable[[dict[str, Any]], None], argv: Sequence[str] | None = None) -> int:
-    """Parse, run `main(values)`, and return the exit code: 0, or 2 after one line `error: ...` for what the user can mend.
+def run(options: Flags, main: Callable[[dict[str, Any]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Parse, run `main(values)`, and return the exit code: main's own (None is 0), or 2 after one line `error: ...` for what the user can
+    mend.
 
     A defect of ours keeps its traceback, and so does every error with `--debug`.
     """
@@ -120,8 +134,7 @@ def run(options: Flags, main: Callable[[dict[str, Any]], None], argv: Sequence[s
         if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
             print(options.help())
             return 0
-        main(options.parse(argv))
-        return 0
+        return main(options.parse(argv)) or 0
     except InputError as e:
         if any(a in ("--debug", "--debug=true") for a in argv):
             traceback.print_exc()

@@ -1,7 +1,8 @@
 """Flags that commands share, and what they mean."""
 
 import pathlib
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calibration.states import TIERS, Tier, memory, tier_of
+from launch import calls
 from launch.cli import Flags
 from models import hub
 from models.arch import Model
 from models.errors import InputError
 from models.sharding import make_mesh
 from models.store import Checkpoint, open_checkpoint
+from pruning.methods import REFINEMENTS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LONGEST_DEFAULT = 2048
@@ -26,6 +29,39 @@ def model_flags(f: Flags) -> None:
     f.string("model", None, "a Hugging Face directory, a hub id, a .gguf file, embedded:tiny-llama or embedded:tiny-opt")
     f.choice("dtype", "float32", list(DTYPES), "the model's type in memory and in the output; statistics stay float32")
     f.string("mesh", "", "devices, as data=4,model=2; empty: all local ones on data that divide the micro-batch")
+
+
+def layout_flag(f: Flags) -> None:
+    """--layout."""
+    f.choice(
+        "layout",
+        "auto",
+        ("auto", "padded"),
+        "how blocks of different widths are written: with a class that ships with the "
+        "checkpoint, or padded with zeros to a stock architecture",
+    )
+
+
+def mask_flags(f: Flags) -> None:
+    """--pattern, --refine."""
+    f.string("pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs")
+    f.string("refine", "none", f"what is done to finished masks: {', '.join(REFINEMENTS)}")
+
+
+def calibration_flags(f: Flags) -> None:
+    """--calibration, --calibration_samples, --calibration_length, --calibration_batch, --activations."""
+    f.group("Calibration")
+    f.string("calibration", "embedded", "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file")
+    f.integer("calibration_samples", 128, "how many windows", 1)
+    f.integer("calibration_length", 0, "tokens in a window; 0: what the model was made for, at most 2048")
+    f.integer("calibration_batch", 8, "windows at a time", 1)
+    f.choice(
+        "activations",
+        "auto",
+        ["auto", *TIERS],
+        "where hidden states between two blocks are kept: on the devices, in host memory, or in files under TMPDIR; "
+        "auto: the first with room",
+    )
 
 
 def evaluation_flags(f: Flags) -> None:
@@ -41,17 +77,6 @@ def open_model(name: str | None, dtype: str) -> Checkpoint:
     if not name:
         raise InputError("--model is missing: give a directory, a hub id, a .gguf file or embedded:tiny-llama")
     return open_checkpoint(hub.resolve(name), DTYPES[dtype])
-
-
-def activations_flag(f: Flags) -> None:
-    """--activations."""
-    f.choice(
-        "activations",
-        "auto",
-        ["auto", *TIERS],
-        "where hidden states between two blocks are kept: on the devices, in host memory, or in files under TMPDIR; "
-        "auto: the first with room",
-    )
 
 
 def mesh_of(spec: str, batch: int) -> Mesh | None:
@@ -85,6 +110,28 @@ def check_length(name: str, length: int, checkpoint: Checkpoint) -> None:
     positions = getattr(checkpoint.model.arch.config, "positions", None)
     if positions is not None and length > positions:
         raise InputError(f"{name} has windows of {length} tokens, the model has {positions} positions: give a shorter length")
+
+
+def numbers(name: str, text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str) -> tuple[Any, ...]:
+    """The numbers of a comma-separated flag; InputError that says what is `wanted` unless all are allowed, and there is one."""
+    try:
+        found = tuple(kind(item) for item in calls.each(text))
+    except ValueError:
+        found = ()
+    if not found or not all(map(allowed, found)):
+        raise InputError(f"--{name}={text} must be {wanted}, separated by commas")
+    return found
+
+
+def seeds(text: str) -> tuple[int, ...]:
+    """The seeds of --seeds."""
+    return numbers("seeds", text, int, lambda v: 0 <= v < 2**31, "integers from 0 on")
+
+
+def check_once(name: str, items: Sequence[Any]) -> None:
+    """InputError if the list that --name gives has something twice."""
+    if len(set(items)) < len(items):
+        raise InputError(f"--{name}={','.join(map(str, items))} names one twice: give each once")
 
 
 def dataset_list(text: str) -> list[str]:

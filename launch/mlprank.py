@@ -7,10 +7,9 @@ The same settings give the same figures on the same machine.
 
 import dataclasses
 import functools
-import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from rich.console import Console
 
 from launch import calls, cli, images, mlprank_report
 from launch.console import progress
-from launch.flags import output_path
+from launch.flags import check_once, numbers, output_path, seeds
 from launch.mlprank_report import DENSE, Row
 from launch.staging import check_free
 from models import mlp
@@ -73,34 +72,19 @@ class Settings:
 def parse(values: dict[str, Any]) -> Settings:
     """The settings of a run from the values of the flags. InputError for what cannot be."""
     lists = {
-        "hidden": _numbers("hidden", values["hidden"], int, lambda v: v >= 1, "widths of 1 or more"),
-        "seeds": _numbers("seeds", values["seeds"], int, lambda v: 0 <= v < 2**31, "integers from 0 on"),
-        "ratios": _numbers("ratios", values["ratios"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1"),
-        "scorers": tuple(_each(values["scorers"])),
+        "hidden": numbers("hidden", values["hidden"], int, lambda v: v >= 1, "widths of 1 or more"),
+        "seeds": seeds(values["seeds"]),
+        "ratios": numbers("ratios", values["ratios"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1"),
+        "scorers": tuple(calls.each(values["scorers"])),
     }
     for text in lists["scorers"]:
         calls.build("scorers", text, mlprank.MAKERS)
     for name, items in lists.items():
-        if name != "hidden" and len(set(items)) < len(items):
-            raise InputError(f"--{name}={values[name]} names one twice: give each once")
+        if name != "hidden":
+            check_once(name, items)
     if not 0 < values["learning_rate"] < float("inf"):
         raise InputError(f"--learning_rate={values['learning_rate']} must be a positive number")
     return cli.frozen(Settings, values | lists)
-
-
-def _each(text: str) -> list[str]:
-    """The items of a comma-separated list; commas inside parentheses do not separate."""
-    return [item.strip() for item in re.split(r",(?![^(]*\))", text)]
-
-
-def _numbers(name: str, text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str) -> tuple[Any, ...]:
-    try:
-        numbers = tuple(kind(item) for item in _each(text))
-    except ValueError:
-        numbers = ()
-    if not numbers or not all(map(allowed, numbers)):
-        raise InputError(f"--{name}={text} must be {wanted}, separated by commas")
-    return numbers
 
 
 @functools.partial(jax.jit, static_argnums=0)

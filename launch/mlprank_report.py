@@ -18,8 +18,8 @@ from launch.staging import staged
 RESULTS = "results.json"
 DENSE = "dense"  # what stands for a scorer where nothing is removed
 # Paul Tol's "vibrant" scheme, which colour-blind readers can tell apart; the markers say the same once more.
-_COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#999999", "#ee3377")
-_MARKERS = "osD^vXP*"
+COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#999999", "#ee3377")
+MARKERS = "osD^vXP*"
 
 
 class Row(NamedTuple):
@@ -121,9 +121,9 @@ def plot(title: str, rows: Sequence[Row]) -> str:
         for i, name in enumerate(scorers):
             points = sorted([(0.0, dense), *((ratio, at(rows, name, ratio)) for ratio in ratios if ratio > 0)])
             x, mean, std = (100 * np.array(v) for v in zip(*((ratio, *s) for ratio, s in points), strict=True))
-            colour = _COLOURS[i % len(_COLOURS)]
+            colour = COLOURS[i % len(COLOURS)]
             ax.fill_between(x, mean - std, mean + std, color=colour, alpha=0.12, linewidth=0)
-            ax.plot(x, mean, color=colour, marker=_MARKERS[i % len(_MARKERS)], markersize=4, linewidth=1.5, label=name)
+            ax.plot(x, mean, color=colour, marker=MARKERS[i % len(MARKERS)], markersize=4, linewidth=1.5, label=name)
         ax.set(title=title, xlabel="hidden units removed, %", ylabel="test accuracy, %")
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(alpha=0.25)

@@ -5,6 +5,7 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 """
 
 import dataclasses
+import json
 import math
 import shlex
 import sys
@@ -16,16 +17,18 @@ import numpy as np
 from rich.console import Console
 
 from calibration.data import Tokens
-from calibration.journal import Journal, file_digest
+from calibration.journal import Journal, Memory, file_digest
 from calibration.tokenizer import TextTokenizer
 from eval.size import Size, measure, peak_memory
 from launch import calls, cli, console, export, report
 from launch.cli import Flags, frozen
 from launch.flags import (
     DTYPES,
-    activations_flag,
+    calibration_flags,
     check_sparsity,
     evaluation_flags,
+    layout_flag,
+    mask_flags,
     mesh_of,
     model_flags,
     open_model,
@@ -44,6 +47,8 @@ from pruning.patterns import parse_pattern
 from pruning.types import Method, Outcome, Request
 
 EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
+VARIED = ("--method", "--sparsity", "--allocation", "--seed", "--calibration tokens")  # what runs that share steps differ in
+SHARED = "a trial of a sweep: its seconds leave out what earlier ones had computed or compiled, its peak memory is the process's so far"
 MISSED = 0.005  # a budget missed by more of the prunable weights is worth a warning
 
 
@@ -78,26 +83,14 @@ def options() -> Flags:
     f = Flags("launch.prune", __doc__ or "")
     model_flags(f)
     f.string("output", None, "directory to write the pruned model, its report and pruning.json to")
-    f.choice(
-        "layout",
-        "auto",
-        ("auto", "padded"),
-        "how blocks of different widths are written: with a class that ships with the "
-        "checkpoint, or padded with zeros to a stock architecture",
-    )
+    layout_flag(f)
     f.boolean("resume", True, "go on from the last finished block of the same run, if it was interrupted")
     f.group("Method")
     f.string("method", "llmrank", f'a name or a call such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
     f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
-    f.string("pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs")
     f.string("allocation", "uniform", f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}")
-    f.string("refine", "none", f"what is done to finished masks: {', '.join(REFINEMENTS)}")
-    f.group("Calibration")
-    f.string("calibration", "embedded", "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file")
-    f.integer("calibration_samples", 128, "how many windows", 1)
-    f.integer("calibration_length", 0, "tokens in a window; 0: what the model was made for, at most 2048")
-    f.integer("calibration_batch", 8, "windows at a time", 1)
-    activations_flag(f)
+    mask_flags(f)
+    calibration_flags(f)
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
     return f
@@ -256,24 +249,35 @@ class Inputs(NamedTuple):
     data: dict[str, Tokens]
 
 
-def read_inputs(config: RunConfig, method: Method, request: Request) -> Inputs:
+def read_tokens(
+    config: RunConfig, checkpoint: Checkpoint, tokenizer: Callable[[], TextTokenizer], memory: Memory
+) -> tuple[Tokens, dict[str, Tokens]]:
+    """The tokens to calibrate on, and those to evaluate on by data set; InputError for what cannot be read."""
+    source = (config.model, config.calibration, config.calibration_samples, config.calibration_length, config.seed)
+    calibration = memory.of(source, lambda: read_calibration(*source[1:], checkpoint, tokenizer))
+    sources = (config.model, config.eval_data, config.eval_length, config.eval_windows)
+    return calibration, memory.of(sources, lambda: read_evaluation(*sources[1:], checkpoint, tokenizer))
+
+
+def read_inputs(config: RunConfig, method: Method, request: Request, memory: Memory) -> Inputs:
     """Open the model and read all tokens; InputError for what cannot be read, or does not go with the method."""
     checkpoint = open_model(config.model, config.dtype)
     method.check(checkpoint.model, request)
     console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
     tokenizer = tokenizer_of(checkpoint)
-    samples, length = config.calibration_samples, config.calibration_length
-    calibration = read_calibration(config.calibration, samples, length, config.seed, checkpoint, tokenizer)
-    data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
-    return Inputs(checkpoint, tokenizer, calibration, data)
+    return Inputs(checkpoint, tokenizer, *read_tokens(config, checkpoint, tokenizer, memory))
 
 
-def prune(config: RunConfig) -> dict[str, Any]:
-    """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory."""
+def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
+    """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory.
+
+    Args:
+      memory: of the other runs of this process, where it is one of a sweep's trials; no result depends on it.
+    """
     clock = Clock("load", "calibrate_and_prune", "eval", "export")
     method, request = request_of(config)
     output = output_path(config.output)
-    checkpoint, tokenizer, calibration, data = read_inputs(config, method, request)
+    checkpoint, tokenizer, calibration, data = read_inputs(config, method, request, memory or Memory(0))
     model = checkpoint.model
     clock.lap("load")
     journal: Journal | None = None
@@ -284,11 +288,13 @@ def prune(config: RunConfig) -> dict[str, Any]:
     with staged(output, export.REPORT, config.resume, begun) as directory:
         work = directory / UNFINISHED
         writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
-        journal = Journal(work / "journal", fingerprint(config, checkpoint, calibration, data), writer)
+        facts = fingerprint(config, checkpoint, calibration, data)
+        common = json.dumps({name: fact for name, fact in facts.items() if name not in VARIED})
+        journal = Journal(work / "journal", facts, writer, memory, common)
         if went_on := journal.finished > EVALUATED:
             console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
         clock.lap("load")
-        dense = journal.step(lambda: evaluate(model, data, config.calibration_batch, request.mesh))
+        dense = journal.step(lambda: evaluate(model, data, config.calibration_batch, request.mesh), "dense")
         clock.lap("eval")
         echo = export.Echo(model, writer)
         with console.progress() as stage:
@@ -311,6 +317,7 @@ def prune(config: RunConfig) -> dict[str, Any]:
         clock.lap("eval")
         result |= {"seconds": clock.seconds}
         result["warnings"] += ["the run was interrupted: its seconds are those since it went on"] * went_on
+        result["warnings"] += [SHARED] * (memory is not None)
         write_json(directory / export.REPORT, result)
         report.write_html(result, directory / "report.html")
     return result

@@ -3,9 +3,12 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch import plots, summary
+
+if TYPE_CHECKING:
+    import jinja2
 
 _LONG = 24  # a table of more rows starts folded
 _SHOWN = 48  # members of one list that the details show; pruning_report.json holds them all
@@ -31,14 +34,8 @@ def write_html(report: Mapping[str, Any], path: Path) -> None:
 
 def render(report: Mapping[str, Any]) -> str:
     """The HTML text of `report`, a pure function of it. See `write_html`."""
-    import jinja2
-
-    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     linears = _linears(report["sparsity"])
-    return environment.get_template("report.html.j2").render(
+    return template("report.html.j2").render(
         report=report,
         tiles=_tiles(report),
         quality=summary.quality_rows(report),
@@ -53,6 +50,17 @@ def render(report: Mapping[str, Any]) -> str:
         tasks=flat(report.get("tasks", {})),
         details=_outline(report.get("details", {})),
     )
+
+
+def template(name: str) -> "jinja2.Template":
+    """One of the page templates that ship with this package."""
+    import jinja2
+
+    folder = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
+    environment = jinja2.Environment(
+        loader=folder, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template(name)
 
 
 def expectation(report: Mapping[str, Any]) -> str:

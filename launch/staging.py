@@ -19,7 +19,7 @@ def check_free(output: pathlib.Path, marker: str) -> None:
 
 
 @contextlib.contextmanager
-def _alone(output: pathlib.Path) -> Iterator[None]:
+def alone(output: pathlib.Path) -> Iterator[None]:
     """InputError while another process is in here for the same output."""
     lock = filelock.FileLock(output.parent / f".{output.name}.lock")
     try:
@@ -50,7 +50,7 @@ def staged(
     """
     check_free(output, marker)
     partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
-    with _alone(output):
+    with alone(output):
         try:
             if not resume:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -91,7 +91,8 @@ def alpha(epsilon: float = 0.1, variant: Literal["corrected", "official"] = "cor
             return block, {s.name: exponent(getattr(block, s.name).w, variant == "official") for s in model.arch.slots}
 
         alone = dataclasses.replace(request, mesh=None)  # a spectrum is of the whole matrix
-        found = fold(model, tokens, alone, visit, watch={}, propagate="pruned", what="fitting spectra")
+        key = ("spectra", variant)
+        found = fold(model, tokens, alone, visit, watch={}, propagate="pruned", what="fitting spectra", key=key)
         asked = fractions(np.array([np.mean(list(block.values())) for block in found]), request.sparsity, epsilon)
         sizes = np.array([sum(out * inputs for out, inputs in block.values()) for block in shapes])
         asked = asked * request.sparsity / np.average(asked, weights=sizes)

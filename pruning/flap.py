@@ -1,7 +1,7 @@
 """FLAP, Wanda-sp and magnitude-sp over a model: which attention heads and feed-forward neurons go, by scores of the channels they write."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -32,7 +32,7 @@ def _of_readers(model: Model, block: Block, stats: Mapping[str, Any], channels: 
 
 
 def _measured(
-    model: Model, tokens: np.ndarray, request: Request, observer: Observer | None, channels: Channels, what: str
+    model: Model, tokens: np.ndarray, request: Request, observer: Observer | None, channels: Channels, what: str, key: Hashable
 ) -> tuple[Units, Units, list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
     """One dense walk: heads and neurons with the metric of their channels, each block's {reader: that}, and its {tap: mean}."""
     groups = [model.arch.group(name) for name in GROUPS]
@@ -42,7 +42,7 @@ def _measured(
         costs = [cost(block, g) for g in groups]  # of a unit: the same in every block
         return block, (_of_readers(model, block, stats, channels), means, costs)
 
-    found, means, (costs, *_) = zip(*walk(model, tokens, request, measure, observer, "dense", what), strict=True)
+    found, means, (costs, *_) = zip(*walk(model, tokens, request, measure, observer, "dense", what, key=key), strict=True)
     heads, neurons = (Units([m[g.reader.name] for m in found], g.reader.width, c) for g, c in zip(groups, costs, strict=True))
     return heads, neurons, list(found), list(means)
 
@@ -93,7 +93,8 @@ def flap(
 
     def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
         observer = released_fluctuation if official else moments
-        heads, neurons, scores, means = _measured(model, tokens, request, observer, channels, "measuring fluctuation")
+        what, key = "measuring fluctuation", ("flap", metric, variant)
+        heads, neurons, scores, means = _measured(model, tokens, request, observer, channels, what, key)
         choose = released if official and request.sparsity else sound  # the released code always removes something
         kept = choose(heads, neurons, request.sparsity, structure, heads_removed if request.sparsity else 0)
         keeps = _keeps(kept, neurons.metric, round_to)
@@ -159,7 +160,7 @@ def _by_channels(
         return outcome(arch, keeps, request, scores, label)
 
     def over_all(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        heads, neurons, scores, _ = _measured(model, tokens, request, observer, channels, "measuring channels")
+        heads, neurons, scores, _ = _measured(model, tokens, request, observer, channels, "measuring channels", name)
         kept = sound(heads, neurons, request.sparsity, "AL-AM", 0)
         keeps = _keeps(kept, neurons.metric, round_to)
         remove(model, tokens, request, put, keeps, how)

@@ -51,7 +51,7 @@ def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict
         norms = {name: s.mean for name, s in stats.items()}
         return block, {"a_in": norms[into_up], "a_up": norms[up], "a_mid": norms[into_down], "a_down": norms[down]}
 
-    return fold(model, tokens, request, visit, watch=_watch(model), propagate="dense", what="measuring activations")
+    return fold(model, tokens, request, visit, watch=_watch(model), propagate="dense", what="measuring activations", key="norms")
 
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:

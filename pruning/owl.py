@@ -48,7 +48,9 @@ def owl(m: float = 5, lam: float = 0.08, variant: Literal["corrected", "official
             return block, float(_of_block(model.arch, block, stats, m))
 
         watch = {s.reads: second_moment for s in model.arch.slots}
-        shares = fold(model, tokens, request, visit, watch=watch, propagate="dense", what="counting outliers")
+        shares = fold(
+            model, tokens, request, visit, watch=watch, propagate="dense", what="counting outliers", key=("outliers", m)
+        )
         asked = spread(np.array(shares), request.sparsity, lam)
         official = variant == "official"
         budget = by_block(model, within(asked)) if official else exact(by_block(model, asked), shapes, request.sparsity)

@@ -87,7 +87,8 @@ def _phase(
         trials = try_all(runner, candidates, best, stop, advance)
         return [[u, *t] for u, t in trials.items()], runner.evaluations - before
 
-    trials, run = request.step(compute)
+    paths = tuple((u, candidate.path) for u, candidate in candidates.items())
+    trials, run = request.step(compute, ("losses", runner.digest, paths, best, stop))
     return {u: Trial(*t) for u, *t in trials}, run
 
 
@@ -99,7 +100,9 @@ def _search(runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop
     if not n:
         return Trace(path, [], [], {}, [], [])
     if stop or not rounds:  # the first micro-batch is enough to put candidates in an order
-        found = request.step(lambda: _influences(runner, path, units, range(len(runner.sizes) if not rounds else 1), request))
+        seen = range(len(runner.sizes) if not rounds else 1)
+        key = ("influences", runner.digest, tuple(units.items()), seen)
+        found = request.step(lambda: _influences(runner, path, units, seen, request), key)
         influence = {int(u): x for u, x in found.items()}
         order = sorted(order, key=lambda u: (influence[u], u))
     if not rounds:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from calibration.journal import digest
 from calibration.states import TIERS, Kept, OnDisk, fetch, keep, scratch
 from models.arch import Arch, Block, Model, apply_block, cross_entropy, embed
 from models.sharding import place, split
@@ -127,12 +128,12 @@ class Runner:
     """A model's blocks on the devices with the tokens they are tried on; runs any path from the longest part of it that is kept.
 
     `evaluations` counts what was run, in blocks times windows; `sizes` has the windows of each micro-batch; `stores` the states that
-    all candidates of a phase share, and those that are each candidate's own.
+    all candidates of a phase share, and those that are each candidate's own; `digest` tells the tokens.
     """
 
     def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, there: Sequence[int]):
         self.arch: Arch = model.arch
-        self._mesh, self._ends = mesh, place(model.ends, mesh)
+        self._mesh, self._ends, self.digest = mesh, place(model.ends, mesh), digest(tokens)
         self._blocks = [place(block, mesh) for block in model.blocks]
         self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
         width = jax.eval_shape(model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))

@@ -5,7 +5,7 @@ It never mutates, so trying something is calling it, and undoing it is dropping 
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -87,9 +87,9 @@ class Request:
     stage: Callable[[str, int], Callable[[], None]] = lambda description, steps: lambda: None
     journal: Journal | None = None
 
-    def step(self, compute: Callable[[], Any]) -> Any:
+    def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
         """`compute()`, as a durable step where there is a journal; what `Journal.step` says of its value holds without one too."""
-        return self.journal.step(compute) if self.journal else plain(compute())
+        return self.journal.step(compute, key) if self.journal else plain(compute())
 
 
 class Removed(NamedTuple):

@@ -4,7 +4,7 @@ Any choice (`{group: bool [units]}` a block) goes with any repair of the linear 
 its bias (FLAP's); or a least-squares refit of what it still reads.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -90,9 +90,12 @@ def walk(
     propagate: Literal["pruned", "dense"],
     what: str,
     groups: Sequence[str] = GROUPS,
+    key: Hashable = None,
 ) -> list[Any]:
     """`fold` that watches what the readers of the groups get; without an observer, blocks alone."""
-    return fold(model, tokens, request, visit, watch=_watch(model.arch, observer, groups), propagate=propagate, what=what)
+    return fold(
+        model, tokens, request, visit, watch=_watch(model.arch, observer, groups), propagate=propagate, what=what, key=key
+    )
 
 
 def rehearse(

@@ -1,11 +1,12 @@
 """The calibration walk as a request asks for it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
 from calibration.fold import Visit, Visited, fold_blocks, walk_blocks
+from calibration.journal import digest
 from calibration.observers import Observer
 from calibration.states import States
 from models.arch import Block, Model
@@ -43,17 +44,22 @@ def fold(
     watch: Mapping[str, Observer],
     propagate: Literal["pruned", "dense"],
     what: str,
+    key: Hashable = None,
 ) -> list[Any]:
     """`fold_blocks` with the request's batch, mesh, tier and journal, and a progress bar that says `what`; every block's record.
 
+    Args:
+      key: of a walk that only looks: what the records depend on beside the model, and the tokens if anything is watched.
     Where nothing is watched blocks are visited alone, without activations.
     """
+    tokens = tokens if watch else tokens[:0]
     return fold_blocks(
         model,
-        tokens if watch else tokens[:0],
+        tokens,
         visit,
         watch=watch,
         propagate=propagate if watch else "pruned",
         journal=request.journal,
+        key=key and (key, digest(tokens)),
         **_options(model, request, what),
     )

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from calibration.journal import Journal, plain
+from calibration.journal import Journal, Memory, digest, plain
 from models.errors import InputError
 from models.sharding import make_mesh, split
 
@@ -164,3 +164,54 @@ def test_the_index_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytes
     again = Journal(tmp_path, PRINT, Sink())
     assert again.step(never) == "first" and again.step(lambda: "new") == "new"
     assert json.loads((tmp_path / "journal.json").read_text())["steps"] == ["000.msgpack", "001.msgpack"]
+
+
+def test_what_another_run_computed_is_not_computed_again(tmp_path: Path) -> None:
+    memory = Memory()
+    assert_same(Journal(tmp_path / "a", PRINT, Sink(), memory, "model").step(lambda: VALUE, "key"), VALUE)
+    assert_same(Journal(tmp_path / "b", PRINT, Sink(), memory, "model").step(never, "key"), VALUE)
+    assert memory.reused == 1
+    assert_same(Journal(tmp_path / "b", PRINT, Sink()).step(never), VALUE)  # it is as durable as one's own
+
+
+@pytest.mark.parametrize(("common", "key"), [("another model", "key"), ("model", "another key"), ("model", None)])
+def test_what_depends_on_something_else_is_computed(common: str, key: str | None, tmp_path: Path) -> None:
+    memory = Memory()
+    for k, run in enumerate(("a", "b")):
+        Journal(tmp_path / run, PRINT, Sink(), memory, "model").step(lambda k=k: k, None if key is None else "key")
+    assert Journal(tmp_path / "c", PRINT, Sink(), memory, common).step(lambda: 7, key) == 7
+
+
+def test_a_step_read_back_is_known_to_other_runs(tmp_path: Path) -> None:
+    Journal(tmp_path / "a", PRINT, Sink()).step(lambda: VALUE)
+    memory = Memory()
+    assert_same(Journal(tmp_path / "a", PRINT, Sink(), memory).step(never, "key"), VALUE)
+    assert_same(Journal(tmp_path / "b", PRINT, Sink(), memory).step(never, "key"), VALUE)
+
+
+def test_a_walk_that_another_run_finished_is_over_at_once(tmp_path: Path) -> None:
+    """Also where this run was interrupted in the middle of it."""
+    memory = Memory()
+    Journal(tmp_path / "a", PRINT, Sink(), memory).complete([1, 2, 3], "walk")
+    cut = Journal(tmp_path / "b", PRINT, Sink())
+    cut.reach(1, [1], [jnp.ones(2)])
+    went_on = Journal(tmp_path / "b", PRINT, Sink(), memory)
+    assert went_on.begin([jax.ShapeDtypeStruct((2,), np.float32)], "walk") == ([1, 2, 3], None)
+    went_on.complete([1, 2, 3], "walk")
+    assert Journal(tmp_path / "b", PRINT, Sink()).begin([]) == ([1, 2, 3], None)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["000.msgpack", "journal.json"]
+
+
+def test_memory_holds_no_more_than_it_may() -> None:
+    memory = Memory(limit=100)
+    for name in "abc":
+        memory.keep(name, {"x": np.zeros(10, np.float32)})
+    assert memory.get("a") is None and memory.get("b") is not None and memory.get("c") is not None
+    memory.keep("d", np.zeros(26, np.float32))
+    assert [name for name in "abcd" if memory.get(name) is not None] == ["b", "c"]  # it alone is too large
+
+
+def test_digests_tell_numbers_shapes_and_types_apart() -> None:
+    a = np.arange(6, dtype=np.int32)
+    others = [a[::-1], a.reshape(2, 3), a.astype(np.int64), a[:5]]
+    assert len({digest(x) for x in [a, *others]}) == 5 and digest(a.copy()) == digest(a)

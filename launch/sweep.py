@@ -1,0 +1,162 @@
+"""Prune a model in many ways and compare: a grid over methods, sparsities, allocations and seeds, a run of launch.prune each.
+
+python -m launch.sweep --flagfile=configs/sweep.flags
+python -m launch.sweep --model=DIR --methods='wanda,flap(metric="WIFN")' --sparsities=0.3,0.5 --seeds=0,1,2 --backend=ray --output=OUT
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from calibration.journal import Memory
+from launch import calls, cli, console, prune, sweep_report
+from launch.backends import BACKENDS, Where, parse_resources
+from launch.flags import (
+    calibration_flags,
+    check_once,
+    evaluation_flags,
+    layout_flag,
+    mask_flags,
+    model_flags,
+    numbers,
+    open_model,
+    output_path,
+    seeds,
+)
+from launch.measure import tokenizer_of
+from launch.prune import RunConfig
+from launch.staging import alone, check_free
+from launch.trials import Trial
+from models.errors import InputError
+from pruning.methods import ALLOCATIONS, METHODS
+
+AXES = ("method", "sparsity", "allocation", "seed")
+
+
+def options() -> cli.Flags:
+    """The flags of `launch.sweep`: those of `launch.prune`, with lists for what trials differ in, and where they run."""
+    f = cli.Flags("launch.sweep", __doc__ or "")
+    model_flags(f)
+    f.string("output", None, "directory of the sweep; the same command goes on with what is there")
+    layout_flag(f)
+    f.group("Grid")
+    f.string("methods", "wanda", f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
+    f.string("sparsities", "", "comma-separated fractions to remove; empty where a pattern or the methods say how much")
+    f.string("allocations", "uniform", f"comma-separated: {', '.join(ALLOCATIONS)}")
+    f.string("seeds", "0", "comma-separated: of the calibration windows drawn, and of what is random in a method")
+    f.group("Method")
+    mask_flags(f)
+    calibration_flags(f)
+    evaluation_flags(f)
+    f.group("Where it runs")
+    f.choice("backend", "local", tuple(BACKENDS), "here, on an existing Ray cluster, or as jobs of Slurm")
+    f.integer("workers", 0, "trials at a time (ray; 0: as many as there is room for), or jobs (slurm; 0: one a trial)")
+    f.string("resources", "", "of a trial: ray: CPU=8,TPU=4 (empty: a whole host); slurm: partition=gpu,timeout_min=600,...")
+    return f
+
+
+def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
+    """Every trial that the flags ask for; those that share calibration tokens one after the other. InputError for an axis that is wrong.
+
+    A method that says itself how much goes has one trial, whatever the sparsities.
+    """
+    axes = {
+        "methods": tuple(calls.each(values["methods"])),
+        "sparsities": numbers("sparsities", values["sparsities"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1")
+        if values["sparsities"]
+        else (None,),
+        "allocations": tuple(calls.each(values["allocations"])),
+        "seeds": seeds(values["seeds"]),
+    }
+    for name, items in axes.items():
+        check_once(name, [repr(calls.parse_call(i)) if isinstance(i, str) else i for i in items])
+    for allocation in axes["allocations"]:
+        calls.build("allocation", allocation, ALLOCATIONS)
+    counts = {method: calls.build("method", method, METHODS).counts for method in axes["methods"]}
+    trials = []
+    for seed, method, allocation in itertools.product(axes["seeds"], axes["methods"], axes["allocations"]):
+        for sparsity in (None,) if counts[method] else axes["sparsities"]:
+            own = {"method": method, "sparsity": sparsity, "allocation": allocation, "seed": seed, "resume": True}
+            trials.append(Trial.of(output, cli.frozen(RunConfig, values | own)))
+    return trials
+
+
+class Checked(NamedTuple):
+    """Trials that can be, and what keeps the others from it."""
+
+    possible: list[Trial]
+    impossible: list[tuple[Trial, str]]
+
+
+def check(trials: Sequence[Trial], backend: str, memory: Memory) -> Checked:
+    """Open the model, ask every method about its trials, and read all tokens, before any work.
+
+    A combination that a method cannot follow is left out. InputError for what cannot be read, and for a method, sparsity, allocation or
+    seed that goes with none of the others.
+    """
+    first = trials[0].config
+    checkpoint = open_model(first.model, first.dtype)
+    reasons: dict[Trial, str] = {}
+    for trial in trials:
+        # Where trials run elsewhere, this host's devices say nothing of theirs.
+        config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
+        try:
+            method, request = prune.request_of(config)
+            method.check(checkpoint.model, request)
+        except InputError as e:
+            reasons[trial] = str(e)
+    for axis in AXES:
+        for value in dict.fromkeys(getattr(t.config, axis) for t in trials):
+            found = [t for t in trials if getattr(t.config, axis) == value]
+            if all(t in reasons for t in found):
+                raise InputError(f"{axis} {value}: {reasons[found[0]]}")
+    possible, tokenizer = [t for t in trials if t not in reasons], tokenizer_of(checkpoint)
+    for trial in possible:
+        prune.read_tokens(trial.config, checkpoint, tokenizer, memory)
+    return Checked(possible, list(reasons.items()))
+
+
+def sweep(values: dict[str, Any]) -> sweep_report.Board:
+    """Run every trial that is not finished. Returns what became of all of them, as it stands in the output directory."""
+    output, backend = output_path(values["output"]), values["backend"]
+    where = Where(parse_resources(values["resources"]), values["workers"], Memory())
+    if backend != "local":
+        jax.config.update("jax_platforms", "cpu")  # the accelerator of this host may be a trial's
+    trials = grid(values, output)
+    check_free(output, sweep_report.INDEX)
+    possible, impossible = check(trials, backend, where.memory)
+    for trial, why in impossible:
+        console.note(f"left out: {trial.name}: {why}")
+    with alone(output):
+        board = sweep_report.Board(output, values, possible, impossible)
+        waiting = [trial for trial in possible if not board.look(trial)]
+        if len(waiting) < len(possible):
+            console.note(f"{len(possible) - len(waiting)} of {len(possible)} trials are finished, {len(waiting)} to go")
+        board.save()
+        try:
+            with contextlib.closing(BACKENDS[backend](waiting, where)) as ended:
+                for trial, error in ended:
+                    board.look(trial, error)
+                    board.save()
+                    console.note(board.said(trial))
+        finally:
+            board.publish()
+    return board
+
+
+def main(values: dict[str, Any]) -> int:
+    """Run, show the table, and return 1 if a trial failed."""
+    board = sweep(values)
+    board.show(Console())
+    return int(bool(board.errors))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(options(), main))

@@ -1,0 +1,237 @@
+"""What a sweep leaves: sweep.json and sweep.csv with a row a trial, sweep.html with plots, and the table in the terminal."""
+
+import csv
+import io
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from calibration.journal import write_durably
+from launch import report, summary, sweep_plot
+from launch.mlprank_report import Spread, spread
+from launch.sweep_plot import Point
+from launch.trials import Trial
+
+INDEX = "sweep.json"
+DENSE, PRUNED = "perplexity_dense:", "perplexity:"  # a column for each data set, by its name
+FIGURES = ("reached", "total", "parameters", "bytes", "seconds")  # of a finished trial, beside its perplexities
+
+
+def describe(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
+    """A trial's row without figures; `state` is "waiting", "finished", "failed" or "left out"."""
+    c = trial.config
+    own = {"method": c.method, "sparsity": c.sparsity, "allocation": c.allocation, "seed": c.seed}
+    return {"trial": trial.name, "state": state, **own, "error": error}
+
+
+def measured(trial: Trial, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The row of a finished trial from its report: `sparsity` as asked, `reached` of the prunable weights, `total` of all."""
+    figures = {
+        "sparsity": found["sparsity"]["target"],
+        "reached": found["sparsity"]["prunable"],
+        "total": found["sparsity"]["total"],
+        "parameters": found["parameters"]["pruned"],
+        "bytes": found["bytes"]["pruned"],
+        "seconds": sum(found["seconds"].values()),
+    }
+    dense = {f"{DENSE}{name}": scores["dense"] for name, scores in found["perplexity"].items()}
+    pruned = {f"{PRUNED}{name}": scores["pruned"] for name, scores in found["perplexity"].items()}
+    return describe(trial, "finished") | figures | dense | pruned
+
+
+class Line(NamedTuple):
+    """Trials that differ in nothing but the seed: how many are finished, of how many, and their figures over seeds.
+
+    `perplexity` is by data set; figures are None where no trial is finished.
+    """
+
+    method: str
+    allocation: str
+    sparsity: float | None
+    finished: int
+    trials: int
+    reached: float | None
+    bytes: float | None
+    perplexity: Mapping[str, Spread]
+
+    @property
+    def name(self) -> str:
+        """Of the curve that it is a point of."""
+        return self.method if self.allocation == "uniform" else f"{self.method}, {self.allocation}"
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    with np.errstate(invalid="ignore"):  # a collapsed model has an infinite perplexity, and no spread
+        return spread(values)
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """The rows, without those left out, put together over seeds in their order."""
+    found: dict[tuple[str, str, float | None], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["state"] != "left out":
+            found.setdefault((row["method"], row["allocation"], row["sparsity"]), []).append(row)
+    made = []
+    for key, members in found.items():
+        done = [row for row in members if row["state"] == "finished"]
+        reached, size = (float(np.mean([row[name] for row in done])) if done else None for name in ("reached", "bytes"))
+        names = [column.removeprefix(PRUNED) for column in (done[0] if done else ()) if column.startswith(PRUNED)]
+        perplexity = {name: _spread([row[f"{PRUNED}{name}"] for row in done]) for name in names}
+        made.append(Line(*key, len(done), len(members), reached, size, perplexity))
+    return made
+
+
+def dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The dense model's perplexity by data set; empty where no trial is finished."""
+    return {k.removeprefix(DENSE): v for row in rows for k, v in row.items() if k.startswith(DENSE)}
+
+
+def cell(s: Spread | None, seeds: int) -> str:
+    """A perplexity with its standard deviation over seeds, if there are some."""
+    if s is None:
+        return summary.ABSENT
+    return summary.perplexity(s.mean) + (f" ± {summary.perplexity(s.std)}" if seeds > 1 else "")
+
+
+def cells(line: Line, names: Sequence[str]) -> list[str]:
+    """A line of the table: method, allocation, asked, reached, seeds, size, and the perplexity of each data set."""
+    seeds = str(line.finished) if line.finished == line.trials else f"{line.finished} of {line.trials}"
+    size = summary.ABSENT if line.bytes is None else summary.size(round(line.bytes))
+    head = [line.method, line.allocation, summary.percent(line.sparsity), summary.percent(line.reached), seeds, size]
+    return head + [cell(line.perplexity.get(name), line.finished) for name in names]
+
+
+def headings(names: Sequence[str]) -> list[str]:
+    """Of `cells`."""
+    return ["method", "allocation", "asked", "got", "seeds", "size", *(f"perplexity, {summary.shorten(name)}" for name in names)]
+
+
+def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Mean and standard deviation over seeds, a line for each method, allocation and sparsity; the dense model below."""
+    base = dense(rows)
+    shown = Table(title=Text(title), title_justify="left")
+    for heading in headings(list(base)):
+        shown.add_column(Text(heading), justify="left" if heading in ("method", "allocation") else "right", overflow="fold")
+    for line in lines(rows):
+        shown.add_row(*(Text(text) for text in cells(line, list(base))))
+    if base:
+        shown.add_section()
+        shown.add_row("dense", "", "", "", "", "", *(summary.perplexity(value) for value in base.values()))
+    return shown
+
+
+class Board:
+    """What became of the trials of a sweep, and its files in the sweep's directory."""
+
+    def __init__(
+        self,
+        output: pathlib.Path,
+        settings: Mapping[str, Any],
+        possible: Sequence[Trial],
+        impossible: Sequence[tuple[Trial, str]],
+    ):
+        self._output, self._settings = output, dict(settings)
+        self._rows = {t.name: describe(t, "waiting") for t in possible}
+        self._rows |= {t.name: describe(t, "left out", why) for t, why in impossible}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a trial, as `describe` and `measured` make them."""
+        return list(self._rows.values())
+
+    @property
+    def errors(self) -> dict[str, str]:
+        """Why trials failed, by name."""
+        return {row["trial"]: row["error"] for row in self.rows if row["state"] == "failed"}
+
+    def look(self, trial: Trial, error: str | None = None) -> bool:
+        """Whether a trial is finished, its figures taken from its report; if not, the `error` says why it failed."""
+        if error is None and (found := trial.report()):
+            self._rows[trial.name] = measured(trial, found)
+            return True
+        self._rows[trial.name] = describe(trial, "failed" if error else "waiting", error or "")
+        return False
+
+    def said(self, trial: Trial) -> str:
+        """How far the sweep is, and what became of this trial, in a line."""
+        row, rows = self._rows[trial.name], [r for r in self.rows if r["state"] != "left out"]
+        done = sum(r["state"] != "waiting" for r in rows)
+        figures = [
+            f"perplexity {summary.perplexity(v)} ({k.removeprefix(PRUNED)})" for k, v in row.items() if k.startswith(PRUNED)
+        ]
+        return f"{done} of {len(rows)}: {trial.name}: {', '.join(figures) or 'failed: ' + row['error']}"
+
+    def save(self) -> None:
+        """Write sweep.json and sweep.csv, each in one stroke."""
+        self._output.mkdir(exist_ok=True)
+        content = {"settings": self._settings, "trials": self.rows}
+        write_durably(self._output / INDEX, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+        names = dict.fromkeys(["trial", "state", "method", "allocation", "sparsity", "seed", *FIGURES])
+        columns = dict.fromkeys([*names, *(column for row in self.rows for column in row if column != "error"), "error"])
+        file = io.StringIO()
+        writer = csv.DictWriter(file, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_durably(self._output / "sweep.csv", file.getvalue().encode())
+
+    def publish(self) -> None:
+        """Write what `save` does, and sweep.html."""
+        self.save()
+        write_durably(self._output / "sweep.html", self._html().encode())
+
+    def _html(self) -> str:
+        base, found = dense(self.rows), lines(self.rows)
+        figures = [
+            report.Figure(
+                f"Perplexity, {name}",
+                "Mean over seeds against the share of the prunable weights that went; bars: one standard deviation. "
+                f"Dashed: the dense model, {summary.perplexity(value)}. Lower is better.",
+                sweep_plot.perplexity_by_sparsity(curves(found, name), value),
+            )
+            for name, value in base.items()
+        ]
+        return report.template("sweep.html.j2").render(
+            settings=self._settings,
+            figures=[figure for figure in figures if figure.svg],
+            headings=headings(list(base)),
+            table=[cells(line, list(base)) for line in found],
+            trials=[self._row(row, list(base)) for row in self.rows],
+            finished=sum(line.finished for line in found),
+            planned=sum(line.trials for line in found),
+            datasets=[summary.shorten(name) for name in base],
+        )
+
+    @staticmethod
+    def _row(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str, str, list[str]]:
+        """A trial's name, its state, why it has no figures, and what it reached, its size and its perplexities."""
+        figures = [summary.percent(row.get("reached")), summary.size(row.get("bytes"))]
+        return (
+            row["trial"],
+            row["state"],
+            row["error"],
+            [*figures, *(summary.perplexity(row.get(PRUNED + name)) for name in names)],
+        )
+
+    def show(self, console: Console) -> None:
+        """Print the table, what failed, and where the rest stands."""
+        console.print(table(str(self._settings["model"]), self.rows))
+        for name, error in self.errors.items():
+            console.print(
+                Text(f"failed: {name}: {error} ({self._output / 'failures' / name}.log)", style="yellow"), soft_wrap=True
+            )
+        console.print(Text(f"all trials: {self._output / 'sweep.csv'}, {self._output / 'sweep.html'}"), soft_wrap=True)
+
+
+def curves(found: Sequence[Line], name: str) -> dict[str, list[Point]]:
+    """Of a data set, each method's and allocation's points, by sparsity."""
+    made: dict[str, list[Point]] = {}
+    for line in found:
+        if name in line.perplexity and line.reached is not None:
+            made.setdefault(line.name, []).append(Point(line.reached, *line.perplexity[name]))
+    return {label: sorted(points) for label, points in made.items()}
