@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BLUE, ORANGE, TEAL, GREY = "#0077bb", "#ee7733", "#009988", "#999999"
-_INK = "#12171d"  # never seen: becomes currentColor, so that one drawing serves the light and the dark page
+INK = "#12171d"  # never seen: becomes currentColor, so that one drawing serves the light and the dark page
 _WIDTH = 5.0  # inches: text of 10 points stays readable when a phone shows the plot 330 pixels wide
 _SAME = 0.005  # profiles this close in every block would draw the same bars, and share a panel
 _STYLE = {
@@ -33,11 +33,11 @@ _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
-    "grid.color": _INK,
+    "grid.color": INK,
     "grid.alpha": 0.15,
-    "hatch.color": _INK,
+    "hatch.color": INK,
     "hatch.linewidth": 0.5,
-} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
+} | dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
 
 
 def split(name: str) -> tuple[int, str] | None:
@@ -61,7 +61,7 @@ def sparsity_by_block(got: Mapping[str, float], asked: Mapping[str, float]) -> s
         for ax, panel in zip(axes, panels, strict=True):
             bars, ticks = got_of[panel[0]], asked_of.get(panel[0], {})
             ax.bar(list(bars), list(bars.values()), width=0.8, color=_colour(panel))
-            ax.hlines(list(ticks.values()), [i - 0.48 for i in ticks], [i + 0.48 for i in ticks], colors=_INK, linewidth=1.6)
+            ax.hlines(list(ticks.values()), [i - 0.48 for i in ticks], [i + 0.48 for i in ticks], colors=INK, linewidth=1.6)
             ax.set_ylim(0.0, 1.12 * top if top else 1.0)
             ax.locator_params(axis="y", nbins=4)
             ax.yaxis.set_major_formatter(lambda value, _: summary.percent(value))
@@ -69,7 +69,7 @@ def sparsity_by_block(got: Mapping[str, float], asked: Mapping[str, float]) -> s
             ax.set_title(_span([fraction for kind in panel for fraction in got_of[kind].values()]), loc="right")
         _block_axis(axes, {i for profile in got_of.values() for i in profile})
 
-    return _render("Sparsity per block", len(panels), 1.15, draw)
+    return render("Sparsity per block", len(panels), 1.15, draw)
 
 
 def allocation_by_block(fractions: Sequence[float], target: float) -> str:
@@ -80,12 +80,12 @@ def allocation_by_block(fractions: Sequence[float], target: float) -> str:
     def draw(axes: Sequence["Axes"]) -> None:
         (ax,) = axes
         ax.bar(range(len(fractions)), fractions, width=0.8, color=TEAL)
-        ax.axhline(target, color=_INK, linewidth=1.0, linestyle="--")
+        ax.axhline(target, color=INK, linewidth=1.0, linestyle="--")
         ax.yaxis.set_major_formatter(lambda value, _: summary.percent(value))
         ax.set_title(_span(fractions), loc="right")
         _block_axis(axes, set(range(len(fractions))))
 
-    return _render("Sparsity allotted to each block", 1, 1.9, draw)
+    return render("Sparsity allotted to each block", 1, 1.9, draw)
 
 
 def scores_of_lambdas(lambdas: Sequence[float], scores: Sequence[float], best: float | None, what: str) -> str:
@@ -103,7 +103,7 @@ def scores_of_lambdas(lambdas: Sequence[float], scores: Sequence[float], best: f
         ax.grid(axis="y")
         ax.set_xlabel("lambda")
 
-    return _render(f"Scores of lambda, {what}", 1, 1.9, draw)
+    return render(f"Scores of lambda, {what}", 1, 1.9, draw)
 
 
 def losses_by_unit(losses: Sequence[Sequence[float | None]], order: Sequence[int], unit: str) -> str:
@@ -132,7 +132,7 @@ def losses_by_unit(losses: Sequence[Sequence[float | None]], order: Sequence[int
         _block_axis(axes, set(range(max(map(len, losses)))))
         ax.set_xlabel(unit)
 
-    return _render("Loss without each unit", 1, 2.4, draw)
+    return render("Loss without each unit", 1, 2.4, draw)
 
 
 def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
@@ -169,7 +169,7 @@ def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
         ax.grid(axis="x")
         ax.set_xlabel("perplexity (log axis)" if log else "perplexity")
 
-    return _render("Perplexity before and after", 1, 0.55 + 0.62 * len(perplexity), draw)
+    return render("Perplexity before and after", 1, 0.55 + 0.62 * len(perplexity), draw)
 
 
 def scores_by_block(quantiles: Mapping[str, Sequence[float]], label: str) -> str:
@@ -191,7 +191,7 @@ def scores_by_block(quantiles: Mapping[str, Sequence[float]], label: str) -> str
             _title(ax, panel)
         _block_axis(axes, {i for boxes in kinds.values() for i in boxes})
 
-    return _render(f"Scores per block: {label}", len(panels), 1.5 if len(panels) > 1 else 2.5, draw)
+    return render(f"Scores per block: {label}", len(panels), 1.5 if len(panels) > 1 else 2.5, draw)
 
 
 def save_speed(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Path) -> None:
@@ -219,14 +219,14 @@ def _speed_bars(ax: "Axes", rows: Mapping[str, Mapping[str, Any]], part: str) ->
         median, seconds = row["median"][part], row["seconds"][part]
         bar, least, most = (s if part == "prompt" else row["generated"] / s for s in (median, min(seconds), max(seconds)))
         ax.barh(y, bar, height=0.7, color=TEAL if y else GREY)
-        ax.hlines(y, least, most, colors=_INK, linewidth=1.0)
+        ax.hlines(y, least, most, colors=INK, linewidth=1.0)
         ax.annotate(f"{bar:.3g}", (0, y), xytext=(3, 0), textcoords="offset points", va="center")
     ax.set_yticks(range(len(rows)), [summary.shorten(name) for name in rows])
     if not ax.yaxis_inverted():  # the two panels share the axis
         ax.invert_yaxis()
 
 
-def _render(title: str, panels: int, height: float, draw: Callable[[Sequence["Axes"]], None]) -> str:
+def render(title: str, panels: int, height: float, draw: Callable[[Sequence["Axes"]], None]) -> str:
     """A column of `panels` axes of `height` inches, filled by `draw`, as an `<svg>` element; screen readers say its `title`."""
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -240,7 +240,7 @@ def _render(title: str, panels: int, height: float, draw: Callable[[Sequence["Ax
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=nothing | {"Title": title})
     text = file.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", text, flags=re.DOTALL)
     # Inside HTML, namespaces are implied; the running group names (axes_1) would be double on a page with two plots.
     text = re.sub(r' xmlns(:xlink)?="[^"]*"| id="[A-Za-z0-9.]+_\d+"', "", text)
@@ -316,7 +316,7 @@ def _perplexity_bar(ax: "Axes", y: float, value: float | None, name: str, colour
     finite = math.isfinite(value)
     end = min(max(value, base), top) if finite else top
     hatch = None if finite else "////"
-    ax.barh(y, end - base, left=base, height=0.36, color=colour, edgecolor=_INK, linewidth=0.0, hatch=hatch)
+    ax.barh(y, end - base, left=base, height=0.36, color=colour, edgecolor=INK, linewidth=0.0, hatch=hatch)
     ax.annotate(name + summary.perplexity(value), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
 
 
@@ -331,6 +331,6 @@ def _boxes(ax: "Axes", boxes: Mapping[int, Sequence[float]], colour: str) -> Non
         low, q25, median, q75 = ([max(v, floor) for v in column] for column in (low, q25, median, q75))
         ax.minorticks_off()
     ax.yaxis.set_major_formatter(lambda value, _: _figure(value))
-    ax.vlines(blocks, low, high, colors=_INK, alpha=0.55, linewidth=1.0)
+    ax.vlines(blocks, low, high, colors=INK, alpha=0.55, linewidth=1.0)
     ax.bar(blocks, [b - a for a, b in zip(q25, q75, strict=True)], bottom=q25, width=0.7, color=colour)
-    ax.hlines(median, [i - 0.35 for i in blocks], [i + 0.35 for i in blocks], colors=_INK, linewidth=1.6)
+    ax.hlines(median, [i - 0.35 for i in blocks], [i + 0.35 for i in blocks], colors=INK, linewidth=1.6)

@@ -25,6 +25,7 @@ from launch.flags import DTYPES, check_sparsity, evaluation_flags, mesh_of, mode
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
+from launch.tasks import Results, ZeroShot, evaluate_tasks, read_tasks, task_flags
 from models.errors import InputError
 from models.forms import Layout, preview
 from models.store import Checkpoint, weight_files
@@ -60,6 +61,10 @@ class RunConfig:
     mesh: str
     layout: Layout
     resume: bool
+    tasks: str
+    limit: int
+    num_fewshot: int
+    task_cache: bool
 
 
 def options() -> Flags:
@@ -88,6 +93,7 @@ def options() -> Flags:
     f.integer("calibration_batch", 8, "windows at a time", 1)
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
+    task_flags(f)
     return f
 
 
@@ -176,7 +182,10 @@ def warnings_of(figures: Mapping[str, Any], written: export.Written, checkpoint:
 
 
 class Finished(NamedTuple):
-    """What a run has in hand when the checkpoint is written: all that the report is made of. Perplexities are by data set."""
+    """What a run has in hand when the checkpoint is written: all that the report is made of.
+
+    `dense` and `pruned` have the perplexities by data set, `tasks` the metrics of both models by task.
+    """
 
     checkpoint: Checkpoint
     calibration: Tokens
@@ -186,6 +195,8 @@ class Finished(NamedTuple):
     written: export.Written
     dense: dict[str, dict[str, Any]]
     pruned: dict[str, dict[str, Any]]
+    zero_shot: ZeroShot | None
+    tasks: dict[str, dict[str, Any]]
 
 
 def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) -> dict[str, Any]:
@@ -198,7 +209,7 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
         "method": config.method,
         "settings": dataclasses.asdict(config) | {"sparsity": run.sparsity},
         "command": command(config),
-        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data),
+        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data, run.zero_shot),
         "sparsity": figures,
         "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
         "bytes": {
@@ -209,7 +220,7 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
             name: {"dense": run.dense[name]["perplexity"], "pruned": run.pruned[name]["perplexity"], "tokens": found["tokens"]}
             for name, found in run.dense.items()
         },
-        "tasks": {},
+        "tasks": run.tasks,
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": quantiles(checkpoint, outcome),
         "warnings": [*warnings_of(figures, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
@@ -219,16 +230,19 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
     }
 
 
-def fingerprint(config: RunConfig, checkpoint: Checkpoint, calibration: Tokens, data: Mapping[str, Tokens]) -> dict[str, Any]:
+def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
     """All that the result depends on, by a name for people: what an interrupted run must have in common with the one that goes on."""
+    checkpoint, _, calibration, data, zero_shot = inputs
     settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
-    elsewhere = ("model", "output", "resume", "calibration", "eval_data")  # told by content, or of no matter
-    versions = protocol({})
+    # Told by content, or of no matter.
+    elsewhere = ("model", "output", "resume", "calibration", "eval_data", "tasks", "task_cache")
+    versions = protocol({}, zero_shot)
     return {
         "model configuration": checkpoint.config,
         "weights": {p.name: file_digest(p) for p in weight_files(checkpoint.directory)},
         "--calibration tokens": calibration.protocol["sha256"],
         "--eval_data tokens": {name: tokens.protocol["sha256"] for name, tokens in data.items()},
+        "--tasks requests": {name: facts["sha256"] for name, facts in (zero_shot.protocol if zero_shot else {}).items()},
         **{f"--{name}": value for name, value in settings.items() if name not in elsewhere},
         **{f"version of {name}": value for name, value in versions["versions"].items()},
         **{f"device {name}": value for name, value in versions["device"].items()},
@@ -242,6 +256,7 @@ class Inputs(NamedTuple):
     tokenizer: Callable[[], TextTokenizer]
     calibration: Tokens
     data: dict[str, Tokens]
+    zero_shot: ZeroShot | None
 
 
 def read_inputs(config: RunConfig, method: Method, request: Request) -> Inputs:
@@ -253,7 +268,8 @@ def read_inputs(config: RunConfig, method: Method, request: Request) -> Inputs:
     samples, length = config.calibration_samples, config.calibration_length
     calibration = read_calibration(config.calibration, samples, length, config.seed, checkpoint, tokenizer)
     data = read_evaluation(config.eval_data, config.eval_length, config.eval_windows, checkpoint, tokenizer)
-    return Inputs(checkpoint, tokenizer, calibration, data)
+    zero_shot = read_tasks(config.tasks, config.limit, config.num_fewshot, checkpoint, tokenizer)
+    return Inputs(checkpoint, tokenizer, calibration, data, zero_shot)
 
 
 def prune(config: RunConfig) -> dict[str, Any]:
@@ -261,7 +277,7 @@ def prune(config: RunConfig) -> dict[str, Any]:
     clock = Clock("load", "calibrate_and_prune", "eval", "export")
     method, request = request_of(config)
     output = output_path(config.output)
-    checkpoint, tokenizer, calibration, data = read_inputs(config, method, request)
+    checkpoint, tokenizer, calibration, data, zero_shot = inputs = read_inputs(config, method, request)
     model = checkpoint.model
     clock.lap("load")
     journal: Journal | None = None
@@ -269,14 +285,18 @@ def prune(config: RunConfig) -> dict[str, Any]:
     def begun() -> bool:
         return journal.finished > EVALUATED if journal else (directory / UNFINISHED / "journal").is_dir()  # of a refused run
 
+    def tasks_of(which: Checkpoint) -> Results:
+        return evaluate_tasks(zero_shot, which, config.calibration_batch, request.mesh, config.task_cache)
+
     with staged(output, export.REPORT, config.resume, begun) as directory:
         work = directory / UNFINISHED
         writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
-        journal = Journal(work / "journal", fingerprint(config, checkpoint, calibration, data), writer)
+        journal = Journal(work / "journal", fingerprint(config, inputs), writer)
         if went_on := journal.finished > EVALUATED:
             console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
         clock.lap("load")
         dense = journal.step(lambda: evaluate(model, data, config.calibration_batch, request.mesh))
+        dense_tasks = journal.step(lambda: tasks_of(checkpoint)) if zero_shot else {}
         clock.lap("eval")
         echo = export.Echo(model, writer)
         with console.progress() as stage:
@@ -288,9 +308,10 @@ def prune(config: RunConfig) -> dict[str, Any]:
         write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")
         pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)
+        tasks = {name: {"dense": dense_tasks[name], "pruned": figures} for name, figures in tasks_of(written.loaded).items()}
         clock.lap("eval")
         target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
-        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned)
+        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot, tasks)
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
         result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}
