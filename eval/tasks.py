@@ -35,16 +35,18 @@ class Tasks(NamedTuple):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the harness's log, bars and prints; what it has to say comes as an exception. Nothing forks: JAX has threads."""
-    log, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
-    level, single = log.level, os.environ.get("DISABLE_MULTIPROC")
-    log.setLevel(logging.ERROR)
+    levels = {log: log.level for log in map(logging.getLogger, ("lm_eval", "datasets", "huggingface_hub"))}
+    bars, single = datasets.are_progress_bars_disabled(), os.environ.get("DISABLE_MULTIPROC")
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        log.setLevel(level)
+        for log, level in levels.items():
+            log.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
         os.environ.pop("DISABLE_MULTIPROC") if single is None else os.environ.update(DISABLE_MULTIPROC=single)

@@ -242,7 +242,7 @@ def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
         "weights": {p.name: file_digest(p) for p in weight_files(checkpoint.directory)},
         "--calibration tokens": calibration.protocol["sha256"],
         "--eval_data tokens": {name: tokens.protocol["sha256"] for name, tokens in data.items()},
-        "--tasks requests": {name: facts["sha256"] for name, facts in (zero_shot.protocol if zero_shot else {}).items()},
+        "--tasks requests": zero_shot.protocol if zero_shot else {},
         **{f"--{name}": value for name, value in settings.items() if name not in elsewhere},
         **{f"version of {name}": value for name, value in versions["versions"].items()},
         **{f"device {name}": value for name, value in versions["device"].items()},

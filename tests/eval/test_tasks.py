@@ -1,6 +1,7 @@
 """Tasks from local YAML files: found, checked and repeatable; those for the published data sets are lm-eval's own, word for word."""
 
 import json
+import logging
 import os
 import pathlib
 from typing import Any
@@ -150,16 +151,18 @@ def test_what_cannot_be_opened(case: str, tmp_path: pathlib.Path, capfd: pytest.
     assert not datasets.are_progress_bars_disabled() and "DISABLE_MULTIPROC" not in os.environ
 
 
-def test_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Of lm-eval's own tasks: unknown ones are told, and so is a hub that cannot be reached, at once."""
     with pytest.raises(InputError, match="no such task"):
         open_tasks(["zebra_task"])
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(InputError, match=r"piqa cannot be opened \(no network\)"):
         open_tasks(["piqa"])
+    assert capfd.readouterr() == ("", "")
 
 
 def fail(*args: Any, **more: Any) -> None:
+    logging.getLogger("huggingface_hub.utils").error("Retrying")
     raise ConnectionError("no network\nand more lines")
 
 
