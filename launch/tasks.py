@@ -4,11 +4,13 @@ import importlib.metadata
 import json
 import pathlib
 import platform
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
+from rich.console import Console
 
 from calibration.journal import file_digest
 from calibration.tokenizer import TextTokenizer
@@ -99,7 +101,8 @@ def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
 def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
     """All that a model's answers depend on beside the requests, JSON-able."""
     directory, dtype = checkpoint.directory, checkpoint.model.ends.embed.dtype
-    files = [*weight_files(directory), *(p for p in sorted(directory.glob("*token*")) if p.is_file())]
+    patterns = ("*token*", "*.model", "vocab.*", "merges.txt")
+    files = [*weight_files(directory), *(p for pattern in patterns for p in sorted(directory.glob(pattern)) if p.is_file())]
     packages = ("jax", "lm_eval", "tokenizers")
     return {
         "configuration": checkpoint.config,
@@ -125,7 +128,9 @@ def evaluate_tasks(zero_shot: ZeroShot | None, checkpoint: Checkpoint, batch: in
 
     answers = Answers(cache_directory(), identity(checkpoint, zero_shot)) if cache else None
     longest = int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT))
-    with console.progress() as stage:
+    with console.progress(
+        Console(file=sys.stderr)
+    ) as stage:  # the stream of now: what the harness writes to it later is held back
         model = HarnessModel(
             checkpoint.model, zero_shot.vocabulary, longest=longest, batch=batch, mesh=mesh, answers=answers, stage=stage
         )

@@ -60,7 +60,8 @@ def test_dense_and_pruned_in_one_report(
     facts = r["protocol"]["tasks"]["stories"]
     assert facts["version"] == 3 and facts["documents"] == 4 and facts["num_fewshot"] == 0
     assert facts["harness"].startswith("lm-eval 0.") and f"--tasks={task}" in r["command"] and "--limit=4" in r["command"]
-    assert "stories, acc" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "stories, acc" in said.out and said.err.count("log-likelihoods: 2 of 2") == 2
     page = (out / "report.html").read_text()
     assert "Accuracy, before and after" in page and facts["sha256"] in page
 
