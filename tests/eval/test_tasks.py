@@ -26,7 +26,7 @@ from models.store import open_checkpoint
 pytestmark = pytest.mark.filterwarnings("ignore")  # what datasets, torch and lm-eval say to each other
 
 YAMLS = pathlib.Path(__file__).parent / "tasks"
-DOCUMENTS = int(os.environ.get("TOPIARY_TASK_DOCUMENTS", "8"))  # of each task that SmolLM2 is compared on
+DOCUMENTS = int(os.environ.get("TOPIARY_TASK_DOCUMENTS", "4"))  # of each task that SmolLM2 is compared on
 
 CHOICES = """
 task: {name}
