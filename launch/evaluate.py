@@ -1,6 +1,6 @@
-"""Perplexity of a checkpoint.
+"""Perplexity and zero-shot accuracy of a checkpoint.
 
-python -m launch.evaluate --model=DIR --eval_data=wikitext2 --json=report.json
+python -m launch.evaluate --model=DIR --eval_data=wikitext2 --tasks=hellaswag,piqa --json=report.json
 """
 
 import sys
@@ -13,6 +13,7 @@ from launch import summary
 from launch.cli import Flags, run
 from launch.flags import evaluation_flags, mesh_of, model_flags, open_model
 from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of, write_report
+from launch.tasks import evaluate_tasks, read_tasks, task_flags
 
 
 def options() -> Flags:
@@ -20,7 +21,9 @@ def options() -> Flags:
     f = Flags("launch.evaluate", __doc__ or "")
     model_flags(f)
     evaluation_flags(f)
-    f.integer("eval_batch", 8, "windows at a time", 1)
+    f.integer("eval_batch", 8, "windows, or requests of a task, at a time", 1)
+    task_flags(f)
+    f.group("Output")
     f.string("json", None, "file to write the report to")
     return f
 
@@ -29,22 +32,28 @@ def main(values: dict[str, Any]) -> None:
     """Evaluate, print a table, write the report where `--json` says."""
     clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
     checkpoint = open_model(values["model"], values["dtype"])
-    data = read_evaluation(
-        values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer_of(checkpoint)
-    )
+    tokenizer = tokenizer_of(checkpoint)
+    data = read_evaluation(values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer)
+    zero_shot = read_tasks(values["tasks"], values["limit"], values["num_fewshot"], checkpoint, tokenizer)
     clock.lap("load")
     found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
+    tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
     clock.lap("eval")
     table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left")
     for name, figures in found.items():
         table.add_row(name, summary.perplexity(figures["perplexity"]), summary.count(figures["tokens"]))
     Console().print(table)
+    if tasks:
+        table = Table("task, metric", "value ± standard error")
+        for row in summary.task_rows({name: {"dense": figures} for name, figures in tasks.items()}):
+            table.add_row(row.label, row.dense)
+        Console().print(table)
     if values["json"]:
         result = {
             "model": values["model"],
             "perplexity": {name: {"dense": f["perplexity"], "tokens": f["tokens"]} for name, f in found.items()},
-            "tasks": {},
-            "protocol": protocol(data),
+            "tasks": {name: {"dense": figures} for name, figures in tasks.items()},
+            "protocol": protocol(data, zero_shot),
             "seconds": clock.seconds,
         }
         write_report(values["json"], result)

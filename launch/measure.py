@@ -16,6 +16,7 @@ from calibration.tokenizer import TextTokenizer, Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
 from launch.flags import check_length, dataset_list, window_length
+from launch.tasks import ZeroShot
 from models.arch import Model
 from models.errors import InputError
 from models.store import Checkpoint
@@ -80,12 +81,13 @@ def evaluate(model: Model, data: Mapping[str, Tokens], batch: int, mesh: Mesh | 
     return {name: {"perplexity": p.value, "tokens": p.tokens} for name, p in found.items()}
 
 
-def protocol(data: Mapping[str, Tokens]) -> dict[str, Any]:
-    """Where the evaluation's tokens came from, and what ran."""
+def protocol(data: Mapping[str, Tokens], zero_shot: ZeroShot | None = None) -> dict[str, Any]:
+    """Where the evaluation's tokens and tasks came from, and what ran."""
     device = jax.devices()[0]
     versions = {"topiary": __version__, "python": platform.python_version()}
     return {
         "evaluation": {name: tokens.protocol for name, tokens in data.items()},
+        **({"tasks": zero_shot.protocol} if zero_shot else {}),
         "versions": versions | {p: importlib.metadata.version(p) for p in PACKAGES},
         "device": {"platform": device.platform, "kind": device.device_kind, "count": jax.device_count()},
     }

@@ -38,6 +38,7 @@ from launch.flags import (
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
+from launch.tasks import Results, ZeroShot, evaluate_tasks, read_tasks, task_flags
 from models.errors import InputError
 from models.forms import Layout, preview
 from models.store import Checkpoint, weight_files
@@ -76,6 +77,10 @@ class RunConfig:
     mesh: str
     layout: Layout
     resume: bool
+    tasks: str
+    limit: int
+    num_fewshot: int
+    task_cache: bool
 
 
 def options() -> Flags:
@@ -93,6 +98,7 @@ def options() -> Flags:
     calibration_flags(f)
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
+    task_flags(f)
     return f
 
 
@@ -181,7 +187,10 @@ def warnings_of(figures: Mapping[str, Any], written: export.Written, checkpoint:
 
 
 class Finished(NamedTuple):
-    """What a run has in hand when the checkpoint is written: all that the report is made of. Perplexities are by data set."""
+    """What a run has in hand when the checkpoint is written: all that the report is made of.
+
+    `dense` and `pruned` have the perplexities by data set, `tasks` the metrics of both models by task.
+    """
 
     checkpoint: Checkpoint
     calibration: Tokens
@@ -191,6 +200,8 @@ class Finished(NamedTuple):
     written: export.Written
     dense: dict[str, dict[str, Any]]
     pruned: dict[str, dict[str, Any]]
+    zero_shot: ZeroShot | None
+    tasks: dict[str, dict[str, Any]]
 
 
 def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) -> dict[str, Any]:
@@ -203,7 +214,7 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
         "method": config.method,
         "settings": dataclasses.asdict(config) | {"sparsity": run.sparsity},
         "command": command(config),
-        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data),
+        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data, run.zero_shot),
         "sparsity": figures,
         "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
         "bytes": {
@@ -214,7 +225,7 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
             name: {"dense": run.dense[name]["perplexity"], "pruned": run.pruned[name]["perplexity"], "tokens": found["tokens"]}
             for name, found in run.dense.items()
         },
-        "tasks": {},
+        "tasks": run.tasks,
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": quantiles(checkpoint, outcome),
         "warnings": [*warnings_of(figures, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
@@ -224,16 +235,19 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
     }
 
 
-def fingerprint(config: RunConfig, checkpoint: Checkpoint, calibration: Tokens, data: Mapping[str, Tokens]) -> dict[str, Any]:
+def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
     """All that the result depends on, by a name for people: what an interrupted run must have in common with the one that goes on."""
+    checkpoint, _, calibration, data, zero_shot = inputs
     settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
-    elsewhere = ("model", "output", "resume", "calibration", "eval_data", "activations")  # told by content, or of no matter
-    versions = protocol({})
+    # Told by content, or of no matter.
+    elsewhere = ("model", "output", "resume", "calibration", "eval_data", "activations", "tasks", "task_cache")
+    versions = protocol({}, zero_shot)
     return {
         "model configuration": checkpoint.config,
         "weights": {p.name: file_digest(p) for p in weight_files(checkpoint.directory)},
         "--calibration tokens": calibration.protocol["sha256"],
         "--eval_data tokens": {name: tokens.protocol["sha256"] for name, tokens in data.items()},
+        "--tasks requests": zero_shot.protocol if zero_shot else {},
         **{f"--{name}": value for name, value in settings.items() if name not in elsewhere},
         **{f"version of {name}": value for name, value in versions["versions"].items()},
         **{f"device {name}": value for name, value in versions["device"].items()},
@@ -247,6 +261,7 @@ class Inputs(NamedTuple):
     tokenizer: Callable[[], TextTokenizer]
     calibration: Tokens
     data: dict[str, Tokens]
+    zero_shot: ZeroShot | None
 
 
 def read_tokens(
@@ -265,7 +280,9 @@ def read_inputs(config: RunConfig, method: Method, request: Request, memory: Mem
     method.check(checkpoint.model, request)
     console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
     tokenizer = tokenizer_of(checkpoint)
-    return Inputs(checkpoint, tokenizer, *read_tokens(config, checkpoint, tokenizer, memory))
+    calibration, data = read_tokens(config, checkpoint, tokenizer, memory)
+    zero_shot = read_tasks(config.tasks, config.limit, config.num_fewshot, checkpoint, tokenizer)
+    return Inputs(checkpoint, tokenizer, calibration, data, zero_shot)
 
 
 def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
@@ -277,7 +294,8 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     clock = Clock("load", "calibrate_and_prune", "eval", "export")
     method, request = request_of(config)
     output = output_path(config.output)
-    checkpoint, tokenizer, calibration, data = read_inputs(config, method, request, memory or Memory(0))
+    inputs = read_inputs(config, method, request, memory or Memory(0))
+    checkpoint, tokenizer, calibration, data, zero_shot = inputs
     model = checkpoint.model
     clock.lap("load")
     journal: Journal | None = None
@@ -285,16 +303,20 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     def begun() -> bool:
         return journal.finished > EVALUATED if journal else (directory / UNFINISHED / "journal").is_dir()  # of a refused run
 
+    def tasks_of(which: Checkpoint) -> Results:
+        return evaluate_tasks(zero_shot, which, config.calibration_batch, request.mesh, config.task_cache)
+
     with staged(output, export.REPORT, config.resume, begun) as directory:
         work = directory / UNFINISHED
         writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
-        facts = fingerprint(config, checkpoint, calibration, data)
+        facts = fingerprint(config, inputs)
         common = json.dumps({name: fact for name, fact in facts.items() if name not in VARIED})
         journal = Journal(work / "journal", facts, writer, memory, common)
         if went_on := journal.finished > EVALUATED:
             console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
         clock.lap("load")
         dense = journal.step(lambda: evaluate(model, data, config.calibration_batch, request.mesh), "dense")
+        dense_tasks = journal.step(lambda: tasks_of(checkpoint), "dense tasks") if zero_shot else {}
         clock.lap("eval")
         echo = export.Echo(model, writer)
         with console.progress() as stage:
@@ -308,9 +330,10 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")
         pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)
+        tasks = {name: {"dense": dense_tasks[name], "pruned": figures} for name, figures in tasks_of(written.loaded).items()}
         clock.lap("eval")
         target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
-        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned)
+        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot, tasks)
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
         result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from launch import plots, summary
+from launch.accuracy_plot import accuracy_bars
 
 if TYPE_CHECKING:
     import jinja2
@@ -47,7 +48,6 @@ def render(report: Mapping[str, Any]) -> str:
         folded=len(linears) > _LONG,
         protocol=_protocol(report.get("protocol", {})),
         settings=flat(report.get("settings", {})),
-        tasks=flat(report.get("tasks", {})),
         details=_outline(report.get("details", {})),
     )
 
@@ -107,12 +107,19 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
     perplexity, sparsity, scores = report.get("perplexity", {}), report["sparsity"], report.get("scores") or {}
     details = report.get("details") or {}
     tokens = "; ".join(f"{name}: {s['tokens']:,}" for name, s in perplexity.items() if s.get("tokens"))
+    documents = "; ".join(f"{n}: {facts['documents']:,}" for n, facts in report.get("protocol", {}).get("tasks", {}).items())
     label = scores.get("label", "scores")
     drawn = [
         Figure(
             "Perplexity, before and after",
             "Lower is better." + (f" Tokens predicted: {tokens}." if tokens else ""),
             plots.perplexity_bars(perplexity),
+        ),
+        Figure(
+            "Accuracy, before and after",
+            "Higher is better. Thin lines reach one standard error to both sides."
+            + (f" Documents: {documents}." if documents else ""),
+            accuracy_bars(report.get("tasks") or {}),
         ),
         Figure(
             "Sparsity allotted to each block",
@@ -191,11 +198,11 @@ def _linears(sparsity: Mapping[str, Any]) -> list[tuple[str, str, str]]:
 
 
 def _protocol(protocol: Mapping[str, Any]) -> list[tuple[str, Facts]]:
-    """One card of facts for each part of the protocol; evaluation has one for each data set."""
+    """One card of facts for each part of the protocol; evaluation has one for each data set, tasks one for each task."""
     cards = []
     for part, value in protocol.items():
-        if part == "evaluation" and isinstance(value, Mapping):
-            cards += [(f"evaluation: {name}", flat(facts)) for name, facts in value.items()]
+        if part in ("evaluation", "tasks") and isinstance(value, Mapping):
+            cards += [(f"{part}: {name}", flat(facts)) for name, facts in value.items()]
         else:
             cards.append((part, flat(value)))
     return [(heading, facts) for heading, facts in cards if facts]

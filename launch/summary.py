@@ -87,12 +87,62 @@ def asked(sparsity: Mapping[str, Any]) -> str:
     return "" if sparsity.get("target") is None else f"asked {percent(sparsity['target'])}"
 
 
+class Metric(NamedTuple):
+    """A metric of a task with its standard error (None: it has none), of the dense and of the pruned model; None where it was not run."""
+
+    task: str
+    name: str
+    dense: tuple[float, float | None] | None
+    pruned: tuple[float, float | None] | None
+
+    @property
+    def fraction(self) -> bool:
+        """Whether it is a share of the documents, to be said in percent."""
+        return self.name.startswith(("acc", "exact_match"))
+
+
+def metrics(tasks: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
+    """Every metric of the report's `tasks` {task: {"dense": {metric: value, metric_stderr: error}, "pruned": …}}."""
+
+    def read(figures: Mapping[str, Any], metric: str) -> tuple[float, float | None] | None:
+        name, comma, of_filter = metric.partition(",")
+        value = figures.get(metric)
+        return None if value is None else (value, figures.get(f"{name}_stderr{comma}{of_filter}"))
+
+    return [
+        Metric(task, metric, read(models.get("dense", {}), metric), read(models.get("pruned", {}), metric))
+        for task, models in tasks.items()
+        for metric in models.get("dense", {})
+        if not metric.partition(",")[0].endswith("_stderr")
+    ]
+
+
+def measured(value: tuple[float, float | None] | None, fraction: bool) -> str:
+    """A value with its standard error: 42.5% ± 3.5%, or 12.31 ± 0.42."""
+    if value is None:
+        return ABSENT
+    say = percent if fraction else perplexity
+    return say(value[0]) + ("" if value[1] is None else f" ± {say(value[1])}")
+
+
+def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[Row]:
+    """A row for each metric of each task; accuracies in percent, their changes in points."""
+    rows = []
+    for m in metrics(tasks):
+        change = ABSENT
+        if m.dense and m.pruned:
+            change = f"{100 * (m.pruned[0] - m.dense[0]):+.2f} points" if m.fraction else ratio(m.dense[0], m.pruned[0])
+        rows.append(Row(f"{m.task}, {m.name}", measured(m.dense, m.fraction), measured(m.pruned, m.fraction), change))
+    return rows
+
+
 def quality_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Perplexity per data set, sparsity, parameters and bytes, dense → pruned. Every key of the report may be missing."""
+    """Perplexity per data set, metrics per task, sparsity, parameters and bytes, dense → pruned. Every key of the report may be missing."""
     rows = []
     for name, scores in report.get("perplexity", {}).items():
         dense, pruned = scores.get("dense"), scores.get("pruned")
         rows.append(Row(f"Perplexity, {name}", perplexity(dense), perplexity(pruned), ratio(dense, pruned)))
+    rows += task_rows(report.get("tasks", {}))
     sparsity = report.get("sparsity", {})
     rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), asked(sparsity)))
     rows.append(Row("Sparsity, whole model", "", percent(sparsity.get("total")), ""))

@@ -28,23 +28,51 @@ class Choice(NamedTuple):
 
 
 def forward(
-    arch: Arch, ends: Ends, blocks: Sequence[Block], tokens: jax.Array, caches: Sequence[Cache], start: int | jax.Array
+    arch: Arch,
+    ends: Ends,
+    blocks: Sequence[Block],
+    tokens: jax.Array,
+    caches: Sequence[Cache],
+    start: int | jax.Array,
+    last: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """The last token's logits float32 [b vocab] of tokens int [b t] at the positions from `start`, and the caches with them in."""
+    """The logits float32 [b vocab] of tokens int [b t] at the positions from `start`, and the caches with them in.
+
+    The logits are those of each row's token `last` (int [b]); None: of the last column's.
+    """
     x, kept = arch.embed(ends, tokens, start), []
     for block, cache in zip(blocks, caches, strict=True):
         x, cache = arch.step(block, x, cache, start)
         kept.append(cache)
-    return arch.head(ends, x[:, -1:])[:, 0], tuple(kept)
+    x = x[:, -1:] if last is None else jnp.take_along_axis(x, last[:, None, None], axis=1)
+    return arch.head(ends, x)[:, 0], tuple(kept)
+
+
+def _next(
+    arch: Arch, ends: Ends, blocks: Sequence[Block], token: jax.Array, caches: tuple[Cache, ...], start: jax.Array
+) -> tuple[jax.Array, tuple[Cache, ...]]:
+    """`forward` of one token int [b] for each row, at the position `start`: int [], or int [b] where each row has its own."""
+    if start.ndim == 0:
+        return forward(arch, ends, blocks, token[:, None], caches, start)
+
+    def row(token: jax.Array, caches: tuple[Cache, ...], start: jax.Array) -> tuple[jax.Array, tuple[Cache, ...]]:
+        alone = jax.tree.map(lambda x: x[None], caches)
+        logits, kept = forward(arch, ends, blocks, token[None, None], alone, start)
+        return logits[0], jax.tree.map(lambda x: x[0], kept)
+
+    return jax.vmap(row)(token, caches, start)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(
-    arch: Arch, ends: Ends, blocks: tuple[Block, ...], prompts: jax.Array, capacity: int
+    arch: Arch, ends: Ends, blocks: tuple[Block, ...], prompts: jax.Array, capacity: int, lengths: jax.Array | None = None
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """The logits float32 [b vocab] after prompts int [b t], and each block's cache with room for `capacity` positions."""
+    """The logits float32 [b vocab] after prompts int [b t], and each block's cache with room for `capacity` positions.
+
+    Of a row, `lengths` (int [b]; None: all) tokens are the prompt; what stands after them is written over before it is seen.
+    """
     caches = [empty(b, arch.config.head_dim, prompts.shape[0], capacity) for b in blocks]
-    return forward(arch, ends, blocks, prompts, caches, 0)
+    return forward(arch, ends, blocks, prompts, caches, 0, None if lengths is None else lengths - 1)
 
 
 def nucleus(logits: jax.Array, choice: Choice) -> jax.Array:
@@ -81,7 +109,8 @@ def decode(
     choice: Choice | None,
     eos: jax.Array,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """`new_tokens` tokens int32 [b new_tokens], of which the first is taken from the logits [b vocab] and stands at position `start`.
+    """`new_tokens` tokens int32 [b new_tokens], of which the first is taken from the logits [b vocab] and stands at position `start`,
+    int [], or int [b] after prompts of different lengths.
 
     The caches' memory is taken over, and they are returned with the tokens in. The loop ends when every row has given one of `eos`
     (int [e], may be empty); what follows it in a row is `eos[0]`.
@@ -97,7 +126,7 @@ def decode(
 
     def one(state: State) -> State:
         i, token, done, out, caches = state
-        logits, caches = forward(arch, ends, blocks, token[:, None], caches, start + i - 1)
+        logits, caches = _next(arch, ends, blocks, token, caches, start + i - 1)
         token = jnp.where(done, fill, _pick(logits, choice, i))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
         return i + 1, token, done | ended(token), out, caches
@@ -116,6 +145,7 @@ def generate(
     top_p: float = 1.0,
     key: jax.Array | None = None,
     eos: int | Sequence[int] | None = None,
+    lengths: np.ndarray | None = None,
 ) -> np.ndarray:
     """A continuation int32 [b new_tokens] of each prompt int [b t].
 
@@ -125,6 +155,7 @@ def generate(
       top_p: tokens are drawn from the nucleus alone, see `nucleus`; 0 < top_p <= 1.
       key: of the draws, needed for a temperature above 0; the same key gives the same text.
       eos: the token, or tokens, that end a text; what follows in a row that has ended is the first of them.
+      lengths: int [b], how many tokens of each row are its prompt where they differ: the rest of the row is padding. None: all are.
     Raises ValueError for settings out of range, no new token or an empty prompt, a temperature without a key, or more positions than a
     model with learned ones has.
     """
@@ -139,6 +170,6 @@ def generate(
         raise ValueError(f"{capacity} tokens, the model has {arch.config.positions} positions")
     choice = Choice(jnp.float32(temperature), jnp.float32(top_p), key) if temperature and key is not None else None
     ends_at = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
-    logits, caches = prefill(arch, ends, blocks, prompts, capacity)
-    start = jnp.int32(prompts.shape[1])
+    start = jnp.asarray(prompts.shape[1] if lengths is None else lengths, jnp.int32)
+    logits, caches = prefill(arch, ends, blocks, prompts, capacity, None if lengths is None else start)
     return np.asarray(decode(arch, ends, blocks, logits, caches, start, new_tokens, choice, ends_at)[0])

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from eval import perplexity as module
+from eval import forward as module
 from eval.perplexity import Perplexity, perplexity
 from models.arch import Block, Model, apply_block, embed
 from models.sharding import make_mesh

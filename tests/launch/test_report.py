@@ -230,10 +230,26 @@ def test_long_lists_of_the_details_are_cut_and_say_so() -> None:
 
 
 def test_tasks_are_listed() -> None:
-    report = without_plots() | {"tasks": {"arc_easy": {"dense": {"acc": 0.6125}, "pruned": {"acc": 0.5875}}}}
-    words = Page(render(report)).words
-    assert words[words.index("arc_easy.dense.acc") + 1] == "0.6125"
-    assert words[words.index("arc_easy.pruned.acc") + 1] == "0.5875"
+    """In the table, in a plot with error bars, and by their protocol; what is no accuracy is in the table alone."""
+    figures = {
+        "acc": 0.6125,
+        "acc_stderr": 0.0321,
+        "exact_match,strict": 0.25,
+        "exact_match_stderr,strict": None,
+        "perplexity": 12.5,
+    }
+    pruned = figures | {"acc": 0.5875, "acc_stderr": 0.0325, "perplexity": math.inf}
+    report = without_plots() | {"tasks": {"arc_easy": {"dense": figures, "pruned": pruned}}}
+    report["protocol"]["tasks"] = {"arc_easy": {"harness": "lm-eval 0.4.13", "version": 1.0, "documents": 1234}}
+    page = Page(render(report))
+    at = page.words.index("arc_easy, acc")
+    assert page.words[at + 1 : at + 4] == ["61.25% ± 3.21%", "58.75% ± 3.25%", "-2.50 points"]
+    at = page.words.index("arc_easy, exact_match,strict")
+    assert page.words[at + 1 : at + 4] == ["25%", "25%", "+0.00 points"]
+    at = page.words.index("arc_easy, perplexity")
+    assert page.words[at + 1 : at + 4] == ["12.500", "inf", "—"]
+    assert "Accuracy, before and after" in page.words and "arc_easy: 1,234" in page.text and "lm-eval 0.4.13" in page.text
+    assert page.tags.count("svg") == 1
 
 
 def test_flat() -> None:

@@ -237,3 +237,12 @@ def test_settings_out_of_range(change: dict[str, float], message: str) -> None:
     settings = {"new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
         generate(tiny.random_model(tiny.OPT), tiny.tokens(1, 6), **settings)
+
+
+@pytest.mark.parametrize("name", ["grouped", "windowed", "opt", "dynamic, within its positions"])
+def test_prompts_of_different_lengths_stand_in_one_batch(name: str) -> None:
+    """What stands after a prompt is not seen: each row says what it says alone."""
+    model, prompts, lengths = ragged(CONFIGS[name]), tiny.tokens(4, 20), np.array([20, 3, 11, 1])
+    got = generate(model, prompts, 9, lengths=lengths, eos=[5])
+    alone = [generate(model, prompts[i : i + 1, :n], 9, eos=[5])[0] for i, n in enumerate(lengths)]
+    np.testing.assert_array_equal(got, alone)
