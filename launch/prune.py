@@ -6,21 +6,21 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 
 import dataclasses
 import json
-import math
+import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 
 from calibration.data import Tokens
 from calibration.journal import Journal, Memory, file_digest
 from calibration.tokenizer import TextTokenizer
-from eval.size import Size, measure, peak_memory
-from launch import calls, cli, console, export, report
+from eval.size import measure, peak_memory
+from launch import calls, cli, console, export, figures, report
 from launch.cli import Flags, frozen
 from launch.flags import (
     DTYPES,
@@ -38,7 +38,7 @@ from launch.flags import (
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
-from launch.tasks import Results, ZeroShot, evaluate_tasks, read_tasks, task_flags
+from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
 from models.errors import InputError
 from models.forms import Layout, preview
 from models.store import Checkpoint, weight_files
@@ -50,7 +50,6 @@ from pruning.types import Method, Outcome, Request
 EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
 VARIED = ("--method", "--sparsity", "--allocation", "--seed", "--calibration tokens")  # what runs that share steps differ in
 SHARED = "a trial of a sweep: its seconds leave out what earlier ones had computed or compiled, its peak memory is the process's so far"
-MISSED = 0.005  # a budget missed by more of the prunable weights is worth a warning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,59 +136,10 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
     return method, request
 
 
-class Counts(NamedTuple):
-    """Weights by linear's name: of the dense model, and of them those that are gone or zero."""
-
-    dense: dict[str, int]
-    gone: dict[str, int]
-
-
-def count(checkpoint: Checkpoint, size: Size, kept: Sequence[int] | None = None) -> Counts:
-    """What was removed from each linear, counted in the written checkpoint, which holds these blocks alone (None: all)."""
-    specs, slots = checkpoint.specs, [s.name for s in checkpoint.model.arch.slots]
-    dense = export.by_linear(specs, tuple({s: math.prod(getattr(b, s).w.shape) for s in slots} for b in specs))
-    left = export.by_linear(specs if kept is None else tuple(specs[i] for i in kept), size.nonzero)
-    return Counts(dense, {name: n - left.get(name, 0) for name, n in dense.items()})
-
-
-def sparsity_figures(checkpoint: Checkpoint, outcome: Outcome, counts: Counts, dense: int, target: float) -> dict[str, Any]:
-    """The report's `sparsity`: fractions of the dense model's weights that are gone or zero. "prunable" are those the method covers."""
-    asked = export.by_linear(checkpoint.specs, outcome.asked)
-    return {
-        "target": target,
-        "prunable": sum(counts.gone[name] for name in asked) / sum(counts.dense[name] for name in asked),
-        "total": sum(counts.gone.values()) / dense,
-        "per_linear": {name: gone / counts.dense[name] for name, gone in counts.gone.items()},
-        "asked": asked,
-    }
-
-
-def quantiles(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, Any]:
-    """The report's `scores`: minimum, quartiles and maximum by linear."""
-    levels = [0, 0.25, 0.5, 0.75, 1]
-    per_linear = export.by_linear(checkpoint.specs, outcome.scores, lambda x: [float(q) for q in np.quantile(x, levels)])
-    return {"label": outcome.scores_label, "per_linear": per_linear}
-
-
-def warnings_of(figures: Mapping[str, Any], written: export.Written, checkpoint: Checkpoint, length: int) -> Iterator[str]:
-    """What a reader of the figures must know."""
-    if written.padding:
-        yield f"{written.padding:,} of the stored numbers are zeros that fill narrower blocks and absent biases up"
-    if written.form.code:
-        yield f"blocks differ in width: the model loads as {written.form.label}; --layout=padded writes a stock model instead"
-    if not written.transformers.ok:
-        yield f"transformers does not give the same logits: {written.transformers.said}"
-    if abs(figures["prunable"] - figures["target"]) > MISSED:
-        yield f"asked for {figures['target']:.4f} of the prunable weights, got {figures['prunable']:.4f}"
-    longest = checkpoint.config.get("max_position_embeddings")
-    if longest and length > longest:
-        yield f"calibration windows of {length} tokens are longer than the {longest} positions the model was trained for"
-
-
 class Finished(NamedTuple):
     """What a run has in hand when the checkpoint is written: all that the report is made of.
 
-    `dense` and `pruned` have the perplexities by data set, `tasks` the metrics of both models by task.
+    `dense` and `pruned` have what was measured of the models: "perplexity" by data set, "tasks" by task.
     """
 
     checkpoint: Checkpoint
@@ -201,13 +151,13 @@ class Finished(NamedTuple):
     dense: dict[str, dict[str, Any]]
     pruned: dict[str, dict[str, Any]]
     zero_shot: ZeroShot | None
-    tasks: dict[str, dict[str, Any]]
 
 
-def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) -> dict[str, Any]:
+def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameters: int) -> dict[str, Any]:
     """The report, but for the seconds; `parameters` are the pruned model's, padding not counted."""
     checkpoint, outcome = run.checkpoint, run.outcome
-    figures = sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
+    dense, pruned = run.dense["perplexity"], run.pruned["perplexity"]
+    sparsity = figures.sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
     removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
     return {
         "model": config.model,
@@ -215,20 +165,20 @@ def describe(config: RunConfig, run: Finished, counts: Counts, parameters: int) 
         "settings": dataclasses.asdict(config) | {"sparsity": run.sparsity},
         "command": command(config),
         "protocol": {"calibration": run.calibration.protocol} | protocol(run.data, run.zero_shot),
-        "sparsity": figures,
+        "sparsity": sparsity,
         "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
         "bytes": {
             "dense": checkpoint.parameters * DTYPES[config.dtype].dtype.itemsize,
             "pruned": run.written.loaded.stored_bytes,
         },
         "perplexity": {
-            name: {"dense": run.dense[name]["perplexity"], "pruned": run.pruned[name]["perplexity"], "tokens": found["tokens"]}
-            for name, found in run.dense.items()
+            name: {"dense": found["perplexity"], "pruned": pruned[name]["perplexity"], "tokens": found["tokens"]}
+            for name, found in dense.items()
         },
-        "tasks": run.tasks,
+        "tasks": {name: {"dense": run.dense["tasks"][name], "pruned": found} for name, found in run.pruned["tasks"].items()},
         "peak_memory_bytes": peak_memory(jax.local_devices()),
-        "scores": quantiles(checkpoint, outcome),
-        "warnings": [*warnings_of(figures, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
+        "scores": figures.quantiles(checkpoint, outcome),
+        "warnings": [*figures.warnings_of(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
         "loads_as": run.written.form.label,
         "load_back": {"topiary": run.written.topiary, "transformers": run.written.transformers.said},
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
@@ -285,6 +235,18 @@ def read_inputs(config: RunConfig, method: Method, request: Request, memory: Mem
     return Inputs(checkpoint, tokenizer, calibration, data, zero_shot)
 
 
+def measured(config: RunConfig, inputs: Inputs, which: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
+    """What the report has of the dense or the pruned model: "perplexity" by data set, "tasks" by task."""
+    tasks = evaluate_tasks(inputs.zero_shot, which, config.calibration_batch, mesh, config.task_cache)
+    return {"perplexity": evaluate(which.model, inputs.data, config.calibration_batch, mesh), "tasks": tasks}
+
+
+def journal_of(directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, memory: Memory | None) -> Journal:
+    """The journal of a run with this fingerprint; runs of one process that differ in VARIED alone share what they remember."""
+    common = json.dumps({name: fact for name, fact in facts.items() if name not in VARIED})
+    return Journal(directory, facts, writer, memory, common)
+
+
 def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory.
 
@@ -303,20 +265,14 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     def begun() -> bool:
         return journal.finished > EVALUATED if journal else (directory / UNFINISHED / "journal").is_dir()  # of a refused run
 
-    def tasks_of(which: Checkpoint) -> Results:
-        return evaluate_tasks(zero_shot, which, config.calibration_batch, request.mesh, config.task_cache)
-
     with staged(output, export.REPORT, config.resume, begun) as directory:
         work = directory / UNFINISHED
         writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
-        facts = fingerprint(config, inputs)
-        common = json.dumps({name: fact for name, fact in facts.items() if name not in VARIED})
-        journal = Journal(work / "journal", facts, writer, memory, common)
+        journal = journal_of(work / "journal", fingerprint(config, inputs), writer, memory)
         if went_on := journal.finished > EVALUATED:
             console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
         clock.lap("load")
-        dense = journal.step(lambda: evaluate(model, data, config.calibration_batch, request.mesh), "dense")
-        dense_tasks = journal.step(lambda: tasks_of(checkpoint), "dense tasks") if zero_shot else {}
+        dense = journal.step(lambda: measured(config, inputs, checkpoint, request.mesh), "dense")
         clock.lap("eval")
         echo = export.Echo(model, writer)
         with console.progress() as stage:
@@ -326,14 +282,13 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         clock.lap("calibrate_and_prune")
         form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
         written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)
-        counts = count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
+        counts = figures.count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
         write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")
-        pruned = evaluate(written.loaded.model, data, config.calibration_batch, request.mesh)
-        tasks = {name: {"dense": dense_tasks[name], "pruned": figures} for name, figures in tasks_of(written.loaded).items()}
+        pruned = measured(config, inputs, written.loaded, request.mesh)
         clock.lap("eval")
         target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
-        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot, tasks)
+        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot)
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
         result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}

@@ -33,6 +33,7 @@ from launch.flags import (
 from launch.measure import tokenizer_of
 from launch.prune import RunConfig
 from launch.staging import alone, check_free
+from launch.tasks import task_flags
 from launch.trials import Trial
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS
@@ -55,6 +56,7 @@ def options() -> cli.Flags:
     mask_flags(f)
     calibration_flags(f)
     evaluation_flags(f)
+    task_flags(f)
     f.group("Where it runs")
     f.choice("backend", "local", tuple(BACKENDS), "here, on an existing Ray cluster, or as jobs of Slurm")
     f.integer("workers", 0, "trials at a time (ray; 0: as many as there is room for), or jobs (slurm; 0: one a trial)")

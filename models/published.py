@@ -4,6 +4,8 @@ from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
+    """A model's `config.json`, and how many parameters its page states."""
+
     config: dict[str, Any]
     parameters: int
 

@@ -15,6 +15,7 @@ from pruning.sleb_core import Candidate, Path, Runner, Trial, Unit, silenced, tr
 from pruning.types import Method, Outcome, Put, Request, whole_units
 
 Kind = Literal["blocks", "sublayers"]
+Search = Literal["greedy", "perplexity", "influence"]
 GIB = 1 << 30
 
 
@@ -179,10 +180,25 @@ def _candidates(arch: Arch, total: int, n: int, kind: Kind, early: int, latter: 
     return inside
 
 
+def _room(device_gib: float, host_gib: float, disk_gib: float) -> list[int]:
+    """Bytes by tier; InputError for negative ones."""
+    if not min(device_gib, host_gib, disk_gib) >= 0:
+        raise InputError(f"sleb: device_gib={device_gib}, host_gib={host_gib} and disk_gib={disk_gib} must not be negative")
+    return [int(gib * GIB) for gib in (device_gib, host_gib, disk_gib)]
+
+
+def _rounds(search: Search, n: int) -> int:
+    """Phases of trials until n units are gone."""
+    return {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
+
+
 def rehearse_search(
-    model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse, passes: int, losses: int
+    model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse, rounds: int, candidates: int
 ) -> None:
-    """What a search compiles, told to `run`: so many passes of a micro-batch through a block, so many losses of one."""
+    """What a search compiles, told to `run`, with what the plain one would run of it; model and tokens of shapes."""
+    steps, blocks = -(-tokens.shape[0] // request.batch), len(model.blocks)
+    losses = steps * sum(candidates - p for p in range(rounds))
+    passes = steps * max(blocks, sum((candidates - p) * (blocks - 1 - p) for p in range(rounds)))
     arch = model.arch
     x, _ = rehearse_fold(model, tokens, run, watch={}, propagate="pruned", batch=request.batch)
     part = jax.ShapeDtypeStruct((request.batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
@@ -194,7 +210,7 @@ def sleb(
     blocks: int | None = None,
     early_barrier: int = 1,
     latter_barrier: int = 1,
-    search: Literal["greedy", "perplexity", "influence"] = "greedy",
+    search: Search = "greedy",
     units: Kind = "blocks",
     device_gib: float = 2.0,
     host_gib: float = 4.0,
@@ -221,9 +237,7 @@ def sleb(
         raise InputError(
             f"sleb: blocks={blocks}, early_barrier={early_barrier} and latter_barrier={latter_barrier} must not be negative"
         )
-    if not min(device_gib, host_gib, disk_gib) >= 0:
-        raise InputError(f"sleb: device_gib={device_gib}, host_gib={host_gib} and disk_gib={disk_gib} must not be negative")
-    there = [int(gib * GIB) for gib in (device_gib, host_gib, disk_gib)]
+    there = _room(device_gib, host_gib, disk_gib)
 
     def choice(model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
         total = len(model.blocks)
@@ -243,8 +257,7 @@ def sleb(
         n, candidates = choice(model, request)
         asked = request.sparsity if blocks is None else n / len(every)
         runner = Runner(model, tokens, request.batch, request.mesh, there)
-        rounds = {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
-        trace = _search(runner, candidates, n, rounds, variant == "corrected", request)
+        trace = _search(runner, candidates, n, _rounds(search, n), variant == "corrected", request)
         _put(model, trace.path, put)
         return Outcome(
             asked=tuple(dict.fromkeys((s.name for s in model.arch.slots), asked) for _ in range(total)),
@@ -255,9 +268,6 @@ def sleb(
 
     def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
         n, candidates = choice(model, request)
-        rounds, steps = {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search], -(-tokens.shape[0] // request.batch)
-        tried = sum(len(candidates) - p for p in range(rounds))
-        passes = sum((len(candidates) - p) * (len(model.blocks) - 1 - p) for p in range(rounds))  # the plain search's
-        rehearse_search(model, tokens, request, run, steps * max(passes, len(model.blocks)), steps * tried)
+        rehearse_search(model, tokens, request, run, _rounds(search, n), len(candidates))
 
     return Method(method, counts=blocks is not None, check=check, rehearse=rehearse)

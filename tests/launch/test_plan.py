@@ -1,0 +1,134 @@
+"""A plan compiles what a run compiles, counts it right, and needs no weights."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from rich.console import Console
+
+from launch import plan
+from launch.cli import run
+from models import hf
+from models.errors import InputError
+from models.sharding import make_mesh
+from reference import tiny
+
+METHODS = (
+    "magnitude",
+    "wanda",
+    "multiflow",
+    "sparsegpt",
+    "sparsellm",
+    'sparsellm(variant="official")',
+    "llmrank",
+    'llmrank(repair="refit")',
+    "flap",
+    'flap(variant="official")',
+    "wanda_sp",
+    'wanda_sp(scope="global", repair="bias")',
+    "magnitude_sp",
+    "sleb(early_barrier=0)",
+)
+
+
+def values(directory: pathlib.Path, *flags: str) -> dict[str, Any]:
+    shape = ("--calibration_samples=12", "--calibration_length=16", "--calibration_batch=4", "--mesh=data=2,model=2")
+    return plan.options().parse([f"--model={directory}", "--sparsity=0.5", *shape, *flags])
+
+
+@pytest.fixture
+def shapes_only(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A model's configuration without its weights."""
+    (tmp_path / "config.json").write_text(json.dumps(tiny.LLAMA))
+    return tmp_path
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_can_be_planned_without_weights(
+    method: str, shapes_only: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(plan, "flops_per_second", lambda dtype: 1e9)
+    result = plan.plan(values(shapes_only, f"--method={method}"))
+    json.dumps(result)
+    programs = {p["what"]: p for p in result["programs"]}
+    blocks, steps = tiny.LLAMA["num_hidden_layers"], 3
+    assert programs["embedding"]["calls"] % steps == 0
+    if method.startswith(("wanda_sp", "sparsegpt", "wanda")) and "global" not in method:
+        assert programs["statistics"]["calls"] == steps * blocks and programs["pruned block"]["calls"] == steps * (blocks - 1)
+    assert result["fits"] and result["memory"]["activations"] == "device" and result["devices"]["mesh"] == {"data": 2, "model": 2}
+    assert all(p["memory"] > 0 and not p["failed"] for p in programs.values())
+    assert result["total"]["seconds_at_peak"] == pytest.approx(result["total"]["flops"] / 4e9)
+    plan.show(result, Console())
+    assert "it fits" in capsys.readouterr().out
+
+
+def test_the_work_of_a_block_is_its_matrices_and_its_attention(
+    shapes_only: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "flops_per_second", lambda dtype: 1.0)
+    result = plan.plan(values(shapes_only, "--method=wanda"))
+    (block,) = (p for p in result["programs"] if p["what"] == "pruned block")
+    width, ffn, tokens, length = tiny.LLAMA["hidden_size"], tiny.LLAMA["intermediate_size"], 4 * 16, 16
+    assert block["flops"] == 2 * tokens * (4 * width**2 + 3 * width * ffn) + 2 * 2 * tokens * length * width
+    assert block["collectives"], "a linear whose rows lie on two devices is not gathered"
+    _, ends, blocks = hf.specs(tiny.LLAMA)
+    parameters = sum(math.prod(s.shape) for s in jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec))
+    assert result["parameters"] == parameters and result["memory"]["disk"]["output, at most"] == 4 * parameters
+
+
+def test_loops_and_factorisations_are_counted() -> None:
+    def program(x: jax.Array, h: jax.Array) -> jax.Array:
+        x = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
+        x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
+        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(h), x, lower=True)
+
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 8)), jnp.eye(8)).jaxpr
+    assert plan.flops(jaxpr) == 5 * 2 * 8**3 + 2 * 8**3 + 8**3 / 3 + 8**3
+
+
+def test_what_a_program_gives_is_placed_as_the_compiler_says() -> None:
+    mesh = make_mesh("data=4")
+    compiler = plan.Compiler(mesh)
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    out = compiler(
+        "twice", lambda x, y: x * 2 + y, jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=rows), np.float32(1), calls=3
+    )
+    assert out.shape == (8, 2) and out.sharding.is_equivalent_to(rows, 2)
+    (program,) = compiler.programs
+    assert program.calls == 3 and program.memory >= 2 * 2 * 2 * 4 and not program.collectives
+
+
+def test_a_token_file_has_its_own_shape(shapes_only: pathlib.Path) -> None:
+    np.save(shapes_only / "tokens.npy", np.zeros((5, 7), np.int32))
+    flags = values(shapes_only, f"--calibration={shapes_only / 'tokens.npy'}")
+    assert plan.tokens_shape(plan.frozen(plan.prune.RunConfig, flags), tiny.LLAMA) == (5, 7)
+    flags = values(shapes_only, "--calibration_length=0")
+    assert plan.tokens_shape(plan.frozen(plan.prune.RunConfig, flags), tiny.LLAMA) == (12, tiny.LLAMA["max_position_embeddings"])
+
+
+def test_published_models_are_known_by_name() -> None:
+    assert plan.config_of("LLaMA-2-70B")["num_key_value_heads"] == 8
+    with pytest.raises(InputError, match="llama-2-7b"):
+        plan.config_of(None)
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--mesh=data=64"], "needs 64 devices"),
+        (["--method=sleb(blocks=9)"], "cannot remove 9"),
+        (["--pattern=2:4", "--sparsity=0.3"], "leave --sparsity out"),
+    ],
+)
+def test_what_the_run_would_refuse_the_plan_does(
+    flags: list[str], says: str, shapes_only: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--model={shapes_only}", "--method=wanda", "--sparsity=0.5", *flags]
+    assert run(plan.options(), plan.main, argv) == 2
+    assert says in capsys.readouterr().err
