@@ -60,7 +60,7 @@ def config_of(name: str | None) -> dict[str, Any]:
         raise InputError(f"--model is missing: give a directory with a config.json, or one of {', '.join(known)}")
     if name.lower() in known:
         return dict(known[name.lower()])
-    path = hub.resolve(name)
+    path = hub.resolve(name, weights=False)
     return open_checkpoint(path).config if path.is_file() else read_config(path)
 
 
@@ -70,7 +70,13 @@ def devices_of(topology: str) -> list[Any]:
         return list(jax.local_devices())
     from jax.experimental import topologies
 
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no TPU whose metadata could be asked for
+    # There is no TPU: no metadata to ask for, no other hosts, and nothing that two processes could quarrel about.
+    for name, value in {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+    }.items():
+        os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
     except Exception as e:  # of the plugin: whatever it has

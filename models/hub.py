@@ -12,9 +12,11 @@ FILES = ("*.json", "*.model", "*.txt", "*.jinja")
 WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
 
 
-def resolve(name: str) -> pathlib.Path:
+def resolve(name: str, weights: bool = True) -> pathlib.Path:
     """The local directory or `.gguf` file of a model; a hub id is downloaded (or taken from the cache).
 
+    Args:
+      weights: of a hub id; else its `config.json` alone.
     Raises InputError when there is no such thing, with what to do.
     """
     if name.startswith("embedded:"):
@@ -29,19 +31,26 @@ def resolve(name: str) -> pathlib.Path:
         raise InputError(f"--model={name} is neither a directory nor a .gguf file")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise InputError(f"--model={name}: no such directory or file, and not a hub id (owner/name)")
-    return _download(name)
+    return _download(name, weights)
 
 
-def _download(name: str) -> pathlib.Path:
-    from huggingface_hub import HfApi, snapshot_download
+def _format(name: str) -> str:
+    """The pattern of a repository's weights, in the first of the formats that it has."""
+    from huggingface_hub import HfApi
 
     try:
         files = HfApi().list_repo_files(name)
     except Exception:
         files = []  # offline: the cache may still hold it, and snapshot_download says so if not
-    weights = next((w for w in WEIGHTS if any(pathlib.PurePath(f).match(w) and "/" not in f for f in files)), "*.safetensors")
+    return next((w for w in WEIGHTS if any(pathlib.PurePath(f).match(w) and "/" not in f for f in files)), "*.safetensors")
+
+
+def _download(name: str, weights: bool) -> pathlib.Path:
+    from huggingface_hub import snapshot_download
+
+    wanted = [*FILES, _format(name)] if weights else ["config.json"]
     try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=[*FILES, weights], ignore_patterns=["*/*"]))
+        return pathlib.Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*/*"]))
     except Exception as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(

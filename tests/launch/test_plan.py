@@ -1,8 +1,11 @@
 """A plan compiles what a run compiles, counts it right, and needs no weights."""
 
+import importlib.util
 import json
 import math
 import pathlib
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -118,9 +121,29 @@ def test_published_models_are_known_by_name() -> None:
         plan.config_of(None)
 
 
+def test_tpus_that_are_not_there(shapes_only: pathlib.Path) -> None:
+    """Real programs for a real topology, by libtpu's compiler in a process of its own."""
+    if not importlib.util.find_spec("libtpu"):
+        pytest.skip("needs libtpu: pip install 'jax[tpu]'")
+    shape = ["--calibration_samples=8", "--calibration_length=16", "--calibration_batch=4"]
+    flags = [f"--model={shapes_only}", "--method=wanda", "--sparsity=0.5", *shape, "--topology=v5e:2x2", "--mesh=data=2,model=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.plan", *flags, f"--json={shapes_only / 'plan.json'}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((shapes_only / "plan.json").read_text())
+    assert found["devices"] == {"kind": "TPU v5 lite", "topology": "v5e:2x2", "mesh": {"data": 2, "model": 2}}
+    assert found["fits"] and found["memory"]["device"]["there is"] == 16 << 30
+    assert any(p["collectives"] for p in found["programs"]) and all(p["memory"] > 0 for p in found["programs"])
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--topology=v5e:three"], "--topology=v5e:three cannot be had"),
         (["--mesh=data=64"], "needs 64 devices"),
         (["--method=sleb(blocks=9)"], "cannot remove 9"),
         (["--pattern=2:4", "--sparsity=0.3"], "leave --sparsity out"),

@@ -98,6 +98,12 @@ def test_downloads_one_format_of_weights(
     assert download["ignore_patterns"] == ["*/*"]
 
 
+def test_a_configuration_comes_alone(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = fake_hub(monkeypatch, AssertionError("nobody needs the list"), tmp_path)
+    assert hub.resolve("facebook/opt-66b", weights=False) == tmp_path
+    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+
+
 @pytest.mark.parametrize("reason", [ConnectionError("no route to host\nTraceback of many lines"), OSError(), KeyError("repo")])
 def test_hub_cannot_be_reached(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, ConnectionError("offline"), reason)
