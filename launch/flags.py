@@ -32,7 +32,7 @@ def model_flags(f: Flags) -> None:
 
 
 def layout_flag(f: Flags) -> None:
-    """--layout."""
+    """--layout, --output_format."""
     f.choice(
         "layout",
         "auto",
@@ -40,6 +40,7 @@ def layout_flag(f: Flags) -> None:
         "how blocks of different widths are written: with a class that ships with the "
         "checkpoint, or padded with zeros to a stock architecture",
     )
+    f.choice("output_format", "hf", ("hf", "orbax"), "orbax: the pytrees too, under OUTPUT/orbax, for models.pytrees.load")
 
 
 def mask_flags(f: Flags) -> None:

@@ -39,6 +39,7 @@ from launch.measure import Clock, evaluate, protocol, read_calibration, read_eva
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
 from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
+from models import pytrees
 from models.errors import InputError
 from models.forms import Layout, preview
 from models.store import Checkpoint, weight_files
@@ -75,6 +76,7 @@ class RunConfig:
     dtype: str
     mesh: str
     layout: Layout
+    output_format: str
     resume: bool
     tasks: str
     limit: int
@@ -282,6 +284,8 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         clock.lap("calibrate_and_prune")
         form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
         written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)
+        if config.output_format == "orbax":
+            pytrees.save(directory, written.loaded.model)
         counts = figures.count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
         write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
         clock.lap("export")

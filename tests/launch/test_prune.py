@@ -11,9 +11,11 @@ import pytest
 
 from launch import evaluate, prune
 from launch.cli import run
+from models import pytrees
 from models.init import init_model
-from models.store import open_checkpoint
+from models.store import in_memory, open_checkpoint
 from models.writer import save
+from reference.tiny import assert_equal
 
 BASE = dict(
     vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2
@@ -138,7 +140,9 @@ def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path)
 def test_blocks_of_different_widths(layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What they load as is said before the work and in the report; padding is not counted as the model's."""
     out = tmp_path / "out"
-    assert call(args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4", f"--layout={layout}")) == 0
+    more = (f"--layout={layout}", "--output_format=orbax")
+    assert call(args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4", *more)) == 0
+    assert_equal(in_memory(pytrees.load(out)), in_memory(open_checkpoint(out).model))
     r, said = report_of(out), capsys.readouterr().err.splitlines()[0]
     kept = [64 - len(r["details"]["removed"][f"model.layers.{i}.mlp.up_proj"]) for i in range(3)]
     assert len(set(kept)) > 1 and open_checkpoint(out).config["intermediate_size"] == max(kept)
