@@ -20,10 +20,13 @@ class Flags:
 
     Each command has its own set, so importing two commands does not clash. `--flagfile`, which nests and may hold `#` comments, comes
     with absl; later flags win over earlier ones.
+
+    Args:
+      names: what `parse` calls the arguments that are not flags; empty: there may be none.
     """
 
-    def __init__(self, command: str, doc: str):
-        self.command, self.doc = command, doc
+    def __init__(self, command: str, doc: str, names: str = ""):
+        self.command, self.doc, self._names = command, doc, names
         self.values = flags.FlagValues()
         self.groups: dict[str, list[str]] = {}
         self._group = ""
@@ -66,9 +69,10 @@ class Flags:
             rest = self.values([self.command, *argv])
         except (flags.Error, OSError) as e:
             raise InputError(f"{str(e).splitlines()[0]} (python -m {self.command} --help lists the flags)") from None
-        if len(rest) > 1:
+        if len(rest) > 1 and not self._names:
             raise InputError(f"{rest[1]!r} is not a flag: write --name=value (python -m {self.command} --help lists the flags)")
-        return {name: self.values[name].value for names in self.groups.values() for name in names}
+        found = {name: self.values[name].value for names in self.groups.values() for name in names}
+        return found | ({self._names: rest[1:]} if self._names else {})
 
     def given(self, values: dict[str, Any]) -> list[str]:
         """The flags whose values differ from the defaults, as one would type them."""

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 BLUE, ORANGE, TEAL, GREY = "#0077bb", "#ee7733", "#009988", "#999999"
 INK = "#12171d"  # never seen: becomes currentColor, so that one drawing serves the light and the dark page
-_WIDTH = 5.0  # inches: text of 10 points stays readable when a phone shows the plot 330 pixels wide
+WIDTH = 5.0  # inches: text of 10 points stays readable when a phone shows the plot 330 pixels wide
 _SAME = 0.005  # profiles this close in every block would draw the same bars, and share a panel
-_STYLE = {
+STYLE = {
     "svg.fonttype": "none",  # real text: the page's font, searchable, small
     "text.parse_math": False,  # a data set may be called a$b$
     "font.size": 10,
@@ -203,8 +203,8 @@ def save_speed(figures: Mapping[str, Mapping[str, Mapping[str, Any]]], path: Pat
     from matplotlib.figure import Figure
 
     most = max(map(len, figures.values()))
-    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": "speed"}]):
-        figure = Figure(figsize=(2 * _WIDTH, 0.6 + len(figures) * (0.5 + 0.35 * most)), layout="constrained")
+    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": "speed"}]):
+        figure = Figure(figsize=(2 * WIDTH, 0.6 + len(figures) * (0.5 + 0.35 * most)), layout="constrained")
         grid = figure.subplots(len(figures), 2, sharey="row", squeeze=False)
         for axes, (batch, rows) in zip(grid, figures.items(), strict=True):
             for ax, part in zip(axes, ("prompt", "generation"), strict=True):
@@ -232,9 +232,9 @@ def render(title: str, panels: int, height: float, draw: Callable[[Sequence["Axe
     from matplotlib.figure import Figure
 
     # "default" first: the user's own matplotlibrc must not change a report. The salt names the SVG's internal references.
-    with matplotlib.style.context(["default", _STYLE | {"svg.hashsalt": title}]), warnings.catch_warnings():
+    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": title}]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the page's font draws it, not matplotlib's
-        figure = Figure(figsize=(_WIDTH, 0.5 + panels * height), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 0.5 + panels * height), layout="constrained")
         draw(list(figure.subplots(panels, sharex=True, squeeze=False)[:, 0]))
         file = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))

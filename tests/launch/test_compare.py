@@ -1,0 +1,113 @@
+"""Runs side by side: the figures are those of the reports, and what cannot be compared is said."""
+
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import pytest
+
+from launch import compare, compare_plot
+from launch.cli import run
+from launch.compare_plot import Point
+
+
+def report(method: str, total: float, perplexity: float, **more: Any) -> dict[str, Any]:
+    dense = 1000
+    return {
+        "model": "m",
+        "method": method,
+        "settings": {"allocation": "uniform", "refine": "none"},
+        "protocol": {"evaluation": {"a|b": {"sha256": "1"}}},
+        "sparsity": {"total": total},
+        "parameters": {"dense": dense, "pruned": int(dense * (1 - total))},
+        "bytes": {"dense": 4 * dense, "pruned": int(4 * dense * (1 - total))},
+        "perplexity": {"a|b": {"dense": 10.0, "pruned": perplexity, "tokens": 5}},
+        "tasks": {},
+        "seconds": {"calibrate_and_prune": 61.0},
+    } | more
+
+
+TASKS = {"piqa": {"dense": {"acc,none": 0.7, "acc_stderr,none": 0.01}, "pruned": {"acc,none": 0.6, "acc_stderr,none": 0.02}}}
+
+
+def write(directory: pathlib.Path, content: dict[str, Any]) -> str:
+    directory.mkdir()
+    (directory / "pruning_report.json").write_text(json.dumps(content))
+    return str(directory)
+
+
+@pytest.fixture
+def runs(tmp_path: pathlib.Path) -> list[str]:
+    return [
+        write(tmp_path / "one", report("wanda_sp", 0.25, 20.0)),
+        write(tmp_path / "two", report("flap", 0.5, 15.0, tasks=TASKS, settings={"allocation": "owl(m=7)", "refine": "dsnot"})),
+        write(tmp_path / "three", report("sleb(blocks=2)", 0.1, math.inf)),
+    ]
+
+
+def test_the_table_has_what_the_reports_have(runs: list[str], tmp_path: pathlib.Path) -> None:
+    speed = {"1": {d: {"speedup": {"prompt": 1 + k, "generation": 2 + k}} for k, d in enumerate(["m", *runs[:2]])}}
+    (tmp_path / "speed.json").write_text(json.dumps({"figures": speed}))
+    table = compare.rows(compare.read(runs, str(tmp_path / "speed.json")))
+    assert table == [
+        ["run", "removed", "parameters", "size", "perplexity, a|b", "piqa, acc,none", "prompts", "generation", "pruned in"],
+        ["dense", "", "1,000", "3.9 KiB", "10.000", "70% ± 1%", "1.00x", "1.00x", ""],
+        ["wanda_sp", "25%", "750", "2.9 KiB", "20.000", "—", "2.00x", "3.00x", "1 min 01 s"],
+        ["flap, owl(m=7), dsnot", "50%", "500", "2.0 KiB", "15.000", "60% ± 2%", "3.00x", "4.00x", "1 min 01 s"],
+        ["sleb(blocks=2)", "10%", "900", "3.5 KiB", "inf", "—", "—", "—", "1 min 01 s"],
+    ]
+
+
+def test_the_command_prints_and_writes(runs: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {flag: tmp_path / f"table.{flag}" for flag in ("markdown", "latex")}
+    flags = [f"--{flag}={file}" for flag, file in files.items()]
+    assert run(compare.options(), compare.main, [*runs, *flags, f"--plot={tmp_path / 'plot.svg'}"]) == 0
+    seen = capsys.readouterr()
+    assert "wanda_sp" in seen.out and "warning" not in seen.err
+    lines = files["markdown"].read_text().splitlines()
+    assert len(lines) == 6 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {8}
+    tabular = files["latex"].read_text().splitlines()
+    assert tabular[0] == r"\begin{tabular}{lrrrrrr}" and r"wanda\_sp & 25\% & 750" in tabular[5]
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert "flap, owl(m=7), dsnot" in drawn and "sleb" not in drawn, "a run without a finite perplexity has no place"
+
+
+def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path) -> None:
+    assert list(compare.differences(compare.read(runs, None))) == []
+    other = report("wanda", 0.5, 12.0, protocol={"evaluation": {"a|b": {"sha256": "2"}}}, parameters={"dense": 9, "pruned": 9})
+    found = list(compare.differences(compare.read([*runs, write(tmp_path / "four", other)], None)))
+    assert found == ["the dense models are not the same", "the tokens of a|b are not the same in all runs"]
+
+
+def test_the_front_is_what_no_other_run_beats() -> None:
+    a, b, c, d = Point("a", 0.5, 15), Point("b", 0.75, 20), Point("c", 0.9, 11), Point("d", 1.0, 10)
+    assert compare_plot.front([d, b, c, a], less=True) == [a, c, d]
+    assert compare_plot.front([a, b, c, d], less=False) == [d]
+    assert compare_plot.front([Point("x", 2.0, 12), d, Point("y", 2.0, 14)], less=False) == [d, Point("x", 2.0, 12)]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ([], "no directories were given"),
+        (["nowhere"], "no directory that launch.prune wrote"),
+        (["one", "--speed=one/pruning_report.json"], "is not what launch.bench"),
+        (["one", "--speed=speed.json"], "none of these directories"),
+        (["one", "--plot=x.pdf"], "must end in .svg or .png"),
+        (["one", "--latex=nowhere/x.tex"], "--latex=nowhere/x.tex cannot be written"),
+    ],
+)
+def test_errors(
+    argv: list[str],
+    says: str,
+    runs: list[str],
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "speed.json").write_text(json.dumps({"figures": {"1": {"x": {"speedup": {"prompt": 1, "generation": 1}}}}}))
+    assert run(compare.options(), compare.main, argv) == 2
+    assert says in capsys.readouterr().err
