@@ -96,7 +96,7 @@ def test_shapes_of_a_checkpoint_are_known_without_its_weights(tmp_path: Path, mo
     def read(*_: Any) -> None:
         raise AssertionError("a block was read")
 
-    monkeypatch.setattr(store, "read", read)
+    monkeypatch.setattr(store, "fetch", read)
     assert all_shapes(lazy) == all_shapes(m) == [shapes_of(m, block) for block in m.blocks]
 
 
