@@ -100,8 +100,7 @@ def walk_blocks(
     Returns every block's record, in order.
     """
     depth, ends = len(model.blocks), place(model.ends, mesh)
-    shapes = _shapes(model, tokens, batch, mesh, tier)
-    records, saved = journal.begin(shapes, key) if journal else Begun([], None)
+    records, saved = journal.begin(_shapes(model, tokens, batch, mesh, tier), key) if journal else Begun([], None)
     for _ in records:
         advance()
     fresh = (embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)) if len(records) < depth else []

@@ -36,23 +36,22 @@ def options() -> Flags:
 
 
 class Run(NamedTuple):
-    """A finished run: its directory as given, its report, and {part: tokens a second over the dense model's} if that was measured."""
+    """A finished run.
 
-    directory: str
+    `name`: the method, and what was done beside it; `share`: parameters that are left, of the dense model's (zeros that stay stored are
+    not); `report`: as launch.prune wrote it; `faster`: {part: tokens a second over the dense model's} if that was measured.
+    """
+
+    name: str
+    share: float
     report: Mapping[str, Any]
     faster: Mapping[str, float]
 
-    @property
-    def name(self) -> str:
-        """The method, and what was done beside it."""
-        settings = self.report["settings"]
-        extra = [settings.get(key) for key in ("allocation", "refine") if settings.get(key) not in (None, "uniform", "none")]
-        return ", ".join([self.report["method"], *extra])
 
-    @property
-    def share(self) -> float:
-        """Parameters that are left, of the dense model's; zeros that stay stored are not."""
-        return 1 - self.report["sparsity"]["total"]
+def _run(report: Mapping[str, Any], faster: Mapping[str, float]) -> Run:
+    settings = report["settings"]
+    extra = [settings.get(key) for key in ("allocation", "refine") if settings.get(key) not in (None, "uniform", "none")]
+    return Run(", ".join([report["method"], *extra]), 1 - report["sparsity"]["total"], report, faster)
 
 
 def read(directories: Sequence[str], speed: str | None) -> list[Run]:
@@ -64,8 +63,7 @@ def read(directories: Sequence[str], speed: str | None) -> list[Run]:
         path = pathlib.Path(name).expanduser() / export.REPORT
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            runs.append(Run(name, report, faster.get(str(pathlib.Path(name)), {})))
-            _ = runs[-1].name, runs[-1].share
+            runs.append(_run(report, faster.get(str(pathlib.Path(name)), {})))
         except (OSError, ValueError, KeyError, TypeError):
             raise InputError(
                 f"{name} is no directory that launch.prune wrote: it has no {export.REPORT} that can be read"

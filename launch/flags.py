@@ -1,19 +1,17 @@
 """Flags that commands share, and what they mean."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
-from calibration.states import TIERS, Tier, memory, tier_of
+from calibration.states import TIERS, Tier, tier_of
 from launch import calls
 from launch.cli import Flags
 from models import hub
-from models.arch import Model
 from models.errors import InputError
 from models.sharding import make_mesh
 from models.store import Checkpoint, open_checkpoint
@@ -86,18 +84,17 @@ def mesh_of(spec: str, batch: int) -> Mesh | None:
     return None if mesh.size == 1 else mesh
 
 
-def tier_for(flag: str, model: Model, tokens: np.ndarray, mesh: Mesh | None) -> Tier:
-    """Where --activations puts the hidden states of calibration windows [samples length]; "auto" goes by what this machine has."""
+def tier_for(flag: str, x: jax.ShapeDtypeStruct, mesh: Mesh | None, there: Mapping[str, int]) -> Tier:
+    """Where --activations puts the hidden states x [samples length d] of all windows; "auto" goes by the memory that is there."""
     if flag != "auto":
         return cast(Tier, flag)
-    width = jax.eval_shape(model.arch.embed, model.ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
-    size = width.size * width.dtype.itemsize
-    return tier_of(size // (mesh.shape["data"] if mesh else 1), size, memory())
+    size = x.size * x.dtype.itemsize
+    return tier_of(size // (mesh.shape["data"] if mesh else 1), size, there)
 
 
-def window_length(flag: int, checkpoint: Checkpoint) -> int:
-    """A window's length: the flag, or what the model was made for."""
-    return flag or min(LONGEST_DEFAULT, int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT)))
+def window_length(flag: int, config: Mapping[str, Any]) -> int:
+    """A window's length: the flag, or what the model of a `config.json` was made for."""
+    return flag or min(LONGEST_DEFAULT, int(config.get("max_position_embeddings", LONGEST_DEFAULT)))
 
 
 def check_sparsity(sparsity: float) -> None:

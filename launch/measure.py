@@ -53,7 +53,7 @@ def read_calibration(
       name: of the source, as --calibration has it.
       length: of a window; 0 for what the model was made for.
     """
-    length, vocab = window_length(length, checkpoint), checkpoint.model.arch.config.vocab
+    length, vocab = window_length(length, checkpoint.config), checkpoint.model.arch.config.vocab
     tokens = calibration_tokens(name, tokenizer, samples=samples, length=length, seed=seed, vocab=vocab)
     check_length("--calibration", tokens.ids.shape[1], checkpoint)
     return tokens
@@ -68,7 +68,7 @@ def read_evaluation(
       length: of a window; 0 for what the model was made for.
       windows: most of them; 0 for all.
     """
-    found, length = {}, window_length(length, checkpoint)
+    found, length = {}, window_length(length, checkpoint.config)
     for name in dataset_list(names):
         found[name] = evaluation_tokens(name, tokenizer, length=length, windows=windows, vocab=checkpoint.model.arch.config.vocab)
         check_length("--eval_data", found[name].ids.shape[1], checkpoint)

@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from calibration.states import memory, tier_of
+from calibration.states import memory
 from eval.peak import flops_per_second
 from launch import prune, summary
 from launch.cli import Flags, frozen, run
-from launch.flags import DTYPES, LONGEST_DEFAULT
+from launch.flags import DTYPES, tier_for, window_length
 from launch.measure import write_report
 from models import hf, hub
 from models.arch import Model
@@ -169,8 +169,7 @@ def tokens_shape(config: prune.RunConfig, model: dict[str, Any]) -> tuple[int, i
     if path.suffix == ".npy" and path.is_file():
         samples, length = np.load(path, mmap_mode="r").shape
         return samples, length
-    longest = int(model.get("max_position_embeddings", LONGEST_DEFAULT))
-    return config.calibration_samples, config.calibration_length or min(LONGEST_DEFAULT, longest)
+    return config.calibration_samples, window_length(config.calibration_length, model)
 
 
 def _bytes(tree: Any, mesh: Mesh | None = None) -> int:
@@ -179,12 +178,12 @@ def _bytes(tree: Any, mesh: Mesh | None = None) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape) if mesh else x.shape) * x.dtype.itemsize for x in leaves)
 
 
-def memory_of(model: Model, x: jax.ShapeDtypeStruct, samples: int, mesh: Mesh, topology: str, flag: str) -> dict[str, Any]:
+def memory_of(model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, flag: str) -> dict[str, Any]:
     """Bytes that stay all the run: on one device, on the host, on the disk; `x` are all hidden states between two blocks."""
     chip = HBM.get(topology.partition(":")[0], 0) << 30
     there = memory() | ({"device": chip} if topology else {})
     each, block = _bytes(x, mesh), max(_bytes(b) for b in model.blocks)
-    tier = flag if flag != "auto" else tier_of(each, _bytes(x), there)
+    tier = tier_for(flag, x, mesh, there)
     host = block + 2 * SHARD_BYTES + (_bytes(x) if tier == "host" else 0)
     parameters = _bytes((model.ends, model.blocks))
     return {
@@ -215,7 +214,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     compiler = Compiler(mesh)
     method.rehearse(model, tokens, request, compiler)
     x = specs_on(jax.eval_shape(arch.embed, model.ends, tokens), mesh, "sample")
-    resident = memory_of(model, x, samples, mesh, topology, config.activations)
+    resident = memory_of(model, x, mesh, topology, config.activations)
     device = resident["device"]
     largest = max((p.memory for p in compiler.programs), default=0)
     total = {

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from calibration.data import Tokens
 from calibration.journal import Journal, Memory, file_digest
+from calibration.states import Tier
+from calibration.states import memory as memory_there
 from calibration.tokenizer import TextTokenizer
 from eval.size import measure, peak_memory
 from launch import calls, cli, console, export, figures, report
@@ -40,6 +42,7 @@ from launch.samples import samples
 from launch.staging import UNFINISHED, staged
 from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
 from models import pytrees
+from models.arch import Model
 from models.errors import InputError
 from models.forms import Layout, preview
 from models.store import Checkpoint, weight_files
@@ -249,6 +252,11 @@ def journal_of(directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer
     return Journal(directory, facts, writer, memory, common)
 
 
+def tier_of(config: RunConfig, model: Model, calibration: Tokens, mesh: Mesh | None) -> Tier:
+    """Where this run's hidden states lie."""
+    return tier_for(config.activations, jax.eval_shape(model.arch.embed, model.ends, calibration.ids), mesh, memory_there())
+
+
 def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory.
 
@@ -278,7 +286,7 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         clock.lap("eval")
         echo = export.Echo(model, writer)
         with console.progress() as stage:
-            tier = tier_for(config.activations, model, calibration.ids, request.mesh)
+            tier = tier_of(config, model, calibration, request.mesh)
             request = dataclasses.replace(request, tier=tier, stage=stage, journal=journal)
             outcome = method(model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
