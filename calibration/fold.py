@@ -106,10 +106,10 @@ def walk_blocks(
     fresh = (embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)) if len(records) < depth else []
     xs = States(fresh if saved is None else saved, tier, mesh)
     del saved
-    blocks = ahead(model.blocks, len(records))
+    blocks = ahead(model.blocks, len(records), mesh)
     for i in range(len(records), depth):
         last = i == depth - 1
-        new, record, moved_on = visit(i, place(next(blocks), mesh), xs, last)
+        new, record, moved_on = visit(i, next(blocks), xs, last)
         records.append(plain(record))
         if not last:
             if not moved_on:

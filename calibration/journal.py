@@ -18,6 +18,8 @@ import jax
 import numpy as np
 
 from models.errors import InputError, damaged
+from models.processes import on_first, together
+from models.sharding import to_host
 
 INDEX = "journal.json"
 SHARE = 0.1  # of the time that may go into saving hidden states: the rest is what a kill costs at most
@@ -89,7 +91,7 @@ def plain(value: Any) -> Any:
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [plain(v) for v in value]
-    return np.asarray(value) if isinstance(value, jax.Array) else value
+    return to_host(value) if isinstance(value, jax.Array) else value
 
 
 def _pack(value: Any) -> bytes:
@@ -133,19 +135,28 @@ class Journal:
         self._step, self._steps, self._walk = 0, [], None  # type: tuple[int, list[str], dict[str, Any] | None]
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._saved, self._cost = time.monotonic(), 0.0
-        directory.mkdir(parents=True, exist_ok=True)
-        if any(directory.iterdir()):
-            self._open()
-        else:
+        index = on_first(self._index)
+        if index is None:
             self._commit([], None)
+        else:
+            self._open(index)
 
-    def _open(self) -> None:
+    def _index(self) -> dict[str, Any] | None:
+        """What the index file says; None where the directory is new."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        if not any(self._directory.iterdir()):
+            return None
         try:
-            index = json.loads((self._directory / INDEX).read_text(encoding="utf-8"))
+            return dict(json.loads((self._directory / INDEX).read_text(encoding="utf-8")))
+        except (ValueError, TypeError, OSError):
+            raise damaged(self._directory / INDEX) from None
+
+    def _open(self, index: Mapping[str, Any]) -> None:
+        try:
             was, sizes = index["fingerprint"], index["sizes"]
             self._steps, self._walk = index["steps"], index["walk"]
             mark = index["sink"]
-        except (ValueError, KeyError, TypeError, OSError):
+        except (KeyError, TypeError):
             raise damaged(self._directory / INDEX) from None
         changed = [k for k in {**was, **self._fingerprint} if was.get(k) != self._fingerprint.get(k)]
         if changed:
@@ -190,15 +201,20 @@ class Journal:
 
     def _finish(self, value: Any) -> None:
         name = f"{self._step:03d}.msgpack"
-        write_durably(self._directory / name, _pack(value))
+        on_first(lambda: write_durably(self._directory / name, _pack(value)))
         self._commit([*self._steps, name], None)
 
     def _commit(self, steps: list[str], walk: dict[str, Any] | None) -> None:
+        mark = self._sink.mark()
+        together("commit")  # whatever the others still read is not removed before they have
+        on_first(lambda: self._write_index(steps, walk, mark))
+        self._steps, self._walk = steps, walk
+
+    def _write_index(self, steps: list[str], walk: dict[str, Any] | None, mark: Any) -> None:
         used = [*steps, *(name for name in (walk["records"], walk["states"]) if name)] if walk else steps
         sizes = {name: _size(self._directory / name) for name in used}
-        index = {"fingerprint": self._fingerprint, "steps": steps, "walk": walk, "sink": self._sink.mark(), "sizes": sizes}
+        index = {"fingerprint": self._fingerprint, "steps": steps, "walk": walk, "sink": mark, "sizes": sizes}
         write_durably(self._directory / INDEX, json.dumps(index).encode())
-        self._steps, self._walk = steps, walk
         for path in self._directory.iterdir():
             if path.name not in (*used, INDEX):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -227,16 +243,20 @@ class Journal:
     def reach(self, blocks: int, records: Sequence[Any], states: Sequence[jax.Array | np.ndarray]) -> None:
         """Say that the walk has finished so many blocks. It is saved if saving does not cost more than `SHARE` of the time."""
         now = time.monotonic()
-        if blocks > 1 and now - self._saved < self._cost / SHARE:
+        if not on_first(lambda: blocks == 1 or now - self._saved >= self._cost / SHARE):
             return
         name = f"{self._step:03d}-{blocks:03d}"
+
+        def begin() -> None:
+            shutil.rmtree(self._directory / name, ignore_errors=True)  # of a run that was killed while it saved
+            write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
+
+        on_first(begin)
         if states:
             from orbax.checkpoint import StandardCheckpointer
 
-            shutil.rmtree(self._directory / name, ignore_errors=True)  # of a run that was killed while it saved
             with StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._directory.absolute() / name, list(states))
-        write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
         self._commit(self._steps, {"records": f"{name}.msgpack", "states": name if states else None})
         self._saved = time.monotonic()
         self._cost = self._saved - now

@@ -27,6 +27,12 @@ def memory() -> dict[str, int]:
     return {"device": stats.get("bytes_limit", 0), "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
+def roomy(size: int) -> bool:
+    """Whether a model of so many bytes may be held whole for a check or a sample, which pruning itself never does."""
+    there = memory()
+    return size <= (there["device"] / 2 if there["device"] else there["host"] / 8)
+
+
 def tier_of(device: int, host: int, there: Mapping[str, int]) -> Tier:
     """The fastest tier with room for hidden states that take so many bytes of each device, or of the host."""
     if not there["device"]:

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.arch import Ends, Model, apply_block, embed
-from models.sharding import place, split
+from models.sharding import split
 from models.store import ahead
 
 ACTIVATION_BYTES = 1 << 30  # hidden states of the batches walked together; more of them walk the blocks again
@@ -34,8 +34,7 @@ def last_states(
             held, end = held + batches[end].size, end + 1
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
         xs = [embed(model.arch, ends, t) for t in tokens]
-        for block in ahead(model.blocks):
-            placed = place(block, mesh)
-            xs = [apply_block(model.arch, placed, x) for x in xs]
+        for block in ahead(model.blocks, mesh=mesh):
+            xs = [apply_block(model.arch, block, x) for x in xs]
         yield from zip(tokens, xs, strict=True)
         first = end

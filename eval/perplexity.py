@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from eval.forward import last_states
 from models.arch import Model, cross_entropy
-from models.sharding import place
+from models.sharding import place, to_host
 
 
 class Perplexity(NamedTuple):
@@ -30,7 +30,9 @@ def perplexity(model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh 
     """
     ends = place(model.ends, mesh)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
-    found = [np.asarray(cross_entropy(model.arch, ends, x, t), np.float64) for t, x in last_states(model, ends, batches, mesh)]
+    found = [
+        to_host(cross_entropy(model.arch, ends, x, t)).astype(np.float64) for t, x in last_states(model, ends, batches, mesh)
+    ]
     ce = np.concatenate(found)
     with np.errstate(over="ignore"):
         value = float(np.exp(np.mean(ce)))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from eval.forward import last_states
 from models.arch import Ends, Model
 from models.errors import InputError
-from models.sharding import place
+from models.sharding import place, to_host
 
 POSITIONS = 64  # whose logits are computed together
 SHORTEST = 32  # tokens; a shorter text is padded to them
@@ -109,6 +109,6 @@ def _answers(
     ]  # the state before a token predicts it
     padded = np.zeros((bucket(len(places), 2 * POSITIONS), 3), np.int32)
     padded[: len(places)] = np.asarray(places, np.int32).reshape(-1, 3)
-    log_p, best = (np.asarray(a) for a in _scores(model.arch.head, ends, x, *padded.T))
+    log_p, best = (to_host(a) for a in _scores(model.arch.head, ends, x, *padded.T))
     bounds = np.cumsum([0, *(len(pairs[i][1]) for _, i in asked)])
     return [(float(log_p[a:b].sum(dtype=np.float64)), bool(best[a:b].all())) for a, b in itertools.pairwise(bounds)]

@@ -13,7 +13,9 @@ from launch import summary
 from launch.cli import Flags, run
 from launch.flags import evaluation_flags, mesh_of, model_flags, open_model
 from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of, write_report
+from launch.processes import process_flags, start
 from launch.tasks import evaluate_tasks, read_tasks, task_flags
+from models.processes import first
 
 
 def options() -> Flags:
@@ -23,6 +25,7 @@ def options() -> Flags:
     evaluation_flags(f)
     f.integer("eval_batch", 8, "windows, or requests of a task, at a time", 1)
     task_flags(f)
+    process_flags(f)
     f.group("Output")
     f.string("json", None, "file to write the report to")
     return f
@@ -30,6 +33,7 @@ def options() -> Flags:
 
 def main(values: dict[str, Any]) -> None:
     """Evaluate, print a table, write the report where `--json` says."""
+    start(values)
     clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
     checkpoint = open_model(values["model"], values["dtype"])
     tokenizer = tokenizer_of(checkpoint)
@@ -39,6 +43,8 @@ def main(values: dict[str, Any]) -> None:
     found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
     tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
     clock.lap("eval")
+    if not first():
+        return
     table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left")
     for name, figures in found.items():
         table.add_row(name, summary.perplexity(figures["perplexity"]), summary.count(figures["tokens"]))

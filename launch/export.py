@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import tempfile
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from calibration.states import roomy
 from models import hf
 from models.arch import Block, Model, apply_block, embed
 from models.forms import Form
-from models.store import Checkpoint, open_checkpoint
+from models.processes import on_first
+from models.sharding import local
+from models.store import Checkpoint, open_checkpoint, weight_files
 from models.writer import Writer
 from pruning.types import Outcome
 
@@ -35,6 +39,7 @@ class Echo:
 
     def put(self, i: int, block: Block) -> None:
         """Write block i, and hand the batch on through it."""
+        block = local(block)
         self._writer.put(i, block)
         self._x = apply_block(self._model.arch, block, self._x)
 
@@ -91,27 +96,40 @@ def load_back(directory: pathlib.Path, form: Form, echo: Echo, dtype: jnp.dtype,
             f"the written checkpoint gives other logits than the pruned model (by {difference:.3g}); --output was not touched"
         )
     said = f"largest difference of the logits {difference:.2g}"
-    return Written(loaded, form, said, _by_transformers(directory, echo, allowed), loaded.parameters - parameters)
+    check = Check(*on_first(lambda: _by_transformers(directory, echo, allowed)))
+    return Written(loaded, form, said, check, loaded.parameters - parameters)
 
 
 def _by_transformers(directory: pathlib.Path, echo: Echo, allowed: float) -> Check:
-    """What transformers makes of the checkpoint. It is another program with versions of its own: that it fails is told, not raised."""
+    """What transformers makes of the checkpoint. It is another program with versions of its own: that it fails is told, not raised.
+
+    It holds the whole model; one that is too large for that is read from its files as it runs, which needs accelerate.
+    """
     if not importlib.util.find_spec("torch"):
         return Check(True, "not checked: PyTorch is not installed")
+    offload = not roomy(sum(f.stat().st_size for f in weight_files(directory)))
+    if offload and not importlib.util.find_spec("accelerate"):
+        return Check(True, "not checked: for a model of this size transformers needs accelerate (pip install accelerate)")
+    try:
+        theirs = _transformers_logits(directory, np.asarray(echo.tokens, np.int64), offload)
+    except Exception as e:
+        return Check(False, f"cannot load it ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
+    difference = largest_difference(echo.logits(), theirs)
+    return Check(difference <= allowed, f"largest difference of the logits {difference:.2g}")
+
+
+def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray, offload: bool) -> np.ndarray:
+    """Logits float32 [b t vocab] of the checkpoint as transformers loads it; `offload` leaves weights in their files until needed."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto").eval()
-        with torch.no_grad():
-            theirs = model(torch.tensor(np.asarray(echo.tokens, np.int64))).logits.float().numpy()
-    except Exception as e:
-        return Check(False, f"cannot load it ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})")
-    difference = largest_difference(echo.logits(), theirs)
-    return Check(difference <= allowed, f"largest difference of the logits {difference:.2g}")
+    with tempfile.TemporaryDirectory() as elsewhere, torch.no_grad():
+        options = {"device_map": {"": "disk"}, "offload_folder": elsewhere} if offload else {}
+        model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True, dtype="auto", **options).eval()
+        return model(torch.tensor(tokens)).logits.float().numpy()
 
 
 def by_linear(

@@ -13,6 +13,7 @@ from launch import calls
 from launch.cli import Flags
 from models import hub
 from models.errors import InputError
+from models.processes import several
 from models.sharding import make_mesh
 from models.store import Checkpoint, open_checkpoint
 from pruning.methods import REFINEMENTS
@@ -86,6 +87,10 @@ def mesh_of(spec: str, batch: int) -> Mesh | None:
 
 def tier_for(flag: str, x: jax.ShapeDtypeStruct, mesh: Mesh | None, there: Mapping[str, int]) -> Tier:
     """Where --activations puts the hidden states x [samples length d] of all windows; "auto" goes by the memory that is there."""
+    if several():
+        if flag not in ("auto", "device"):
+            raise InputError(f"--activations={flag} is for one process: with several, hidden states stay on the devices")
+        return "device"
     if flag != "auto":
         return cast(Tier, flag)
     size = x.size * x.dtype.itemsize

@@ -21,9 +21,10 @@ from calibration.journal import Journal, Memory, file_digest
 from calibration.states import Tier
 from calibration.states import memory as memory_there
 from calibration.tokenizer import TextTokenizer
-from eval.size import measure, peak_memory
+from eval.size import peak_memory
 from launch import calls, cli, console, export, figures, report
 from launch.cli import Flags, frozen
+from launch.complete import complete
 from launch.flags import (
     DTYPES,
     calibration_flags,
@@ -38,13 +39,14 @@ from launch.flags import (
     tier_for,
 )
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
+from launch.processes import process_flags, start
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
 from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
-from models import pytrees
 from models.arch import Model
 from models.errors import InputError
 from models.forms import Layout, preview
+from models.processes import agree, first, on_first
 from models.store import Checkpoint, weight_files
 from models.writer import Writer, write_json
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
@@ -103,6 +105,7 @@ def options() -> Flags:
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
     task_flags(f)
+    process_flags(f)
     return f
 
 
@@ -278,7 +281,9 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     with staged(output, export.REPORT, config.resume, begun) as directory:
         work = directory / UNFINISHED
         writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
-        journal = journal_of(work / "journal", fingerprint(config, inputs), writer, memory)
+        facts = fingerprint(config, inputs)
+        agree(facts)
+        journal = journal_of(work / "journal", facts, writer, memory)
         if went_on := journal.finished > EVALUATED:
             console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
         clock.lap("load")
@@ -290,12 +295,7 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
             request = dataclasses.replace(request, tier=tier, stage=stage, journal=journal)
             outcome = method(model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
-        form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
-        written = export.load_back(directory, form, echo, DTYPES[config.dtype], writer.parameters)
-        if config.output_format == "orbax":
-            pytrees.save(directory, written.loaded.model)
-        counts = figures.count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
-        write_json(directory / "pruning.json", export.pruning_record(checkpoint, outcome, counts.gone))
+        written, counts = complete(directory, checkpoint, writer, echo, outcome, config.output_format, request.mesh)
         clock.lap("export")
         pruned = measured(config, inputs, written.loaded, request.mesh)
         clock.lap("eval")
@@ -303,14 +303,19 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot)
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
-        result |= {"samples": samples(checkpoint, written.loaded, tokenizer)}
+        result |= {"samples": on_first(lambda: samples(checkpoint, written.loaded, tokenizer))}
         clock.lap("eval")
         result |= {"seconds": clock.seconds}
         result["warnings"] += ["the run was interrupted: its seconds are those since it went on"] * went_on
         result["warnings"] += [SHARED] * (memory is not None)
-        write_json(directory / export.REPORT, result)
-        report.write_html(result, directory / "report.html")
+        on_first(lambda: write_reports(directory, result))
     return result
+
+
+def write_reports(directory: pathlib.Path, result: Mapping[str, Any]) -> None:
+    """The report, for programs and for people."""
+    write_json(directory / export.REPORT, result)
+    report.write_html(result, directory / "report.html")
 
 
 def command(config: RunConfig) -> str:
@@ -322,8 +327,9 @@ def command(config: RunConfig) -> str:
 
 def main(values: dict[str, Any]) -> None:
     """Run, then show the closing table."""
+    start(values)
     result = prune(frozen(RunConfig, values))
-    if jax.process_index() == 0:
+    if first():
         console.show(result, Console())
 
 

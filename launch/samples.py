@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from calibration.states import roomy
 from calibration.tokenizer import TextTokenizer
 from launch.generate import continuation, ends_of, prompt_tokens
 from models.errors import InputError
@@ -15,12 +16,11 @@ PROMPTS = (
     "The three largest cities of Europe are London,",
 )
 NEW_TOKENS = 32
-MOST_BYTES = 4 << 30  # of weights; generation holds the whole model, which pruning never does
 
 
 def samples(dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextTokenizer]) -> list[dict[str, str]]:
-    """[{prompt, dense, pruned}], greedy. Empty without a tokenizer of the model's, for a model of more than MOST_BYTES, or one with too
-    few positions.
+    """[{prompt, dense, pruned}], greedy. Empty without a tokenizer of the model's, for a model that is not held whole here
+    (`calibration.states.roomy`), or one with too few positions.
 
     The prompts are cut to the same number of tokens, so that one batch and one compilation serve both.
     """
@@ -31,7 +31,7 @@ def samples(dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextT
     prompts = np.asarray([ids[: min(map(len, encoded))] for ids in encoded], np.int32)
     room = getattr(dense.model.arch.config, "positions", prompts.shape[1] + NEW_TOKENS) - prompts.shape[1]
     itemsize = dense.model.ends.embed.dtype.itemsize
-    if room < NEW_TOKENS or dense.parameters * itemsize > MOST_BYTES:
+    if room < NEW_TOKENS or not roomy(dense.parameters * itemsize):
         return []
     ends = ends_of(dense)
     texts = [generate(c.model, prompts, NEW_TOKENS, eos=ends) for c in (dense, pruned)]

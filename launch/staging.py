@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 import filelock
 
 from models.errors import InputError
+from models.processes import first, on_first
 
 UNFINISHED = "unfinished"  # within a staged directory: what an interrupted run goes on from
 
@@ -40,7 +41,7 @@ def alone(output: pathlib.Path) -> Iterator[None]:
 def staged(
     output: pathlib.Path, marker: str, resume: bool = False, begun: Callable[[], bool] = lambda: False
 ) -> Iterator[pathlib.Path]:
-    """A directory beside `output`, which takes its place when the body ends without an exception.
+    """A directory beside `output`, which takes its place when the body ends without an exception; of several processes the first makes it.
 
     Args:
       marker: the file that tells an earlier result, which is replaced.
@@ -48,29 +49,40 @@ def staged(
       begun: whether what is there is worth keeping when the body fails; if not, no trace is left.
     Raises InputError as `check_free`, if nothing can be written there, if another run is at it, or if the disk is full.
     """
-    check_free(output, marker)
     partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
-    with alone(output):
-        try:
-            if not resume:
-                shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(exist_ok=True)
-            for path in partial.iterdir():  # what an interrupted run had begun to make of its blocks
-                if path.name != UNFINISHED:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-        except OSError as e:
-            raise InputError(f"--output={output} cannot be written ({e.strerror}): choose another place") from None
+    with contextlib.ExitStack() as held:
+        on_first(lambda: _prepare(output, partial, marker, resume, held))
         try:
             yield partial
-            shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
-            if output.exists():
-                output.rename(old)
-            partial.rename(output)
-            shutil.rmtree(old, ignore_errors=True)
+            on_first(lambda: _replace(output, partial, old))
         except BaseException as e:
-            if not begun():
+            if first() and not begun():
                 shutil.rmtree(partial, ignore_errors=True)
             if "No space left" in str(e):  # every library says it, each in a type of its own
                 raise InputError(f"no space left for --output={output}: free some, and the same command goes on") from None
             raise
+
+
+def _prepare(output: pathlib.Path, partial: pathlib.Path, marker: str, resume: bool, held: contextlib.ExitStack) -> None:
+    """Lock the output until `held` closes, and clear the staged directory of all but what a run goes on from."""
+    check_free(output, marker)
+    held.enter_context(alone(output))
+    try:
+        if not resume:
+            shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(exist_ok=True)
+        for path in partial.iterdir():  # what an interrupted run had begun to make of its blocks
+            if path.name != UNFINISHED:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as e:
+        raise InputError(f"--output={output} cannot be written ({e.strerror}): choose another place") from None
+
+
+def _replace(output: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None:
+    """Put the staged directory in the output's place."""
+    shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        output.rename(old)
+    partial.rename(output)
+    shutil.rmtree(old, ignore_errors=True)

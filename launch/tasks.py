@@ -21,6 +21,7 @@ from launch.flags import LONGEST_DEFAULT, dataset_list
 from launch.generate import ends_of
 from models.errors import InputError
 from models.gguf import gguf_tokenizer_config
+from models.processes import several
 from models.store import Checkpoint, weight_files
 
 if TYPE_CHECKING:
@@ -126,7 +127,8 @@ def evaluate_tasks(zero_shot: ZeroShot | None, checkpoint: Checkpoint, batch: in
     from eval.harness import HarnessModel
     from eval.tasks import run_tasks
 
-    answers = Answers(cache_directory(), identity(checkpoint, zero_shot)) if cache else None
+    # Several processes must ask the model the same, so none may know more answers than the others.
+    answers = Answers(cache_directory(), identity(checkpoint, zero_shot)) if cache and not several() else None
     longest = int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT))
     with console.progress(
         Console(file=sys.stderr)

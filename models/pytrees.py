@@ -2,8 +2,9 @@
 
 import pathlib
 from collections.abc import Sequence
-from typing import Any, overload
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from orbax.checkpoint import StandardCheckpointer
@@ -11,8 +12,8 @@ from orbax.checkpoint import StandardCheckpointer
 from models import hf
 from models.arch import Block, Model
 from models.errors import InputError
-from models.sharding import make_mesh, specs_on
-from models.store import abstract, read_config
+from models.sharding import make_mesh, place, specs_on
+from models.store import ReadBlocks, abstract, read_config
 
 FOLDER = "orbax"  # beside the Hugging Face checkpoint, whose config.json says what is in it
 
@@ -21,12 +22,16 @@ def _block(directory: pathlib.Path, i: int) -> pathlib.Path:
     return directory.absolute() / FOLDER / f"block-{i:04d}"
 
 
-def save(directory: pathlib.Path, model: Model) -> None:
-    """Write `ends` and every block, one after the other, below a checkpoint's directory: each an Orbax checkpoint of its own."""
+def save(directory: pathlib.Path, model: Model, mesh: Mesh | None = None) -> None:
+    """Write `ends` and every block, one after the other, below a checkpoint's directory: each an Orbax checkpoint of its own.
+
+    Args:
+      mesh: of several processes, which all call this: each writes what its devices hold.
+    """
     with StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute() / FOLDER / "ends", model.ends)
+        checkpointer.save(directory.absolute() / FOLDER / "ends", place(model.ends, mesh))
         for i, block in enumerate(model.blocks):
-            checkpointer.save(_block(directory, i), block)
+            checkpointer.save(_block(directory, i), place(block, mesh))
             checkpointer.wait_until_finished()  # or several blocks were held
 
 
@@ -35,8 +40,8 @@ def _restored(path: pathlib.Path, like: Any) -> Any:
         return checkpointer.restore(path, like)
 
 
-class _Blocks(Sequence[Block]):
-    """The blocks, each read when it is indexed."""
+class _Blocks(ReadBlocks):
+    """The blocks that `save` wrote."""
 
     def __init__(self, directory: pathlib.Path, like: Sequence[Block]):
         self._directory, self._like = directory, like
@@ -44,14 +49,9 @@ class _Blocks(Sequence[Block]):
     def __len__(self) -> int:
         return len(self._like)
 
-    @overload
-    def __getitem__(self, i: int) -> Block: ...
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Block, ...]: ...
-    def __getitem__(self, i: int | slice) -> Block | tuple[Block, ...]:
-        if isinstance(i, slice):
-            return tuple(self[j] for j in range(len(self))[i])
-        return _restored(_block(self._directory, range(len(self))[i]), self._like[i])
+    def read(self, i: int) -> Block:
+        """Block i, each device its own part."""
+        return _restored(_block(self._directory, i), self._like[i])
 
 
 def load(directory: pathlib.Path, mesh: Mesh | None = None) -> Model:
@@ -67,5 +67,5 @@ def load(directory: pathlib.Path, mesh: Mesh | None = None) -> Model:
         raise InputError(f"{directory} has no {FOLDER} folder: prune with --output_format=orbax")
     arch, ends, blocks = hf.specs(config)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    like = specs_on(abstract(arch, ends, blocks, jnp.dtype(name))[1:], mesh or make_mesh("data=1,model=1"))
+    like = specs_on(abstract(arch, ends, blocks, jnp.dtype(name))[1:], mesh or make_mesh("", 1, jax.local_devices()))
     return Model(arch, _restored(directory.absolute() / FOLDER / "ends", like[0]), _Blocks(directory, like[1]))

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple, overload
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from models import hf
 from models.arch import Arch, Block, Ends, Model
 from models.errors import InputError
 from models.formats import open_tensors
-from models.tensors import Tensors
+from models.sharding import own_rows, place
+from models.tensors import WHOLE, Tensors
 
 # Buffers some exporters stored beside the weights, and a tied head stored twice: nothing is lost by leaving them unread.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
@@ -36,7 +38,23 @@ class Checkpoint(NamedTuple):
     stored_bytes: int
 
 
-class LazyBlocks(Sequence[Block]):
+class ReadBlocks(Sequence[Block]):
+    """Blocks that are read when they are indexed: a subclass says how many there are, and how one is read."""
+
+    def read(self, i: int) -> Block:
+        """Block i, 0 <= i < len(self)."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, i: int) -> Block: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Block, ...]: ...
+    def __getitem__(self, i: int | slice) -> Block | tuple[Block, ...]:
+        every = range(len(self))
+        return tuple(self.read(j) for j in every[i]) if isinstance(i, slice) else self.read(every[i])
+
+
+class LazyBlocks(ReadBlocks):
     """A checkpoint's blocks, each read (and checked for non-finite numbers) when it is asked for, and kept nowhere.
 
     `specs` has their shapes: trees like the blocks with a Spec for every array.
@@ -48,37 +66,33 @@ class LazyBlocks(Sequence[Block]):
     def __len__(self) -> int:
         return len(self.specs)
 
-    @overload
-    def __getitem__(self, i: int) -> Block: ...
-    @overload
-    def __getitem__(self, i: slice) -> tuple[Block, ...]: ...
-    def __getitem__(self, i: int | slice) -> Block | tuple[Block, ...]:
-        if isinstance(i, slice):
-            return tuple(self[j] for j in range(*i.indices(len(self))))
+    def read(self, i: int) -> Block:
+        """Block i on the default device, in the type that was asked for."""
         return self.placed(self.fetch(i))
 
     def __iter__(self) -> Iterator[Block]:
         return ahead(self)
 
-    def fetch(self, i: int) -> Block:
-        """Block i in host memory, in the type it is stored in."""
-        return fetch(self._tensors, self.specs[i])
+    def fetch(self, i: int, mesh: Mesh | None = None) -> Block:
+        """Block i in host memory, in the type it is stored in; rows that the mesh gives to other processes alone are not read, but zero."""
+        return fetch(self._tensors, self.specs[i], mesh)
 
-    def placed(self, block: Block) -> Block:
-        """A block that was fetched, on the default device in the type that was asked for."""
-        return _placed(block, self._dtype)
+    def placed(self, block: Block, mesh: Mesh | None = None) -> Block:
+        """A block that was fetched, on the mesh or else the default device, in the type that was asked for."""
+        return _placed(block, self._dtype, mesh)
 
 
-def ahead(blocks: Sequence[Block], start: int = 0) -> Iterator[Block]:
-    """blocks[start:] one after the other; a checkpoint's next one is read into host memory while the caller works on this one."""
+def ahead(blocks: Sequence[Block], start: int = 0, mesh: Mesh | None = None) -> Iterator[Block]:
+    """blocks[start:] one after the other, placed on the mesh; a checkpoint's next one is read into host memory while the caller works on
+    this one."""
     if not isinstance(blocks, LazyBlocks):
-        yield from (blocks[i] for i in range(start, len(blocks)))
+        yield from (place(blocks[i], mesh) for i in range(start, len(blocks)))
         return
     with ThreadPoolExecutor(1, "read-ahead") as reader:
-        reading = [reader.submit(blocks.fetch, i) for i in range(len(blocks))[start : start + 1]]
+        reading = [reader.submit(blocks.fetch, i, mesh) for i in range(len(blocks))[start : start + 1]]
         for i in range(start, len(blocks)):
-            placed = [blocks.placed(reading.pop().result())]
-            reading += [reader.submit(blocks.fetch, j) for j in range(len(blocks))[i + 1 : i + 2]]
+            placed = [blocks.placed(reading.pop().result(), mesh)]
+            reading += [reader.submit(blocks.fetch, j, mesh) for j in range(len(blocks))[i + 1 : i + 2]]
             yield placed.pop()  # nothing of it is held here while the caller works
 
 
@@ -89,20 +103,27 @@ def _finite(value: np.ndarray) -> bool:
         return bool(np.isfinite(np.sum(np.abs(value), dtype=np.float32)) or np.isfinite(value.astype(np.float32)).all())
 
 
-def fetch(tensors: Tensors, specs: Any) -> Any:
-    """The parameters of a tree of specs, as they are stored; InputError on NaN or infinity."""
+def fetch(tensors: Tensors, specs: Any, mesh: Mesh | None = None) -> Any:
+    """The parameters of a tree of specs, as they are stored and `LazyBlocks.fetch` says; InputError on NaN or infinity."""
 
     def one(spec: hf.Spec) -> np.ndarray:
-        value = tensors.read(spec.name)
+        rows = own_rows(spec.shape, mesh)
+        value = tensors.read(spec.name, rows)
         if not _finite(value):
             raise InputError(f"tensor {spec.name} holds NaN or infinity: fetch the checkpoint again, or mend it before pruning")
-        return value
+        if rows == WHOLE:
+            return value
+        whole = np.zeros(spec.shape, value.dtype)  # memory that is not written to is not taken
+        whole[rows] = value
+        return whole
 
     return jax.tree.map(one, specs, is_leaf=hf.is_spec)
 
 
-def _placed(values: Any, dtype: jnp.dtype) -> Any:
-    return jax.tree.map(lambda x: jnp.asarray(x, dtype), values)
+def _placed(values: Any, dtype: jnp.dtype, mesh: Mesh | None = None) -> Any:
+    if mesh is None or mesh.size == 1:
+        return jax.tree.map(lambda x: jnp.asarray(x, dtype), values)
+    return jax.tree.map(lambda x: x.astype(dtype), place(values, mesh))
 
 
 class _Renamed:
@@ -113,8 +134,8 @@ class _Renamed:
         self._tensors = tensors
         self.shapes: Mapping[str, tuple[int, ...]] = {n: tensors.shapes[own] for n, own in self._own.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        return self._tensors.read(self._own[name])
+    def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
+        return self._tensors.read(self._own[name], rows)
 
 
 def _some(names: Sequence[str]) -> str:

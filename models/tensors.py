@@ -8,6 +8,7 @@ import numpy as np
 
 from models.errors import InputError
 
+WHOLE = slice(None)
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -19,8 +20,9 @@ class Tensors(Protocol):
 
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray:
-        """The tensor in its stored dtype (float64, float32, float16 or ml_dtypes.bfloat16); nothing keeps it after the call.
+    def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
+        """The tensor, or some of its rows, in its stored dtype (float64, float32, float16 or ml_dtypes.bfloat16); nothing keeps it after
+        the call.
 
         Raises InputError when there is no such tensor, when it is not of a floating dtype, or when its file is damaged.
         """
@@ -28,10 +30,11 @@ class Tensors(Protocol):
 
 
 class Entry(NamedTuple):
-    """A tensor that is still in its file: its shape, and how to read it."""
+    """A tensor that is still in its file: its shape, how to read it, and how to read some of its rows where the format can."""
 
     shape: tuple[int, ...]
     load: Callable[[], np.ndarray]
+    part: Callable[[slice], np.ndarray] | None = None
 
 
 class LazyTensors:
@@ -41,11 +44,14 @@ class LazyTensors:
         self._entries, self._where = dict(entries), where
         self.shapes: Mapping[str, tuple[int, ...]] = {name: entry.shape for name, entry in self._entries.items()}
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
         """See `Tensors.read`."""
         if name not in self._entries:
             raise InputError(f"{self._where} has no tensor {name}: check that its config.json belongs to these weights")
-        return self._entries[name].load()
+        entry = self._entries[name]
+        if rows == WHOLE:
+            return entry.load()
+        return entry.part(rows) if entry.part else entry.load()[rows]
 
 
 def corrupt(path: pathlib.Path, reason: Exception | str, mend: str = "download it again") -> InputError:

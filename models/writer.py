@@ -18,6 +18,8 @@ from models.arch import Block, Ends, Model, Slot
 from models.errors import damaged
 from models.formats import load_tensor
 from models.layers import Linear
+from models.processes import on_first
+from models.sharding import to_host
 
 SHARD_BYTES = 1 << 30  # saving takes as much again
 METADATA = {"format": "pt"}
@@ -34,7 +36,8 @@ COPIED = (
 
 
 class Writer:
-    """A checkpoint in the making: blocks go in one after the other, `finish` completes it.
+    """A checkpoint in the making: blocks go in one after the other, `finish` completes it. Of several processes, which all put every block,
+    the first writes.
 
     Blocks wait in memory until there are `shard_bytes` of them, or a `mark` is set; then they go to a file in `work`, from which `finish`
     makes the checkpoint, so that it can be killed and called again. `parameters` counts what was put in. Blocks may have fewer heads and
@@ -86,7 +89,7 @@ class Writer:
     def _add(self, specs: Any, values: Any) -> None:
         names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
         for spec, array in zip(names, arrays, strict=True):
-            value = np.ascontiguousarray(array)
+            value = np.ascontiguousarray(to_host(array))
             if self._buffer and sum(x.nbytes for x in self._buffer.values()) + value.nbytes > self._limit:
                 self._flush()
             self._buffer[spec.name] = value
@@ -96,13 +99,17 @@ class Writer:
 
     def _flush(self) -> None:
         if self._buffer:
-            path = self._shard(len(self._shards))
-            save_file(self._buffer, path, metadata=METADATA)
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            self._sizes.append(on_first(self._save))
             self._shards.append({name: list(x.shape) for name, x in self._buffer.items()})
-            self._sizes.append(path.stat().st_size)
             self._buffer = {}
+
+    def _save(self) -> int:
+        """Write what waits as the next shard; its bytes."""
+        path = self._shard(len(self._shards))
+        save_file(self._buffer, path, metadata=METADATA)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        return path.stat().st_size
 
     def mark(self) -> dict[str, Any]:
         """Write what waits, and say how far the checkpoint is: JSON-able."""
@@ -151,13 +158,17 @@ class Writer:
         self._filled = set(wanted) - held  # other blocks, or other linears, have them
         self._buffer |= {name: np.zeros(wanted[name], dtype) for name in sorted(self._filled)}
         self._flush()
-        self._make_files(wanted, dtype.itemsize)
-        write_json(self._directory / "config.json", config)
-        if form.code is not None:
-            (self._directory / forms.CODE).write_text(form.code, encoding="utf-8")
-        copy_companions(companions, self._directory, config)
-        if self._passing:
-            shutil.rmtree(self._work)
+
+        def complete() -> None:
+            self._make_files(wanted, dtype.itemsize)
+            write_json(self._directory / "config.json", config)
+            if form.code is not None:
+                (self._directory / forms.CODE).write_text(form.code, encoding="utf-8")
+            copy_companions(companions, self._directory, config)
+            if self._passing:
+                shutil.rmtree(self._work)
+
+        on_first(complete)
         return form
 
     def _make_files(self, wanted: Mapping[str, tuple[int, ...]], itemsize: int) -> None:

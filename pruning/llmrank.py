@@ -14,6 +14,7 @@ from calibration.observers import Observer, batch_norms
 from models.arch import Block, Model
 from models.errors import InputError
 from models.forms import Leaves
+from models.sharding import to_host
 from models.surgery import zero_rows
 from pruning import select
 from pruning import units as whole
@@ -89,7 +90,7 @@ def _importance(
     found: dict[int, HostRanks] = {}
     for run in reversed(runs) if backward else runs:
         carried, (neurons, channels) = flow(centrality, backward, _stacked(model, stats, run, seed), carried)
-        found |= {i: (np.asarray(neurons[k]), np.asarray(channels[k])) for k, i in enumerate(run)}
+        found |= {i: (to_host(neurons[k]), to_host(channels[k])) for k, i in enumerate(run)}
     return [found[i] for i in range(len(stats))]
 
 

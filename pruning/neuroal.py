@@ -15,7 +15,7 @@ from calibration.observers import Observer, fading_second_moment, gram, pair, se
 from calibration.states import States
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
-from models.sharding import place
+from models.sharding import place, to_host
 from pruning.allocate import LEAST, MOST, Shapes, all_shapes, block_means, by_block, exact, fraction_of, within
 from pruning.lift import counts_for, every_tap, readers, solve_block, with_weights
 from pruning.neuroal_core import misalignment, row_fractions, schedule
@@ -57,7 +57,7 @@ Trials = Callable[[_Search, Sequence[Budget], str], tuple[list[float], list[Norm
 
 
 def _norms(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    return {tap: np.sqrt(np.asarray(state.per_sample, np.float64)) for tap, state in stats.items()}
+    return {tap: np.sqrt(to_host(state.per_sample).astype(np.float64)) for tap, state in stats.items()}
 
 
 def _watch(arch: Arch, pruner: Pruner, norm: Observer) -> dict[str, Observer]:
@@ -155,7 +155,9 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
     windows = list(batches(search.tokens, request.batch, request.mesh))
 
     def loss(xs: States) -> float:
-        return float(np.mean(np.concatenate([cross_entropy(arch, ends, x, t) for x, t in zip(xs, windows, strict=True)])))
+        return float(
+            np.mean(np.concatenate([to_host(cross_entropy(arch, ends, x, t)) for x, t in zip(xs, windows, strict=True)]))
+        )
 
     return [loss(xs) for xs in streams], lost
 

@@ -18,7 +18,9 @@ from jax.sharding import Mesh
 from calibration.journal import digest
 from calibration.states import TIERS, Kept, OnDisk, fetch, keep, scratch
 from models.arch import Arch, Block, Model, apply_block, cross_entropy, embed
-from models.sharding import place, split
+from models.processes import several
+from models.sharding import place, split, to_host
+from models.store import ahead
 
 Piece = tuple[int, tuple[str, ...]]  # a block, and those of its linears that write nothing to the residual stream any more
 Path = tuple[Piece, ...]
@@ -134,10 +136,11 @@ class Runner:
     def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, there: Sequence[int]):
         self.arch: Arch = model.arch
         self._mesh, self._ends, self.digest = mesh, place(model.ends, mesh), digest(tokens)
-        self._blocks = [place(block, mesh) for block in model.blocks]
+        self._blocks = list(ahead(model.blocks, mesh=mesh))
         self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
         width = jax.eval_shape(model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
-        shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, there)
+        kept = (there[0], 0, 0) if several() else there  # what lies over several processes stays on their devices
+        shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, kept)
         directory = scratch(self)
         self.stores = Store(shared, directory), Store(own, directory)
         self.depth, self.sizes, self.evaluations = len(self._blocks), [len(t) for t in self._tokens], 0
@@ -168,7 +171,7 @@ class Runner:
     def losses(self, m: int, candidate: Candidate) -> np.ndarray:
         """Of each window of micro-batch `m` the mean cross-entropy times its length, as the released code sums it: float64 [b]."""
         x, tokens = self.run(m, candidate), self._tokens[m]
-        return np.asarray(cross_entropy(self.arch, self._ends, x, tokens), np.float64) * tokens.shape[1]
+        return to_host(cross_entropy(self.arch, self._ends, x, tokens)).astype(np.float64) * tokens.shape[1]
 
     def influences(self, m: int, path: Path, units: Mapping[int, Unit], writers: tuple[str, ...]) -> dict[int, float]:
         """The influence of each unit on what leaves its block, in micro-batch `m`; one walk along the path to the last of them."""

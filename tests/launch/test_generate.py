@@ -124,5 +124,5 @@ def test_no_samples_where_they_cannot_be(tmp_path: Path, monkeypatch: pytest.Mon
         model=dense.model._replace(arch=dense.model.arch._replace(config=type(short)(**vars(short) | {"positions": 40})))
     )
     assert samples.samples(few, few, lambda: tokenizer) == []
-    monkeypatch.setattr(samples, "MOST_BYTES", 100)
+    monkeypatch.setattr(samples, "roomy", lambda size: size < 100)
     assert samples.samples(dense, dense, lambda: tokenizer) == []

@@ -60,3 +60,12 @@ def test_fewer_blocks(method: str, name: str, shared: Path, tmp_path: Path) -> N
         assert share == 1 if block not in kept else "sublayers" in method or share < 0.01
     if "sublayers" not in method:
         assert len(kept) == 3 and report["sparsity"]["prunable"] == pytest.approx(0.4, abs=0.01) and not report["warnings"]
+
+
+def test_a_model_that_is_not_held_whole(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers reads its weights from the files as it runs, and gives the same logits."""
+    pytest.importorskip("accelerate")
+    monkeypatch.setattr("launch.export.roomy", lambda size: False)
+    pruned(shared / "models/tiny-llama", "tiny", shared, tmp_path / "out", "--method=flap", "--sparsity=0.3")
+    said = json.loads((tmp_path / "out/pruning_report.json").read_text())["load_back"]["transformers"]
+    assert float(said.removeprefix("largest difference of the logits ")) < 1e-4
