@@ -13,6 +13,7 @@ from calibration.observers import Observer, moments
 from models.arch import Block, Model
 from models.errors import InputError
 from models.forms import Leaves
+from models.sharding import to_host
 from pruning import units
 from pruning.flap_core import Kept, Metric, Structure, Units, input_feature_metrics, released, released_fluctuation, sound
 from pruning.select import lowest, rounded
@@ -28,7 +29,7 @@ Channels = Callable[
 def _of_readers(model: Model, block: Block, stats: Mapping[str, Any], channels: Channels) -> dict[str, np.ndarray]:
     """{reader of a group: metric of its channels} of a block; stats by tap, none for metrics of weights alone."""
     readers = [model.arch.group(name).reader.name for name in GROUPS]
-    return {r: np.asarray(channels(getattr(block, r).w, stats.get(model.arch.tap(r)))) for r in readers}
+    return {r: to_host(channels(getattr(block, r).w, stats.get(model.arch.tap(r)))) for r in readers}
 
 
 def _measured(
@@ -57,6 +58,7 @@ def flap(
     metric: Metric = "WIFV",
     structure: Structure | None = None,
     heads_removed: int = 0,
+    spread: float = 1.0,
     bias: bool = True,
     refit: bool | None = None,
     round_to: int = 0,
@@ -70,6 +72,8 @@ def flap(
         these over all blocks together, "AL-AM" heads and neurons of all blocks in one list. None: the released code's default in the
         official variant ("AL-AM"), "UL-MM" in the corrected one.
       heads_removed: of the whole model, for the "MM" structures. With none, no more goes than the neurons hold.
+      spread: by how much the fraction of its neurons that a block loses may differ from the model's, for "AL-MM" in the corrected variant.
+        1: by anything, as in the paper. 0.1 gives SmolLM2-135M 49.8 at 30 % where blocks alike give 51.3, but blocks of different widths.
       bias: add the mean output of what goes to the bias of its reader.
       refit: fit the columns that stay to the dense output too, by least squares over the calibration tokens; costs a second walk. None:
         in the corrected variant, unless bias=False.
@@ -80,6 +84,8 @@ def flap(
     """
     if heads_removed < 0:
         raise InputError(f"flap: heads_removed={heads_removed} must not be negative")
+    if not 0 <= spread <= 1:
+        raise InputError(f"flap: spread={spread} must be from 0 to 1")
     if refit and not bias:
         raise InputError("flap: refit=True fits the bias too: leave bias=False out")
     official = variant == "official"
@@ -95,8 +101,10 @@ def flap(
         observer = released_fluctuation if official else moments
         what, key = "measuring fluctuation", ("flap", metric, variant)
         heads, neurons, scores, means = _measured(model, tokens, request, observer, channels, what, key)
-        choose = released if official and request.sparsity else sound  # the released code always removes something
-        kept = choose(heads, neurons, request.sparsity, structure, heads_removed if request.sparsity else 0)
+        if official and request.sparsity:
+            kept = released(heads, neurons, request.sparsity, structure, heads_removed)
+        else:  # the released code always removes something
+            kept = sound(heads, neurons, request.sparsity, structure, heads_removed if request.sparsity else 0, spread)
         keeps = _keeps(kept, neurons.metric, round_to)
         remove(model, tokens, request, put, keeps, how, means if how == "bias" else None)
         return outcome(model.arch, keeps, request, scores, f"{metric} of channels")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import Moments, Observer, SecondMoment, second_moment
-from pruning.select import Keeps, global_, lowest
+from pruning.select import Keeps, global_, lowest, within
 
 Metric = Literal["IFV", "WIFV", "WIFN"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
@@ -114,9 +114,13 @@ def released(heads: Units, neurons: Units, ratio: float, structure: Structure, h
     return Kept([s > threshold for s in h], [s > threshold for s in n])
 
 
-def sound(heads: Units, neurons: Units, ratio: float, structure: Structure, heads_removed: int) -> Kept:
+def sound(heads: Units, neurons: Units, ratio: float, structure: Structure, heads_removed: int, spread: float = 1.0) -> Kept:
     """What stays by parameters removed: of each kind and block alike (UL-UM), a number of heads and the rest neurons in each block
-    (UL-MM) or of all blocks (AL-MM), or whatever scores lowest in all the model (AL-AM). One unit of each kind stays in each block."""
+    (UL-MM) or of all blocks (AL-MM), or whatever scores lowest in all the model (AL-AM). One unit of each kind stays in each block.
+
+    Args:
+      spread: by how much the fraction of its neurons that a block loses may differ from the model's, in AL-MM.
+    """
     if structure == "UL-UM":
         return Kept(
             *([lowest(s, min(round(ratio * len(s)), len(s) - 1)) for s in u.each("sum", False)] for u in (heads, neurons))
@@ -139,4 +143,4 @@ def sound(heads: Units, neurons: Units, ratio: float, structure: Structure, head
     gone = sum(int((~k).sum()) for k in keep_heads)
     left = ratio * (all_heads * heads.cost + all_neurons * neurons.cost) - gone * heads.cost
     share = min(1.0, max(0.0, left / (all_neurons * neurons.cost)))
-    return Kept(keep_heads, global_(n, share, [1.0] * blocks))
+    return Kept(keep_heads, global_(within(n, share, spread), share, [1.0] * blocks))

@@ -40,6 +40,20 @@ def global_(scores: Sequence[np.ndarray], fraction: float, costs: Sequence[float
     return np.split(keep, ends[:-1])
 
 
+def within(scores: Sequence[np.ndarray], fraction: float, spread: float) -> list[np.ndarray]:
+    """The scores so changed that `global_` takes from each block a fraction that differs from `fraction` by at most `spread`.
+
+    Units that a block must lose come first, those that it must keep last.
+    """
+    found = []
+    for s in scores:
+        order, bounded = np.argsort(s, kind="stable"), s.astype(np.float64)
+        least, most = (min(max(round((fraction + d) * len(s)), 0), len(s)) for d in (-spread, spread))
+        bounded[order[:least]], bounded[order[most:]] = -np.inf, np.inf
+        found.append(bounded)
+    return found
+
+
 def global_by_count(scores: Sequence[np.ndarray], fraction: float) -> Keeps:
     """The `ceil(fraction * units)` lowest units of all lists together, whatever they cost: LLM-Rank's GlobalPruner. A list may lose all."""
     flat = np.concatenate(scores)

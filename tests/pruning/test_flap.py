@@ -210,6 +210,20 @@ def test_the_baselines_take_sums_over_channels(name: str, family: str) -> None:
         assert outcome.details[key][0] == sorted(np.argsort(score)[int(0.5 * len(score)) :].tolist())
 
 
+def test_a_spread_bounds_what_blocks_lose() -> None:
+    """None leaves the share of every block that UL-MM has, but for rounding; the free choice goes beyond a small one."""
+
+    def left(**options: Any) -> list[int]:
+        pruned, _ = prune(model("llama"), METHODS["flap"](**options), tokens(), Request(0.3))
+        return [len(block.up.w) for block in pruned.blocks]
+
+    alike, free = left(structure="UL-MM"), left(structure="AL-MM")
+    assert len(set(alike)) == 1 and len(set(free)) > 1
+    even = left(structure="AL-MM", spread=0.0)
+    assert sum(even) == sum(free) and max(abs(a - b) for a, b in zip(even, alike, strict=True)) <= 1  # the budget to one neuron
+    assert free != even
+
+
 def test_biases_of_opt_are_added_to() -> None:
     m, (pruned, _) = model("opt"), run("opt", structure="UL-UM")
     assert not np.array_equal(pruned.blocks[0].o.b, m.blocks[0].o.b)
@@ -228,7 +242,10 @@ def test_the_outcome_names_what_went() -> None:
     assert m.blocks[0].down.b is None and pruned.blocks[0].down.b is not None
 
 
-@pytest.mark.parametrize(("arguments", "said"), [({"heads_removed": -1}, "negative"), ({"bias": False, "refit": True}, "leave")])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [({"heads_removed": -1}, "negative"), ({"bias": False, "refit": True}, "leave"), ({"spread": 1.5}, "0 to 1")],
+)
 def test_bad_arguments_of_flap(arguments: dict[str, Any], said: str) -> None:
     with pytest.raises(InputError, match=said):
         METHODS["flap"](**arguments)

@@ -86,6 +86,19 @@ def test_global_by_count_is_one_sorted_list(scores: list[np.ndarray], fraction: 
     assert {(i, int(j)) for i, k in enumerate(keeps) for j in np.flatnonzero(~k)} == gone
 
 
+@pytest.mark.parametrize("fraction", [0.3, 0.5, 0.95])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.25, 1.0])
+def test_shares_of_lists_lie_within_the_spread(spread: float, fraction: float) -> None:
+    scores = [np.random.default_rng(i).random(40) * 4**i for i in range(4)]
+    free = select.global_(scores, fraction, [1.0] * 4)
+    keeps = select.global_(select.within(scores, fraction, spread), fraction, [1.0] * 4)
+    assert lowest_go(scores, keeps)
+    assert sum(counts(keeps)) == sum(counts(free))
+    for count in counts(keeps):
+        assert abs(count / 40 - fraction) <= spread + 1e-9
+    assert (counts(keeps) == counts(free)) == (spread == 1 or max(abs(c / 40 - fraction) for c in counts(free)) <= spread)
+
+
 def test_global_by_count_may_empty_a_list() -> None:
     """As the released code of LLM-Rank does: a linear may lose all its rows."""
     assert counts(select.global_by_count([np.zeros(3), np.ones(3)], 0.5)) == [3, 0]
