@@ -18,7 +18,7 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
-def test_the_pythons_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     names = run("docs/python.md")
     dense, pruned = map(float, capsys.readouterr().out.splitlines()[1].split())
