@@ -96,8 +96,7 @@ def walk_blocks(
       journal: makes the walk one of its steps; blocks that were finished before are not visited.
       key: of a walk that only looks: what its records depend on, as `Journal.step` has it. Where the journal remembers them of another
         run no block is visited.
-      The others are `fold_blocks`'.
-    Returns every block's record, in order.
+    The others are `fold_blocks`'. Returns every block's record, in order.
     """
     depth, ends = len(model.blocks), place(model.ends, mesh)
     records, saved = journal.begin(_shapes(model, tokens, batch, mesh, tier), key) if journal else Begun([], None)
@@ -158,7 +157,8 @@ def rehearse_fold(
     """What `fold_blocks` compiles, told to `run`: (the states of a micro-batch, the statistics of a block), as shapes.
 
     Args:
-      model, tokens: of shapes.
+      model: of shapes.
+      tokens: of shapes.
     """
     arch, static, blocks = model.arch, tuple(sorted(watch.items())), len(model.blocks)
     steps = -(-tokens.shape[0] // batch)
@@ -203,7 +203,8 @@ def fold_blocks(
       mesh: windows are split over its `data` axis, matrices over `model`.
       tier: where the hidden states between two blocks are kept; no result depends on it.
       advance: called after every block, for a progress bar.
-      journal, key: as `walk_blocks` has them.
+      journal: as `walk_blocks` has it.
+      key: as `walk_blocks` has it.
     Returns every block's record. Raises InputError as `observe` does.
     """
     dense = propagate == "dense"

@@ -119,7 +119,8 @@ class Journal:
     Args:
       fingerprint: all that the result depends on, by a name for people: a run with another one is refused.
       sink: rewound to the last step that was finished.
-      memory, common: where steps that have a key are looked up and kept, together with `common`: what else their values depend on.
+      memory: where steps that have a key are looked up and kept, together with `common`.
+      common: what else their values depend on.
     Raises InputError for another fingerprint, named, and for files that are damaged or gone.
     """
 

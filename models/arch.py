@@ -55,12 +55,13 @@ class Arch(NamedTuple):
     hashable, for use as a static argument of jit. Its functions are the same objects wherever they compute the same, so a program that
     is compiled for one of them serves the dense and the pruned model.
 
-    embed: (ends, tokens int [b t], start=0) -> x [b t d]; `start` is the first token's position, an int or traced.
-    block: (block, x [b t d]) -> (x [b t d], taps).
-    head: (ends, x [b t d]) -> logits float32 [b t vocab].
-    step: (block, x [b t d], cache, start) -> (x [b t d], cache): `block` for the next t positions of a text whose earlier keys and
-        values the cache holds. With `start` the int 0 it holds none, and the work is that of `block`.
-    residual: a block's output is its last linear's output added to the residual stream, with no norm after it.
+    Attributes:
+      embed: (ends, tokens int [b t], start=0) -> x [b t d]; `start` is the first token's position, an int or traced.
+      block: (block, x [b t d]) -> (x [b t d], taps).
+      head: (ends, x [b t d]) -> logits float32 [b t vocab].
+      step: (block, x [b t d], cache, start) -> (x [b t d], cache): `block` for the next t positions of a text whose earlier keys and
+          values the cache holds. With `start` the int 0 it holds none, and the work is that of `block`.
+      residual: a block's output is its last linear's output added to the residual stream, with no norm after it.
     """
 
     config: Any

@@ -1,6 +1,6 @@
 """DSnoT (Zhang et al. 2024): swap kept and removed weights of a finished mask so that each row's expected output stays.
 
-Letters: c = W E[x] [out in] is what a weight gives its row's output on average, e [out] what the row lacks of the dense one.
+Letters: c [out in], which is W E[x], is what a weight gives its row's output on average, e [out] what the row lacks of the dense one.
 """
 
 import functools

@@ -208,7 +208,8 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
     kept, so the part is never worse than SparseGPT's on these tokens.
 
     Args:
-      x, y: what enters the part and what should leave it, float32 [micro-batches b t d].
+      x: what enters the part, float32 [micro-batches b t d].
+      y: what should leave it, likewise.
     """
     scale = 2.0 / (x.shape[0] * x.shape[1])  # H's
 

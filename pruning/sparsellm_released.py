@@ -117,8 +117,11 @@ def as_released(
     """The released loop; the last iteration stays, whatever its error.
 
     Args:
-      x, y: what entered and left the dense part, float32 [samples t d]; aux: the same of its inside.
-      h1, h2: H of X and of p, [d d] and [f f].
+      x: what entered the dense part, float32 [samples t d].
+      y: what left it, likewise.
+      aux: the same of its inside.
+      h1: H of X [d d].
+      h2: H of p [f f].
     """
 
     def half(state: _State) -> tuple[_State, tuple[jax.Array, jax.Array]]:

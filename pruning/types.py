@@ -28,11 +28,12 @@ Budget = tuple[Mapping[str, np.ndarray], ...]  # one a block: slot -> fraction t
 class Pattern(NamedTuple):
     """Which entries of a score matrix go.
 
-    counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: how many entries that is. On the host, in float64, so that
-      the number does not depend on float32 rounding; passed on as data, so one compilation serves every budget.
-    keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure; runs under jit.
-    group: m where every m consecutive inputs are chosen from on their own, else None.
-    by_row: a budget may ask another fraction of every row.
+    Attributes:
+      counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: how many entries that is. On the host, in float64, so that
+        the number does not depend on float32 rounding; passed on as data, so one compilation serves every budget.
+      keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure; runs under jit.
+      group: m where every m consecutive inputs are chosen from on their own, else None.
+      by_row: a budget may ask another fraction of every row.
     """
 
     counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
@@ -49,11 +50,12 @@ def as_it_is(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:
 class Pruner(NamedTuple):
     """A layer-wise method: what it must know of linears' common input, and what it does with it.
 
-    observer: of the input; None: nothing need be known.
-    solve: (the W [out in] that read the input, what `prepare` made of its statistics, for each W a count as Pattern.counts gives it)
-      -> (W [out in], kept bool [out in]) for each.
-    prepare: statistics -> (what `solve` wants of them, figures for the report: float32 [] by name). Done once for an input; compiled
-      by whoever makes it, so that inputs of equal width share a compilation whatever linears read them.
+    Attributes:
+      observer: of the input; None: nothing need be known.
+      solve: (the W [out in] that read the input, what `prepare` made of its statistics, for each W a count as Pattern.counts gives it)
+        -> (W [out in], kept bool [out in]) for each.
+      prepare: statistics -> (what `solve` wants of them, figures for the report: float32 [] by name). Done once for an input; compiled
+        by whoever makes it, so that inputs of equal width share a compilation whatever linears read them.
     """
 
     observer: Observer | None
@@ -65,15 +67,17 @@ class Pruner(NamedTuple):
 class Request:
     """What a run asks of any method.
 
-    sparsity: fraction to remove, 0 <= s < 1, of the parameters the method covers.
-    pattern: the semi-structured pattern (n zeros in every m inputs), or None for unstructured.
-    allocation: how the sparsity is spread over the model, for the methods that take one; None: evenly.
-    refine: what is done to the finished mask of each linear, for the methods that prune each on its own.
-    batch, mesh: windows in one micro-batch, and the devices they are split over.
-    tier: where hidden states between two blocks are kept; no result depends on it.
-    seed: of whatever is random.
-    stage: (what is done, in how many steps) -> what to call after each step, for a progress bar.
-    journal: where finished steps are kept for a run that is started again, or None.
+    Attributes:
+      sparsity: fraction to remove, 0 <= s < 1, of the parameters the method covers.
+      pattern: the semi-structured pattern (n zeros in every m inputs), or None for unstructured.
+      allocation: how the sparsity is spread over the model, for the methods that take one; None: evenly.
+      refine: what is done to the finished mask of each linear, for the methods that prune each on its own.
+      batch: windows in one micro-batch.
+      mesh: the devices they are split over.
+      tier: where hidden states between two blocks are kept; no result depends on it.
+      seed: of whatever is random.
+      stage: (what is done, in how many steps) -> what to call after each step, for a progress bar.
+      journal: where finished steps are kept for a run that is started again, or None.
     """
 
     sparsity: float
@@ -104,12 +108,13 @@ class Removed(NamedTuple):
 class Outcome:
     """What a method did, in terms of slots; names of checkpoints are put in by whoever writes the report.
 
-    asked: a block's {slot: fraction to remove}; slots that are absent are not covered by the method.
-    removed: a block's {slot: Removed} for structured methods, else empty.
-    scores: a block's {slot: scores} for the report's plots; `scores_label` says what they are.
-    details: method-specific figures, JSON-able.
-    warnings: what a reader of the result must know, a sentence each.
-    kept_blocks: the original index of every block that was put, for methods that remove whole blocks; None: all, as they were.
+    Attributes:
+      asked: a block's {slot: fraction to remove}; slots that are absent are not covered by the method.
+      removed: a block's {slot: Removed} for structured methods, else empty.
+      scores: a block's {slot: scores} for the report's plots; `scores_label` says what they are.
+      details: method-specific figures, JSON-able.
+      warnings: what a reader of the result must know, a sentence each.
+      kept_blocks: the original index of every block that was put, for methods that remove whole blocks; None: all, as they were.
     """
 
     asked: tuple[Mapping[str, float], ...]
@@ -150,10 +155,12 @@ def nothing(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: R
 class Method:
     """What a user names with --method: `method(model, tokens, request, put)` prunes.
 
-    leaves: what it makes of a model's shapes. counts: its own parameters say how much goes, whatever the request's sparsity.
-    check: InputError for a request that it cannot follow on this model; reads no parameters, so it can be asked before any work.
-    rehearse: (model and tokens [samples length] of shapes, request, run) -> the programs that are most of the method's work, told to `run`;
-      without those of an allocation.
+    Attributes:
+      leaves: what it makes of a model's shapes.
+      counts: its own parameters say how much goes, whatever the request's sparsity.
+      check: InputError for a request that it cannot follow on this model; reads no parameters, so it can be asked before any work.
+      rehearse: (model and tokens [samples length] of shapes, request, run) -> the programs that are most of the method's work, told to
+        `run`; without those of an allocation.
     """
 
     run: Callable[[Model, np.ndarray, Request, Put], Outcome]

@@ -1,0 +1,73 @@
+"""docs/add-a-method.md: the file that the page shows, tested and run as the page says."""
+
+import importlib.util
+import json
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from launch import cli, prune
+from models.store import open_checkpoint
+from pruning.methods import METHODS
+from reference.pages import ROOT, code
+
+PAGE = "docs/add-a-method.md"
+
+
+@pytest.fixture
+def ria(tmp_path: Path) -> Iterator[ModuleType]:
+    """The page's file, imported; what it adds to METHODS is taken back."""
+    before = dict(METHODS)
+    file = tmp_path / "ria.py"
+    file.write_text("\n\n".join(code(PAGE, "python")), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("ria", file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        yield module
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
+
+
+def test_the_pages_own_test_passes(ria: ModuleType) -> None:
+    ria.test_ria_is_its_formula()
+
+
+def test_a_dead_input_is_no_nan(ria: ModuleType) -> None:
+    w = np.float32([[1, 0, 2], [3, 0, 1]])
+    stats = ria.second_moment.update(ria.second_moment.init(3), np.ones((1, 4, 3), np.float32))
+    assert np.isfinite(ria.score(0.5)(w, stats)).all()
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--model=embedded:tiny-opt", "--allocation=owl", "--refine=dsnot"]], ids=["page", "composed"]
+)
+def test_the_pages_command_prunes(ria: ModuleType, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = code(PAGE, "bash")
+    python, file, *flags = shlex.split(command)
+    assert (python, file) == ("python", "ria.py")
+    small = ["--calibration_samples=4", "--calibration_length=64", "--eval_length=64", "--eval_windows=4", "--mesh=data=1"]
+    output = tmp_path / "out"
+    assert cli.run(prune.options(), prune.main, [*flags, *small, *more, f"--output={output}"]) == 0, capsys.readouterr().err
+    report = json.loads((output / "pruning_report.json").read_text())
+    assert report["method"] == "ria(a=0.5)" and report["sparsity"]["prunable"] == pytest.approx(0.5, abs=2e-3)
+    found = report["perplexity"]["embedded"]
+    assert found["dense"] < found["pruned"] < 2 * found["dense"]
+    assert len(open_checkpoint(output).model.blocks)
+
+
+def test_a_wrong_parameter_is_said(ria: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--model=embedded:tiny-llama", "--sparsity=0.5", f"--output={tmp_path / 'out'}"]
+    assert cli.run(prune.options(), prune.main, [*argv, "--method=ria(a=-1)"]) == 2
+    assert "must not be negative" in capsys.readouterr().err
+    assert cli.run(prune.options(), prune.main, [*argv, "--method=ria(b=1)"]) == 2
+    assert "it has a" in capsys.readouterr().err
+
+
+def test_the_page_says_where_its_test_is() -> None:
+    assert Path(__file__).relative_to(ROOT).as_posix() in (ROOT / PAGE).read_text(encoding="utf-8")
