@@ -33,6 +33,7 @@ def refuse(*arguments):
 
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", module="ipykernel")  # the kernel's own
+warnings.filterwarnings("ignore", "The chararray class", DeprecationWarning)  # treescope looks at every name of NumPy, 2.5 deprecates one
 sys.meta_path.insert(0, NoTorch)
 socket.socket.connect = socket.getaddrinfo = refuse
 """
