@@ -141,12 +141,27 @@ def _moments_of(stats: Mapping[str, Any], how: Repair) -> Mapping[str, Any]:
     return {tap: s[0] for tap, s in stats.items()} if how == "refit" else stats
 
 
-def _by_channels(
-    name: str, observer: Observer | None, channels: Channels, label: str, scope: Scope, how: Repair, round_to: int
+def by_channels(
+    name: str,
+    observer: Observer | None,
+    channels: Channels,
+    label: str,
+    scope: Scope = "local",
+    repair: Repair = "none",
+    round_to: int = 0,
 ) -> Method:
     """Heads and neurons go by the sum of a metric over each one's channels: a share of every block's, or the lowest of all the model.
 
     Within blocks the walk goes over pruned blocks, so that one pass measures, repairs and cuts; over the model it takes a dense walk first.
+
+    Args:
+      name: of the method, in messages; a journal takes metrics of one name for the same.
+      observer: `moments`, or None for a metric of the weights alone.
+      channels: (W [out in] of a reader, Moments of its input, if observed) -> a score of each channel [in]; the lowest go.
+      label: what the scores are, for the report.
+      scope: the same share of every block's heads and of its neurons, or the lowest of all by parameters removed, standardised in blocks.
+      repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
+      round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
     """
     check_round_to(name, round_to)
 
@@ -154,16 +169,16 @@ def _by_channels(
         arch = model.arch
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-            metrics, kept = _of_readers(model, block, _moments_of(stats, how), channels), {}
+            metrics, kept = _of_readers(model, block, _moments_of(stats, repair), channels), {}
             for group in map(arch.group, GROUPS):
                 score = metrics[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
                 keep = lowest(score, int(request.sparsity * len(score)))
                 (kept[group.name],) = rounded([score], [keep], round_to if group.name == "neurons" else 0)
-            new = without(arch, repaired(arch, block, stats, kept, how), kept)
+            new = without(arch, repaired(arch, block, stats, kept, repair), kept)
             put(i, new)
             return new, (kept, metrics)
 
-        records = walk(model, tokens, request, visit, OBSERVED[how] or observer, "pruned", "pruning")
+        records = walk(model, tokens, request, visit, OBSERVED[repair] or observer, "pruned", "pruning")
         keeps, scores = zip(*records, strict=True)
         return outcome(arch, keeps, request, scores, label)
 
@@ -171,17 +186,17 @@ def _by_channels(
         heads, neurons, scores, _ = _measured(model, tokens, request, observer, channels, "measuring channels", name)
         kept = sound(heads, neurons, request.sparsity, "AL-AM", 0)
         keeps = _keeps(kept, neurons.metric, round_to)
-        remove(model, tokens, request, put, keeps, how)
+        remove(model, tokens, request, put, keeps, repair)
         return outcome(model.arch, keeps, request, scores, label)
 
     def rehearse(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
         if scope == "local":
-            units.rehearse(model, tokens, request, run, OBSERVED[how] or observer, "pruned", how)
+            units.rehearse(model, tokens, request, run, OBSERVED[repair] or observer, "pruned", repair)
         else:
             units.rehearse(model, tokens, request, run, observer, "dense")
-            units.rehearse(model, tokens, request, run, OBSERVED[how], "pruned", how)
+            units.rehearse(model, tokens, request, run, OBSERVED[repair], "pruned", repair)
 
-    leaves = Leaves(GROUPS, scope == "local", how != "none")
+    leaves = Leaves(GROUPS, scope == "local", repair != "none")
     run = local if scope == "local" else over_all
     return Method(run, leaves, check=functools.partial(whole_units, name), rehearse=rehearse)
 
@@ -194,7 +209,7 @@ def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0)
       repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
       round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
     """
-    return _by_channels("wanda_sp", moments, _wanda_of_stats, "Wanda's score of channels", scope, repair, round_to)
+    return by_channels("wanda_sp", moments, _wanda_of_stats, "Wanda's score of channels", scope, repair, round_to)
 
 
 def magnitude_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> Method:
@@ -205,4 +220,4 @@ def magnitude_sp(scope: Scope = "local", repair: Repair = "none", round_to: int 
       repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
       round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
     """
-    return _by_channels("magnitude_sp", None, _magnitude, "norm of the columns", scope, repair, round_to)
+    return by_channels("magnitude_sp", None, _magnitude, "norm of the columns", scope, repair, round_to)
