@@ -13,6 +13,7 @@ from launch import summary
 from launch.cli import Flags, run
 from launch.flags import evaluation_flags, mesh_of, model_flags, open_model
 from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of, write_report
+from launch.protocols import protocol_flag, stamp
 from launch.tasks import evaluate_tasks, read_tasks, task_flags
 
 
@@ -20,6 +21,7 @@ def options() -> Flags:
     """The flags of `launch.evaluate`."""
     f = Flags("launch.evaluate", __doc__ or "")
     model_flags(f)
+    protocol_flag(f)
     evaluation_flags(f)
     f.integer("eval_batch", 8, "windows, or requests of a task, at a time", 1)
     task_flags(f)
@@ -39,7 +41,8 @@ def main(values: dict[str, Any]) -> None:
     found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
     tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
     clock.lap("eval")
-    table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left")
+    followed = summary.followed({"protocol": stamp(values["protocol"], values)})
+    table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left", caption=followed or None)
     for name, figures in found.items():
         table.add_row(name, summary.perplexity(figures["perplexity"]), summary.count(figures["tokens"]))
     Console().print(table)
@@ -53,7 +56,7 @@ def main(values: dict[str, Any]) -> None:
             "model": values["model"],
             "perplexity": {name: {"dense": f["perplexity"], "tokens": f["tokens"]} for name, f in found.items()},
             "tasks": {name: {"dense": figures} for name, figures in tasks.items()},
-            "protocol": protocol(data, zero_shot),
+            "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),
             "seconds": clock.seconds,
         }
         write_report(values["json"], result)

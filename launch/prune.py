@@ -38,6 +38,7 @@ from launch.flags import (
     tier_for,
 )
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
+from launch.protocols import protocol_flag, stamp
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
 from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
@@ -66,6 +67,7 @@ class RunConfig:
     pattern: str
     allocation: str
     refine: str
+    protocol: str
     calibration: str
     calibration_samples: int
     calibration_length: int
@@ -99,6 +101,7 @@ def options() -> Flags:
     f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
     f.string("allocation", "uniform", f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}")
     mask_flags(f)
+    protocol_flag(f)
     calibration_flags(f)
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
@@ -162,14 +165,17 @@ def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameter
     """The report, but for the seconds; `parameters` are the pruned model's, padding not counted."""
     checkpoint, outcome = run.checkpoint, run.outcome
     dense, pruned = run.dense["perplexity"], run.pruned["perplexity"]
+    settings = dataclasses.asdict(config) | {"sparsity": run.sparsity}
     sparsity = figures.sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
     removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
     return {
         "model": config.model,
         "method": config.method,
-        "settings": dataclasses.asdict(config) | {"sparsity": run.sparsity},
+        "settings": settings,
         "command": command(config),
-        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data, run.zero_shot),
+        "protocol": stamp(config.protocol, settings)
+        | {"calibration": run.calibration.protocol}
+        | protocol(run.data, run.zero_shot),
         "sparsity": sparsity,
         "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
         "bytes": {
@@ -195,7 +201,7 @@ def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
     checkpoint, _, calibration, data, zero_shot = inputs
     settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
     # Told by content, or of no matter.
-    elsewhere = ("model", "output", "resume", "calibration", "eval_data", "activations", "tasks", "task_cache")
+    elsewhere = ("model", "output", "resume", "protocol", "calibration", "eval_data", "activations", "tasks", "task_cache")
     versions = protocol({}, zero_shot)
     return {
         "model configuration": checkpoint.config,

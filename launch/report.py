@@ -38,6 +38,7 @@ def render(report: Mapping[str, Any]) -> str:
     linears = _linears(report["sparsity"])
     return template("report.html.j2").render(
         report=report,
+        followed=summary.followed(report),
         tiles=_tiles(report),
         quality=summary.quality_rows(report),
         cost=summary.cost_rows(report),
@@ -112,13 +113,14 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
     drawn = [
         Figure(
             "Perplexity, before and after",
-            "Lower is better." + (f" Tokens predicted: {tokens}." if tokens else ""),
+            "Lower is better." + (f" Tokens predicted: {tokens}." if tokens else "") + _said(summary.followed(report)),
             plots.perplexity_bars(perplexity),
         ),
         Figure(
             "Accuracy, before and after",
             "Higher is better. Thin lines reach one standard error to both sides."
-            + (f" Documents: {documents}." if documents else ""),
+            + (f" Documents: {documents}." if documents else "")
+            + _said(summary.followed(report)),
             accuracy_bars(report.get("tasks") or {}),
         ),
         Figure(
@@ -141,6 +143,11 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
         ),
     ]
     return [figure for figure in drawn if figure.svg]
+
+
+def _said(words: str) -> str:
+    """Words as a sentence behind others."""
+    return f" {words[0].upper()}{words[1:]}." if words else ""
 
 
 def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -87,6 +87,15 @@ def asked(sparsity: Mapping[str, Any]) -> str:
     return "" if sparsity.get("target") is None else f"asked {percent(sparsity['target'])}"
 
 
+def followed(report: Mapping[str, Any]) -> str:
+    """The protocol that was asked for by name, and the flags that were given other values than its own; nothing without one."""
+    protocol = report.get("protocol", {})
+    if "name" not in protocol:
+        return ""
+    changed = ", ".join(f"--{flag}={value}" for flag, value in protocol.get("overridden", {}).items())
+    return f"protocol {protocol['name']}" + (f", but {changed}" if changed else "")
+
+
 class Metric(NamedTuple):
     """A metric of a task with its standard error (None: it has none), of the dense and of the pruned model; None where it was not run."""
 

@@ -31,6 +31,7 @@ from launch.flags import (
     seeds,
 )
 from launch.measure import tokenizer_of
+from launch.protocols import protocol_flag
 from launch.prune import RunConfig
 from launch.staging import alone, check_free
 from launch.tasks import task_flags
@@ -54,6 +55,7 @@ def options() -> cli.Flags:
     f.string("seeds", "0", "comma-separated: of the calibration windows drawn, and of what is random in a method")
     f.group("Method")
     mask_flags(f)
+    protocol_flag(f)
     calibration_flags(f)
     evaluation_flags(f)
     task_flags(f)
