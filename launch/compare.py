@@ -133,7 +133,7 @@ def _row(runs: Sequence[Run], r: Run | None, names: Sequence[str], metrics: Sequ
     report = own[0].report
     cells = [r.name if r else "dense", summary.percent(report["sparsity"]["total"]) if r else ""]
     cells += [summary.count(report["parameters"][which]), summary.size(report["bytes"][which])]
-    cells += [summary.perplexity(first(x.report["perplexity"].get(n, {}).get(which) for x in own)) for n in names]
+    cells += [_perplexity(first(x.report["perplexity"].get(n, {}).get(which) for x in own), r, n) for n in names]
     cells += [accuracy(*metric) for metric in metrics]
     if fast:
         cells += [f"{r.faster[p]:.2f}x" if r and r.faster else summary.ABSENT if r else "1.00x" for p in PARTS]
@@ -141,6 +141,12 @@ def _row(runs: Sequence[Run], r: Run | None, names: Sequence[str], metrics: Sequ
     if any(summary.followed(x.report) for x in runs):
         cells.append((summary.followed(r.report).removeprefix("protocol ") or summary.ABSENT) if r else "")
     return cells
+
+
+def _perplexity(value: float | None, r: Run | None, data: str) -> str:
+    """A perplexity, with what a pruned model has over calibration draws where there were several."""
+    over = summary.drawn(r.report, data) if r else None
+    return summary.perplexity(value) + (f" ({over.said} over {len(r.report['draws'])} draws)" if r and over else "")
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

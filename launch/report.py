@@ -97,6 +97,8 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, scores in report.get("perplexity", {}).items():
         dense, pruned = scores.get("dense"), scores.get("pruned")
         note = f"from {summary.perplexity(dense)} ({summary.ratio(dense, pruned)})"
+        if over := summary.drawn(report, name):
+            note += f"; {over.said} over {len(report['draws'])} draws"
         tiles.append((f"perplexity, {summary.shorten(name)}", summary.perplexity(pruned), note))
     if sizes:
         dense, pruned = sizes["dense"], sizes["pruned"]
