@@ -42,9 +42,12 @@ def main(values: dict[str, Any]) -> None:
     tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
     clock.lap("eval")
     followed = summary.followed({"protocol": stamp(values["protocol"], values)})
-    table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left", caption=followed or None)
+    heads = ("data set", "perplexity ± standard error", "tokens")
+    table = Table(*heads, title=values["model"], title_justify="left", caption=followed or None)
     for name, figures in found.items():
-        table.add_row(name, summary.perplexity(figures["perplexity"]), summary.count(figures["tokens"]))
+        table.add_row(
+            name, summary.measured((figures["perplexity"], figures["error"]), fraction=False), summary.count(figures["tokens"])
+        )
     Console().print(table)
     if tasks:
         table = Table("task, metric", "value ± standard error")
@@ -54,7 +57,9 @@ def main(values: dict[str, Any]) -> None:
     if values["json"]:
         result = {
             "model": values["model"],
-            "perplexity": {name: {"dense": f["perplexity"], "tokens": f["tokens"]} for name, f in found.items()},
+            "perplexity": {
+                name: {"dense": f["perplexity"], "dense_stderr": f["error"], "tokens": f["tokens"]} for name, f in found.items()
+            },
             "tasks": {name: {"dense": figures} for name, figures in tasks.items()},
             "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),
             "seconds": clock.seconds,

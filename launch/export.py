@@ -60,10 +60,16 @@ def largest_difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> 
 
 
 class Check(NamedTuple):
-    """Whether a loader gave the logits that were meant, or was not asked, and what to say of it."""
+    """Whether a loader gave the logits that were meant, or was not asked (then ok), and what to say of it."""
 
     ok: bool
     said: str
+    asked: bool = True
+
+    @property
+    def found(self) -> bool | None:
+        """`ok`; None where it was not asked."""
+        return self.ok if self.asked else None
 
 
 class Written(NamedTuple):
@@ -97,7 +103,7 @@ def load_back(directory: pathlib.Path, form: Form, echo: Echo, dtype: jnp.dtype,
 def _by_transformers(directory: pathlib.Path, echo: Echo, allowed: float) -> Check:
     """What transformers makes of the checkpoint. It is another program with versions of its own: that it fails is told, not raised."""
     if not importlib.util.find_spec("torch"):
-        return Check(True, "not checked: PyTorch is not installed")
+        return Check(True, "not checked: PyTorch is not installed", asked=False)
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging

@@ -124,7 +124,13 @@ def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameter
             "pruned": run.written.loaded.stored_bytes,
         },
         "perplexity": {
-            name: {"dense": found["perplexity"], "pruned": pruned[name]["perplexity"], "tokens": found["tokens"]}
+            name: {
+                "dense": found["perplexity"],
+                "pruned": pruned[name]["perplexity"],
+                "dense_stderr": found["error"],
+                "pruned_stderr": pruned[name]["error"],
+                "tokens": found["tokens"],
+            }
             for name, found in dense.items()
         },
         "tasks": {name: {"dense": run.dense["tasks"][name], "pruned": found} for name, found in run.pruned["tasks"].items()},
@@ -133,6 +139,7 @@ def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameter
         "scores": figures.quantiles(checkpoint, outcome),
         "warnings": [*figures.warnings_of(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
         "loads_as": run.written.form.label,
+        "checks": {"topiary": True, "transformers": run.written.transformers.found},
         "load_back": {"topiary": run.written.topiary, "transformers": run.written.transformers.said},
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }

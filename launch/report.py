@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import plots, summary
+from launch import plots, quality, summary
 from launch.accuracy_plot import accuracy_bars
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def render(report: Mapping[str, Any]) -> str:
         report=report,
         followed=summary.followed(report),
         tiles=_tiles(report),
+        lights=quality.lights(report),
         quality=summary.quality_rows(report),
         cost=summary.cost_rows(report),
         expectation=expectation(report),
@@ -115,7 +116,10 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
     drawn = [
         Figure(
             "Perplexity, before and after",
-            "Lower is better." + (f" Tokens predicted: {tokens}." if tokens else "") + _said(summary.followed(report)),
+            "Lower is better."
+            + (" Thin lines reach one standard error over windows to both sides." if _has_errors(perplexity) else "")
+            + (f" Tokens predicted: {tokens}." if tokens else "")
+            + _said(summary.followed(report)),
             plots.perplexity_bars(perplexity),
         ),
         Figure(
@@ -145,6 +149,10 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
         ),
     ]
     return [figure for figure in drawn if figure.svg]
+
+
+def _has_errors(perplexity: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(scores.get(f"{which}_stderr") for scores in perplexity.values() for which in ("dense", "pruned"))
 
 
 def _said(words: str) -> str:

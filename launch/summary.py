@@ -176,7 +176,11 @@ def quality_rows(report: Mapping[str, Any]) -> list[Row]:
     rows = []
     for name, scores in report.get("perplexity", {}).items():
         dense, pruned = scores.get("dense"), scores.get("pruned")
-        rows.append(Row(f"Perplexity, {name}", perplexity(dense), perplexity(pruned), ratio(dense, pruned)))
+        before, after = (
+            measured(None if scores.get(which) is None else (scores[which], scores.get(f"{which}_stderr")), fraction=False)
+            for which in ("dense", "pruned")
+        )
+        rows.append(Row(f"Perplexity, {name}", before, after, ratio(dense, pruned)))
         if over := drawn(report, name):
             rows.append(Row(f"… over {len(report['draws'])} calibration draws", "", over.said, over.span))
     rows += task_rows(report.get("tasks", {}), report.get("spread", {}).get("tasks", {}))
