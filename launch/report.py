@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import plots, quality, summary
+from launch import kept_plot, plots, quality, summary
 from launch.accuracy_plot import accuracy_bars
 
 if TYPE_CHECKING:
@@ -136,6 +136,10 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
         ),
         *_searches(details),
         *_removals(details),
+        *(
+            Figure(f"Kept {what}", f"Coloured: kept; empty: removed. {said}.", svg)
+            for what, said, svg in kept_plot.pictures(details)
+        ),
         Figure(
             "Sparsity in each block",
             "Bars: got. Line across: asked, where the method was given a budget. Linears within half a point "
