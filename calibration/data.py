@@ -38,7 +38,7 @@ def calibration_tokens(
     Raises InputError: no such source, text that cannot be read or is too short, ids outside [0, `vocab`).
     """
     _at_least(1, calibration_samples=samples, calibration_length=length)
-    if _is_npy(source):
+    if taken_whole(source):
         return _tokens(_read_npy(source), vocab, {"source": source, "seed": seed})
     if source == "embedded":
         ids = _story_tokens("calibration", seed, tokenizer(), samples * length).reshape(samples, length)
@@ -66,7 +66,7 @@ def evaluation_tokens(source: str, tokenizer: Callable[[], Tokenizer], *, length
     """
     _at_least(2, eval_length=length)
     _at_least(0, eval_windows=windows)
-    if _is_npy(source):
+    if taken_whole(source):
         ids = _read_npy(source)
         if ids.shape[1] < 2:
             raise InputError(f"{source} has windows of one token, which leaves nothing to predict: give windows of two or more")
@@ -89,7 +89,8 @@ def _story_tokens(split: stories.Split, seed: int, encode: Tokenizer, count: int
     return np.fromiter(itertools.islice(ids, count), np.int32, count)
 
 
-def _is_npy(source: str) -> bool:
+def taken_whole(source: str) -> bool:
+    """Whether a source is taken whole and as it is, so that no seed changes it."""
     return pathlib.Path(source).suffix == ".npy"
 
 

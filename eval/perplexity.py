@@ -17,6 +17,15 @@ class Perplexity(NamedTuple):
     cross_entropy: np.ndarray
     tokens: int  # predicted positions: windows * (length - 1)
 
+    @property
+    def error(self) -> float | None:
+        """Standard error of the value over windows, to first order: value * that of the mean cross-entropy. None for one window, or where
+        it is not finite."""
+        if len(self.cross_entropy) < 2 or not np.all(np.isfinite(self.cross_entropy)):
+            return None
+        error = self.value * float(np.std(self.cross_entropy, ddof=1)) / len(self.cross_entropy) ** 0.5
+        return error if np.isfinite(error) else None
+
 
 def perplexity(model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh | None = None) -> Perplexity:
     """Perplexity of a model over token windows.

@@ -145,6 +145,7 @@ def _prepared(name: str, task: Any, limit: int | None, num_fewshot: int) -> dict
     try:
         task.set_fewshot_seed(SEED)
         task.build_all_requests(limit=limit)
+        choices = {r.doc_id: len(task.doc_to_choice(r.doc)) for r in task.instances if task.OUTPUT_TYPE == "multiple_choice"}
         asked = [[r.request_type, r.args, str(task.doc_to_target(r.doc))] for r in task.instances]
     except Exception as e:  # of every kind, from the task's templates and functions
         raise InputError(f"--tasks: {name} cannot be put into words ({e}): check its YAML against its documents") from e
@@ -152,6 +153,7 @@ def _prepared(name: str, task: Any, limit: int | None, num_fewshot: int) -> dict
         "version": task.VERSION,
         "documents": len({r.doc_id for r in task.instances}),
         "num_fewshot": task.get_config("num_fewshot"),
+        "chance": sum(1 / n for n in choices.values()) / len(choices) if choices else None,  # the accuracy of guessing
         "sha256": digest(asked),
     }
 

@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -29,6 +29,7 @@ class Flags:
         self.command, self.doc, self._names = command, doc, names
         self.values = flags.FlagValues()
         self.groups: dict[str, list[str]] = {}
+        self._preset, self._presets = "", {}  # type: str, Mapping[str, Mapping[str, Any]]
         self._group = ""
         self.group("General")
         self.boolean("debug", False, "show the traceback of an error")
@@ -63,6 +64,20 @@ class Flags:
         """A text flag with the values it may take."""
         self._define(flags.DEFINE_enum, name, default, text, enum_values=list(choices))
 
+    def presets(self, name: str, known: Mapping[str, Mapping[str, Any]], text: str) -> None:
+        """A flag whose values stand for values of other flags: by its value, then by flag. Flags that are given themselves win, wherever
+        they stand; those that this command does not have are passed over. There is at most one such flag."""
+        self.string(name, "", text)
+        self._preset, self._presets = name, known
+
+    def _defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        """The flags' values where they are not given; InputError for a preset that there is not."""
+        chosen = values.get(self._preset)
+        if chosen and chosen not in self._presets:
+            raise InputError(f"--{self._preset}={chosen}: there is no such {self._preset}: there are {', '.join(self._presets)}")
+        preset = self._presets[chosen] if chosen else {}
+        return {n: preset.get(n, self.values[n].default) for names in self.groups.values() for n in names}
+
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of all flags by name; InputError for an unknown flag, a wrong value, or anything that is not a flag."""
         try:
@@ -71,12 +86,13 @@ class Flags:
             raise InputError(f"{str(e).splitlines()[0]} (python -m {self.command} --help lists the flags)") from None
         if len(rest) > 1 and not self._names:
             raise InputError(f"{rest[1]!r} is not a flag: write --name=value (python -m {self.command} --help lists the flags)")
-        found = {name: self.values[name].value for names in self.groups.values() for name in names}
+        given = {n: self.values[n].value for names in self.groups.values() for n in names if self.values[n].present}
+        found = self._defaults(given) | given
         return found | ({self._names: rest[1:]} if self._names else {})
 
     def given(self, values: dict[str, Any]) -> list[str]:
-        """The flags whose values differ from the defaults, as one would type them."""
-        shown = [n for names in self.groups.values() for n in names if n in values and values[n] != self.values[n].default]
+        """The flags whose values differ from the defaults, or from the preset's that is among them, as one would type them."""
+        shown = [n for n, default in self._defaults(values).items() if n in values and values[n] != default]
         return [
             f"--{'' if values[n] is not False else 'no'}{n}" + ("" if isinstance(values[n], bool) else f"={values[n]}")
             for n in shown

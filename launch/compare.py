@@ -109,10 +109,13 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The table as text: headings, the dense model, a row a run; a column for each data set and each accuracy."""
+    """The table as text: headings, the dense model, a row a run; a column for each data set and each accuracy, and for the protocol where
+    one was asked for by name."""
     names, metrics, fast = data_sets(runs), _metrics(runs), any(r.faster for r in runs)
     heads = ["run", "removed", "parameters", "size", *(f"perplexity, {summary.shorten(n)}" for n in names)]
     heads += [f"{task}, {metric}" for task, metric in metrics] + list(PARTS.values()) * fast + ["pruned in"]
+    if any(summary.followed(r.report) for r in runs):
+        heads.append("protocol")
     return [heads, _row(runs, None, names, metrics, fast), *(_row(runs, r, names, metrics, fast) for r in runs)]
 
 
@@ -130,11 +133,20 @@ def _row(runs: Sequence[Run], r: Run | None, names: Sequence[str], metrics: Sequ
     report = own[0].report
     cells = [r.name if r else "dense", summary.percent(report["sparsity"]["total"]) if r else ""]
     cells += [summary.count(report["parameters"][which]), summary.size(report["bytes"][which])]
-    cells += [summary.perplexity(first(x.report["perplexity"].get(n, {}).get(which) for x in own)) for n in names]
+    cells += [_perplexity(first(x.report["perplexity"].get(n, {}).get(which) for x in own), r, n) for n in names]
     cells += [accuracy(*metric) for metric in metrics]
     if fast:
         cells += [f"{r.faster[p]:.2f}x" if r and r.faster else summary.ABSENT if r else "1.00x" for p in PARTS]
-    return [*cells, summary.duration(report["seconds"]["calibrate_and_prune"]) if r else ""]
+    cells.append(summary.duration(report["seconds"]["calibrate_and_prune"]) if r else "")
+    if any(summary.followed(x.report) for x in runs):
+        cells.append((summary.followed(r.report).removeprefix("protocol ") or summary.ABSENT) if r else "")
+    return cells
+
+
+def _perplexity(value: float | None, r: Run | None, data: str) -> str:
+    """A perplexity, with what a pruned model has over calibration draws where there were several."""
+    over = summary.drawn(r.report, data) if r else None
+    return summary.perplexity(value) + (f" ({over.said} over {len(r.report['draws'])} draws)" if r and over else "")
 
 
 def markdown(table: Sequence[Sequence[str]]) -> str:

@@ -19,7 +19,8 @@ _LINES = 10  # most progress lines that a log gets
 
 def closing_table(report: Mapping[str, Any]) -> Table:
     """The run in one table: perplexity, sparsity, parameters and bytes, dense → pruned, then seconds and peak memory."""
-    table = Table(title=Text(f"{report['model']}, {report['method']}"), title_justify="left")
+    title = ", ".join(filter(None, [str(report["model"]), report["method"], summary.followed(report)]))
+    table = Table(title=Text(title), title_justify="left")
     for heading in ("", "dense", "pruned", "change"):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     # Text, not str: a path with [brackets] is not markup.

@@ -14,6 +14,7 @@ from launch.cli import Flags, run
 from launch.flags import evaluation_flags, mesh_of, model_flags, open_model
 from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of, write_report
 from launch.processes import process_flags, start
+from launch.protocols import protocol_flag, stamp
 from launch.tasks import evaluate_tasks, read_tasks, task_flags
 from models.processes import first
 
@@ -22,6 +23,7 @@ def options() -> Flags:
     """The flags of `launch.evaluate`."""
     f = Flags("launch.evaluate", __doc__ or "")
     model_flags(f)
+    protocol_flag(f)
     evaluation_flags(f)
     f.integer("eval_batch", 8, "windows, or requests of a task, at a time", 1)
     task_flags(f)
@@ -45,9 +47,13 @@ def main(values: dict[str, Any]) -> None:
     clock.lap("eval")
     if not first():
         return
-    table = Table("data set", "perplexity", "tokens", title=values["model"], title_justify="left")
+    followed = summary.followed({"protocol": stamp(values["protocol"], values)})
+    heads = ("data set", "perplexity ± standard error", "tokens")
+    table = Table(*heads, title=values["model"], title_justify="left", caption=followed or None)
     for name, figures in found.items():
-        table.add_row(name, summary.perplexity(figures["perplexity"]), summary.count(figures["tokens"]))
+        table.add_row(
+            name, summary.measured((figures["perplexity"], figures["error"]), fraction=False), summary.count(figures["tokens"])
+        )
     Console().print(table)
     if tasks:
         table = Table("task, metric", "value ± standard error")
@@ -57,9 +63,11 @@ def main(values: dict[str, Any]) -> None:
     if values["json"]:
         result = {
             "model": values["model"],
-            "perplexity": {name: {"dense": f["perplexity"], "tokens": f["tokens"]} for name, f in found.items()},
+            "perplexity": {
+                name: {"dense": f["perplexity"], "dense_stderr": f["error"], "tokens": f["tokens"]} for name, f in found.items()
+            },
             "tasks": {name: {"dense": figures} for name, figures in tasks.items()},
-            "protocol": protocol(data, zero_shot),
+            "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),
             "seconds": clock.seconds,
         }
         write_report(values["json"], result)

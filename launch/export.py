@@ -65,10 +65,16 @@ def largest_difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> 
 
 
 class Check(NamedTuple):
-    """Whether a loader gave the logits that were meant, or was not asked, and what to say of it."""
+    """Whether a loader gave the logits that were meant, or was not asked (then ok), and what to say of it."""
 
     ok: bool
     said: str
+    asked: bool = True
+
+    @property
+    def found(self) -> bool | None:
+        """`ok`; None where it was not asked."""
+        return self.ok if self.asked else None
 
 
 class Written(NamedTuple):
@@ -106,10 +112,12 @@ def _by_transformers(directory: pathlib.Path, echo: Echo, allowed: float) -> Che
     It holds the whole model; one that is too large for that is read from its files as it runs, which needs accelerate.
     """
     if not importlib.util.find_spec("torch"):
-        return Check(True, "not checked: PyTorch is not installed")
+        return Check(True, "not checked: PyTorch is not installed", asked=False)
     offload = not roomy(sum(f.stat().st_size for f in weight_files(directory)))
     if offload and not importlib.util.find_spec("accelerate"):
-        return Check(True, "not checked: for a model of this size transformers needs accelerate (pip install accelerate)")
+        return Check(
+            True, "not checked: for a model of this size transformers needs accelerate (pip install accelerate)", asked=False
+        )
     try:
         theirs = _transformers_logits(directory, np.asarray(echo.tokens, np.int64), offload)
     except Exception as e:

@@ -49,12 +49,18 @@ def mask_flags(f: Flags) -> None:
 
 
 def calibration_flags(f: Flags) -> None:
-    """--calibration, --calibration_samples, --calibration_length, --calibration_batch, --activations."""
+    """--calibration, --calibration_samples, --calibration_length, --calibration_batch, --calibration_draws, --activations."""
     f.group("Calibration")
     f.string("calibration", "embedded", "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file")
     f.integer("calibration_samples", 128, "how many windows", 1)
     f.integer("calibration_length", 0, "tokens in a window; 0: what the model was made for, at most 2048")
     f.integer("calibration_batch", 8, "windows at a time", 1)
+    f.integer(
+        "calibration_draws",
+        1,
+        "draws of windows, by seed, seed+1, ..., over which figures spread; the first one's model is written",
+        1,
+    )
     f.choice(
         "activations",
         "auto",

@@ -76,9 +76,9 @@ def read_evaluation(
 
 
 def evaluate(model: Model, data: Mapping[str, Tokens], batch: int, mesh: Mesh | None) -> dict[str, dict[str, Any]]:
-    """{data set: {"perplexity", "tokens"}} of a model."""
+    """{data set: {"perplexity", "error": its standard error over windows, or None, "tokens"}} of a model."""
     found = {name: perplexity(model, tokens.ids, batch=batch, mesh=mesh) for name, tokens in data.items()}
-    return {name: {"perplexity": p.value, "tokens": p.tokens} for name, p in found.items()}
+    return {name: {"perplexity": p.value, "error": p.error, "tokens": p.tokens} for name, p in found.items()}
 
 
 def protocol(data: Mapping[str, Tokens], zero_shot: ZeroShot | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from calibration.states import memory
 from eval.peak import flops_per_second
 from launch import prune, summary
 from launch.cli import Flags, frozen, run
+from launch.config import RunConfig, request_of
 from launch.flags import DTYPES, tier_for, window_length
 from launch.measure import write_report
 from models import hf, hub
@@ -163,7 +164,7 @@ class Compiler:
         )
 
 
-def tokens_shape(config: prune.RunConfig, model: dict[str, Any]) -> tuple[int, int]:
+def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
     """Samples and length of the calibration windows: of a token file its own, else as the flags say."""
     path = pathlib.Path(config.calibration).expanduser()
     if path.suffix == ".npy" and path.is_file():
@@ -200,8 +201,8 @@ def memory_of(model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, 
 
 def plan(values: dict[str, Any]) -> dict[str, Any]:
     """The plan as JSON; InputError for what the run would refuse before it begins."""
-    config, topology = frozen(prune.RunConfig, values), values["topology"]
-    method, request = prune.request_of(dataclasses.replace(config, mesh="" if topology else config.mesh))
+    config, topology = frozen(RunConfig, values), values["topology"]
+    method, request = request_of(dataclasses.replace(config, mesh="" if topology else config.mesh))
     devices = devices_of(topology)
     mesh = make_mesh(config.mesh, request.batch, devices)
     found = config_of(config.model)
@@ -215,24 +216,30 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     method.rehearse(model, tokens, request, compiler)
     x = specs_on(jax.eval_shape(arch.embed, model.ends, tokens), mesh, "sample")
     resident = memory_of(model, x, mesh, topology, config.activations)
+    if config.calibration_draws > 1:
+        resident["disk"]["a further draw's model, at most"] = resident["disk"]["output, at most"]
     device = resident["device"]
-    largest = max((p.memory for p in compiler.programs), default=0)
+    programs = [p._replace(calls=p.calls * config.calibration_draws) for p in compiler.programs]
+    largest = max((p.memory for p in programs), default=0)
     total = {
         "device_bytes": device["ends"] + device["hidden states"] + largest,
-        "flops": sum(p.flops * p.calls for p in compiler.programs),
-        "bytes_moved": sum(p.bytes * p.calls for p in compiler.programs),
-        "compile_seconds": sum(p.seconds for p in compiler.programs),
+        "flops": sum(p.flops * p.calls for p in programs),
+        "bytes_moved": sum(p.bytes * p.calls for p in programs),
+        "compile_seconds": sum(p.seconds for p in programs),
     }
-    fits = not any(p.failed for p in compiler.programs) and (
-        not device["there is"] or total["device_bytes"] <= device["there is"]
-    )
+    fits = not any(p.failed for p in programs) and (not device["there is"] or total["device_bytes"] <= device["there is"])
     result = {
         "model": config.model,
         "method": config.method,
         "parameters": sum(math.prod(s.shape) for s in jax.tree.leaves((model.ends, model.blocks))),
         "devices": {"kind": devices[0].device_kind, "topology": topology, "mesh": dict(mesh.shape)},
-        "calibration": {"samples": samples, "length": length, "batch": request.batch},
-        "programs": [p._asdict() for p in compiler.programs],
+        "calibration": {
+            "samples": samples,
+            "length": length,
+            "batch": request.batch,
+            "draws": config.calibration_draws,
+        },
+        "programs": [p._asdict() for p in programs],
         "memory": resident,
         "total": total,
         "fits": fits,

@@ -158,7 +158,8 @@ def perplexity_bars(perplexity: Mapping[str, Mapping[str, Any]]) -> str:
             ax.set_xscale("log")
         for row, scores in enumerate(perplexity.values()):
             for offset, key, colour in ((-0.2, "dense", GREY), (0.2, "pruned", BLUE)):
-                _perplexity_bar(ax, row + offset, scores.get(key), f"{key} ", colour, (base, top))
+                error = scores.get(f"{key}_stderr") or 0.0
+                _perplexity_bar(ax, row + offset, scores.get(key), f"{key} ", colour, (base, top), error)
         ax.set_yticks(range(len(perplexity)), [summary.shorten(name) for name in perplexity])
         ax.tick_params(axis="y", length=0)
         ax.set_ylim(len(perplexity) - 0.5, -0.5)
@@ -309,7 +310,9 @@ def _block_axis(axes: Sequence["Axes"], blocks: set[int]) -> None:
     axes[-1].set_xlabel("block")
 
 
-def _perplexity_bar(ax: "Axes", y: float, value: float | None, name: str, colour: str, span: tuple[float, float]) -> None:
+def _perplexity_bar(
+    ax: "Axes", y: float, value: float | None, name: str, colour: str, span: tuple[float, float], error: float
+) -> None:
     base, top = span
     if value is None:
         return
@@ -317,7 +320,10 @@ def _perplexity_bar(ax: "Axes", y: float, value: float | None, name: str, colour
     end = min(max(value, base), top) if finite else top
     hatch = None if finite else "////"
     ax.barh(y, end - base, left=base, height=0.36, color=colour, edgecolor=INK, linewidth=0.0, hatch=hatch)
-    ax.annotate(name + summary.perplexity(value), (end, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    right = min(end + error, top)
+    if error and finite:
+        ax.hlines(y, max(end - error, base), right, colors=INK, linewidth=1.0)
+    ax.annotate(name + summary.perplexity(value), (right, y), (4, 0), textcoords="offset points", va="center", fontsize=9)
 
 
 def _boxes(ax: "Axes", boxes: Mapping[int, Sequence[float]], colour: str) -> None:

@@ -5,9 +5,11 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -22,17 +24,16 @@ from calibration.states import Tier
 from calibration.states import memory as memory_there
 from calibration.tokenizer import TextTokenizer
 from eval.size import peak_memory
-from launch import calls, cli, console, export, figures, report
+from launch import cli, console, draws, export, figures, report
 from launch.cli import Flags, frozen
 from launch.complete import complete
+from launch.config import RunConfig, request_of
 from launch.flags import (
     DTYPES,
     calibration_flags,
-    check_sparsity,
     evaluation_flags,
     layout_flag,
     mask_flags,
-    mesh_of,
     model_flags,
     open_model,
     output_path,
@@ -40,53 +41,28 @@ from launch.flags import (
 )
 from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
 from launch.processes import process_flags, start
+from launch.protocols import protocol_flag, stamp
 from launch.samples import samples
 from launch.staging import UNFINISHED, staged
 from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
 from models.arch import Model
-from models.errors import InputError
-from models.forms import Layout, preview
+from models.forms import preview
 from models.processes import agree, first, on_first
 from models.store import Checkpoint, weight_files
 from models.writer import Writer, write_json
-from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
-from pruning.patterns import parse_pattern
+from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
 EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
-VARIED = ("--method", "--sparsity", "--allocation", "--seed", "--calibration tokens")  # what runs that share steps differ in
+VARIED = (
+    "--method",
+    "--sparsity",
+    "--allocation",
+    "--seed",
+    "--calibration tokens",
+    "further draws",
+)  # what runs that share steps differ in
 SHARED = "a trial of a sweep: its seconds leave out what earlier ones had computed or compiled, its peak memory is the process's so far"
-
-
-@dataclasses.dataclass(frozen=True)
-class RunConfig:
-    """Everything a run depends on, as the flags of the same names say."""
-
-    model: str | None
-    method: str
-    sparsity: float | None
-    pattern: str
-    allocation: str
-    refine: str
-    calibration: str
-    calibration_samples: int
-    calibration_length: int
-    calibration_batch: int
-    activations: str
-    seed: int
-    eval_data: str
-    eval_length: int
-    eval_windows: int
-    output: str | None
-    dtype: str
-    mesh: str
-    layout: Layout
-    output_format: str
-    resume: bool
-    tasks: str
-    limit: int
-    num_fewshot: int
-    task_cache: bool
 
 
 def options() -> Flags:
@@ -101,6 +77,7 @@ def options() -> Flags:
     f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
     f.string("allocation", "uniform", f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}")
     mask_flags(f)
+    protocol_flag(f)
     calibration_flags(f)
     f.integer("seed", 0, "of the windows drawn, and of what is random in a method")
     evaluation_flags(f)
@@ -109,45 +86,11 @@ def options() -> Flags:
     return f
 
 
-def request_of(config: RunConfig) -> tuple[Method, Request]:
-    """The method and what is asked of it; InputError for anything about them that is wrong, before any work."""
-    method = calls.build("method", config.method, METHODS)
-    allocation = calls.build("allocation", config.allocation, ALLOCATIONS)
-    refine = calls.build("refine", config.refine, REFINEMENTS)
-    pattern = parse_pattern(config.pattern)
-    sparsity = config.sparsity
-    if pattern and config.allocation != "uniform":
-        raise InputError(
-            f"--pattern={config.pattern} sets the sparsity of every linear, --allocation spreads it: leave one of them out"
-        )
-    if pattern:
-        share = pattern[0] / pattern[1]
-        if sparsity is not None and abs(sparsity - share) > 1e-9:
-            raise InputError(
-                f"--sparsity={sparsity} with --pattern={config.pattern}, which removes {share:g}: leave --sparsity out"
-            )
-        sparsity = share
-    if sparsity is None and method.counts:
-        sparsity = 0.0
-    if sparsity is None:
-        raise InputError("--sparsity is missing: give the fraction to remove, such as 0.3")
-    check_sparsity(sparsity)
-    request = Request(
-        sparsity,
-        pattern,
-        None if config.allocation == "uniform" else allocation,
-        refine,
-        batch=config.calibration_batch,
-        mesh=mesh_of(config.mesh, config.calibration_batch),
-        seed=config.seed,
-    )
-    return method, request
-
-
 class Finished(NamedTuple):
     """What a run has in hand when the checkpoint is written: all that the report is made of.
 
-    `dense` and `pruned` have what was measured of the models: "perplexity" by data set, "tasks" by task.
+    `dense` and `pruned` have what was measured of the models: "perplexity" by data set, "tasks" by task; `further` is what
+    `draws.record` says of the draws behind the first.
     """
 
     checkpoint: Checkpoint
@@ -159,20 +102,25 @@ class Finished(NamedTuple):
     dense: dict[str, dict[str, Any]]
     pruned: dict[str, dict[str, Any]]
     zero_shot: ZeroShot | None
+    further: list[dict[str, Any]]
 
 
 def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameters: int) -> dict[str, Any]:
     """The report, but for the seconds; `parameters` are the pruned model's, padding not counted."""
     checkpoint, outcome = run.checkpoint, run.outcome
     dense, pruned = run.dense["perplexity"], run.pruned["perplexity"]
+    settings = dataclasses.asdict(config) | {"sparsity": run.sparsity}
     sparsity = figures.sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
     removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
+    drawn = [draws.record(run.calibration, run.pruned), *run.further]
     return {
         "model": config.model,
         "method": config.method,
-        "settings": dataclasses.asdict(config) | {"sparsity": run.sparsity},
+        "settings": settings,
         "command": command(config),
-        "protocol": {"calibration": run.calibration.protocol} | protocol(run.data, run.zero_shot),
+        "protocol": stamp(config.protocol, settings)
+        | {"calibration": run.calibration.protocol}
+        | protocol(run.data, run.zero_shot),
         "sparsity": sparsity,
         "parameters": {"dense": checkpoint.parameters, "pruned": parameters},
         "bytes": {
@@ -180,14 +128,22 @@ def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameter
             "pruned": run.written.loaded.stored_bytes,
         },
         "perplexity": {
-            name: {"dense": found["perplexity"], "pruned": pruned[name]["perplexity"], "tokens": found["tokens"]}
+            name: {
+                "dense": found["perplexity"],
+                "pruned": pruned[name]["perplexity"],
+                "dense_stderr": found["error"],
+                "pruned_stderr": pruned[name]["error"],
+                "tokens": found["tokens"],
+            }
             for name, found in dense.items()
         },
         "tasks": {name: {"dense": run.dense["tasks"][name], "pruned": found} for name, found in run.pruned["tasks"].items()},
+        **({"draws": drawn, "spread": draws.spread(drawn)} if run.further else {}),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": figures.quantiles(checkpoint, outcome),
         "warnings": [*figures.warnings_of(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
         "loads_as": run.written.form.label,
+        "checks": {"topiary": True, "transformers": run.written.transformers.found},
         "load_back": {"topiary": run.written.topiary, "transformers": run.written.transformers.said},
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }
@@ -195,15 +151,16 @@ def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameter
 
 def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
     """All that the result depends on, by a name for people: what an interrupted run must have in common with the one that goes on."""
-    checkpoint, _, calibration, data, zero_shot = inputs
+    checkpoint, _, calibration, further, data, zero_shot = inputs
     settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
     # Told by content, or of no matter.
-    elsewhere = ("model", "output", "resume", "calibration", "eval_data", "activations", "tasks", "task_cache")
+    elsewhere = ("model", "output", "resume", "protocol", "calibration", "eval_data", "activations", "tasks", "task_cache")
     versions = protocol({}, zero_shot)
     return {
         "model configuration": checkpoint.config,
         "weights": {p.name: file_digest(p) for p in weight_files(checkpoint.directory)},
         "--calibration tokens": calibration.protocol["sha256"],
+        "further draws": [tokens.protocol["sha256"] for tokens in further],
         "--eval_data tokens": {name: tokens.protocol["sha256"] for name, tokens in data.items()},
         "--tasks requests": zero_shot.protocol if zero_shot else {},
         **{f"--{name}": value for name, value in settings.items() if name not in elsewhere},
@@ -213,23 +170,30 @@ def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
 
 
 class Inputs(NamedTuple):
-    """What a run reads."""
+    """What a run reads. `further`: calibration windows of the draws behind the first."""
 
     checkpoint: Checkpoint
     tokenizer: Callable[[], TextTokenizer]
     calibration: Tokens
+    further: list[Tokens]
     data: dict[str, Tokens]
     zero_shot: ZeroShot | None
 
 
 def read_tokens(
     config: RunConfig, checkpoint: Checkpoint, tokenizer: Callable[[], TextTokenizer], memory: Memory
-) -> tuple[Tokens, dict[str, Tokens]]:
-    """The tokens to calibrate on, and those to evaluate on by data set; InputError for what cannot be read."""
-    source = (config.model, config.calibration, config.calibration_samples, config.calibration_length, config.seed)
-    calibration = memory.of(source, lambda: read_calibration(*source[1:], checkpoint, tokenizer))
-    sources = (config.model, config.eval_data, config.eval_length, config.eval_windows)
-    return calibration, memory.of(sources, lambda: read_evaluation(*sources[1:], checkpoint, tokenizer))
+) -> tuple[list[Tokens], dict[str, Tokens]]:
+    """The tokens to calibrate on, a draw after the other, and those to evaluate on by data set; InputError for what cannot be read."""
+
+    def draw(seed: int) -> Tokens:
+        source = (config.calibration, config.calibration_samples, config.calibration_length, seed)
+        return memory.of((config.model, *source), lambda: read_calibration(*source, checkpoint, tokenizer))
+
+    drawn = [draw(config.seed + k) for k in range(config.calibration_draws)]
+    draws.check_different(drawn, config.calibration)
+    sources = (config.eval_data, config.eval_length, config.eval_windows)
+    data = memory.of((config.model, *sources), lambda: read_evaluation(*sources, checkpoint, tokenizer))
+    return drawn, data
 
 
 def read_inputs(config: RunConfig, method: Method, request: Request, memory: Memory) -> Inputs:
@@ -238,9 +202,9 @@ def read_inputs(config: RunConfig, method: Method, request: Request, memory: Mem
     method.check(checkpoint.model, request)
     console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
     tokenizer = tokenizer_of(checkpoint)
-    calibration, data = read_tokens(config, checkpoint, tokenizer, memory)
+    (calibration, *further), data = read_tokens(config, checkpoint, tokenizer, memory)
     zero_shot = read_tasks(config.tasks, config.limit, config.num_fewshot, checkpoint, tokenizer)
-    return Inputs(checkpoint, tokenizer, calibration, data, zero_shot)
+    return Inputs(checkpoint, tokenizer, calibration, further, data, zero_shot)
 
 
 def measured(config: RunConfig, inputs: Inputs, which: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
@@ -260,18 +224,37 @@ def tier_of(config: RunConfig, model: Model, calibration: Tokens, mesh: Mesh | N
     return tier_for(config.activations, jax.eval_shape(model.arch.embed, model.ends, calibration.ids), mesh, memory_there())
 
 
+def prune_further(
+    config: RunConfig, inputs: Inputs, method: Method, request: Request, work: pathlib.Path, journal: Journal, clock: Clock
+) -> list[dict[str, Any]]:
+    """`draws.record` of each draw behind the first, a step of the run's journal each, whose files stay in `work` until it is one."""
+    found, facts = [], fingerprint(config, inputs) if inputs.further else {}
+    for tokens in inputs.further:
+        place = work / f"draw-{tokens.protocol['seed']}"
+
+        def repeat(tokens: Tokens = tokens, place: pathlib.Path = place) -> dict[str, Any]:
+            def measure(pruned: Checkpoint) -> dict[str, Any]:
+                return measured(config, inputs, pruned, request.mesh)
+
+            return draws.prune_on(tokens, inputs.checkpoint, method, request, place, facts, config.layout, measure)
+
+        found.append(journal.step(repeat))
+        on_first(functools.partial(shutil.rmtree, place, ignore_errors=True))
+        clock.lap("draws")
+    return found
+
+
 def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory.
 
     Args:
       memory: of the other runs of this process, where it is one of a sweep's trials; no result depends on it.
     """
-    clock = Clock("load", "calibrate_and_prune", "eval", "export")
+    clock = Clock("load", "calibrate_and_prune", *["draws"] * (config.calibration_draws > 1), "eval", "export")
     method, request = request_of(config)
     output = output_path(config.output)
     inputs = read_inputs(config, method, request, memory or Memory(0))
-    checkpoint, tokenizer, calibration, data, zero_shot = inputs
-    model = checkpoint.model
+    checkpoint, tokenizer, calibration, _, data, zero_shot = inputs
     clock.lap("load")
     journal: Journal | None = None
 
@@ -289,23 +272,24 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         clock.lap("load")
         dense = journal.step(lambda: measured(config, inputs, checkpoint, request.mesh), "dense")
         clock.lap("eval")
-        echo = export.Echo(model, writer)
+        echo = export.Echo(checkpoint.model, writer)
         with console.progress() as stage:
-            tier = tier_of(config, model, calibration, request.mesh)
+            tier = tier_of(config, checkpoint.model, calibration, request.mesh)
             request = dataclasses.replace(request, tier=tier, stage=stage, journal=journal)
-            outcome = method(model, calibration.ids, request, echo.put)
+            outcome = method(checkpoint.model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
+        further = prune_further(config, inputs, method, request, work, journal, clock)
         written, counts = complete(directory, checkpoint, writer, echo, outcome, config.output_format, request.mesh)
         clock.lap("export")
         pruned = measured(config, inputs, written.loaded, request.mesh)
         clock.lap("eval")
         target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
-        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot)
+        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot, further)
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
-        result |= {"samples": on_first(lambda: samples(checkpoint, written.loaded, tokenizer))}
+        result["samples"] = on_first(lambda: samples(checkpoint, written.loaded, tokenizer))
         clock.lap("eval")
-        result |= {"seconds": clock.seconds}
+        result["seconds"] = clock.seconds
         result["warnings"] += ["the run was interrupted: its seconds are those since it went on"] * went_on
         result["warnings"] += [SHARED] * (memory is not None)
         on_first(lambda: write_reports(directory, result))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from launch import plots, summary
+from launch import kept_plot, plots, quality, summary
 from launch.accuracy_plot import accuracy_bars
 
 if TYPE_CHECKING:
@@ -38,7 +38,9 @@ def render(report: Mapping[str, Any]) -> str:
     linears = _linears(report["sparsity"])
     return template("report.html.j2").render(
         report=report,
+        followed=summary.followed(report),
         tiles=_tiles(report),
+        lights=quality.lights(report),
         quality=summary.quality_rows(report),
         cost=summary.cost_rows(report),
         expectation=expectation(report),
@@ -96,6 +98,8 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, scores in report.get("perplexity", {}).items():
         dense, pruned = scores.get("dense"), scores.get("pruned")
         note = f"from {summary.perplexity(dense)} ({summary.ratio(dense, pruned)})"
+        if over := summary.drawn(report, name):
+            note += f"; {over.said} over {len(report['draws'])} draws"
         tiles.append((f"perplexity, {summary.shorten(name)}", summary.perplexity(pruned), note))
     if sizes:
         dense, pruned = sizes["dense"], sizes["pruned"]
@@ -112,13 +116,17 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
     drawn = [
         Figure(
             "Perplexity, before and after",
-            "Lower is better." + (f" Tokens predicted: {tokens}." if tokens else ""),
+            "Lower is better."
+            + (" Thin lines reach one standard error over windows to both sides." if _has_errors(perplexity) else "")
+            + (f" Tokens predicted: {tokens}." if tokens else "")
+            + _said(summary.followed(report)),
             plots.perplexity_bars(perplexity),
         ),
         Figure(
             "Accuracy, before and after",
             "Higher is better. Thin lines reach one standard error to both sides."
-            + (f" Documents: {documents}." if documents else ""),
+            + (f" Documents: {documents}." if documents else "")
+            + _said(summary.followed(report)),
             accuracy_bars(report.get("tasks") or {}),
         ),
         Figure(
@@ -128,6 +136,10 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
         ),
         *_searches(details),
         *_removals(details),
+        *(
+            Figure(f"Kept {what}", f"Coloured: kept; empty: removed. {said}.", svg)
+            for what, said, svg in kept_plot.pictures(details)
+        ),
         Figure(
             "Sparsity in each block",
             "Bars: got. Line across: asked, where the method was given a budget. Linears within half a point "
@@ -141,6 +153,15 @@ def _figures(report: Mapping[str, Any]) -> list[Figure]:
         ),
     ]
     return [figure for figure in drawn if figure.svg]
+
+
+def _has_errors(perplexity: Mapping[str, Mapping[str, Any]]) -> bool:
+    return any(scores.get(f"{which}_stderr") for scores in perplexity.values() for which in ("dense", "pruned"))
+
+
+def _said(words: str) -> str:
+    """Words as a sentence behind others."""
+    return f" {words[0].upper()}{words[1:]}." if words else ""
 
 
 def _allocation(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 ABSENT = "—"
-_STAGES = {"load": "load", "calibrate_and_prune": "calibrate and prune", "eval": "evaluate", "export": "export"}
+_STAGES = {
+    "load": "load",
+    "calibrate_and_prune": "calibrate and prune",
+    "draws": "other draws",
+    "eval": "evaluate",
+    "export": "export",
+}
 
 
 class Row(NamedTuple):
@@ -87,6 +93,31 @@ def asked(sparsity: Mapping[str, Any]) -> str:
     return "" if sparsity.get("target") is None else f"asked {percent(sparsity['target'])}"
 
 
+def followed(report: Mapping[str, Any]) -> str:
+    """The protocol that was asked for by name, and the flags that were given other values than its own; nothing without one."""
+    protocol = report.get("protocol", {})
+    if "name" not in protocol:
+        return ""
+    changed = ", ".join(f"--{flag}={value}" for flag, value in protocol.get("overridden", {}).items())
+    return f"protocol {protocol['name']}" + (f", but {changed}" if changed else "")
+
+
+class Drawn(NamedTuple):
+    """A perplexity over calibration draws. `said`: mean ± sample standard deviation; `span`: least to most."""
+
+    said: str
+    span: str
+
+
+def drawn(report: Mapping[str, Any], data: str) -> Drawn | None:
+    """The perplexity on a data set over the run's calibration draws; None if there was one alone."""
+    found = report.get("spread", {}).get("perplexity", {}).get(data)
+    if not found:
+        return None
+    said = measured((found["mean"], found["std"]), fraction=False)
+    return Drawn(said, f"{perplexity(found['min'])} to {perplexity(found['max'])}")
+
+
 class Metric(NamedTuple):
     """A metric of a task with its standard error (None: it has none), of the dense and of the pruned model; None where it was not run."""
 
@@ -125,14 +156,18 @@ def measured(value: tuple[float, float | None] | None, fraction: bool) -> str:
     return say(value[0]) + ("" if value[1] is None else f" ± {say(value[1])}")
 
 
-def task_rows(tasks: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """A row for each metric of each task; accuracies in percent, their changes in points."""
+def task_rows(tasks: Mapping[str, Mapping[str, Any]], spread: Mapping[str, Mapping[str, Any]] | None = None) -> list[Row]:
+    """A row for each metric of each task; accuracies in percent, their changes in points. One more where it has a `spread` over draws."""
     rows = []
     for m in metrics(tasks):
         change = ABSENT
         if m.dense and m.pruned:
             change = f"{100 * (m.pruned[0] - m.dense[0]):+.2f} points" if m.fraction else ratio(m.dense[0], m.pruned[0])
         rows.append(Row(f"{m.task}, {m.name}", measured(m.dense, m.fraction), measured(m.pruned, m.fraction), change))
+        if found := (spread or {}).get(m.task, {}).get(m.name):
+            say = percent if m.fraction else perplexity
+            said = measured((found["mean"], found["std"]), m.fraction)
+            rows.append(Row("… over calibration draws", "", said, f"{say(found['min'])} to {say(found['max'])}"))
     return rows
 
 
@@ -141,8 +176,14 @@ def quality_rows(report: Mapping[str, Any]) -> list[Row]:
     rows = []
     for name, scores in report.get("perplexity", {}).items():
         dense, pruned = scores.get("dense"), scores.get("pruned")
-        rows.append(Row(f"Perplexity, {name}", perplexity(dense), perplexity(pruned), ratio(dense, pruned)))
-    rows += task_rows(report.get("tasks", {}))
+        before, after = (
+            measured(None if scores.get(which) is None else (scores[which], scores.get(f"{which}_stderr")), fraction=False)
+            for which in ("dense", "pruned")
+        )
+        rows.append(Row(f"Perplexity, {name}", before, after, ratio(dense, pruned)))
+        if over := drawn(report, name):
+            rows.append(Row(f"… over {len(report['draws'])} calibration draws", "", over.said, over.span))
+    rows += task_rows(report.get("tasks", {}), report.get("spread", {}).get("tasks", {}))
     sparsity = report.get("sparsity", {})
     rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), asked(sparsity)))
     rows.append(Row("Sparsity, whole model", "", percent(sparsity.get("total")), ""))

@@ -18,6 +18,7 @@ from rich.console import Console
 from calibration.journal import Memory
 from launch import calls, cli, console, prune, sweep_report
 from launch.backends import BACKENDS, Where, parse_resources
+from launch.config import RunConfig, request_of
 from launch.flags import (
     calibration_flags,
     check_once,
@@ -31,7 +32,7 @@ from launch.flags import (
     seeds,
 )
 from launch.measure import tokenizer_of
-from launch.prune import RunConfig
+from launch.protocols import protocol_flag
 from launch.staging import alone, check_free
 from launch.tasks import task_flags
 from launch.trials import Trial
@@ -54,6 +55,7 @@ def options() -> cli.Flags:
     f.string("seeds", "0", "comma-separated: of the calibration windows drawn, and of what is random in a method")
     f.group("Method")
     mask_flags(f)
+    protocol_flag(f)
     calibration_flags(f)
     evaluation_flags(f)
     task_flags(f)
@@ -110,7 +112,7 @@ def check(trials: Sequence[Trial], backend: str, memory: Memory) -> Checked:
         # Where trials run elsewhere, this host's devices say nothing of theirs.
         config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
         try:
-            method, request = prune.request_of(config)
+            method, request = request_of(config)
             method.check(checkpoint.model, request)
         except InputError as e:
             reasons[trial] = str(e)

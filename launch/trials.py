@@ -14,7 +14,7 @@ import jax
 
 from calibration.journal import Memory, write_durably
 from launch import calls, export, prune
-from launch.prune import RunConfig
+from launch.config import RunConfig
 from models.errors import InputError
 
 FORGET = 16  # trials after which compiled programs are dropped: a process that keeps thousands runs out of memory maps

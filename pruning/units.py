@@ -161,5 +161,6 @@ def outcome(
         removed=tuple(removed),
         scores=tuple(scores),
         scores_label=label,
-        details={f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps] for name in keeps[0]},
+        details={f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps] for name in keeps[0]}
+        | {"units": {name: len(mask) for name, mask in keeps[0].items()}},  # of each kind, in every block of the dense model
     )

@@ -110,9 +110,9 @@ def test_what_a_program_gives_is_placed_as_the_compiler_says() -> None:
 def test_a_token_file_has_its_own_shape(shapes_only: pathlib.Path) -> None:
     np.save(shapes_only / "tokens.npy", np.zeros((5, 7), np.int32))
     flags = values(shapes_only, f"--calibration={shapes_only / 'tokens.npy'}")
-    assert plan.tokens_shape(plan.frozen(plan.prune.RunConfig, flags), tiny.LLAMA) == (5, 7)
+    assert plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA) == (5, 7)
     flags = values(shapes_only, "--calibration_length=0")
-    assert plan.tokens_shape(plan.frozen(plan.prune.RunConfig, flags), tiny.LLAMA) == (12, tiny.LLAMA["max_position_embeddings"])
+    assert plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA) == (12, tiny.LLAMA["max_position_embeddings"])
 
 
 def test_published_models_are_known_by_name() -> None:
