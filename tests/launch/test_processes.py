@@ -39,7 +39,6 @@ RUNS = {
     "sparsellm": ["--method=sparsellm(iterations=1)", "--sparsity=0.5"],
     "llmrank": ['--method=llmrank(repair="refit")', "--sparsity=0.5"],
     "flap": ["--method=flap", "--sparsity=0.3"],
-    "flap-official": ['--method=flap(variant="official")', "--sparsity=0.4"],
     "wanda_sp": ['--method=wanda_sp(repair="bias")', "--sparsity=0.4"],
     "magnitude_sp": ["--method=magnitude_sp", "--sparsity=0.4"],
     "sleb": ["--method=sleb(blocks=2)"],

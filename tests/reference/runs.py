@@ -8,7 +8,6 @@ import contextlib
 import json
 import sys
 
-import jax
 import numpy as np
 
 from launch import prune
@@ -56,7 +55,6 @@ def main(model: str, output: str, runs: str, coordinator: str | None = None, cou
         if name == "again":
             interrupted(config)
         prune.prune(config)
-        jax.clear_caches()
         print(f"{name} read in part: {sorted(parts)}")
 
 
