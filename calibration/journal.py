@@ -22,6 +22,7 @@ from models.processes import on_first, together
 from models.sharding import to_host
 
 INDEX = "journal.json"
+NEW = "{}.new"  # the name of a file that is being written
 SHARE = 0.1  # of the time that may go into saving hidden states: the rest is what a kill costs at most
 
 
@@ -77,7 +78,7 @@ class Begun(NamedTuple):
 
 def write_durably(path: pathlib.Path, data: bytes) -> None:
     """Write a file that is there whole or not at all, also after a crash of the machine."""
-    beside = path.with_name(path.name + ".new")
+    beside = path.with_name(NEW.format(path.name))
     with beside.open("wb") as file:
         file.write(data)
         file.flush()
@@ -143,9 +144,9 @@ class Journal:
             self._open(index)
 
     def _index(self) -> dict[str, Any] | None:
-        """What the index file says; None where the directory is new."""
+        """What the index file says; None where none was ever written: the directory is new, or its run was killed in the first write."""
         self._directory.mkdir(parents=True, exist_ok=True)
-        if not any(self._directory.iterdir()):
+        if all(path.name == NEW.format(INDEX) for path in self._directory.iterdir()):
             return None
         try:
             return dict(json.loads((self._directory / INDEX).read_text(encoding="utf-8")))

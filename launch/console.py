@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from launch import summary
+from models.processes import first
 
 _LINES = 10  # most progress lines that a log gets
 
@@ -44,7 +44,7 @@ def show(report: Mapping[str, Any], console: Console) -> None:
 
 def note(text: str, console: Console | None = None) -> None:
     """A line for who watches, on `console` (default: standard error), from the main process only."""
-    if jax.process_index() == 0:
+    if first():
         (console or Console(stderr=True)).print(Text(text), soft_wrap=True)
 
 
@@ -59,7 +59,7 @@ def progress(console: Console | None = None) -> Iterator[Stage]:
     anything else gets at most ten plain lines a stage, without control characters. Only the main process shows anything.
     """
     console = console or Console(stderr=True)
-    if jax.process_index() != 0:
+    if not first():
         yield lambda description, steps: lambda: None
     elif console.is_interactive:
         with _bar(console) as bar:

@@ -1,6 +1,7 @@
 """--calibration_draws: a run repeated on other calibration windows, for the spread that they alone give its figures."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.data import Tokens, taken_whole
-from calibration.journal import INDEX, Journal
+from calibration.journal import Journal
 from launch import console
 from models.errors import InputError
 from models.forms import Layout
@@ -59,14 +60,8 @@ def prune_on(
       measure: a checkpoint -> what `launch.prune` measures of it.
     """
     model, seed = checkpoint.model, tokens.protocol["seed"]
-
-    def clear() -> None:
-        begun = (
-            place / "journal" / INDEX
-        ).is_file()  # what an interrupted run had begun to make of its blocks goes, or all it had
-        shutil.rmtree(place / "model" if begun else place, ignore_errors=True)
-
-    on_first(clear)
+    # What an interrupted run had begun to make of its blocks.
+    on_first(functools.partial(shutil.rmtree, place / "model", ignore_errors=True))
     writer = Writer(place / "model", checkpoint.config, layout, work=place / "blocks")
     journal = Journal(place / "journal", {**facts, "draw": tokens.protocol}, writer)
     with console.progress() as stage:

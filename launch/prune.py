@@ -54,14 +54,8 @@ from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
 EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
-VARIED = (
-    "--method",
-    "--sparsity",
-    "--allocation",
-    "--seed",
-    "--calibration tokens",
-    "further draws",
-)  # what runs that share steps differ in
+# What runs that share steps differ in.
+VARIED = ("--method", "--sparsity", "--allocation", "--seed", "--calibration tokens", "further draws")
 SHARED = "a trial of a sweep: its seconds leave out what earlier ones had computed or compiled, its peak memory is the process's so far"
 
 
@@ -225,10 +219,21 @@ def tier_of(config: RunConfig, model: Model, calibration: Tokens, mesh: Mesh | N
 
 
 def prune_further(
-    config: RunConfig, inputs: Inputs, method: Method, request: Request, work: pathlib.Path, journal: Journal, clock: Clock
+    config: RunConfig,
+    inputs: Inputs,
+    method: Method,
+    request: Request,
+    work: pathlib.Path,
+    facts: Mapping[str, Any],
+    journal: Journal,
+    clock: Clock,
 ) -> list[dict[str, Any]]:
-    """`draws.record` of each draw behind the first, a step of the run's journal each, whose files stay in `work` until it is one."""
-    found, facts = [], fingerprint(config, inputs) if inputs.further else {}
+    """`draws.record` of each draw behind the first, a step of the run's journal each, whose files stay in `work` until it is one.
+
+    Args:
+      facts: the run's fingerprint.
+    """
+    found = []
     for tokens in inputs.further:
         place = work / f"draw-{tokens.protocol['seed']}"
 
@@ -278,7 +283,7 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
             request = dataclasses.replace(request, tier=tier, stage=stage, journal=journal)
             outcome = method(checkpoint.model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
-        further = prune_further(config, inputs, method, request, work, journal, clock)
+        further = prune_further(config, inputs, method, request, work, facts, journal, clock)
         written, counts = complete(directory, checkpoint, writer, echo, outcome, config.output_format, request.mesh)
         clock.lap("export")
         pruned = measured(config, inputs, written.loaded, request.mesh)

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from launch import summary
+from launch.figures import MISSED
 
 MARKS = {"good": "●", "look": "▲", "bad": "■"}  # told apart by shape too
 RATIO = (1.25, 2.0)  # of perplexities, pruned over dense: more than the first is worth a look, more than the second is bad
 CHANCE = 2.0  # standard errors: an accuracy that is not so far above guessing is at chance
 REPEATED = (0.2, 0.5)  # more of the text repeated than in the dense model's
 GRAM = 3  # words that count as repeated when they came before in the same text
-MISSED = 0.005  # of the prunable weights
 SPREAD = 0.05  # standard deviation of perplexity over calibration draws, of its mean
 
 

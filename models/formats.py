@@ -86,7 +86,7 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
 def _safetensors(path: pathlib.Path) -> dict[str, Entry]:
     with _opened(path) as file:
         shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
-    return {n: Entry(shape, partial(load_tensor, path, n), partial(load_tensor, path, n)) for n, shape in shapes.items()}
+    return {n: Entry(shape, load := partial(load_tensor, path, n), load) for n, shape in shapes.items()}
 
 
 def load_tensor(path: pathlib.Path, name: str, rows: slice = WHOLE) -> np.ndarray:

@@ -166,6 +166,16 @@ def test_the_index_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytes
     assert json.loads((tmp_path / "journal.json").read_text())["steps"] == ["000.msgpack", "001.msgpack"]
 
 
+def test_a_run_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
+    """Nothing counts yet, so nothing is lost; with anything else there, the index is gone."""
+    (tmp_path / "journal.json.new").write_text('{"finger')
+    assert Journal(tmp_path, PRINT, Sink()).finished == 0
+    (tmp_path / "journal.json").rename(tmp_path / "journal.json.new")
+    (tmp_path / "000.msgpack").write_bytes(b"")
+    with pytest.raises(InputError, match=r"journal\.json of the unfinished run is damaged or gone"):
+        Journal(tmp_path, PRINT, Sink())
+
+
 def test_what_another_run_computed_is_not_computed_again(tmp_path: Path) -> None:
     memory = Memory()
     assert_same(Journal(tmp_path / "a", PRINT, Sink(), memory, "model").step(lambda: VALUE, "key"), VALUE)
