@@ -19,11 +19,42 @@ class Observer(NamedTuple):
     update: Callable[[Any, jax.Array], Any]
 
 
+def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """a + b as rounded, and what the rounding lost, exactly (Knuth, TAOCP 2, 4.2.2, theorem B)."""
+    s = a + b
+    part = s - a
+    return s, (a - (s - part)) + (b - part)
+
+
+def _compensated(total: jax.Array, lost: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """Sum along an axis of numbers `total + lost`, in pairs, as such a number without that axis."""
+    while (n := total.shape[axis]) > 1:
+        if n % 2:
+            pad = [(0, int(i == axis)) for i in range(total.ndim)]
+            total, lost = jnp.pad(total, pad), jnp.pad(lost, pad)
+        (a, b), (c, d) = jnp.split(total, 2, axis), jnp.split(lost, 2, axis)
+        total, new = _two_sum(a, b)
+        lost = c + d + new
+    return total.squeeze(axis), lost.squeeze(axis)
+
+
+CHUNK = 16  # tokens summed plainly: their rounding errors are many and independent
+
+
+def _sum_over_tokens(y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Sum of [b t c] over sequences and tokens as (rounded, lost) [c]: first within each sequence, where its device holds it."""
+    y = jnp.pad(y, ((0, 0), (0, -y.shape[1] % CHUNK), (0, 0)))
+    chunks = y.reshape(len(y), -1, CHUNK, y.shape[2]).sum(axis=2)
+    return _compensated(*_compensated(chunks, jnp.zeros_like(chunks), axis=1), axis=0)
+
+
 class SecondMoment(NamedTuple):
-    """`total`: sum over all tokens of x^2, float32 [c]; `samples`: sequences seen, float32 []."""
+    """`total`: sum over all tokens of x^2, float32 [c], rounded once: what additions lost is kept in `lost` [c], so that it does not
+    depend on how sequences are batched, and near ties of scores fall the same way; `samples`: sequences seen, float32 []."""
 
     total: jax.Array
     samples: jax.Array
+    lost: jax.Array
 
     @property
     def per_sample(self) -> jax.Array:
@@ -31,18 +62,24 @@ class SecondMoment(NamedTuple):
         return self.total / self.samples
 
 
+def _add(state: SecondMoment, squares: jax.Array) -> SecondMoment:
+    """A micro-batch's x^2 [b t c], float32."""
+    new, lost = _sum_over_tokens(squares)
+    total, more = _two_sum(state.total, new)
+    total, lost = _two_sum(total, state.lost + lost + more)
+    return SecondMoment(total, state.samples + len(squares), lost)
+
+
 def _second_moment_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
-    x = x.astype(jnp.float32)
-    return SecondMoment(state.total + jnp.einsum("btc,btc->c", x, x), state.samples + x.shape[0])
+    return _add(state, jnp.square(x.astype(jnp.float32)))
 
 
-second_moment = Observer(lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(())), _second_moment_update)
+second_moment = Observer(lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(()), jnp.zeros(c)), _second_moment_update)
 
 
 def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
-    x = x.astype(jnp.float32)
     weight = 2.0 / (state.samples + 1 + jnp.arange(len(x)))  # of the n-th sequence: 2/n
-    return SecondMoment(state.total + jnp.einsum("btc,btc,b->c", x, x, weight), state.samples + len(x))
+    return _add(state, jnp.square(x.astype(jnp.float32)) * weight[:, None, None])
 
 
 # NeuroAL's released code takes the norms of SparseGPT's inputs after SparseGPT has scaled them, so that later sequences count less.

@@ -33,6 +33,17 @@ def test_second_moment_does_not_depend_on_batches(sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2]])
+def test_second_moment_is_rounded_once_however_many_tokens(sizes: list[int]) -> None:
+    """A plain float32 sum of as many tokens is off by up to four units in the last place, and by others for other batches."""
+    rng = np.random.default_rng(1)
+    x = (rng.normal(size=(12, 500, 64)) * rng.lognormal(size=(12, 500, 1))).astype(np.float32)
+    exact = (x.astype(np.float64) ** 2).sum((0, 1))
+    got = np.asarray(fold(second_moment, x, sizes).total)
+    assert np.all(np.abs(got - exact) <= 0.6 * np.spacing(exact.astype(np.float32)))
+    assert np.array_equal(got, fold(second_moment, x, [6, 6]).total)
+
+
+@pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2]])
 def test_batch_norms_are_means_of_norms_and_depend_on_batches(sizes: list[int]) -> None:
     parts = np.split(X.astype(np.float64), np.cumsum(sizes)[:-1])
     want = np.mean([np.linalg.norm(p.reshape(-1, p.shape[-1]), axis=0) for p in parts], axis=0)
