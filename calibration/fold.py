@@ -105,7 +105,7 @@ def walk_blocks(
     fresh = (embed(model.arch, ends, t) for t in batches(tokens, batch, mesh)) if len(records) < depth else []
     xs = States(fresh if saved is None else saved, tier, mesh)
     del saved
-    blocks = ahead(model.blocks, len(records), mesh)
+    blocks = ahead(model.blocks, range(len(records), depth), mesh)
     for i in range(len(records), depth):
         last = i == depth - 1
         new, record, moved_on = visit(i, next(blocks), xs, last)

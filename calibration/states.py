@@ -27,10 +27,10 @@ def memory() -> dict[str, int]:
     return {"device": stats.get("bytes_limit", 0), "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
 
 
-def roomy(size: int) -> bool:
-    """Whether a model of so many bytes may be held whole for a check or a sample, which pruning itself never does."""
+def roomy(size: int, shards: int = 1) -> bool:
+    """Whether a model of so many bytes, split over so many devices, may be held whole for a search, a check or a sample."""
     there = memory()
-    return size <= (there["device"] / 2 if there["device"] else there["host"] / 8)
+    return size / shards <= there["device"] / 2 if there["device"] else size <= there["host"] / 8
 
 
 def tier_of(device: int, host: int, there: Mapping[str, int]) -> Tier:

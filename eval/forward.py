@@ -35,6 +35,6 @@ def last_states(
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
         xs = [embed(model.arch, ends, t) for t in tokens]
         for block in ahead(model.blocks, mesh=mesh):
-            xs = [apply_block(model.arch, block, x) for x in xs]
+            xs = jax.block_until_ready([apply_block(model.arch, block, x) for x in xs])  # no blocks gather that wait to be run
         yield from zip(tokens, xs, strict=True)
         first = end

@@ -66,6 +66,12 @@ class LazyBlocks(ReadBlocks):
     def __len__(self) -> int:
         return len(self.specs)
 
+    @property
+    def nbytes(self) -> int:
+        """What all of them would take in memory."""
+        numbers = sum(math.prod(s.shape) for s in jax.tree.leaves(self.specs, is_leaf=hf.is_spec))
+        return numbers * jnp.dtype(self._dtype).itemsize
+
     def read(self, i: int) -> Block:
         """Block i on the default device, in the type that was asked for."""
         return self.placed(self.fetch(i))
@@ -82,17 +88,18 @@ class LazyBlocks(ReadBlocks):
         return _placed(block, self._dtype, mesh)
 
 
-def ahead(blocks: Sequence[Block], start: int = 0, mesh: Mesh | None = None) -> Iterator[Block]:
-    """blocks[start:] one after the other, placed on the mesh; a checkpoint's next one is read into host memory while the caller works on
-    this one."""
+def ahead(blocks: Sequence[Block], order: Sequence[int] | None = None, mesh: Mesh | None = None) -> Iterator[Block]:
+    """blocks[i] for every i of `order` (None: all of them), placed on the mesh; a checkpoint's next one is read into host memory while the
+    caller works on this one."""
+    order = range(len(blocks)) if order is None else order
     if not isinstance(blocks, LazyBlocks):
-        yield from (place(blocks[i], mesh) for i in range(start, len(blocks)))
+        yield from (place(blocks[i], mesh) for i in order)
         return
     with ThreadPoolExecutor(1, "read-ahead") as reader:
-        reading = [reader.submit(blocks.fetch, i, mesh) for i in range(len(blocks))[start : start + 1]]
-        for i in range(start, len(blocks)):
+        reading = [reader.submit(blocks.fetch, i, mesh) for i in order[:1]]
+        for k in range(len(order)):
             placed = [blocks.placed(reading.pop().result(), mesh)]
-            reading += [reader.submit(blocks.fetch, j, mesh) for j in range(len(blocks))[i + 1 : i + 2]]
+            reading += [reader.submit(blocks.fetch, i, mesh) for i in order[k + 1 : k + 2]]
             yield placed.pop()  # nothing of it is held here while the caller works
 
 

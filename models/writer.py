@@ -21,7 +21,7 @@ from models.layers import Linear
 from models.processes import on_first
 from models.sharding import to_host
 
-SHARD_BYTES = 1 << 30  # saving takes as much again
+SHARD_BYTES = 1 << 29  # saving takes as much again
 METADATA = {"format": "pt"}
 # The tokenizer's files and the generation settings, by the names that transformers gives them.
 COPIED = (

@@ -144,6 +144,7 @@ def _details(runner: Runner, trace: Trace, units: Sequence[Unit], kind: Kind) ->
         "cache": {
             "surviving_every": shared.room.every,
             "candidates_every": own.room.every,
+            "blocks_held": runner.held,
             **{f"{tier}_bytes": a + b for tier, a, b in zip(TIERS, shared.most, own.most, strict=True)},
         },
     }

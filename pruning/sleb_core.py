@@ -7,7 +7,7 @@ alike share what they have in common: a candidate for removal with the model it 
 import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,11 +16,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calibration.journal import digest
-from calibration.states import TIERS, Kept, OnDisk, fetch, keep, scratch
+from calibration.states import TIERS, Kept, OnDisk, fetch, keep, roomy, scratch
 from models.arch import Arch, Block, Model, apply_block, cross_entropy, embed
 from models.processes import several
 from models.sharding import place, split, to_host
-from models.store import ahead
+from models.store import LazyBlocks, ahead
 
 Piece = tuple[int, tuple[str, ...]]  # a block, and those of its linears that write nothing to the residual stream any more
 Path = tuple[Piece, ...]
@@ -127,16 +127,18 @@ def silenced(block: Block, writers: Iterable[str]) -> Block:
 
 
 class Runner:
-    """A model's blocks on the devices with the tokens they are tried on; runs any path from the longest part of it that is kept.
+    """A model's blocks with the tokens they are tried on; runs any path from the longest part of it that is kept.
 
-    `evaluations` counts what was run, in blocks times windows; `sizes` has the windows of each micro-batch; `stores` the states that
-    all candidates of a phase share, and those that are each candidate's own; `digest` tells the tokens.
+    `held`: the blocks stay on the devices; those of a checkpoint too large for that are read each time they are run, the next one of the
+    path while one is at work. `evaluations` counts what was run, in blocks times windows; `sizes` has the windows of each micro-batch;
+    `stores` the states that all candidates of a phase share, and those that are each candidate's own; `digest` tells the tokens.
     """
 
     def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, there: Sequence[int]):
         self.arch: Arch = model.arch
         self._mesh, self._ends, self.digest = mesh, place(model.ends, mesh), digest(tokens)
-        self._blocks = list(ahead(model.blocks, mesh=mesh))
+        self.held = not isinstance(model.blocks, LazyBlocks) or roomy(model.blocks.nbytes, mesh.shape["model"] if mesh else 1)
+        self._blocks = list(ahead(model.blocks, mesh=mesh)) if self.held else model.blocks
         self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
         width = jax.eval_shape(model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32))
         kept = (there[0], 0, 0) if several() else there  # what lies over several processes stays on their devices
@@ -145,10 +147,14 @@ class Runner:
         self.stores = Store(shared, directory), Store(own, directory)
         self.depth, self.sizes, self.evaluations = len(self._blocks), [len(t) for t in self._tokens], 0
 
-    def _apply(self, piece: Piece, x: jax.Array) -> jax.Array:
-        block, writers = piece
+    def _along(self, path: Path) -> Iterator[Block]:
+        """The blocks of the path's pieces."""
+        return ahead(self._blocks, [i for i, _ in path], self._mesh)
+
+    def _apply(self, piece: Piece, block: Block, x: jax.Array) -> jax.Array:
         self.evaluations += x.shape[0]
-        return apply_block(self.arch, silenced(self._blocks[block], writers), x)
+        y = apply_block(self.arch, silenced(block, piece[1]), x)
+        return y if self.held else jax.block_until_ready(y)  # else blocks that wait to be run would gather
 
     def _start(self, m: int, path: Path) -> tuple[int, jax.Array]:
         """The longest part of the path whose states are kept, and these."""
@@ -162,8 +168,8 @@ class Runner:
         """What the path makes of micro-batch `m`: [b t d]."""
         path, shared = candidate
         start, x = self._start(m, path)
-        for k in range(start, len(path)):
-            x = self._apply(path[k], x)
+        for k, block in enumerate(self._along(path[start:]), start):
+            x = self._apply(path[k], block, x)
             if k + 1 < len(path):
                 self.stores[k >= shared].put(m, path[: k + 1], x)
         return x
@@ -177,12 +183,13 @@ class Runner:
         """The influence of each unit on what leaves its block, in micro-batch `m`; one walk along the path to the last of them."""
         found, x = {}, embed(self.arch, self._ends, self._tokens[m])
         last = max(unit.block for unit in units.values())
-        for k, piece in enumerate(path[: 1 + [block for block, _ in path].index(last)], start=1):
-            y = self._apply(piece, x)
-            self.stores[0].put(m, path[:k], y)
-            for u in [u for u, unit in units.items() if unit.block == piece[0]]:
-                left, _ = without((piece,), units[u], writers)
-                found[u] = influence(self._apply(left[0], x) if left else x, y)
+        path = path[: 1 + [i for i, _ in path].index(last)]
+        for k, block in enumerate(self._along(path)):
+            y = self._apply(path[k], block, x)
+            self.stores[0].put(m, path[: k + 1], y)
+            for u in [u for u, unit in units.items() if unit.block == path[k][0]]:
+                left, _ = without((path[k],), units[u], writers)
+                found[u] = influence(self._apply(left[0], block, x) if left else x, y)
             x = y
         return {u: float(f) for u, f in found.items()}
 

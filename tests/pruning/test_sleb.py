@@ -1,7 +1,10 @@
 """SLEB: against a plain search that knows nothing of caches, with every budget of caches, stopping early or not, at its limits."""
 
 import functools
+import gc
 import math
+import pathlib
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +18,7 @@ from models import arch, hf
 from models.arch import Model, embed, logits
 from models.errors import InputError
 from models.sharding import make_mesh
+from models.store import LazyBlocks, open_checkpoint
 from pruning import sleb_core as core
 from pruning.sleb import sleb
 from pruning.types import Outcome, Request, prune
@@ -126,6 +130,36 @@ def test_no_result_depends_on_the_cache(family: str, room: tuple[float, float, f
     if variant == "official":
         assert runs[0] < 0.55 * plain
         assert (runs[1] == plain) == (not any(room))
+
+
+@pytest.mark.parametrize("search", ["greedy", "influence"])
+def test_a_checkpoint_that_does_not_fit_is_read_as_it_is_run(
+    search: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same result as with all blocks held; never more of them alive than the one at work and the one behind it."""
+    config = small.CONFIGS["llama"] | {"num_hidden_layers": 8}
+    tiny.write(tmp_path, tiny.state_of(config, deep("llama")), config)
+    m, refs, most = open_checkpoint(tmp_path).model, [], []  # type: Model, list[weakref.ref[Any]], list[int]
+    placed = LazyBlocks.placed
+
+    def counted(self: LazyBlocks, block: Any, mesh: Any = None) -> Any:
+        found = placed(self, block, mesh)
+        refs.append(weakref.ref(found.up.w))
+        gc.collect()
+        most.append(sum(ref() is not None for ref in refs))
+        return found
+
+    monkeypatch.setattr(LazyBlocks, "placed", counted)
+    held, want = run(m, 3, search=search)
+    whole = sum(x.nbytes for x in jax.tree.leaves(deep("llama").blocks))
+    monkeypatch.setattr(core, "roomy", lambda size, shards: size < whole)
+    refs.clear(), most.clear()
+    streamed, got = run(m, 3, search=search)
+    reads = most[: -len(streamed.blocks)]  # the last ones are the result
+    assert max(reads) <= 2 and len(reads) >= 7
+    assert small.same(held.blocks, streamed.blocks) and got.kept_blocks == want.kept_blocks
+    assert want.details["cache"]["blocks_held"] and not got.details["cache"]["blocks_held"]
+    assert all(got.details[k] == want.details[k] for k in ("removal_order", "losses", "stopped_at", "influence"))
 
 
 def test_states_of_candidates_spare_work_in_the_next_phase() -> None:

@@ -114,10 +114,12 @@ def test_weights_keep_their_type() -> None:
     assert np.array_equal(gone, same) and np.array_equal(got, jnp.asarray(want, jnp.bfloat16))
 
 
-@pytest.mark.parametrize("inputs", [1, 40, 300])
-def test_the_factor_is_upper_and_of_the_inverse(inputs: int) -> None:
+@pytest.mark.parametrize(("inputs", "panel"), [(1, 2048), (40, 2048), (300, 2048), (300, 100), (300, 299), (37, 5), (3, 1)])
+def test_the_factor_is_upper_and_of_the_inverse(inputs: int, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, and in panels, which may not divide it."""
+    monkeypatch.setattr(sparsegpt, "PANEL", panel)
     h = hessian(inputs)
-    u = np.asarray(jax.jit(sparsegpt.inverse_factor)(jnp.asarray(h))).astype(np.float64)
+    u = np.asarray(jax.jit(lambda h: sparsegpt.inverse_factor(h))(jnp.asarray(h))).astype(np.float64)
     assert np.array_equal(u, np.triu(u)) and np.all(np.diag(u) > 0)
     inverse = np.linalg.inv(h.astype(np.float64))
     np.testing.assert_allclose(u.T @ u, inverse, rtol=1e-5, atol=1e-5 * np.abs(inverse).max())
@@ -163,12 +165,16 @@ def indefinite(lowest: float) -> np.ndarray:
     return ((q * np.where(np.arange(40) == 7, lowest, 1.0)) @ q.T).astype(np.float32)
 
 
+@pytest.mark.parametrize("panel", [2048, 16])
 @pytest.mark.parametrize(
     ("lowest", "damp", "found"), [(0.5, 0.01, 0.01), (-0.05, 0.01, 0.1), (-0.5, 0.01, 1.0), (-5e-4, 0.0, 1e-3)]
 )
-def test_damping_is_raised_tenfold_until_h_factors(lowest: float, damp: float, found: float) -> None:
+def test_damping_is_raised_tenfold_until_h_factors(
+    lowest: float, damp: float, found: float, panel: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """From none at all the first raise is to 1e-6."""
-    f = jax.jit(sparsegpt.factor, static_argnums=1)(jnp.asarray(indefinite(lowest)), damp)
+    monkeypatch.setattr(sparsegpt, "PANEL", panel)
+    f = jax.jit(lambda h: sparsegpt.factor(h, damp))(jnp.asarray(indefinite(lowest)))
     assert float(f.damping) == pytest.approx(found)
     h = indefinite(lowest).astype(np.float64)
     want = np.linalg.inv(h + found * np.mean(np.diag(h)) * np.eye(40))

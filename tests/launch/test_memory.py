@@ -1,0 +1,60 @@
+"""What a run holds does not grow with the number of blocks: neither in the process, nor in arrays."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import pytest
+
+from models import hf
+from reference import synthetic
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+CONFIG = synthetic.LARGE | {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 512}
+BLOCK = 4 * sum(
+    s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1) for s in jax.tree.leaves(hf.specs(CONFIG)[2][0], is_leaf=hf.is_spec)
+)
+FEW = 4  # blocks
+ROOM = 2 * BLOCK
+
+
+class Run(NamedTuple):
+    """Bytes: the most of the process, the most in arrays."""
+
+    process: int
+    arrays: int
+
+
+def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
+    model = synthetic.write(directory / "model", CONFIG | {"num_hidden_layers": blocks})
+    tokens = f"{model}/tokens.npy"
+    data = [f"--model={model}", f"--calibration={tokens}", f"--eval_data={tokens}", "--calibration_batch=2"]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    script = [sys.executable, str(ROOT / "tests/reference/frugal.py"), str(ROOM)]
+    with subprocess.Popen(
+        [*script, *data, f"--output={directory / 'out'}", *flags], env=environment, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        said = process.stdout.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, said
+    shutil.rmtree(directory)
+    return Run(usage.ru_maxrss * 1024, json.loads(said.splitlines()[-1])["most"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "many"),
+    [(["--method=wanda", "--sparsity=0.5"], 36), (["--method=sleb(blocks=1, device_gib=0, host_gib=0)"], 18)],
+    ids=["one walk", "a search"],
+)
+def test_what_is_held_does_not_grow_with_the_blocks(flags: list[str], many: int, tmp_path: pathlib.Path) -> None:
+    a, b = (run(tmp_path / str(n), n, *flags) for n in (FEW, many))
+    print(a, b, BLOCK)
+    assert b.arrays - a.arrays < BLOCK
+    assert b.process - a.process < (many - FEW) * BLOCK / 3

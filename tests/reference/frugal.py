@@ -1,0 +1,52 @@
+"""launch.prune where models larger than so many bytes count as large, and so do shards: python frugal.py BYTES FLAGS...
+
+The most bytes of arrays that were alive are on the last line, as JSON. Whoever starts it gives the project's path.
+"""
+
+import functools
+import json
+import sys
+from typing import Any
+
+import jax
+
+from calibration import states
+from launch import prune
+from launch.cli import run
+from launch.export import Echo
+from models.arch import Block
+from models.store import LazyBlocks
+from models.writer import Writer
+
+most = 0
+
+
+def count() -> None:
+    """Note how much is alive now."""
+    global most
+    most = max(most, sum(x.nbytes for x in jax.live_arrays()))
+
+
+def main(room: str, *flags: str) -> int:
+    """A block is there when it is read, and beside the one it replaces when it is put."""
+    states.memory = lambda: {"device": 0, "host": 8 * int(room)}
+    prune.Writer = functools.partial(Writer, shard_bytes=int(room))  # type: ignore[misc, assignment]
+    placed, put = LazyBlocks.placed, Echo.put
+
+    def noted_placed(self: LazyBlocks, *args: Any) -> Block:
+        block = placed(self, *args)
+        count()
+        return block
+
+    def noted_put(self: Echo, i: int, block: Block) -> None:
+        count()
+        put(self, i, block)
+
+    LazyBlocks.placed, Echo.put = noted_placed, noted_put  # type: ignore[method-assign]
+    code = run(prune.options(), prune.main, flags)
+    print(json.dumps({"most": most}))
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
