@@ -91,17 +91,13 @@ def _shape(v: Any) -> tuple[int, ...]:
 
 
 def flops(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of the matrix products and factorisations of a program; loops of unknown length are counted once."""
+    """Floating-point operations of the matrix products of a program; loops of unknown length are counted once."""
     total = 0.0
     for eqn in jaxpr.eqns:
         shapes = [_shape(v) for v in eqn.invars]
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             total += 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(shapes[0][i] for i in contracted)
-        elif eqn.primitive.name == "cholesky":
-            total += math.prod(shapes[0]) * shapes[0][-1] / 3
-        elif eqn.primitive.name == "triangular_solve":
-            total += math.prod(shapes[1]) * shapes[0][-1]
         inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
         if eqn.primitive.name == "cond":
             total += max(inner)
@@ -185,7 +181,7 @@ def memory_of(model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, 
     there = memory() | ({"device": chip} if topology else {})
     each, block = _bytes(x, mesh), max(_bytes(b) for b in model.blocks)
     tier = tier_for(flag, x, mesh, there)
-    host = block + 2 * SHARD_BYTES + (_bytes(x) if tier == "host" else 0)
+    host = block + SHARD_BYTES + (_bytes(x) if tier == "host" else 0)
     parameters = _bytes((model.ends, model.blocks))
     return {
         "activations": tier,

@@ -21,7 +21,7 @@ from models.layers import Linear
 from models.processes import on_first
 from models.sharding import to_host
 
-SHARD_BYTES = 1 << 29  # saving takes as much again
+SHARD_BYTES = 1 << 30
 METADATA = {"format": "pt"}
 # The tokenizer's files and the generation settings, by the names that transformers gives them.
 COPIED = (
@@ -39,9 +39,10 @@ class Writer:
     """A checkpoint in the making: blocks go in one after the other, `finish` completes it. Of several processes, which all put every block,
     the first writes.
 
-    Blocks wait in memory until there are `shard_bytes` of them, or a `mark` is set; then they go to a file in `work`, from which `finish`
-    makes the checkpoint, so that it can be killed and called again. `parameters` counts what was put in. Blocks may have fewer heads and
-    neurons than the configuration says, and more biases: `models.forms` finds the form that holds them.
+    Blocks wait in memory until there are half of `shard_bytes` of them (saving takes as much again), or a `mark` is set; then they go to a
+    file in `work`, from which `finish` makes the checkpoint, so that it can be killed and called again. `parameters` counts what was put
+    in. Blocks may have fewer heads and neurons than the configuration says, and more biases: `models.forms` finds the form that holds
+    them.
 
     Args:
       work: a directory that survives for a `rewind`; None: one that `finish` removes.
@@ -90,7 +91,7 @@ class Writer:
         names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
         for spec, array in zip(names, arrays, strict=True):
             value = np.ascontiguousarray(to_host(array))
-            if self._buffer and sum(x.nbytes for x in self._buffer.values()) + value.nbytes > self._limit:
+            if self._buffer and sum(x.nbytes for x in self._buffer.values()) + value.nbytes > self._limit // 2:
                 self._flush()
             self._buffer[spec.name] = value
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from models.layers import Linear
+from pruning import inverse
 
 DAMP = 0.01  # added to the diagonal of the Gram matrix, as a share of its mean: SparseGPT's
 
@@ -37,7 +38,7 @@ def least_squares(p: Linear, total: jax.Array, mean: jax.Array, tokens: jax.Arra
         w = p.w.astype(jnp.float32)
         # W' - W on what stays: fits only what is lost, so that with nothing removed nothing changes.
         lost = jnp.where(keep[None, :], 0.0, w)
-        fitted = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(inside), jnp.where(keep[:, None], c, 0.0) @ lost.T).T
+        fitted = inverse.solve(inside, jnp.where(keep[:, None], c, 0.0) @ lost.T).T
         new = jnp.where(keep[None, :], w + fitted, 0.0)
         return _with_bias(p, new, (w - new) @ mean)
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from calibration.observers import Gram, gram
 from models.arch import Model
+from pruning.inverse import inverse_factor
 from pruning.types import Mask, Method, Outcome, Pattern, Pruner, Put, Request
 
 COLUMNS = 128  # columns decided on together: the paper's B
 STEPS = 4  # columns swept between two matrix products with the errors so far
-PANEL = 2048  # most columns that are factored in one piece
 TRIES = 7  # how often a factorisation is tried
 RAISE, LEAST = 10.0, 1e-6  # how much more damping each time, and the least of it then
 
@@ -43,48 +43,6 @@ def damped(h: jax.Array, damp: jax.Array | float) -> jax.Array:
     diagonal = jnp.diagonal(h)
     diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
     return jnp.fill_diagonal(h, diagonal + damp * jnp.mean(diagonal), inplace=False)
-
-
-def _small_inverse_factor(h: jax.Array) -> jax.Array:
-    """`inverse_factor` of what the platform's own factorisation takes whole.
-
-    H with rows and columns in reverse order factors into L L^T; in the right order that is R R^T with R upper triangular, and U = R^-1.
-    So H is neither inverted nor factored twice.
-    """
-    r = jnp.linalg.cholesky(h[::-1, ::-1])[::-1, ::-1]
-    return jax.scipy.linalg.solve_triangular(r, jnp.eye(len(h), dtype=h.dtype), lower=False)
-
-
-def inverse_factor(h: jax.Array) -> jax.Array:
-    """The upper triangular U [c c] with U^T U = H^-1; NaN where H is not positive definite.
-
-    A large H is taken in panels, from the last to the first. With H = [A B; B^T C] and C the panel at hand, U = [U_A, -U_A X U_C; 0, U_C]
-    where X = B U_C^T and U_A is that of A - X X^T. One loop body serves all panels: for TPUs, XLA unrolls a factorisation into steps
-    of 128 columns and compiles each.
-    """
-    with jax.default_matmul_precision("highest"):
-        panels = -(-len(h) // PANEL)
-        return _small_inverse_factor(h) if panels == 1 else _in_panels(h, panels)
-
-
-def _in_panels(h: jax.Array, panels: int) -> jax.Array:
-    size = -(-len(h) // panels)
-    pad = panels * size - len(h)
-    a = jnp.pad(h, (0, pad)) + jnp.diag(jnp.pad(jnp.zeros(len(h)), (0, pad), constant_values=1.0))
-    at = jnp.arange(len(a))
-
-    def panel(j: jax.Array, a: jax.Array) -> jax.Array:
-        # Rows and columns before `start` hold what is left of H, these rows' other columns X, and the other rows U.
-        start = len(a) - (j + 1) * size
-        column = jax.lax.dynamic_slice_in_dim(a, start, size, 1)
-        u = _small_inverse_factor(jax.lax.dynamic_slice_in_dim(column, start, size, 0))
-        x = jnp.where(at[:, None] < start, column @ u.T, 0.0)
-        a = jax.lax.dynamic_update_slice_in_dim(a - x @ x.T, x, start, 1)
-        later = jnp.where(at[None, :] >= start + size, jax.lax.dynamic_slice_in_dim(a, start, size, 0), 0.0)
-        row = jax.lax.dynamic_update_slice_in_dim(-u @ (later @ a), u, start, 1)
-        return jax.lax.dynamic_update_slice_in_dim(a, row, start, 0)
-
-    return jax.lax.fori_loop(0, panels, panel, a)[: len(h), : len(h)]
 
 
 def factor(h: jax.Array, damp: float) -> Factor:

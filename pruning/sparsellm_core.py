@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from calibration.observers import outer_products
 from models.layers import ACTIVATIONS, Linear, linear
-from pruning import sparsegpt
+from pruning import inverse, sparsegpt
 from pruning.types import Pattern
 
 
@@ -99,7 +99,7 @@ def p_gain(two: Linear, c: Penalties) -> jax.Array:
     """W2^T (W2 W2^T + gamma/beta I)^-1 [f d]: how p follows what the part's output lacks."""
     w = two.w
     a = w @ w.T + (c.gamma / c.beta) * jnp.eye(len(w))
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(a), w).T
+    return inverse.solve(a, w).T
 
 
 def p_step(two: Linear, gain: jax.Array, y: jax.Array, h: jax.Array) -> jax.Array:

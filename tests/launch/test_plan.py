@@ -19,6 +19,7 @@ from launch import plan
 from launch.cli import run
 from models import hf
 from models.errors import InputError
+from models.published import MODELS
 from models.sharding import make_mesh
 from reference import tiny
 
@@ -85,14 +86,13 @@ def test_the_work_of_a_block_is_its_matrices_and_its_attention(
     assert result["parameters"] == parameters and result["memory"]["disk"]["output, at most"] == 4 * parameters
 
 
-def test_loops_and_factorisations_are_counted() -> None:
-    def program(x: jax.Array, h: jax.Array) -> jax.Array:
+def test_loops_are_counted() -> None:
+    def program(x: jax.Array) -> jax.Array:
         x = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
-        x = jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
-        return jax.scipy.linalg.solve_triangular(jnp.linalg.cholesky(h), x, lower=True)
+        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
 
-    jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 8)), jnp.eye(8)).jaxpr
-    assert plan.flops(jaxpr) == 5 * 2 * 8**3 + 2 * 8**3 + 8**3 / 3 + 8**3
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 8))).jaxpr
+    assert plan.flops(jaxpr) == 5 * 2 * 8**3 + 2 * 8**3
 
 
 def test_what_a_program_gives_is_placed_as_the_compiler_says() -> None:
@@ -121,23 +121,34 @@ def test_published_models_are_known_by_name() -> None:
         plan.config_of(None)
 
 
-def test_tpus_that_are_not_there(shapes_only: pathlib.Path) -> None:
-    """Real programs for a real topology, by libtpu's compiler in a process of its own."""
+def test_tpus_that_are_not_there(tmp_path: pathlib.Path) -> None:
+    """The real programs of LLaMA-2-7B for the sixteen chips of a v5e-16, by libtpu's compiler in a process of its own."""
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu: pip install 'jax[tpu]'")
-    shape = ["--calibration_samples=8", "--calibration_length=16", "--calibration_batch=4"]
-    flags = [f"--model={shapes_only}", "--method=wanda", "--sparsity=0.5", *shape, "--topology=v5e:2x2", "--mesh=data=2,model=2"]
+    method = ["--model=llama-2-7b", "--method=wanda", "--sparsity=0.5", "--calibration_length=2048", "--dtype=bfloat16"]
     done = subprocess.run(
-        [sys.executable, "-m", "launch.plan", *flags, f"--json={shapes_only / 'plan.json'}"],
+        [
+            sys.executable,
+            "-m",
+            "launch.plan",
+            *method,
+            "--topology=v5e:4x4",
+            "--mesh=data=4,model=4",
+            f"--json={tmp_path / 'plan.json'}",
+        ],
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    found = json.loads((shapes_only / "plan.json").read_text())
-    assert found["devices"] == {"kind": "TPU v5 lite", "topology": "v5e:2x2", "mesh": {"data": 2, "model": 2}}
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["devices"] == {"kind": "TPU v5 lite", "topology": "v5e:4x4", "mesh": {"data": 4, "model": 4}}
+    assert found["parameters"] == MODELS["LLaMA-2-7B"].parameters
     assert found["fits"] and found["memory"]["device"]["there is"] == 16 << 30
-    assert any(p["collectives"] for p in found["programs"]) and all(p["memory"] > 0 for p in found["programs"])
+    assert found["total"]["device_bytes"] < 2 * found["parameters"] / 4  # neither the model nor a chip's quarter of it is held
+    programs = {p["what"]: p for p in found["programs"]}
+    assert programs["pruned block"]["calls"] == 31 * 16 and all(p["memory"] > 0 for p in programs.values())
+    assert programs["statistics"]["collectives"]["all-gather"] > 0
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from calibration.observers import Gram
 from models.arch import Model
 from models.errors import InputError
-from pruning import lift, sparsegpt
+from pruning import inverse, lift, sparsegpt
 from pruning.methods import METHODS
 from pruning.patterns import n_of_m, per_column_block, per_matrix
 from pruning.types import Mask, Method, Outcome, Pattern, Put, Request, prune
@@ -117,12 +117,12 @@ def test_weights_keep_their_type() -> None:
 @pytest.mark.parametrize(("inputs", "panel"), [(1, 2048), (40, 2048), (300, 2048), (300, 100), (300, 299), (37, 5), (3, 1)])
 def test_the_factor_is_upper_and_of_the_inverse(inputs: int, panel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole, and in panels, which may not divide it."""
-    monkeypatch.setattr(sparsegpt, "PANEL", panel)
+    monkeypatch.setattr(inverse, "PANEL", panel)
     h = hessian(inputs)
     u = np.asarray(jax.jit(lambda h: sparsegpt.inverse_factor(h))(jnp.asarray(h))).astype(np.float64)
     assert np.array_equal(u, np.triu(u)) and np.all(np.diag(u) > 0)
-    inverse = np.linalg.inv(h.astype(np.float64))
-    np.testing.assert_allclose(u.T @ u, inverse, rtol=1e-5, atol=1e-5 * np.abs(inverse).max())
+    want = np.linalg.inv(h.astype(np.float64))
+    np.testing.assert_allclose(u.T @ u, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
 def test_dead_inputs_and_damping_are_those_of_the_released_code() -> None:
@@ -173,7 +173,7 @@ def test_damping_is_raised_tenfold_until_h_factors(
     lowest: float, damp: float, found: float, panel: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From none at all the first raise is to 1e-6."""
-    monkeypatch.setattr(sparsegpt, "PANEL", panel)
+    monkeypatch.setattr(inverse, "PANEL", panel)
     f = jax.jit(lambda h: sparsegpt.factor(h, damp))(jnp.asarray(indefinite(lowest)))
     assert float(f.damping) == pytest.approx(found)
     h = indefinite(lowest).astype(np.float64)

@@ -12,12 +12,12 @@ from safetensors.numpy import save_file
 
 from models import hf
 
-# Two billion parameters: 36 blocks of 50.6 million, and 131 million in the embeddings that are the head too.
+# Two billion parameters: 39 blocks of 50.6 million, and 131 million in the embeddings that are the head too.
 LARGE = {
     "model_type": "llama",
     "hidden_size": 2048,
     "intermediate_size": 5504,
-    "num_hidden_layers": 36,
+    "num_hidden_layers": 39,
     "num_attention_heads": 16,
     "max_position_embeddings": 2048,
     "vocab_size": 32000,
