@@ -240,4 +240,4 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
         (ffn, best), (errors, dampings) = jax.lax.scan(iterate, start, None, c.iterations - 1)
         last = _total(functools.partial(squared_error, ffn, act=c.act), x, y)
         best = _better(best, ffn, last)
-        return Solved(best.ffn, jnp.append(errors, last) / y.size, jnp.max(jnp.append(damping, dampings)))
+        return Solved(best.ffn, jnp.append(errors, last) / float(y.size), jnp.max(jnp.append(damping, dampings)))

@@ -94,7 +94,7 @@ def _half(state: _State, x: jax.Array, y: jax.Array, counts: Counts, c: Settings
         return Aux(z, s, p)
 
     aux = jax.lax.map(sample, (x, y, z) if s is None else (x, y, z, s))
-    return _State(ffn, h1, h2, aux), (squared_error(ffn, x, y, c.act) / y.size, jnp.maximum(damping1, damping2))
+    return _State(ffn, h1, h2, aux), (squared_error(ffn, x, y, c.act) / float(y.size), jnp.maximum(damping1, damping2))
 
 
 def _pinv(x: jax.Array) -> jax.Array:

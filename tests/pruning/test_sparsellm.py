@@ -202,6 +202,20 @@ def test_biases_and_norms_stay(family: str) -> None:
         assert all(same(getattr(old, s.name).b, getattr(new, s.name).b) for s in m.arch.slots)
 
 
+@both_variants
+def test_activations_may_be_more_than_an_int32_counts(variant: str) -> None:
+    """As LLaMA-2-70B's of 128 windows of 2048 are; shapes alone."""
+    windows = jax.ShapeDtypeStruct((1 << 16, 1 << 11), jnp.int32)
+    seen: list[str] = []
+
+    def shapes(what: str, function: Any, *args: Any, calls: int) -> Any:
+        seen.append(what)
+        return jax.eval_shape(function, *args)
+
+    METHODS["sparsellm"](variant=variant).rehearse(model("llama"), windows, Request(0.5), shapes)
+    assert "alternation" in seen
+
+
 def test_weights_keep_their_type() -> None:
     m = model("llama", dtype="bfloat16")
     pruned, _ = prune(m, METHODS["sparsellm"](iterations=2), tokens(), Request(0.5))
