@@ -1,7 +1,6 @@
 """SLEB: against a plain search that knows nothing of caches, with every budget of caches, stopping early or not, at its limits."""
 
 import functools
-import gc
 import math
 import pathlib
 import weakref
@@ -145,7 +144,6 @@ def test_a_checkpoint_that_does_not_fit_is_read_as_it_is_run(
     def counted(self: LazyBlocks, block: Any, mesh: Any = None) -> Any:
         found = placed(self, block, mesh)
         refs.append(weakref.ref(found.up.w))
-        gc.collect()
         most.append(sum(ref() is not None for ref in refs))
         return found
 
