@@ -21,20 +21,24 @@ def _counts_per_matrix(shape: tuple[int, int], fraction: np.ndarray) -> np.ndarr
     return _counts(shape[0] * shape[1], fraction)
 
 
-def value_of_rank(x: jax.Array, rank: jax.Array) -> jax.Array:
-    """The entry of x (float32, none negative, none NaN) that `rank` entries lie before in ascending order.
+def value_of_rank(x: jax.Array, rank: jax.Array, axis: int | None = None) -> jax.Array:
+    """The entry of x (float32, none NaN) that `rank` entries lie before in ascending order; along an axis, which stays with length 1.
 
-    Found bit by bit from counts of smaller entries: 31 passes, several times cheaper than a sort, and split over devices by counting.
+    Found bit by bit from counts of smaller entries: 32 passes, ten times cheaper than a sort, and split over devices by counting.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)  # of floats that are not negative, in the floats' order
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the floats' order: its own inverse
+
+    def count(smaller: jax.Array) -> jax.Array:
+        return jnp.sum(smaller, axis=axis, keepdims=axis is not None, dtype=jnp.int32)
 
     def settle(i: jax.Array, found: jax.Array) -> jax.Array:
-        trial = found | (1 << (30 - i))
-        return jnp.where(jnp.sum(bits < trial) <= rank, trial, found)
+        trial = found ^ jax.lax.shift_left(jnp.int32(1), 31 - i)  # the first flips the sign of the least integer
+        return jnp.where(count(keys < trial) <= rank, trial, found)
 
-    nothing = jnp.sum(bits < 0)  # 0, and split over devices as x is
-    found = jax.lax.fori_loop(0, 31, settle, nothing)
-    return jax.lax.bitcast_convert_type(found, jnp.float32)
+    least = count(keys != keys) + jnp.iinfo(jnp.int32).min  # split over devices as x is
+    found = jax.lax.fori_loop(0, 32, settle, least)
+    return jax.lax.bitcast_convert_type(found ^ ((found >> 31) & 0x7FFFFFFF), jnp.float32)
 
 
 def _keep_per_matrix(score: jax.Array, count: jax.Array) -> Mask:
@@ -47,9 +51,9 @@ def _keep_per_row(score: jax.Array, count: jax.Array) -> Mask:
     row has its own count, the rightmost, as in NeuroAL's repository."""
     reverse = count.ndim == 1
     count = jnp.broadcast_to(count, score.shape[:1])[:, None]  # [out 1]
-    highest_out = jnp.take_along_axis(jnp.sort(score, axis=1), jnp.maximum(count - 1, 0), axis=1)
+    highest_out = value_of_rank(score, jnp.maximum(count - 1, 0), axis=1)
     below, tied = score < highest_out, score == highest_out
-    # Sorting values and settling ties by a running count is several times cheaper than sorting indices, and the same.
+    # Ties by a running count: several times cheaper than sorting indices, and the same.
     left = count - jnp.sum(below, axis=1, keepdims=True)
     nth = jax.lax.cumsum(tied.astype(jnp.int32), axis=1, reverse=reverse)
     return ~(below | (tied & (nth <= left)))

@@ -17,12 +17,16 @@ CONTINUOUS = np.random.default_rng(0).random((6, 24)).astype(np.float32)
 TIED = np.random.default_rng(1).integers(0, 4, (6, 24)).astype(np.float32)  # zeros among them
 EQUAL = np.ones((6, 24), np.float32)
 SCORES = {"continuous": CONTINUOUS, "tied": TIED, "all equal": EQUAL, "all zero": 0 * EQUAL}
+SIGNED = {"both signs": CONTINUOUS - 0.5, "signs, tied": TIED - 2}  # that no method has, but a user's own score may
 RANKED = {
     **SCORES,
     "zeros and inf": np.where(TIED == 0, np.float32(np.inf), TIED - 1),
     "all inf": np.float32(np.inf) * EQUAL,
     "denormal": np.float32(1e-45) * np.random.default_rng(2).integers(0, 60, (6, 24)).astype(np.float32),
     "every size": (2.0 ** np.random.default_rng(3).uniform(-149, 127.9, (6, 24))).astype(np.float32),
+    "both signs": np.random.default_rng(4).standard_normal((6, 24)).astype(np.float32),
+    "negative": -CONTINUOUS,
+    "-inf to inf": np.where(TIED == 0, -np.float32(np.inf), np.where(TIED == 3, np.float32(np.inf), TIED - 2)),
     "one": np.full((1, 1), np.float32(0.3)),
     "largest": np.full((6, 24), np.finfo(np.float32).max),
 }
@@ -35,10 +39,11 @@ def removed(pattern: Pattern, score: np.ndarray, fraction: float | np.ndarray) -
 
 
 @pytest.mark.parametrize("fraction", FRACTIONS)
-@pytest.mark.parametrize("name", SCORES)
+@pytest.mark.parametrize("name", SCORES | SIGNED)
 def test_per_row_is_a_stable_sort(name: str, fraction: float) -> None:
-    want = reference.removed_per_row(SCORES[name], np.full(6, int(24 * fraction)))
-    assert np.array_equal(removed(per_row, SCORES[name], fraction), want)
+    score = (SCORES | SIGNED)[name]
+    want = reference.removed_per_row(score, np.full(6, int(24 * fraction)))
+    assert np.array_equal(removed(per_row, score, fraction), want)
 
 
 @pytest.mark.parametrize("name", SCORES)
@@ -69,6 +74,17 @@ def test_value_of_rank_is_that_of_a_sort(name: str) -> None:
     assert x.dtype == np.float32
     got = jax.jit(jax.vmap(value_of_rank, (None, 0)))(jnp.asarray(x), jnp.arange(x.size))
     assert np.array_equal(np.asarray(got).view(np.int32), np.sort(x.ravel()).view(np.int32))
+
+
+@pytest.mark.parametrize("name", RANKED)
+def test_value_of_rank_along_an_axis(name: str) -> None:
+    """A rank for every row, and for every column."""
+    x, rng = RANKED[name], np.random.default_rng(5)
+    for axis in (0, 1):
+        rank = rng.integers(0, x.shape[axis], [1 if k == axis else n for k, n in enumerate(x.shape)])
+        got = jax.jit(value_of_rank, static_argnums=2)(jnp.asarray(x), jnp.asarray(rank), axis)
+        want = np.take_along_axis(np.sort(x, axis=axis), rank, axis)
+        assert np.array_equal(np.asarray(got).view(np.int32), want.view(np.int32))
 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 24, 100])
