@@ -27,18 +27,20 @@ DENSEST = 0.8  # from this sparsity on the released block step leaves the last o
 COARSE, STEP = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25), 0.025  # tried first; then this much to both sides of the best
 ROWS = (0.05, 0.1, 0.2, 0.3)
 TRIAL_BYTES = 1 << 30  # weights of one block that trials solved together may take
+DENSE_BYTES = 1 << 30  # what is known of the dense model's blocks that a search may keep from one walk to the next
 
 Norms = list[dict[str, np.ndarray]]  # a block's {tap: norms of its channels [c]}
 
 
 class _Search(NamedTuple):
-    """What trials of budgets have in common; `tokens` are the search windows."""
+    """What trials of budgets have in common; `tokens` are the search windows, `dense` what `_dense` keeps, a block each."""
 
     model: Model
     tokens: np.ndarray
     request: Request
     layerwise: Layerwise
     shapes: Shapes
+    dense: list[tuple[Mapping[str, Any], dict[str, np.ndarray]]]
 
     @property
     def pruner(self) -> Pruner:
@@ -129,12 +131,28 @@ def _trials(search: _Search, block: Block, prepared: Mapping[str, Any], counts: 
             yield with_weights(block, {name: w[k] for name, w in ws.items()})
 
 
+def _dense(search: _Search, i: int, block: Block, xs: States, last: bool) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
+    """What the pruner makes of the dense block's statistics, and the norms, by tap: watched by the first walk, or by each if all blocks'
+    would take more than DENSE_BYTES."""
+    depth = len(search.model.blocks)
+    if len(search.dense) == depth:
+        return search.dense[i]
+    stats, norms = _seen(
+        search.pruner,
+        observe(search.model.arch, _watch(search.model.arch, search.pruner, second_moment), i, block, xs, onward=not last),
+    )
+    prepared = {tap: search.pruner.prepare(s)[0] for tap, s in stats.items()}
+    if depth * sum(x.nbytes for x in jax.tree.leaves(prepared)) <= DENSE_BYTES:
+        search.dense.append((prepared, norms))
+    return prepared, norms
+
+
 def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list[float], list[Norms]]:
     """Each budget's mean cross-entropy on the search windows, and by how much the dense model's norms exceed the pruned ones'.
 
     Statistics, and what the pruner makes of them, are those of the dense model, so that all trials share them.
     """
-    arch, pruner, request = search.model.arch, search.pruner, search.request
+    arch, request = search.model.arch, search.request
     norms = {s.reads: second_moment for s in arch.slots}
     streams: list[States] = []
     lost: list[Norms] = [[] for _ in budgets]
@@ -142,8 +160,7 @@ def _losses(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[list
     def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
         if i == 0:
             streams.extend(xs.copy() for _ in budgets)
-        stats, dense = _seen(pruner, observe(arch, _watch(arch, pruner, second_moment), i, block, xs, onward=not last))
-        prepared = {tap: pruner.prepare(s)[0] for tap, s in stats.items()}
+        prepared, dense = _dense(search, i, block, xs, last)
         counts = [counts_for(arch, search.layerwise.rule, block, budget[i]) for budget in budgets]
         for k, new in enumerate(_trials(search, block, prepared, counts)):
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
@@ -293,7 +310,7 @@ def neuroal(
         if step == "row" and not followed:
             raise InputError('neuroal(step="row"): this method has one threshold for all rows of a matrix: use step="block"')
         shapes = all_shapes(model)
-        search = _Search(model, tokens[:samples], request, layerwise, shapes)
+        search = _Search(model, tokens[:samples], request, layerwise, shapes, [])
         first, second = (_released if official else _sound)(search, step if followed else "block")
         warnings = () if followed or step == "block" else ("neuroal: the method cannot follow rows, only blocks were searched",)
         details = {

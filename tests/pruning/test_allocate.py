@@ -9,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration import fold
 from eval.perplexity import perplexity
 from models import store, writer
 from models.arch import Model
 from models.errors import InputError
 from pruning import alpha as alpha_module
+from pruning import neuroal as neuroal_module
 from pruning.allocate import MOST, all_shapes, by_block, exact, fraction_of, shapes_of, spread
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.neuroal_core import misalignment, row_fractions, schedule
@@ -244,6 +246,28 @@ def test_every_allocator_works_with_every_weight_method(name: str, method: str, 
 def test_of_a_sparsity_of_zero_nothing_is_removed(name: str) -> None:
     pruned, _ = run("llama", ALLOCATIONS[name](**SEARCHES[name]), 0.0)
     assert same(pruned.blocks, model("llama").blocks)
+
+
+@pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
+def test_the_dense_model_is_watched_once_if_there_is_room(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then only the first of a search's walks runs dense blocks; what is found is the same."""
+    calls: list[int] = []
+
+    def counted(arch: Any, watch: Any, i: int, block: Any, xs: Any, onward: bool = False) -> Any:
+        calls.append(i)
+        return fold.observe(arch, watch, i, block, xs, onward)
+
+    monkeypatch.setattr(neuroal_module, "observe", counted)
+    found = []
+    for room in (neuroal_module.DENSE_BYTES, -1):
+        monkeypatch.setattr(neuroal_module, "DENSE_BYTES", room)
+        calls.clear()
+        pruned, outcome = run("llama", ALLOCATIONS["neuroal"](samples=4), method=method)
+        found.append((pruned.blocks, outcome.details, len(calls)))
+    (one, known, few), (other, again, many) = found
+    blocks, walks = len(one), 2 + (method == "wanda")  # coarse, fine, and rows where the method can follow them
+    assert many - few == (walks - 1) * blocks
+    assert same(one, other) and known == again
 
 
 def test_the_search_does_not_hang_on_how_trials_are_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
