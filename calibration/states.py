@@ -89,7 +89,11 @@ class States(Sequence[jax.Array]):
         self._directory = scratch(self) if tier == "disk" else pathlib.Path()
         self._kept: list[Kept] = []
         for x in xs:
-            self._kept.append(self._moved(len(self._kept), x))
+            self.append(x)
+
+    def append(self, x: jax.Array | np.ndarray) -> None:
+        """Those of one more micro-batch."""
+        self._kept.append(self._moved(len(self._kept), x))
 
     def _moved(self, j: int, x: jax.Array | np.ndarray) -> Kept:
         placed = split(x, self._mesh, "sample") if self._tier == "device" else x

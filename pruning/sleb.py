@@ -9,8 +9,9 @@ import numpy as np
 
 from calibration.fold import Rehearse, rehearse_fold
 from calibration.states import TIERS
-from models.arch import Arch, Model, apply_block, cross_entropy
+from models.arch import Arch, Model, apply_block
 from models.errors import InputError
+from pruning import sleb_loss
 from pruning.sleb_core import Candidate, Path, Runner, Trial, Unit, silenced, try_all, without
 from pruning.types import Method, Outcome, Put, Request, whole_units
 
@@ -204,7 +205,9 @@ def rehearse_search(
     x, _ = rehearse_fold(model, tokens, run, watch={}, propagate="pruned", batch=request.batch)
     part = jax.ShapeDtypeStruct((request.batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
     run("block of a candidate, at most", functools.partial(apply_block, arch), model.blocks[0], x, calls=passes)
-    run("loss of a candidate", functools.partial(cross_entropy, arch), model.ends, x, part, calls=losses)
+    picked = run("logits of the next tokens", functools.partial(sleb_loss.chosen, arch), model.ends, x, part, calls=losses)
+    add = functools.partial(sleb_loss.add, arch, part=0)
+    run("part of a candidate's loss", add, model.ends, x, part, picked, picked, calls=losses * sleb_loss.PARTS)
 
 
 def sleb(
@@ -230,8 +233,9 @@ def sleb(
       device_gib: room on the devices for hidden states between blocks, which spares running blocks again; no result depends on it.
       host_gib: room on the host for those that do not fit there.
       disk_gib: room in the temporary directory for those that fit on neither.
-      variant: "corrected", the default, stops a candidate when the sum of its loss over windows exceeds the lowest whole loss of its
-        phase: same order, less work (BUILD_NOTES.md has how much); "official" knows every loss, as the released code.
+      variant: "corrected", the default, stops a candidate when a part of its loss (over part of the vocabulary, or of the windows)
+        exceeds the lowest whole loss of its phase: same order, less work (BUILD_NOTES.md has how much); "official" knows every loss, as
+        the released code.
     Losses are the released code's: the sum over windows of the mean cross-entropy times the window's length.
     """
     if early_barrier < 0 or latter_barrier < 0 or (blocks is not None and blocks < 0):
@@ -257,7 +261,7 @@ def sleb(
         total, every = len(model.blocks), _units(model.arch, len(model.blocks), units)
         n, candidates = choice(model, request)
         asked = request.sparsity if blocks is None else n / len(every)
-        runner = Runner(model, tokens, request.batch, request.mesh, there)
+        runner = Runner(model, tokens, request.batch, request.mesh, there, request.tier)
         trace = _search(runner, candidates, n, _rounds(search, n), variant == "corrected", request)
         _put(model, trace.path, put)
         return Outcome(

@@ -16,11 +16,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calibration.journal import digest
-from calibration.states import TIERS, Kept, OnDisk, fetch, keep, roomy, scratch
-from models.arch import Arch, Block, Model, apply_block, cross_entropy, embed
+from calibration.states import TIERS, Kept, OnDisk, States, Tier, fetch, keep, roomy, scratch
+from models.arch import Arch, Block, Model, apply_block, embed
 from models.processes import several
 from models.sharding import place, split, to_host
 from models.store import LazyBlocks, ahead
+from pruning.sleb_loss import PARTS, add, chosen
 
 Piece = tuple[int, tuple[str, ...]]  # a block, and those of its linears that write nothing to the residual stream any more
 Path = tuple[Piece, ...]
@@ -131,12 +132,16 @@ class Runner:
 
     `held`: the blocks stay on the devices; those of a checkpoint too large for that are read each time they are run, the next one of the
     path while one is at work. `evaluations` counts what was run, in blocks times windows; `sizes` has the windows of each micro-batch;
-    `stores` the states that all candidates of a phase share, and those that are each candidate's own; `digest` tells the tokens.
+    `steps` how many bounds a loss has; `stores` the states that all candidates of a phase share, and those that are each candidate's own;
+    `digest` tells the tokens.
     """
 
-    def __init__(self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, there: Sequence[int]):
+    def __init__(
+        self, model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, there: Sequence[int], tier: Tier = "device"
+    ):
         self.arch: Arch = model.arch
-        self._mesh, self._ends, self.digest = mesh, place(model.ends, mesh), digest(tokens)
+        self._tier, self._mesh = tier, mesh
+        self._ends, self.digest = place(model.ends, mesh), digest(tokens)
         self.held = not isinstance(model.blocks, LazyBlocks) or roomy(model.blocks.nbytes, mesh.shape["model"] if mesh else 1)
         self._blocks = list(ahead(model.blocks, mesh=mesh)) if self.held else model.blocks
         self._tokens = [split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)]
@@ -146,6 +151,7 @@ class Runner:
         directory = scratch(self)
         self.stores = Store(shared, directory), Store(own, directory)
         self.depth, self.sizes, self.evaluations = len(self._blocks), [len(t) for t in self._tokens], 0
+        self.steps = PARTS * len(self._tokens)
 
     def _along(self, path: Path) -> Iterator[Block]:
         """The blocks of the path's pieces."""
@@ -174,10 +180,19 @@ class Runner:
                 self.stores[k >= shared].put(m, path[: k + 1], x)
         return x
 
-    def losses(self, m: int, candidate: Candidate) -> np.ndarray:
-        """Of each window of micro-batch `m` the mean cross-entropy times its length, as the released code sums it: float64 [b]."""
-        x, tokens = self.run(m, candidate), self._tokens[m]
-        return to_host(cross_entropy(self.arch, self._ends, x, tokens)).astype(np.float64) * tokens.shape[1]
+    def bounds(self, candidate: Candidate) -> Iterator[float]:
+        """The candidate's loss as the released code sums it, the mean cross-entropy of each window times its length, from below: after
+        every part of every micro-batch's vocabulary, the first part of all of them first. The last of `steps` is the loss."""
+        xs, picked, sums, found = States([], self._tier, self._mesh), [], [], np.zeros(len(self.sizes))
+        for part in range(PARTS):
+            for m, tokens in enumerate(self._tokens):
+                if part == 0:
+                    xs.append(self.run(m, candidate))
+                    picked.append(chosen(self.arch, self._ends, xs[m], tokens))
+                    sums.append(picked[m])
+                sums[m], bound = add(self.arch, self._ends, xs[m], tokens, picked[m], sums[m], part)
+                found[m] = to_host(bound).astype(np.float64).sum() * tokens.shape[1]
+                yield float(found.sum())
 
     def influences(self, m: int, path: Path, units: Mapping[int, Unit], writers: tuple[str, ...]) -> dict[int, float]:
         """The influence of each unit on what leaves its block, in micro-batch `m`; one walk along the path to the last of them."""
@@ -201,23 +216,27 @@ class Runner:
 
 class Trial(NamedTuple):
     """One candidate's loss, summed over windows; None if it was stopped or is not finite. `passed`: the loss it was stopped for
-    exceeding. `guess`: the whole loss, going by the windows seen."""
+    exceeding. `guess`: the whole loss, going by the part of it that is known."""
 
     loss: float | None
     passed: float | None
     guess: float
 
 
-def try_one(runner: Runner, candidate: Candidate, bound: float) -> Trial:
-    """The loss of a candidate, or that it exceeds `bound`: a window's loss is not negative, so a sum only grows."""
-    total, seen, windows = 0.0, 0, sum(runner.sizes)
-    for m, size in enumerate(runner.sizes):
-        total, seen = total + float(runner.losses(m, candidate).sum()), seen + size
-        if not math.isfinite(total):
-            return Trial(None, None, math.inf)
-        if total > bound and seen < windows:
-            return Trial(None, bound, total * windows / seen)
-    return Trial(total, None, total)
+def try_one(runner: Runner, candidate: Candidate, limit: float, typical: Sequence[float]) -> tuple[Trial, list[float]]:
+    """The loss of a candidate, or that it exceeds `limit`, from its bounds; and these.
+
+    Args:
+      typical: all bounds of another candidate, from which the whole is guessed; empty if this one will not be stopped.
+    """
+    bounds: list[float] = []
+    for bound in runner.bounds(candidate):
+        bounds.append(bound)
+        if not math.isfinite(bound):
+            return Trial(None, None, math.inf), bounds
+        if bound > limit and len(bounds) < runner.steps:
+            return Trial(None, limit, bound * typical[-1] / typical[len(bounds) - 1]), bounds
+    return Trial(bounds[-1], None, bounds[-1]), bounds
 
 
 def try_all(
@@ -230,9 +249,11 @@ def try_all(
       advance: called after every candidate.
     """
     trials: dict[int, Trial] = {}
+    typical: list[float] = []
     for unit, candidate in candidates.items():
         full = sorted(t.loss for t in trials.values() if t.loss is not None)
         bound = full[best - 1] if stop and len(full) >= best else math.inf
-        trials[unit] = try_one(runner, candidate, bound)
+        trials[unit], bounds = try_one(runner, candidate, bound, typical)
+        typical = typical or (bounds if trials[unit].loss is not None else [])
         advance()
     return trials
