@@ -68,7 +68,8 @@ def add(
     """One more part of the vocabulary, of PARTS from 0 on: (the sums with it, the bound of each window's mean cross-entropy [b]).
 
     Args:
-      x, tokens: as `chosen` has them, and what it gave.
+      x: what leaves the last block [b t d]; tokens: int [b t].
+      chosen: what `chosen` gives for them.
       sums: the logarithms of the sums of exponentials so far [b t-1]: at first `chosen`.
     A bound is not above the next one, bit for bit: every step of it is monotone in floating point too.
     """
