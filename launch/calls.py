@@ -6,7 +6,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from models.errors import InputError
 
@@ -22,6 +22,29 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         pass
     raise InputError(f'{text!r} is not a name or a call with literal keyword arguments such as wanda or llmrank(scorer="mpr")')
+
+
+class Asked(NamedTuple):
+    """A method as a sweep's list has it: the call, the fraction it says itself, and the calls that go with it."""
+
+    call: str
+    sparsity: float | None
+    beside: tuple[str, ...]
+
+
+def parse_asked(text: str) -> Asked:
+    """Read `wanda`, `flap@0.2`, `wanda@0.5 + owl(m=7)`; InputError for anything else."""
+    try:
+        node: ast.expr = ast.parse(text.strip(), mode="eval").body
+        beside, sparsity = [], None
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            beside.append(str(ast.get_source_segment(text.strip(), node.right)))
+            node = node.left
+        if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
+            sparsity, node = float(ast.literal_eval(node.right)), node.left
+        return Asked(str(ast.get_source_segment(text.strip(), node)), sparsity, tuple(reversed(beside)))
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+        raise InputError(f"{text!r} is not a name or a call such as wanda, flap@0.2 or wanda@0.5+owl(m=7)") from None
 
 
 def each(text: str) -> list[str]:

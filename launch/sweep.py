@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,6 @@ from launch.backends import BACKENDS, Where, parse_resources
 from launch.config import RunConfig, request_of
 from launch.flags import (
     calibration_flags,
-    check_once,
     evaluation_flags,
     layout_flag,
     mask_flags,
@@ -37,9 +36,9 @@ from launch.staging import alone, check_free
 from launch.tasks import task_flags
 from launch.trials import Trial
 from models.errors import InputError
-from pruning.methods import ALLOCATIONS, METHODS
+from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 
-AXES = ("method", "sparsity", "allocation", "seed")
+AXES = ("method", "sparsity", "allocation", "refine", "seed")
 
 
 def options() -> cli.Flags:
@@ -49,7 +48,12 @@ def options() -> cli.Flags:
     f.string("output", None, "directory of the sweep; the same command goes on with what is there")
     layout_flag(f)
     f.group("Grid")
-    f.string("methods", "wanda", f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
+    f.string(
+        "methods",
+        "wanda",
+        f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}; '
+        "flap@0.2 says its own sparsity, wanda+owl or wanda+dsnot its own allocation or refinement",
+    )
     f.string("sparsities", "", "comma-separated fractions to remove; empty where a pattern or the methods say how much")
     f.string("allocations", "uniform", f"comma-separated: {', '.join(ALLOCATIONS)}")
     f.string("seeds", "0", "comma-separated: of the calibration windows drawn, and of what is random in a method")
@@ -66,29 +70,42 @@ def options() -> cli.Flags:
     return f
 
 
-def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
-    """Every trial that the flags ask for; those that share calibration tokens one after the other. InputError for an axis that is wrong.
-
-    A method that says itself how much goes has one trial, whatever the sparsities.
-    """
-    axes = {
-        "methods": tuple(calls.each(values["methods"])),
-        "sparsities": numbers("sparsities", values["sparsities"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1")
-        if values["sparsities"]
-        else (None,),
-        "allocations": tuple(calls.each(values["allocations"])),
-        "seeds": seeds(values["seeds"]),
-    }
-    for name, items in axes.items():
-        check_once(name, [repr(calls.parse_call(i)) if isinstance(i, str) else i for i in items])
-    for allocation in axes["allocations"]:
+def _asked(
+    text: str, sparsities: Sequence[float | None], allocations: Sequence[str], refine: str
+) -> Iterator[dict[str, float | str | None]]:
+    """The settings of every trial of one method: what it says of itself, else each of these."""
+    asked = calls.parse_asked(text)
+    method = calls.build("method", asked.call, METHODS)
+    for call in asked.beside:
+        if calls.parse_call(call)[0] in REFINEMENTS:
+            refine = call
+        else:
+            allocations = [call]
+    for allocation in allocations:
         calls.build("allocation", allocation, ALLOCATIONS)
-    counts = {method: calls.build("method", method, METHODS).counts for method in axes["methods"]}
-    trials = []
-    for seed, method, allocation in itertools.product(axes["seeds"], axes["methods"], axes["allocations"]):
-        for sparsity in (None,) if counts[method] else axes["sparsities"]:
-            own = {"method": method, "sparsity": sparsity, "allocation": allocation, "seed": seed, "resume": True}
-            trials.append(Trial.of(output, cli.frozen(RunConfig, values | own)))
+    if asked.sparsity is not None:
+        sparsities = [asked.sparsity]
+    elif method.counts:  # whatever the sparsities
+        sparsities = [None]
+    for allocation, sparsity in itertools.product(allocations, sparsities):
+        yield {"method": asked.call, "sparsity": sparsity, "allocation": allocation, "refine": refine}
+
+
+def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
+    """Every trial that the flags ask for; those that share calibration tokens one after the other. InputError for an axis that is wrong."""
+    sparsities: Sequence[float | None] = [None]
+    if values["sparsities"]:
+        sparsities = numbers("sparsities", values["sparsities"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1")
+    methods, allocations = calls.each(values["methods"]), calls.each(values["allocations"])
+    trials = [
+        Trial.of(output, cli.frozen(RunConfig, values | own | {"seed": seed, "resume": True}))
+        for seed in seeds(values["seeds"])
+        for text in methods
+        for own in _asked(text, sparsities, allocations, values["refine"])
+    ]
+    names = [trial.name for trial in trials]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise InputError(f"the sweep has {twice[0]} twice: give each once")
     return trials
 
 

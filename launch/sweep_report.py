@@ -26,7 +26,7 @@ FIGURES = ("reached", "total", "parameters", "bytes", "seconds")  # of a finishe
 def describe(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
     """A trial's row without figures; `state` is "waiting", "finished", "failed" or "left out"."""
     c = trial.config
-    own = {"method": c.method, "sparsity": c.sparsity, "allocation": c.allocation, "seed": c.seed}
+    own = {"method": c.method, "sparsity": c.sparsity, "allocation": c.allocation, "refine": c.refine, "seed": c.seed}
     return {"trial": trial.name, "state": state, **own, "error": error}
 
 
@@ -53,6 +53,7 @@ class Line(NamedTuple):
 
     method: str
     allocation: str
+    refine: str
     sparsity: float | None
     finished: int
     trials: int
@@ -63,7 +64,7 @@ class Line(NamedTuple):
     @property
     def name(self) -> str:
         """Of the curve that it is a point of."""
-        return self.method if self.allocation == "uniform" else f"{self.method}, {self.allocation}"
+        return ", ".join([self.method, *(own for own in (self.allocation, self.refine) if own not in ("uniform", "none"))])
 
 
 def _spread(values: Sequence[float]) -> Spread:
@@ -73,10 +74,10 @@ def _spread(values: Sequence[float]) -> Spread:
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """The rows, without those left out, put together over seeds in their order."""
-    found: dict[tuple[str, str, float | None], list[Mapping[str, Any]]] = {}
+    found: dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["state"] != "left out":
-            found.setdefault((row["method"], row["allocation"], row["sparsity"]), []).append(row)
+            found.setdefault((row["method"], row["allocation"], row["refine"], row["sparsity"]), []).append(row)
     made = []
     for key, members in found.items():
         done = [row for row in members if row["state"] == "finished"]
@@ -100,29 +101,40 @@ def cell(s: Spread | None, seeds: int) -> str:
 
 
 def cells(line: Line, names: Sequence[str]) -> list[str]:
-    """A line of the table: method, allocation, asked, reached, seeds, size, and the perplexity of each data set."""
+    """A line of the table: method, allocation, refinement, asked, reached, seeds, size, and the perplexity of each data set."""
     seeds = str(line.finished) if line.finished == line.trials else f"{line.finished} of {line.trials}"
     size = summary.ABSENT if line.bytes is None else summary.size(round(line.bytes))
-    head = [line.method, line.allocation, summary.percent(line.sparsity), summary.percent(line.reached), seeds, size]
+    head = [line.method, line.allocation, line.refine, summary.percent(line.sparsity), summary.percent(line.reached), seeds, size]
     return head + [cell(line.perplexity.get(name), line.finished) for name in names]
 
 
 def headings(names: Sequence[str]) -> list[str]:
     """Of `cells`."""
-    return ["method", "allocation", "asked", "got", "seeds", "size", *(f"perplexity, {summary.shorten(name)}" for name in names)]
+    return [
+        "method",
+        "allocation",
+        "refine",
+        "asked",
+        "got",
+        "seeds",
+        "size",
+        *(f"perplexity, {summary.shorten(name)}" for name in names),
+    ]
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Mean and standard deviation over seeds, a line for each method, allocation and sparsity; the dense model below."""
+    """Mean and standard deviation over seeds, a line for each method, allocation, refinement and sparsity; the dense model below."""
     base = dense(rows)
     shown = Table(title=Text(title), title_justify="left")
     for heading in headings(list(base)):
-        shown.add_column(Text(heading), justify="left" if heading in ("method", "allocation") else "right", overflow="fold")
+        shown.add_column(
+            Text(heading), justify="left" if heading in ("method", "allocation", "refine") else "right", overflow="fold"
+        )
     for line in lines(rows):
         shown.add_row(*(Text(text) for text in cells(line, list(base))))
     if base:
         shown.add_section()
-        shown.add_row("dense", "", "", "", "", "", *(summary.perplexity(value) for value in base.values()))
+        shown.add_row("dense", "", "", "", "", "", "", *(summary.perplexity(value) for value in base.values()))
     return shown
 
 
@@ -172,7 +184,7 @@ class Board:
         self._output.mkdir(exist_ok=True)
         content = {"settings": self._settings, "trials": self.rows}
         write_durably(self._output / INDEX, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-        names = dict.fromkeys(["trial", "state", "method", "allocation", "sparsity", "seed", *FIGURES])
+        names = dict.fromkeys(["trial", "state", "method", "allocation", "refine", "sparsity", "seed", *FIGURES])
         columns = dict.fromkeys([*names, *(column for row in self.rows for column in row if column != "error"), "error"])
         file = io.StringIO()
         writer = csv.DictWriter(file, list(columns), lineterminator="\n")
@@ -229,7 +241,7 @@ class Board:
 
 
 def curves(found: Sequence[Line], name: str) -> dict[str, list[Point]]:
-    """Of a data set, each method's and allocation's points, by sparsity."""
+    """Of a data set, each method's points, with each allocation and refinement, by sparsity."""
     made: dict[str, list[Point]] = {}
     for line in found:
         if name in line.perplexity and line.reached is not None:

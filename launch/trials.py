@@ -50,11 +50,12 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Method, sparsity, allocation unless uniform, seed."""
+        """Method, sparsity, allocation unless uniform, refinement if there is one, seed."""
         c = self.config
         sparsity = [] if c.sparsity is None else [repr(c.sparsity)]
         allocation = [] if c.allocation == "uniform" else [label(c.allocation)]
-        return "-".join([label(c.method), *sparsity, *allocation, f"seed{c.seed}"])
+        refine = [] if c.refine == "none" else [label(c.refine)]
+        return "-".join([label(c.method), *sparsity, *allocation, *refine, f"seed{c.seed}"])
 
     @property
     def log(self) -> pathlib.Path:

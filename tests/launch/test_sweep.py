@@ -77,6 +77,36 @@ def test_a_grid_is_every_combination_a_seed_after_the_other() -> None:
     assert got[4].startswith("flap_bias=False_metric=WIFV_")
 
 
+def test_a_method_may_say_its_own_sparsity_allocation_and_refinement() -> None:
+    got = names(
+        "--methods=wanda,wanda@0.5,flap(bias=False)@0.2,wanda+owl(m=7, lam=0.1),sparsegpt@0.6 + dsnot,wanda@0.5+alpha+dsnot",
+        "--sparsities=0.3,0.4",
+    )
+    assert [trials.re.sub("_[0-9a-f]{6}", "", name) for name in got] == [
+        "wanda-0.3-seed0",
+        "wanda-0.4-seed0",
+        "wanda-0.5-seed0",
+        "flap_bias=False-0.2-seed0",
+        "wanda-0.3-owl_lam=0.1_m=7-seed0",
+        "wanda-0.4-owl_lam=0.1_m=7-seed0",
+        "sparsegpt-0.6-dsnot-seed0",
+        "wanda-0.5-alpha-dsnot-seed0",
+    ]
+
+
+def test_a_trial_of_its_own_settings_is_the_run_that_it_says(inputs: Path, tmp_path: Path) -> None:
+    methods = ["--methods=wanda@0.5+owl+dsnot,sleb(blocks=1),flap@0.3", "--seeds=3"]
+    assert call(argv(inputs, tmp_path / "out", *methods)) == 0
+    rows = list(table_of(tmp_path / "out").values())
+    assert [[r[k] for k in ("state", "method", "allocation", "refine", "sparsity")] for r in rows] == [
+        ["finished", "wanda", "owl", "dsnot", "0.5"],
+        ["finished", "sleb(blocks=1)", "uniform", "none", "0.25"],
+        ["finished", "flap", "uniform", "none", "0.3"],
+    ]
+    report = json.loads((tmp_path / "out/trials/wanda-0.5-owl-dsnot-seed3/pruning_report.json").read_text())
+    assert {"--sparsity=0.5", "--allocation=owl", "--refine=dsnot", "--seed=3"} <= set(shlex.split(report["command"]))
+
+
 def test_a_method_that_counts_has_one_trial_whatever_the_sparsities() -> None:
     assert [n[:13] for n in names("--methods=sleb(blocks=1),sleb", "--sparsities=0.3,0.5")] == [
         "sleb_blocks=1",
@@ -117,6 +147,12 @@ BAD = {
     "no methods": (["--sparsities=0.5", "--methods="], "is not a name or a call"),
     "an allocation that goes with nothing": (["--methods=flap,llmrank", "--sparsities=0.5", "--allocations=uniform,owl"], "owl"),
     "a method that goes with nothing": (["--methods=wanda,flap", "--pattern=2:4"], "flap"),
+    "its own sparsity twice": (["--methods=wanda,wanda@0.5", "--sparsities=0.5"], "wanda-0.5-seed0 twice: give each once"),
+    "its own sparsity 1": (["--methods=wanda@1.0"], "must be at least 0 and less than 1"),
+    "its own sparsity no number": (["--methods=wanda@half"], "'wanda@half' is not a name or a call such as"),
+    "nothing to go with": (["--methods=wanda@0.5+zebra"], "there is no allocation 'zebra'"),
+    "two calls in one": (["--methods=wanda-flap"], "is not a name or a call"),
+    "a refinement that goes with nothing": (["--methods=flap@0.2+dsnot,wanda@0.5"], "--refine is for methods that prune each linear on its own"),
     "no model": (["--sparsities=0.5", "--model="], "--model"),
     "no output": (["--sparsities=0.5", "--output="], "--output"),
     "no data": (["--sparsities=0.5", "--eval_data=/no/such.npy"], "such.npy"),
