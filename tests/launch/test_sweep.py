@@ -152,7 +152,7 @@ BAD = {
     "its own sparsity no number": (["--methods=wanda@half"], "'wanda@half' is not a name or a call such as"),
     "nothing to go with": (["--methods=wanda@0.5+zebra"], "there is no allocation 'zebra'"),
     "two calls in one": (["--methods=wanda-flap"], "is not a name or a call"),
-    "a refinement that goes with nothing": (["--methods=flap@0.2+dsnot,wanda@0.5"], "--refine is for methods that prune each linear on its own"),
+    "a refinement that goes with nothing": (["--methods=flap@0.2+dsnot,wanda@0.5"], "--refine is for methods that prune"),
     "no model": (["--sparsities=0.5", "--model="], "--model"),
     "no output": (["--sparsities=0.5", "--output="], "--output"),
     "no data": (["--sparsities=0.5", "--eval_data=/no/such.npy"], "such.npy"),
