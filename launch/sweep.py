@@ -76,11 +76,11 @@ def _asked(
     """The settings of every trial of one method: what it says of itself, else each of these."""
     asked = calls.parse_asked(text)
     method = calls.build("method", asked.call, METHODS)
-    for call in asked.beside:
-        if calls.parse_call(call)[0] in REFINEMENTS:
-            refine = call
-        else:
-            allocations = [call]
+    refines = [call for call in asked.beside if calls.parse_call(call)[0] in REFINEMENTS]
+    spreads = [call for call in asked.beside if call not in refines]
+    if max(len(refines), len(spreads)) > 1:
+        raise InputError(f"{text!r} has two allocations or two refinements: leave one of them out")
+    refine, allocations = (refines or [refine])[0], spreads or allocations
     for allocation in allocations:
         calls.build("allocation", allocation, ALLOCATIONS)
     if asked.sparsity is not None:

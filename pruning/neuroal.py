@@ -105,7 +105,7 @@ def _aligned(search: _Search, budgets: Sequence[Budget], what: str) -> tuple[lis
 def _solved(
     arch: Arch, pruner: Pruner, block: Block, prepared: Mapping[str, Any], counts: Mapping[str, jax.Array]
 ) -> dict[str, jax.Array]:
-    """The slots' matrices [n out in] for counts [n ...]; what does not depend on the counts, such as sorting scores, is done once."""
+    """The slots' matrices [n out in] for counts [n ...]; what does not depend on the counts, such as the scores, is done once."""
 
     def one(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         new: dict[str, jax.Array] = {}

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def test_a_method_may_say_its_own_sparsity_allocation_and_refinement() -> None:
         "--methods=wanda,wanda@0.5,flap(bias=False)@0.2,wanda+owl(m=7, lam=0.1),sparsegpt@0.6 + dsnot,wanda@0.5+alpha+dsnot",
         "--sparsities=0.3,0.4",
     )
-    assert [trials.re.sub("_[0-9a-f]{6}", "", name) for name in got] == [
+    assert [re.sub("_[0-9a-f]{6}", "", name) for name in got] == [
         "wanda-0.3-seed0",
         "wanda-0.4-seed0",
         "wanda-0.5-seed0",
@@ -151,6 +152,8 @@ BAD = {
     "its own sparsity 1": (["--methods=wanda@1.0"], "must be at least 0 and less than 1"),
     "its own sparsity no number": (["--methods=wanda@half"], "'wanda@half' is not a name or a call such as"),
     "nothing to go with": (["--methods=wanda@0.5+zebra"], "there is no allocation 'zebra'"),
+    "two allocations": (["--methods=wanda@0.5+owl+alpha"], "has two allocations or two refinements"),
+    "two refinements": (["--methods=wanda@0.5+dsnot+none"], "has two allocations or two refinements"),
     "two calls in one": (["--methods=wanda-flap"], "is not a name or a call"),
     "a refinement that goes with nothing": (["--methods=flap@0.2+dsnot,wanda@0.5"], "--refine is for methods that prune"),
     "no model": (["--sparsities=0.5", "--model="], "--model"),
