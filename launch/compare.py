@@ -5,14 +5,13 @@ python -m launch.compare out/* --speed=speed.json --markdown=table.md --latex=ta
 """
 
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from launch import compare_plot, console, export, summary
 from launch.cli import Flags, run
@@ -22,6 +21,7 @@ from models.errors import InputError
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
 )
+MEAN = "mean of the tasks"  # of each task the first accuracy that its report has
 PARTS = {"prompt": "prompts", "generation": "generation"}  # of a model's measured speed, as the table calls them
 
 
@@ -109,11 +109,12 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
 
 
 def rows(runs: Sequence[Run]) -> list[list[str]]:
-    """The table as text: headings, the dense model, a row a run; a column for each data set and each accuracy, and for the protocol where
-    one was asked for by name."""
+    """The table as text: headings, the dense model, a row a run; a column for each data set and each accuracy, for the mean of several
+    tasks, and for the protocol where one was asked for by name."""
     names, metrics, fast = data_sets(runs), _metrics(runs), any(r.faster for r in runs)
     heads = ["run", "removed", "parameters", "size", *(f"perplexity, {summary.shorten(n)}" for n in names)]
-    heads += [f"{task}, {metric}" for task, metric in metrics] + list(PARTS.values()) * fast + ["pruned in"]
+    heads += [f"{task}, {metric}" for task, metric in metrics] + [MEAN] * (len(dict(metrics)) > 1)
+    heads += list(PARTS.values()) * fast + ["pruned in"]
     if any(summary.followed(r.report) for r in runs):
         heads.append("protocol")
     return [heads, _row(runs, None, names, metrics, fast), *(_row(runs, r, names, metrics, fast) for r in runs)]
@@ -126,21 +127,33 @@ def _row(runs: Sequence[Run], r: Run | None, names: Sequence[str], metrics: Sequ
     def first(found: Iterator[Any]) -> Any:
         return next((x for x in found if x is not None), None)
 
-    def accuracy(task: str, name: str) -> str:
+    def accuracy(task: str, name: str) -> tuple[float, float | None] | None:
         every = (m for x in own for m in summary.metrics(x.report.get("tasks", {})) if (m.task, m.name) == (task, name))
-        return summary.measured(first(getattr(m, which) for m in every), fraction=True)
+        return first(getattr(m, which) for m in every)
 
     report = own[0].report
     cells = [r.name if r else "dense", summary.percent(report["sparsity"]["total"]) if r else ""]
     cells += [summary.count(report["parameters"][which]), summary.size(report["bytes"][which])]
     cells += [_perplexity(first(x.report["perplexity"].get(n, {}).get(which) for x in own), r, n) for n in names]
-    cells += [accuracy(*metric) for metric in metrics]
+    cells += [summary.measured(accuracy(*metric), fraction=True) for metric in metrics]
+    if len(tasks := dict(reversed(metrics))) > 1:  # of a task's metrics the first
+        cells.append(summary.measured(_mean([accuracy(*metric) for metric in tasks.items()]), fraction=True))
     if fast:
         cells += [f"{r.faster[p]:.2f}x" if r and r.faster else summary.ABSENT if r else "1.00x" for p in PARTS]
     cells.append(summary.duration(report["seconds"]["calibrate_and_prune"]) if r else "")
     if any(summary.followed(x.report) for x in runs):
         cells.append((summary.followed(r.report).removeprefix("protocol ") or summary.ABSENT) if r else "")
     return cells
+
+
+def _mean(values: Sequence[tuple[float, float | None] | None]) -> tuple[float, float | None] | None:
+    """The mean of accuracies with its standard error, the tasks' documents being independent; None if one was not measured."""
+    known = [v for v in values if v is not None]
+    if len(known) < len(values):
+        return None
+    errors = [error for _, error in known if error is not None]
+    error = math.hypot(*errors) / len(known) if len(errors) == len(known) else None
+    return sum(value for value, _ in known) / len(known), error
 
 
 def _perplexity(value: float | None, r: Run | None, data: str) -> str:
@@ -188,13 +201,8 @@ def main(values: dict[str, Any]) -> None:
     if values["plot"] and pathlib.Path(values["plot"]).suffix not in (".svg", ".png"):
         raise InputError(f"--plot={values['plot']} must end in .svg or .png")
     runs = read(values["directories"], values["speed"])
-    heads, *body = table = rows(runs)
-    shown = Table(title=Text(str(runs[0].report["model"])), title_justify="left")
-    for k, head in enumerate(heads):
-        shown.add_column(Text(head), justify="right" if k else "left", overflow="fold")
-    for row in body:
-        shown.add_row(*(Text(cell) for cell in row))
-    Console().print(shown)
+    table = rows(runs)
+    console.show_wide(str(runs[0].report["model"]), table, Console())
     for sentence in differences(runs):
         console.note(f"warning: {sentence}")
     for flag, write in (("markdown", markdown), ("latex", latex)):

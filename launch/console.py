@@ -2,11 +2,12 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -40,6 +41,36 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if output := report.get("settings", {}).get("output"):
         console.print(Text(f"pruned model: {output}"), soft_wrap=True)
         console.print(Text(f"report: {Path(output) / 'report.html'}"), soft_wrap=True)
+
+
+def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, labels: int = 1) -> None:
+    """Print a table whose first row are headings, as several below each other where `console` is too narrow for all its columns.
+
+    Args:
+      labels: columns that name a row: each part begins with them.
+    """
+
+    def width(
+        k: int,
+    ) -> int:  # with its margins and a line; headings break at spaces, figures and names if they take half the line
+        natural = max(cell_len(text) for text in (*rows[0][k].split(), *(row[k] for row in rows[1:]), "x"))
+        return 3 + min(natural, console.width // (2 * labels if k < labels else 2) - 4)
+
+    own = list(range(labels))
+    room = console.width - 1 - sum(map(width, own))
+    parts: list[list[int]] = [[]]
+    for k in range(labels, len(rows[0])):
+        if parts[-1] and sum(map(width, parts[-1])) + width(k) > room:
+            parts.append([])
+        parts[-1].append(k)
+    for n, part in enumerate(parts):
+        table = Table(title=None if n else Text(title), title_justify="left")
+        for k in own + part:
+            side: JustifyMethod = "left" if k < labels else "right"
+            table.add_column(Text(rows[0][k]), justify=side, overflow="fold", width=width(k) - 3)
+        for row in rows[1:]:
+            table.add_row(*(Text(row[k]) for k in own + part))
+        console.print(table)
 
 
 def note(text: str, console: Console | None = None) -> None:

@@ -84,8 +84,11 @@ def difference(dense: float | None, pruned: float | None) -> str:
 
 
 def shorten(name: str, width: int = 24) -> str:
-    """A long path by its end, where it differs from others: …/tokens/valid.npy."""
-    return name if len(name) <= width else "…" + name[1 - width :]
+    """A long path by its end, where it differs from others, whole names if they fit: …/tokens/valid.npy."""
+    if len(name) <= width:
+        return name
+    end = name[1 - width :]
+    return "…" + end[max(end.find("/"), 0) :]
 
 
 def asked(sparsity: Mapping[str, Any]) -> str:

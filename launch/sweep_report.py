@@ -4,23 +4,25 @@ import csv
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from calibration.journal import write_durably
 from launch import report, summary, sweep_plot
+from launch.console import show_wide
 from launch.mlprank_report import Spread, spread
 from launch.sweep_plot import Point
 from launch.trials import Trial
 
 INDEX = "sweep.json"
 DENSE, PRUNED = "perplexity_dense:", "perplexity:"  # a column for each data set, by its name
-FIGURES = ("reached", "total", "parameters", "bytes", "seconds")  # of a finished trial, beside its perplexities
+DENSE_ACCURACY, ACCURACY = "accuracy_dense:", "accuracy:"  # a column for each share of a task's documents: piqa, acc
+FIGURES = ("reached", "total", "parameters", "bytes", "seconds")  # of a finished trial, beside its quality
+LABELS = ("method", "allocation", "refine")
 
 
 def describe(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
@@ -42,13 +44,16 @@ def measured(trial: Trial, found: Mapping[str, Any]) -> dict[str, Any]:
     }
     dense = {f"{DENSE}{name}": scores["dense"] for name, scores in found["perplexity"].items()}
     pruned = {f"{PRUNED}{name}": scores["pruned"] for name, scores in found["perplexity"].items()}
-    return describe(trial, "finished") | figures | dense | pruned
+    accuracies = [(f"{m.task}, {m.name}", m) for m in summary.metrics(found.get("tasks", {})) if m.fraction]
+    before = {f"{DENSE_ACCURACY}{name}": m.dense[0] for name, m in accuracies if m.dense}
+    after = {f"{ACCURACY}{name}": m.pruned[0] for name, m in accuracies if m.pruned}
+    return describe(trial, "finished") | figures | dense | pruned | before | after
 
 
 class Line(NamedTuple):
     """Trials that differ in nothing but the seed: how many are finished, of how many, and their figures over seeds.
 
-    `perplexity` is by data set; figures are None where no trial is finished.
+    `perplexity` is by data set, `accuracy` by task and metric; figures are None where no trial is finished.
     """
 
     method: str
@@ -60,6 +65,7 @@ class Line(NamedTuple):
     reached: float | None
     bytes: float | None
     perplexity: Mapping[str, Spread]
+    accuracy: Mapping[str, Spread]
 
     @property
     def name(self) -> str:
@@ -82,60 +88,47 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     for key, members in found.items():
         done = [row for row in members if row["state"] == "finished"]
         reached, size = (float(np.mean([row[name] for row in done])) if done else None for name in ("reached", "bytes"))
-        names = [column.removeprefix(PRUNED) for column in (done[0] if done else ()) if column.startswith(PRUNED)]
-        perplexity = {name: _spread([row[f"{PRUNED}{name}"] for row in done]) for name in names}
-        made.append(Line(*key, len(done), len(members), reached, size, perplexity))
+        every = [
+            {name: _spread([row[f"{kind}{name}"] for row in done]) for name in named(done, kind)} for kind in (PRUNED, ACCURACY)
+        ]
+        made.append(Line(*key, len(done), len(members), reached, size, *every))
     return made
 
 
-def dense(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The dense model's perplexity by data set; empty where no trial is finished."""
-    return {k.removeprefix(DENSE): v for row in rows for k, v in row.items() if k.startswith(DENSE)}
+def named(rows: Sequence[Mapping[str, Any]], kind: str) -> dict[str, float]:
+    """{name: figure} of the columns whose names begin with `kind`, over all rows; with DENSE the dense model's perplexities by data set."""
+    return {k.removeprefix(kind): v for row in rows for k, v in row.items() if k.startswith(kind)}
 
 
-def cell(s: Spread | None, seeds: int) -> str:
-    """A perplexity with its standard deviation over seeds, if there are some."""
+def cell(s: Spread | None, seeds: int, say: Callable[[float], str]) -> str:
+    """A figure with its standard deviation over seeds, if there are some."""
     if s is None:
         return summary.ABSENT
-    return summary.perplexity(s.mean) + (f" ± {summary.perplexity(s.std)}" if seeds > 1 else "")
+    return say(s.mean) + (f" ± {say(s.std)}" if seeds > 1 else "")
 
 
-def cells(line: Line, names: Sequence[str]) -> list[str]:
-    """A line of the table: method, allocation, refinement, asked, reached, seeds, size, and the perplexity of each data set."""
+def cells(line: Line, names: Sequence[str], accuracies: Sequence[str]) -> list[str]:
+    """A line of the table: method, allocation, refinement, asked, reached, seeds, size, the perplexity of each data set, accuracies."""
     seeds = str(line.finished) if line.finished == line.trials else f"{line.finished} of {line.trials}"
     size = summary.ABSENT if line.bytes is None else summary.size(round(line.bytes))
     head = [line.method, line.allocation, line.refine, summary.percent(line.sparsity), summary.percent(line.reached), seeds, size]
-    return head + [cell(line.perplexity.get(name), line.finished) for name in names]
+    head += [cell(line.perplexity.get(name), line.finished, summary.perplexity) for name in names]
+    return head + [cell(line.accuracy.get(name), line.finished, summary.percent) for name in accuracies]
 
 
-def headings(names: Sequence[str]) -> list[str]:
+def headings(names: Sequence[str], accuracies: Sequence[str]) -> list[str]:
     """Of `cells`."""
-    return [
-        "method",
-        "allocation",
-        "refine",
-        "asked",
-        "got",
-        "seeds",
-        "size",
-        *(f"perplexity, {summary.shorten(name)}" for name in names),
-    ]
+    return [*LABELS, "asked", "got", "seeds", "size", *(f"perplexity, {summary.shorten(name)}" for name in names), *accuracies]
 
 
-def table(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Mean and standard deviation over seeds, a line for each method, allocation, refinement and sparsity; the dense model below."""
-    base = dense(rows)
-    shown = Table(title=Text(title), title_justify="left")
-    for heading in headings(list(base)):
-        shown.add_column(
-            Text(heading), justify="left" if heading in ("method", "allocation", "refine") else "right", overflow="fold"
-        )
-    for line in lines(rows):
-        shown.add_row(*(Text(text) for text in cells(line, list(base))))
+def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Headings, then mean and standard deviation over seeds for each method, allocation, refinement and sparsity; the dense model last."""
+    base, right = named(rows, DENSE), named(rows, DENSE_ACCURACY)
+    made = [headings(list(base), list(right)), *(cells(line, list(base), list(right)) for line in lines(rows))]
     if base:
-        shown.add_section()
-        shown.add_row("dense", "", "", "", "", "", "", *(summary.perplexity(value) for value in base.values()))
-    return shown
+        values = [*map(summary.perplexity, base.values()), *map(summary.percent, right.values())]
+        made.append(["dense", *[""] * (len(made[0]) - 1 - len(values)), *values])
+    return made
 
 
 class Board:
@@ -198,7 +191,8 @@ class Board:
         write_durably(self._output / "sweep.html", self._html().encode())
 
     def _html(self) -> str:
-        base, found = dense(self.rows), lines(self.rows)
+        base, found = named(self.rows, DENSE), lines(self.rows)
+        right = named(self.rows, DENSE_ACCURACY)
         figures = [
             report.Figure(
                 f"Perplexity, {name}",
@@ -211,28 +205,24 @@ class Board:
         return report.template("sweep.html.j2").render(
             settings=self._settings,
             figures=[figure for figure in figures if figure.svg],
-            headings=headings(list(base)),
-            table=[cells(line, list(base)) for line in found],
-            trials=[self._row(row, list(base)) for row in self.rows],
+            table=table(self.rows),
+            trials=[self._row(row, list(base), list(right)) for row in self.rows],
             finished=sum(line.finished for line in found),
             planned=sum(line.trials for line in found),
-            datasets=[summary.shorten(name) for name in base],
+            quality=[*(f"perplexity, {summary.shorten(name)}" for name in base), *right],
         )
 
     @staticmethod
-    def _row(row: Mapping[str, Any], names: Sequence[str]) -> tuple[str, str, str, list[str]]:
-        """A trial's name, its state, why it has no figures, and what it reached, its size and its perplexities."""
+    def _row(row: Mapping[str, Any], names: Sequence[str], accuracies: Sequence[str]) -> tuple[str, str, str, list[str]]:
+        """A trial's name, its state, why it has no figures, and what it reached, its size, its perplexities and accuracies."""
         figures = [summary.percent(row.get("reached")), summary.size(row.get("bytes"))]
-        return (
-            row["trial"],
-            row["state"],
-            row["error"],
-            [*figures, *(summary.perplexity(row.get(PRUNED + name)) for name in names)],
-        )
+        figures += [summary.perplexity(row.get(PRUNED + name)) for name in names]
+        figures += [summary.percent(row.get(ACCURACY + name)) for name in accuracies]
+        return row["trial"], row["state"], row["error"], figures
 
     def show(self, console: Console) -> None:
         """Print the table, what failed, and where the rest stands."""
-        console.print(table(str(self._settings["model"]), self.rows))
+        show_wide(str(self._settings["model"]), table(self.rows), console, labels=len(LABELS))
         for name, error in self.errors.items():
             console.print(
                 Text(f"failed: {name}: {error} ({self._output / 'failures' / name}.log)", style="yellow"), soft_wrap=True

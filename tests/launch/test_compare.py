@@ -74,6 +74,18 @@ def test_the_command_prints_and_writes(runs: list[str], tmp_path: pathlib.Path, 
     assert "flap, owl(m=7), dsnot" in drawn and "sleb" not in drawn, "a run without a finite perplexity has no place"
 
 
+def test_the_mean_of_several_tasks(tmp_path: pathlib.Path) -> None:
+    """Of each task's first accuracy, with the error of independent documents; none for a run that lacks a task."""
+    more = {"boolq": {"dense": {"acc,none": 0.5, "acc_stderr,none": 0.02}, "pruned": {"acc,none": 0.4, "acc_stderr,none": 0.0}}}
+    norm = {"acc_norm,none": 0.9, "acc_norm_stderr,none": 0.3}
+    piqa = {"piqa": {which: figures | norm for which, figures in TASKS["piqa"].items()}}
+    both = write(tmp_path / "both", report("flap", 0.5, 15.0, tasks=piqa | more))
+    one = write(tmp_path / "one", report("wanda", 0.5, 15.0, tasks=TASKS))
+    heads, dense, flap, wanda = compare.rows(compare.read([both, one], None))
+    assert heads[5:-1] == ["piqa, acc,none", "piqa, acc_norm,none", "boolq, acc,none", "mean of the tasks"]
+    assert (dense[-2], flap[-2], wanda[-2]) == ("60% ± 1.12%", "50% ± 1%", "—")
+
+
 def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path) -> None:
     assert list(compare.differences(compare.read(runs, None))) == []
     other = report("wanda", 0.5, 12.0, protocol={"evaluation": {"a|b": {"sha256": "2"}}}, parameters={"dense": 9, "pruned": 9})

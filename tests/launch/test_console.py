@@ -148,3 +148,27 @@ def test_an_error_inside_ends_the_bar_and_passes_through() -> None:
         advance()
         raise RuntimeError("inside")
     assert "\x1b[?25h" in text_of(console)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_wide_table_is_cut_to_fit_and_loses_nothing(width: int, labels: int) -> None:
+    heads = ["run", "how", *(f"a long heading, n{k}" for k in range(9))]
+    body = [[f"run{i}", f"[b]{i}", *(f"{i}{k}% ± 3.45%" for k in range(9))] for i in range(3)]
+    console = Console(file=io.StringIO(), width=width)
+    shown.show_wide("[title]", [heads, *body], console, labels=labels)
+    lines = text_of(console).splitlines()
+    assert lines[0].strip() == "[title]" and max(map(len, lines)) <= width
+    parts = sum(line.startswith("┏") for line in lines)
+    assert (parts == 1) == (width == 200)
+    for i, row in enumerate(body):
+        own = [line for line in lines if f"run{i}" in line]
+        assert len(own) == parts and [cell for cell in row[2:] if sum(cell in line for line in own) != 1] == []
+        assert all(f"[b]{i}" in line for line in own) == (labels == 2 or parts == 1)
+
+
+def test_a_wide_table_folds_a_name_that_is_longer_than_the_line() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    shown.show_wide("", [["run", "figure"], ["m" * 100, "1.5"]], console)
+    text = text_of(console)
+    assert text.count("m") == 100 and "1.5" in text and max(map(len, text.splitlines())) <= 40

@@ -30,6 +30,10 @@ def report(sparsity: float, perplexity: float) -> dict[str, Any]:
         "parameters": {"pruned": 1000},
         "bytes": {"pruned": 4096},
         "seconds": {"load": 1.0, "eval": 2.0},
+        "tasks": {
+            "piqa": {"dense": {"acc,none": 0.75, "acc_stderr,none": 0.1}, "pruned": {"acc,none": 0.5 + sparsity / 10}},
+            "lambada": {"dense": {"perplexity,none": 4.0}, "pruned": {"perplexity,none": 5.0}},
+        },
         "perplexity": {"c4": {"dense": DENSE, "pruned": perplexity}, "b,d": {"dense": 9.0, "pruned": 10.0}},
     }
 
@@ -61,8 +65,9 @@ def test_lines_are_means_and_deviations_over_seeds(board: Board) -> None:
         assert got[key].perplexity["c4"] == pytest.approx((statistics.mean(SCORES[key]), statistics.stdev(SCORES[key])))
         assert got[key].reached == pytest.approx(key[1] - 0.01) and got[key].perplexity["b,d"] == (10.0, 0.0)
     assert got["flap", 0.3].perplexity["c4"].mean == math.inf
+    assert got["flap", 0.3].accuracy == {"piqa, acc,none": (pytest.approx(0.53), pytest.approx(0.0, abs=1e-9))}
     empty = got["flap", 0.5]
-    assert (empty.finished, empty.trials, empty.reached, empty.perplexity) == (0, 3, None, {})
+    assert (empty.finished, empty.trials, empty.reached, empty.perplexity, empty.accuracy) == (0, 3, None, {}, {})
 
 
 def test_rows_are_read_back_as_they_were(board: Board, tmp_path: Path) -> None:
@@ -71,6 +76,8 @@ def test_rows_are_read_back_as_they_were(board: Board, tmp_path: Path) -> None:
     assert len(rows) == 13 and list(rows[0])[-1] == "error"
     by_name = {row["trial"]: row for row in rows}
     assert float(by_name["wanda-0.5-seed2"]["perplexity:c4"]) == 9.5 and by_name["wanda-0.5-seed2"]["seconds"] == "3.0"
+    assert float(by_name["wanda-0.5-seed2"]["accuracy:piqa, acc,none"]) == 0.55
+    assert float(by_name["wanda-0.5-seed2"]["accuracy_dense:piqa, acc,none"]) == 0.75 and "lambada" not in str(rows)
     assert by_name["flap-0.5-seed0"]["error"] == "it broke, badly" and by_name["flap-0.5-seed1"]["state"] == "waiting"
     assert by_name["wanda-0.3-owl-seed0"]["state"] == "left out" and by_name["wanda-0.3-owl-seed0"]["perplexity:c4"] == ""
 
@@ -81,6 +88,7 @@ def test_the_page_has_every_trial_and_says_what_failed(board: Board, tmp_path: P
     assert "&lt;m&gt;" in page and "<m>" not in page and "9 of 12 trials finished" in page
     assert page.count('href="trials/') == 9 and 'href="trials/wanda-0.3-seed1/report.html"' in page
     assert "it broke, badly" in page and "it cannot be" in page
+    assert page.count('<th scope="col">piqa, acc,none</th>') == 2 and page.count("<td>53%</td>") == 6 and "<td>75%</td>" in page
     assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
 
 
@@ -114,4 +122,4 @@ def test_a_board_without_any_figures_is_a_page_too(tmp_path: Path) -> None:
     empty.publish()
     assert "0 of 12 trials finished" in (tmp_path / "sweep.html").read_text()
     empty.show(Console(file=io.StringIO()))
-    assert sweep_report.dense(empty.rows) == {}
+    assert sweep_report.named(empty.rows, sweep_report.DENSE) == {}

@@ -116,3 +116,27 @@ def test_corrected_is_not_worse_than_sparsegpt_on_tiny_opt(shared: pathlib.Path,
     (entry,) = [e for e in index["entries"] if (e["model"], e["variant"]) == ("tiny-opt", f"sparsegpt-plain-{variant}")]
     model, _ = prune(r.model, METHODS["sparsellm"](), r.calibration, Request(*SPARSITY[variant]))
     assert perplexity(model, r.evaluation, batch=8).value <= entry["ppl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("tiny-llama", "0.5"), ("tiny-llama", "0.7"), ("tiny-llama", "0.8"), ("tiny-llama", "2of4"), ("tiny-llama-gqa", "0.7")],
+)
+def test_whole_models_as_far_as_the_released_code_agrees_with_itself(shared: pathlib.Path, name: str, variant: str) -> None:
+    """Perplexity to 1e-3 and block 0's errors to 1e-2, of every block and iteration the mean distance of a logged error.
+
+    From block 1 on the released code is itself up to 3.4 % from its errors, 0.9 % in the mean, when its weights change by 1e-7
+    (sensitivity.json); where a choice between two masks falls the other way one error is off by 7 %.
+    """
+    r, want = tiny(shared, name), stored(shared, name, variant)
+    asked = Request(*(SPARSITY | {"0.8": (0.8, None)})[variant])
+    model, outcome = prune(r.model, METHODS["sparsellm"](variant="official"), r.calibration, asked)
+    index = json.loads((shared / "golden/sparsellm_neuroal/index.json").read_text())
+    (entry,) = [e for e in index["entries"] if (e["model"], e["variant"]) == (name, f"sparsellm-{variant}")]
+    assert perplexity(model, r.evaluation, batch=8).value == pytest.approx(entry["ppl"], rel=1e-3)
+    logged = [row[np.isfinite(row)] for row in want["train_loss"]]
+    assert [len(x) for x in outcome.details["loss"]] == [len(row) for row in logged]
+    np.testing.assert_allclose(outcome.details["loss"][0], logged[0], rtol=1e-2)
+    off = [abs(np.asarray(x) - row) / row for x, row in zip(outcome.details["loss"][1:], logged[1:], strict=True)]
+    assert np.mean(np.concatenate(off)) <= 0.025
+    assert np.max(np.concatenate(off)) <= 0.1
