@@ -152,10 +152,10 @@ def metrics(tasks: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
 
 
 def measured(value: tuple[float, float | None] | None, fraction: bool) -> str:
-    """A value with its standard error: 42.5% ± 3.5%, or 12.31 ± 0.42."""
+    """A value with its standard error: 42.50% ± 3.50%, digits alike in all of a column, or 12.310 ± 0.421."""
     if value is None:
         return ABSENT
-    say = percent if fraction else perplexity
+    say = "{:.2%}".format if fraction else perplexity
     return say(value[0]) + ("" if value[1] is None else f" ± {say(value[1])}")
 
 

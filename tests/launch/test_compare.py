@@ -53,9 +53,9 @@ def test_the_table_has_what_the_reports_have(runs: list[str], tmp_path: pathlib.
     table = compare.rows(compare.read(runs, str(tmp_path / "speed.json")))
     assert table == [
         ["run", "removed", "parameters", "size", "perplexity, a|b", "piqa, acc,none", "prompts", "generation", "pruned in"],
-        ["dense", "", "1,000", "3.9 KiB", "10.000", "70% ± 1%", "1.00x", "1.00x", ""],
+        ["dense", "", "1,000", "3.9 KiB", "10.000", "70.00% ± 1.00%", "1.00x", "1.00x", ""],
         ["wanda_sp", "25%", "750", "2.9 KiB", "20.000", "—", "2.00x", "3.00x", "1 min 01 s"],
-        ["flap, owl(m=7), dsnot", "50%", "500", "2.0 KiB", "15.000", "60% ± 2%", "3.00x", "4.00x", "1 min 01 s"],
+        ["flap, owl(m=7), dsnot", "50%", "500", "2.0 KiB", "15.000", "60.00% ± 2.00%", "3.00x", "4.00x", "1 min 01 s"],
         ["sleb(blocks=2)", "10%", "900", "3.5 KiB", "inf", "—", "—", "—", "1 min 01 s"],
     ]
 
@@ -83,7 +83,7 @@ def test_the_mean_of_several_tasks(tmp_path: pathlib.Path) -> None:
     one = write(tmp_path / "one", report("wanda", 0.5, 15.0, tasks=TASKS))
     heads, dense, flap, wanda = compare.rows(compare.read([both, one], None))
     assert heads[5:-1] == ["piqa, acc,none", "piqa, acc_norm,none", "boolq, acc,none", "mean of the tasks"]
-    assert (dense[-2], flap[-2], wanda[-2]) == ("60% ± 1.12%", "50% ± 1%", "—")
+    assert (dense[-2], flap[-2], wanda[-2]) == ("60.00% ± 1.12%", "50.00% ± 1.00%", "—")
 
 
 def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path) -> None:

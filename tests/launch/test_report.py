@@ -245,7 +245,7 @@ def test_tasks_are_listed() -> None:
     at = page.words.index("arc_easy, acc")
     assert page.words[at + 1 : at + 4] == ["61.25% ± 3.21%", "58.75% ± 3.25%", "-2.50 points"]
     at = page.words.index("arc_easy, exact_match,strict")
-    assert page.words[at + 1 : at + 4] == ["25%", "25%", "+0.00 points"]
+    assert page.words[at + 1 : at + 4] == ["25.00%", "25.00%", "+0.00 points"]
     at = page.words.index("arc_easy, perplexity")
     assert page.words[at + 1 : at + 4] == ["12.500", "inf", "—"]
     assert "Accuracy, before and after" in page.words and "arc_easy: 1,234" in page.text and "lm-eval 0.4.13" in page.text
