@@ -1,4 +1,4 @@
-"""Whole runs for `launch.bench`, each in a process of its own: ours, and SparseGPT, SLEB and NeuroAL's search plainly in PyTorch."""
+"""Whole runs for `launch.bench`, each in a process of its own: ours, and SparseGPT, SparseLLM, SLEB, NeuroAL's search plainly in PyTorch."""
 
 import contextlib
 import multiprocessing
@@ -12,6 +12,7 @@ import numpy as np
 from eval.size import peak_memory
 
 DAMP, COLUMNS = 0.01, 128  # SparseGPT's, as its authors have them
+ITERATIONS, PENALTY, RATE = 4, 5.0, 0.01  # SparseLLM's for LLaMA, likewise
 TRIALS = 14 + 15  # values of lambda that NeuroAL's authors try, blocks and rows
 
 
@@ -118,6 +119,54 @@ def plain_sparsegpt(task: Task, _: str) -> float:
                 m.weight.copy_(_sweep(m.weight.clone(), h, task.sparsity))
             calls = _run(layer, [], [], calls)
     return time.perf_counter() - start
+
+
+def plain_alternation(task: Task, _: str) -> float:
+    """Seconds of SparseLLM (Bai et al. 2024, Algorithm 1) for gated feed-forward parts in PyTorch, by pseudo-inverses as released."""
+    import torch
+
+    model, layers = _torch_layers(task)
+    start = time.perf_counter()
+    with torch.no_grad():
+        calls = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
+        for layer in layers:
+            calls = alternated(layer, calls, task.sparsity)
+    return time.perf_counter() - start
+
+
+def alternated(layer: Any, calls: Calls, sparsity: float) -> Calls:
+    """A layer of LLaMA's pruned by SparseLLM: what it then gives for each window, to call the next one with."""
+    import torch
+
+    linears, ffn = _linears(layer), (layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj)
+    up, gate, down = ffn
+    hessians = {m: torch.zeros(m.in_features, m.in_features) for m in linears}
+    read: dict[Any, list[Any]] = {up: [], down: []}
+    see = [_add_outer_products(hessians[m], len(calls)) for m in linears]
+    _run(layer, [*linears, *read], [*see, *(own.append for own in read.values())], calls)
+    for m in linears:
+        if m not in ffn:
+            m.weight.copy_(_sweep(m.weight.clone(), hessians[m], sparsity))
+    x, p = (torch.cat(own) for own in read.values())
+    y, z, s = down(p), up(x), gate(x)
+    x_inverse = torch.linalg.pinv(x, rtol=1e-15)
+    for k in range(ITERATIONS):
+        if k:
+            up.weight.copy_((x_inverse @ z).T)
+            gate.weight.copy_((x_inverse @ s).T)
+            down.weight.copy_((torch.linalg.pinv(p, rtol=1e-15) @ y).T)
+            hessians[down] = (2 / len(calls)) * p.T @ p
+        for m in ffn:  # each damps its H again, as released
+            m.weight.copy_(_sweep(m.weight.clone(), hessians[m], sparsity))
+        w, act = down.weight, torch.nn.functional.silu(s)
+        p = (y @ w + act * z) @ torch.linalg.inv(w.T @ w + torch.eye(w.shape[1]))
+        z = (up(x) + act * p) / (act**2 + 1)
+        m = gate(x)
+        for _ in range(2):
+            on = torch.sigmoid(s)
+            slope = on * (1 + s * (1 - on))
+            s = s - 2 * PENALTY * RATE * (s - m - (p - s * on * z) * z * slope)
+    return _run(layer, [], [], calls)
 
 
 def plain_removal(task: Task, _: str) -> float:

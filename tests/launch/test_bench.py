@@ -46,7 +46,7 @@ def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pyt
     ("what", "torch", "programs"),
     [
         ("sparsegpt", True, ["SparseGPT", "PyTorch"]),
-        ("sparsellm", False, ["SparseLLM", "by pseudo-inverses"]),
+        ("sparsellm", True, ["SparseLLM", "released loop", "PyTorch, by pseudo-inverses"]),
         ("sleb", True, ["SLEB", "without its cache", "PyTorch"]),
         ("neuroal", True, ["NeuroAL", "released search", "PyTorch, trial by trial"]),
     ],
@@ -77,6 +77,27 @@ def test_the_plain_sparsegpt_is_sparsegpt(tmp_path: Path) -> None:
     want, removed = reference.solve(w, h, 0.5)
     assert np.mean((got == 0) == removed) > 0.999
     assert np.quantile(np.abs(got - want), 0.99) < 1e-3
+
+
+def test_the_plain_alternation_is_the_released_one(tmp_path: Path) -> None:
+    """What ours is timed against leaves the weights that the official variant leaves."""
+    torch = pytest.importorskip("torch")
+    config = CONFIG | {"num_hidden_layers": 1, "initializer_range": 0.3}
+    model = init_model(config, jax.random.key(0))
+    save(tmp_path / "model", model, config, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 16), np.int32)
+    theirs = torch_models.load(tmp_path / "model")
+    (layer,) = theirs.get_decoder().layers
+    with torch.no_grad():
+        calls = bench_solvers._first_inputs(theirs, layer, torch.tensor(tokens.astype(np.int64)))
+        bench_solvers.alternated(layer, calls, 0.5)
+    block = prune(model, METHODS["sparsellm"](variant="official"), tokens, Request(0.5))[0].blocks[0]
+    for name in ("up", "gate", "down", "q"):
+        want = np.asarray(getattr(block, name).w)
+        part = layer.self_attn if name == "q" else layer.mlp
+        got = getattr(part, f"{name}_proj").weight.detach().numpy()
+        assert np.array_equal(got == 0, want == 0), name
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max(), err_msg=name)
 
 
 def test_the_plain_removal_is_sleb(tmp_path: Path) -> None:
