@@ -1,4 +1,4 @@
-"""Whole runs for `launch.bench`, each in a process of its own: ours, and SparseGPT, SparseLLM, SLEB, NeuroAL's search plainly in PyTorch."""
+"""Whole runs for `launch.bench`, each in its own process: ours, and SparseGPT, SparseLLM, SLEB, NeuroAL's search plainly in PyTorch."""
 
 import contextlib
 import multiprocessing
