@@ -105,24 +105,16 @@ def plain_search(task: Task, argument: str) -> float:
 
 def plain_sparsegpt(task: Task, _: str) -> float:
     """Seconds of SparseGPT (Frantar & Alistarh 2023, Algorithm 1) in PyTorch: a Hessian a linear, a window at a time."""
-    import torch
-
-    model, layers = _torch_layers(task)
-    start = time.perf_counter()
-    with torch.no_grad():
-        calls = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
-        for layer in layers:
-            linears = _linears(layer)
-            hessians = [torch.zeros(m.in_features, m.in_features) for m in linears]
-            _run(layer, linears, [_add_outer_products(h, len(calls)) for h in hessians], calls)
-            for m, h in zip(linears, hessians, strict=True):
-                m.weight.copy_(_sweep(m.weight.clone(), h, task.sparsity))
-            calls = _run(layer, [], [], calls)
-    return time.perf_counter() - start
+    return _layer_by_layer(task, solved)
 
 
 def plain_alternation(task: Task, _: str) -> float:
     """Seconds of SparseLLM (Bai et al. 2024, Algorithm 1) for gated feed-forward parts in PyTorch, by pseudo-inverses as released."""
+    return _layer_by_layer(task, alternated)
+
+
+def _layer_by_layer(task: Task, prune: Callable[[Any, Calls, float], Calls]) -> float:
+    """Seconds of a walk in which each layer is pruned, and gives the next one its calls."""
     import torch
 
     model, layers = _torch_layers(task)
@@ -130,23 +122,27 @@ def plain_alternation(task: Task, _: str) -> float:
     with torch.no_grad():
         calls = _first_inputs(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
         for layer in layers:
-            calls = alternated(layer, calls, task.sparsity)
+            calls = prune(layer, calls, task.sparsity)
     return time.perf_counter() - start
+
+
+def solved(layer: Any, calls: Calls, sparsity: float) -> Calls:
+    """A layer pruned by SparseGPT: what it then gives for each window, to call the next one with."""
+    for m, h in _hessians(layer, calls, {}).items():
+        _solve(m, h, sparsity)
+    return _run(layer, [], [], calls)
 
 
 def alternated(layer: Any, calls: Calls, sparsity: float) -> Calls:
     """A layer of LLaMA's pruned by SparseLLM: what it then gives for each window, to call the next one with."""
     import torch
 
-    linears, ffn = _linears(layer), (layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj)
-    up, gate, down = ffn
-    hessians = {m: torch.zeros(m.in_features, m.in_features) for m in linears}
+    ffn = up, gate, down = layer.mlp.up_proj, layer.mlp.gate_proj, layer.mlp.down_proj
     read: dict[Any, list[Any]] = {up: [], down: []}
-    see = [_add_outer_products(hessians[m], len(calls)) for m in linears]
-    _run(layer, [*linears, *read], [*see, *(own.append for own in read.values())], calls)
-    for m in linears:
+    hessians = _hessians(layer, calls, {m: own.append for m, own in read.items()})
+    for m, h in hessians.items():
         if m not in ffn:
-            m.weight.copy_(_sweep(m.weight.clone(), hessians[m], sparsity))
+            _solve(m, h, sparsity)
     x, p = (torch.cat(own) for own in read.values())
     y, z, s = down(p), up(x), gate(x)
     x_inverse = torch.linalg.pinv(x, rtol=1e-15)
@@ -157,7 +153,7 @@ def alternated(layer: Any, calls: Calls, sparsity: float) -> Calls:
             down.weight.copy_((torch.linalg.pinv(p, rtol=1e-15) @ y).T)
             hessians[down] = (2 / len(calls)) * p.T @ p
         for m in ffn:  # each damps its H again, as released
-            m.weight.copy_(_sweep(m.weight.clone(), hessians[m], sparsity))
+            _solve(m, hessians[m], sparsity)
         w, act = down.weight, torch.nn.functional.silu(s)
         p = (y @ w + act * z) @ torch.linalg.inv(w.T @ w + torch.eye(w.shape[1]))
         z = (up(x) + act * p) / (act**2 + 1)
@@ -227,6 +223,21 @@ def _run(layer: Any, linears: list[Any], see: list[Callable[[Any], Any]], calls:
     for handle in hooks:
         handle.remove()
     return outputs
+
+
+def _hessians(layer: Any, calls: Calls, see: dict[Any, Callable[[Any], Any]]) -> dict[Any, Any]:
+    """SparseGPT's H [in in] of every linear of the dense layer; inputs of those in `see` are shown to it too."""
+    import torch
+
+    found = {m: torch.zeros(m.in_features, m.in_features) for m in _linears(layer)}
+    adding = [_add_outer_products(h, len(calls)) for h in found.values()]
+    _run(layer, [*found, *see], [*adding, *see.values()], calls)
+    return found
+
+
+def _solve(m: Any, h: Any, sparsity: float) -> None:
+    """Prune a linear by its H, which is left damped."""
+    m.weight.copy_(_sweep(m.weight.clone(), h, sparsity))
 
 
 def _add_squares(total: Any) -> Callable[[Any], Any]:

@@ -108,12 +108,17 @@ def _metrics(runs: Sequence[Run]) -> list[tuple[str, str]]:
     return list(dict.fromkeys((m.task, m.name) for r in runs for m in summary.metrics(r.report.get("tasks", {})) if m.fraction))
 
 
+def _tasks(metrics: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Each task's first metric."""
+    return dict(reversed(metrics))
+
+
 def rows(runs: Sequence[Run]) -> list[list[str]]:
     """The table as text: headings, the dense model, a row a run; a column for each data set and each accuracy, for the mean of several
     tasks, and for the protocol where one was asked for by name."""
     names, metrics, fast = data_sets(runs), _metrics(runs), any(r.faster for r in runs)
     heads = ["run", "removed", "parameters", "size", *(f"perplexity, {summary.shorten(n)}" for n in names)]
-    heads += [f"{task}, {metric}" for task, metric in metrics] + [MEAN] * (len(dict(metrics)) > 1)
+    heads += [f"{task}, {metric}" for task, metric in metrics] + [MEAN] * (len(_tasks(metrics)) > 1)
     heads += list(PARTS.values()) * fast + ["pruned in"]
     if any(summary.followed(r.report) for r in runs):
         heads.append("protocol")
@@ -135,9 +140,10 @@ def _row(runs: Sequence[Run], r: Run | None, names: Sequence[str], metrics: Sequ
     cells = [r.name if r else "dense", summary.percent(report["sparsity"]["total"]) if r else ""]
     cells += [summary.count(report["parameters"][which]), summary.size(report["bytes"][which])]
     cells += [_perplexity(first(x.report["perplexity"].get(n, {}).get(which) for x in own), r, n) for n in names]
-    cells += [summary.measured(accuracy(*metric), fraction=True) for metric in metrics]
-    if len(tasks := dict(reversed(metrics))) > 1:  # of a task's metrics the first
-        cells.append(summary.measured(_mean([accuracy(*metric) for metric in tasks.items()]), fraction=True))
+    accuracies = {metric: accuracy(*metric) for metric in metrics}
+    cells += [summary.measured(value, fraction=True) for value in accuracies.values()]
+    if len(tasks := _tasks(metrics)) > 1:
+        cells.append(summary.measured(_mean([accuracies[metric] for metric in tasks.items()]), fraction=True))
     if fast:
         cells += [f"{r.faster[p]:.2f}x" if r and r.faster else summary.ABSENT if r else "1.00x" for p in PARTS]
     cells.append(summary.duration(report["seconds"]["calibrate_and_prune"]) if r else "")

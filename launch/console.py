@@ -50,24 +50,22 @@ def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, label
       labels: columns that name a row: each part begins with them.
     """
 
-    def width(
-        k: int,
-    ) -> int:  # with its margins and a line; headings break at spaces, figures and names if they take half the line
-        natural = max(cell_len(text) for text in (*rows[0][k].split(), *(row[k] for row in rows[1:]), "x"))
-        return 3 + min(natural, console.width // (2 * labels if k < labels else 2) - 4)
-
-    own = list(range(labels))
-    room = console.width - 1 - sum(map(width, own))
+    widths = []  # headings break at spaces, figures and names if they take half the line
+    for k, column in enumerate(zip(*rows, strict=True)):
+        natural = max(cell_len(text) for text in (*column[0].split(), *column[1:], "x"))
+        widths.append(min(natural, console.width // (2 * labels if k < labels else 2) - 4))
+    own, beside = list(range(labels)), 3  # margins and a line
+    room = console.width - 1 - sum(widths[k] + beside for k in own)
     parts: list[list[int]] = [[]]
-    for k in range(labels, len(rows[0])):
-        if parts[-1] and sum(map(width, parts[-1])) + width(k) > room:
+    for k in range(labels, len(widths)):
+        if parts[-1] and sum(widths[j] + beside for j in [*parts[-1], k]) > room:
             parts.append([])
         parts[-1].append(k)
     for n, part in enumerate(parts):
         table = Table(title=None if n else Text(title), title_justify="left")
         for k in own + part:
             side: JustifyMethod = "left" if k < labels else "right"
-            table.add_column(Text(rows[0][k]), justify=side, overflow="fold", width=width(k) - 3)
+            table.add_column(Text(rows[0][k]), justify=side, overflow="fold", width=widths[k])
         for row in rows[1:]:
             table.add_row(*(Text(row[k]) for k in own + part))
         console.print(table)

@@ -5,7 +5,7 @@ import io
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -19,8 +19,8 @@ from launch.sweep_plot import Point
 from launch.trials import Trial
 
 INDEX = "sweep.json"
-DENSE, PRUNED = "perplexity_dense:", "perplexity:"  # a column for each data set, by its name
-DENSE_ACCURACY, ACCURACY = "accuracy_dense:", "accuracy:"  # a column for each share of a task's documents: piqa, acc
+DENSE, PRUNED = "perplexity_dense:", "perplexity:"  # before the name of a data set: a column of the file
+DENSE_ACCURACY, ACCURACY = "accuracy_dense:", "accuracy:"  # before a task and a metric: piqa, acc
 FIGURES = ("reached", "total", "parameters", "bytes", "seconds")  # of a finished trial, beside its quality
 LABELS = ("method", "allocation", "refine")
 
@@ -107,27 +107,44 @@ def cell(s: Spread | None, seeds: int, say: Callable[[float], str]) -> str:
     return say(s.mean) + (f" ± {say(s.std)}" if seeds > 1 else "")
 
 
-def cells(line: Line, names: Sequence[str], accuracies: Sequence[str]) -> list[str]:
-    """A line of the table: method, allocation, refinement, asked, reached, seeds, size, the perplexity of each data set, accuracies."""
+class Column(NamedTuple):
+    """One of the table's columns of quality. `kind`: as `Line` calls it; `name`: of the data set, or task and metric; `dense`: the dense
+    model's figure."""
+
+    kind: Literal["perplexity", "accuracy"]
+    name: str
+    dense: float
+
+    @property
+    def heading(self) -> str:
+        """Over the column."""
+        return f"perplexity, {summary.shorten(self.name)}" if self.kind == "perplexity" else self.name
+
+    def say(self, value: float | None) -> str:
+        """A figure of this column."""
+        return summary.perplexity(value) if self.kind == "perplexity" else summary.percent(value)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Those that any of the rows has figures for: perplexities, then accuracies."""
+    perplexities = [Column("perplexity", name, value) for name, value in named(rows, DENSE).items()]
+    return perplexities + [Column("accuracy", name, value) for name, value in named(rows, DENSE_ACCURACY).items()]
+
+
+def cells(line: Line, quality: Sequence[Column]) -> list[str]:
+    """A line of the table: method, allocation, refinement, asked, reached, seeds, size, and its figures of quality."""
     seeds = str(line.finished) if line.finished == line.trials else f"{line.finished} of {line.trials}"
     size = summary.ABSENT if line.bytes is None else summary.size(round(line.bytes))
     head = [line.method, line.allocation, line.refine, summary.percent(line.sparsity), summary.percent(line.reached), seeds, size]
-    head += [cell(line.perplexity.get(name), line.finished, summary.perplexity) for name in names]
-    return head + [cell(line.accuracy.get(name), line.finished, summary.percent) for name in accuracies]
-
-
-def headings(names: Sequence[str], accuracies: Sequence[str]) -> list[str]:
-    """Of `cells`."""
-    return [*LABELS, "asked", "got", "seeds", "size", *(f"perplexity, {summary.shorten(name)}" for name in names), *accuracies]
+    return head + [cell(getattr(line, c.kind).get(c.name), line.finished, c.say) for c in quality]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Headings, then mean and standard deviation over seeds for each method, allocation, refinement and sparsity; the dense model last."""
-    base, right = named(rows, DENSE), named(rows, DENSE_ACCURACY)
-    made = [headings(list(base), list(right)), *(cells(line, list(base), list(right)) for line in lines(rows))]
-    if base:
-        values = [*map(summary.perplexity, base.values()), *map(summary.percent, right.values())]
-        made.append(["dense", *[""] * (len(made[0]) - 1 - len(values)), *values])
+    quality, head = columns(rows), [*LABELS, "asked", "got", "seeds", "size"]
+    made = [[*head, *(c.heading for c in quality)], *(cells(line, quality) for line in lines(rows))]
+    if quality:
+        made.append(["dense", *[""] * (len(head) - 1), *(c.say(c.dense) for c in quality)])
     return made
 
 
@@ -191,33 +208,32 @@ class Board:
         write_durably(self._output / "sweep.html", self._html().encode())
 
     def _html(self) -> str:
-        base, found = named(self.rows, DENSE), lines(self.rows)
-        right = named(self.rows, DENSE_ACCURACY)
+        quality, found = columns(self.rows), lines(self.rows)
         figures = [
             report.Figure(
-                f"Perplexity, {name}",
+                f"Perplexity, {c.name}",
                 "Mean over seeds against the share of the prunable weights that went; bars: one standard deviation. "
-                f"Dashed: the dense model, {summary.perplexity(value)}. Lower is better.",
-                sweep_plot.perplexity_by_sparsity(curves(found, name), value),
+                f"Dashed: the dense model, {c.say(c.dense)}. Lower is better.",
+                sweep_plot.perplexity_by_sparsity(curves(found, c.name), c.dense),
             )
-            for name, value in base.items()
+            for c in quality
+            if c.kind == "perplexity"
         ]
         return report.template("sweep.html.j2").render(
             settings=self._settings,
             figures=[figure for figure in figures if figure.svg],
             table=table(self.rows),
-            trials=[self._row(row, list(base), list(right)) for row in self.rows],
+            trials=[self._row(row, quality) for row in self.rows],
             finished=sum(line.finished for line in found),
             planned=sum(line.trials for line in found),
-            quality=[*(f"perplexity, {summary.shorten(name)}" for name in base), *right],
+            quality=[c.heading for c in quality],
         )
 
     @staticmethod
-    def _row(row: Mapping[str, Any], names: Sequence[str], accuracies: Sequence[str]) -> tuple[str, str, str, list[str]]:
-        """A trial's name, its state, why it has no figures, and what it reached, its size, its perplexities and accuracies."""
+    def _row(row: Mapping[str, Any], quality: Sequence[Column]) -> tuple[str, str, str, list[str]]:
+        """A trial's name, its state, why it has no figures, and what it reached, its size and its figures of quality."""
         figures = [summary.percent(row.get("reached")), summary.size(row.get("bytes"))]
-        figures += [summary.perplexity(row.get(PRUNED + name)) for name in names]
-        figures += [summary.percent(row.get(ACCURACY + name)) for name in accuracies]
+        figures += [c.say(row.get(f"{c.kind}:{c.name}")) for c in quality]
         return row["trial"], row["state"], row["error"], figures
 
     def show(self, console: Console) -> None:
