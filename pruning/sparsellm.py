@@ -24,6 +24,7 @@ KNOWN = ("relu", "silu", "swish")  # activations with an auxiliary update: relu 
 ONCE = (1, 30, 31)  # blocks that the released code for gated models iterates once, whatever the model's depth
 RELEASED = {True: Penalties(5.0, 5.0, 5.0), False: Penalties(0.1, 0.1, 0.1)}  # with a gate, without
 SOUND = Penalties(0.01, 10.0, 1.0)
+RIDGE = 1.0  # the corrected variant's; SparseGPT's 0.01 fits the calibration text more than the model (BUILD_NOTES.md)
 PART = "feed-forward"  # what the report calls the part's figures
 
 
@@ -167,16 +168,21 @@ class _Run(NamedTuple):
 
 
 def _settings(
-    arch: Arch, request: Request, damp: float, penalties: tuple[float | None, ...], iterations: int, official: bool
+    arch: Arch,
+    request: Request,
+    damp: float,
+    ridge: float | None,
+    penalties: tuple[float | None, ...],
+    iterations: int,
+    official: bool,
 ) -> Settings:
     gated, act = _names(arch).gate is not None, arch.config.act
     if act not in KNOWN or (act == "relu") == gated:
         raise InputError(f"sparsellm: no update of the auxiliary activations is known for {act}: use sparsegpt")
     default = RELEASED[gated] if official else SOUND
     rule = rule_of(request, patterns.per_column_block(sparsegpt.COLUMNS))
-    return Settings(
-        act, rule, damp, Penalties(*(d if x is None else x for d, x in zip(default, penalties, strict=True))), iterations
-    )
+    filled = Penalties(*(d if x is None else x for d, x in zip(default, penalties, strict=True)))
+    return Settings(act, rule, damp, RIDGE if ridge is None else ridge, filled, iterations)
 
 
 def _outcome(
@@ -197,6 +203,7 @@ def sparsellm(
     gamma: float | None = None,
     first_half: bool = False,
     damp: float = 0.01,
+    ridge: float | None = None,
     variant: Literal["corrected", "official"] = "corrected",
 ) -> Method:
     """SparseLLM (Bai et al. 2024): attention through SparseGPT, the feed-forward part of each block pruned as a whole.
@@ -208,6 +215,8 @@ def sparsellm(
       gamma: of what enters W2. None: as released (0.1, 5), else 1.
       first_half: prune only the first half of the blocks, as the paper's tables do; the others stay dense.
       damp: SparseGPT's.
+      ridge: how firmly the corrected variant's fits hold to the weights they start from: what they add to H's diagonal, as a share of its
+        mean. None: 1. At 0.01 they follow the calibration text, and other text is the worse for it (BUILD_NOTES.md).
       variant: "official" is the released code to the letter, which diverges on SmolLM2 and on tiny OPT models. "corrected" has the same
         objective with sums over tokens and Cholesky factors in place of pseudo-inverses, W2 fitted to what W1 and its gate really give,
         and the output that makes good what pruned attention got wrong as its target; the best iteration stays. At 70 % on SmolLM2-135M it
@@ -218,9 +227,11 @@ def sparsellm(
     if not damp >= 0 or any(x is not None and not x > 0 for x in (alpha, beta, gamma)):
         raise InputError("sparsellm: alpha, beta and gamma must be positive, and damp not negative")
     official = variant == "official"
+    if ridge is not None and (official or not ridge >= 0):
+        raise InputError("sparsellm: ridge must not be negative, and belongs to the corrected variant")
 
     def settings_of(model: Model, request: Request) -> Settings:
-        return _settings(model.arch, request, damp, (alpha, beta, gamma), iterations, official)
+        return _settings(model.arch, request, damp, ridge, (alpha, beta, gamma), iterations, official)
 
     def check(model: Model, request: Request) -> None:
         not_refined("sparsellm", model, request)

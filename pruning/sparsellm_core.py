@@ -61,12 +61,14 @@ class Penalties(NamedTuple):
 class Settings(NamedTuple):
     """What an alternation depends on besides arrays; hashable, a static argument.
 
-    act: the activation's name; rule: which entries go; damp: SparseGPT's, as a share of H's mean diagonal; iterations: >= 1.
+    act: the activation's name; rule: which entries go; damp: SparseGPT's, as a share of H's mean diagonal; ridge: `corrected`'s, likewise,
+    added to H where weights are fitted; iterations: >= 1.
     """
 
     act: str
     rule: Pattern
     damp: float
+    ridge: float
     penalties: Penalties
     iterations: int
 
@@ -170,7 +172,11 @@ def _total(f: Callable[..., Any], *xs: jax.Array) -> Any:
 
 
 def _toward(w: jax.Array, residual: jax.Array, f: sparsegpt.Factor) -> jax.Array:
-    """The ridge solution that starts at W: W + R X^T H^-1, `residual` R X^T [out in] in H's scale."""
+    """The ridge solution that starts at W: W + R X^T H^-1 [out in].
+
+    Args:
+      residual: R X^T [out in] in H's scale; f: H's factor, damped as strongly as the solution should hold to W.
+    """
     return w + residual @ f.u.T @ f.u
 
 
@@ -188,16 +194,19 @@ def pruned(ws: Sequence[jax.Array], f: sparsegpt.Factor, counts: Sequence[jax.Ar
     return [w for w, _ in sparsegpt.solve(ws, f, counts, rule.keep, rule.group)]
 
 
-def _start(dense: Ffn, x: jax.Array, counts: Counts, scale: float, c: Settings) -> tuple[Ffn, sparsegpt.Factor, jax.Array]:
-    """SparseGPT's part, the factor of X's H, and the damping of both factors [2]."""
+def _start(
+    dense: Ffn, x: jax.Array, counts: Counts, scale: float, c: Settings
+) -> tuple[Ffn, jax.Array, sparsegpt.Factor, jax.Array]:
+    """SparseGPT's part, X's H, its factor, and the damping of both factors [2]."""
 
     def grams(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = inside(dense, x, c.act)
         return outer_products(x), outer_products(h)
 
-    f1, f2 = (sparsegpt.factor(scale * h, c.damp) for h in _total(grams, x))
+    h1, h2 = (scale * h for h in _total(grams, x))
+    f1, f2 = (sparsegpt.factor(h, c.damp) for h in (h1, h2))
     ffn = dense.with_writers(pruned([p.w for p in dense.writers], f1, counts.writers, c.rule))
-    return ffn.with_two(pruned([dense.two.w], f2, [counts.two], c.rule)[0]), f1, jnp.stack([f1.damping, f2.damping])
+    return ffn.with_two(pruned([dense.two.w], f2, [counts.two], c.rule)[0]), h1, f1, jnp.stack([f1.damping, f2.damping])
 
 
 def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Settings) -> Solved:
@@ -215,7 +224,7 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
 
     def reading(ffn: Ffn, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = inside(ffn, x, c.act)
-        return outer_products(h), _outer(y - linear(dense.two, h), h)
+        return outer_products(h), _outer(y if dense.two.b is None else y - dense.two.b[None, None], h)
 
     def iterate(carry: tuple[Ffn, _Best], _: None) -> tuple[tuple[Ffn, _Best], tuple[jax.Array, jax.Array]]:
         ffn, best = carry
@@ -227,15 +236,17 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
 
         residuals, error = _total(aims, x, y)
         best = _better(best, ffn, error)
-        fitted = [_toward(p.w, scale * r, f1) for p, r in zip(ffn.writers, residuals, strict=True)]
+        fitted = [_toward(p.w, scale * r, fit1) for p, r in zip(ffn.writers, residuals, strict=True)]
         ffn = ffn.with_writers(pruned(fitted, f1, counts.writers, c.rule))
-        h2, residual = _total(functools.partial(reading, ffn), x, y)
-        f2 = sparsegpt.factor(scale * h2, c.damp)
-        ffn = ffn.with_two(pruned([_toward(dense.two.w, scale * residual, f2)], f2, [counts.two], c.rule)[0])
+        h2, wanted = _total(functools.partial(reading, ffn), x, y)
+        residual = wanted - dense.two.w @ h2  # of y less what the dense W2 gives, with no third pass over the tokens
+        f2, fit2 = (sparsegpt.factor(scale * h2, share) for share in (c.damp, c.ridge))
+        ffn = ffn.with_two(pruned([_toward(dense.two.w, scale * residual, fit2)], f2, [counts.two], c.rule)[0])
         return (ffn, best), (error, f2.damping)
 
     with jax.default_matmul_precision("highest"):
-        ffn, f1, damping = _start(dense, x, counts, scale, c)
+        ffn, h1, f1, damping = _start(dense, x, counts, scale, c)
+        fit1 = sparsegpt.factor(h1, c.ridge)
         start = (ffn, _Best(ffn, jnp.asarray(jnp.inf)))
         (ffn, best), (errors, dampings) = jax.lax.scan(iterate, start, None, c.iterations - 1)
         last = _total(functools.partial(squared_error, ffn, act=c.act), x, y)

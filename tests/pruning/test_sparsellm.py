@@ -13,10 +13,11 @@ from launch.calls import build
 from models import hf
 from models.arch import Model, embed
 from models.errors import InputError
-from models.layers import ACTIVATIONS, Linear
+from models.layers import ACTIVATIONS, Linear, linear
 from models.sharding import make_mesh
-from pruning import sparsellm
+from pruning import patterns, sparsegpt, sparsellm
 from pruning import sparsellm_core as core
+from pruning.lift import rule_of
 from pruning.methods import METHODS
 from pruning.types import Allocation, Outcome, Request, prune
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
@@ -106,6 +107,39 @@ def test_s_never_raises_its_objective(scale: float) -> None:
     assert np.all(cost(new) <= cost(s) * (1 + 1e-4) + 1e-6 * np.maximum(1, scale**2 * 1e-6))
     assert np.mean(cost(new) < cost(s)) > 0.6
     assert np.mean(cost(new)) < 0.8 * np.mean(cost(s))
+
+
+def test_a_fit_has_no_slope() -> None:
+    """Of |R - D X|^2 + ridge mean(H_ii) |D|^2, D what the fit adds to W: in float64."""
+    w, x, r, ridge = normal(5, 8), normal(20, 8, seed=1), normal(20, 5, seed=2), 0.3
+    h = x.T @ x
+    got = core._toward(jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt.factor(jnp.asarray(h), ridge))
+    added, x64 = np.asarray(got, np.float64) - w, x.astype(np.float64)
+    slope = ridge * np.mean(np.diag(h)) * added - (r - x64 @ added.T).T @ x64
+    np.testing.assert_allclose(slope, 0, atol=1e-4 * np.abs(r.T @ x).max())
+    assert np.abs(added).max() > 0.1
+
+
+@pytest.mark.parametrize("family", TWO)
+def test_a_ridge_is_for_other_tokens(family: str) -> None:
+    """Few tokens are fitted better with SparseGPT's little damping, others worse; a ridge without end leaves W1 and its gate alone."""
+    m = model(family)
+    ffn, act = part(m), m.arch.config.act
+    rule = rule_of(Request(0.5), patterns.per_column_block(sparsegpt.COLUMNS))
+    *writers, two = (rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.two))
+    few, other = (jnp.asarray(normal(1, n, 16, 16, seed=n)) for n in (4, 64))
+    y, unseen = (linear(ffn.two, core.inside(ffn, x, act)) for x in (few, other))
+
+    def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solved:
+        c = core.Settings(act, rule, 0.01, ridge, sparsellm.SOUND, iterations)
+        return core.corrected(ffn, few, y, core.Counts(tuple(writers), two), c)
+
+    loose, held = solved(0.01), solved(1.0)
+    assert min(loose.losses[1:]) < loose.losses[0] and min(held.losses[1:]) < held.losses[0]
+    assert core.squared_error(held.ffn, other, unseen, act) < 0.9 * core.squared_error(loose.ffn, other, unseen, act)
+    start, fixed = solved(1.0, 1), solved(1e9)
+    for a, b in zip(start.ffn.writers, fixed.ffn.writers, strict=True):
+        np.testing.assert_allclose(a.w, b.w, rtol=0, atol=1e-5)
 
 
 @every_family
@@ -246,6 +280,13 @@ def test_what_must_be_positive(name: str, value: float) -> None:
 def test_damping_is_not_negative() -> None:
     with pytest.raises(InputError, match="damp not negative"):
         METHODS["sparsellm"](damp=-0.01)
+    with pytest.raises(InputError, match="ridge must not be negative"):
+        METHODS["sparsellm"](ridge=-0.01)
+
+
+def test_the_released_code_has_no_ridge() -> None:
+    with pytest.raises(InputError, match="belongs to the corrected variant"):
+        METHODS["sparsellm"](ridge=1.0, variant="official")
 
 
 def test_an_iteration_that_helps_nowhere_is_a_warning() -> None:
