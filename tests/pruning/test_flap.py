@@ -106,7 +106,7 @@ def test_bias_repair_keeps_the_mean_output(name: str, family: str) -> None:
 
 
 def test_least_squares_repair_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With next to no damping it is NumPy's; with the default it is still nearer than the bias alone."""
+    """With next to no ridge it is NumPy's; with the default it is still nearer than the bias alone."""
     x = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12)) + 1
     w, keep = RNG.normal(size=(5, 12)), np.arange(12) % 3 > 0
     arrays = [jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), np.float32(400))]
@@ -118,7 +118,7 @@ def test_least_squares_repair_is_least_squares(monkeypatch: pytest.MonkeyPatch) 
 
     fitted, alone = repair.least_squares(p, *arrays, jnp.asarray(keep)), repair.bias(p, arrays[1], jnp.asarray(keep))
     assert error(fitted) < 0.7 * error(alone)
-    monkeypatch.setattr(repair, "DAMP", 1e-7)
+    monkeypatch.setattr(repair, "RIDGE", 1e-7)
     exact = repair.least_squares.__wrapped__(p, *arrays, jnp.asarray(keep))
     np.testing.assert_allclose(exact.w, want, atol=2e-3)
     np.testing.assert_allclose(exact.b, b + 1, atol=2e-2)
