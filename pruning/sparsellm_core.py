@@ -239,7 +239,7 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
         fitted = [_toward(p.w, scale * r, fit1) for p, r in zip(ffn.writers, residuals, strict=True)]
         ffn = ffn.with_writers(pruned(fitted, f1, counts.writers, c.rule))
         h2, wanted = _total(functools.partial(reading, ffn), x, y)
-        residual = wanted - dense.two.w @ h2  # of y less what the dense W2 gives, with no third pass over the tokens
+        residual = wanted - dense.two.w @ h2  # of y less what the dense W2 gives h, which H holds already
         f2, fit2 = (sparsegpt.factor(scale * h2, share) for share in (c.damp, c.ridge))
         ffn = ffn.with_two(pruned([_toward(dense.two.w, scale * residual, fit2)], f2, [counts.two], c.rule)[0])
         return (ffn, best), (error, f2.damping)

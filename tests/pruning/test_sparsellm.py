@@ -15,9 +15,8 @@ from models.arch import Model, embed
 from models.errors import InputError
 from models.layers import ACTIVATIONS, Linear, linear
 from models.sharding import make_mesh
-from pruning import patterns, sparsegpt, sparsellm
+from pruning import sparsegpt, sparsellm
 from pruning import sparsellm_core as core
-from pruning.lift import rule_of
 from pruning.methods import METHODS
 from pruning.types import Allocation, Outcome, Request, prune
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
@@ -125,13 +124,13 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
     """Few tokens are fitted better with SparseGPT's little damping, others worse; a ridge without end leaves W1 and its gate alone."""
     m = model(family)
     ffn, act = part(m), m.arch.config.act
-    rule = rule_of(Request(0.5), patterns.per_column_block(sparsegpt.COLUMNS))
-    *writers, two = (rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.two))
+    settings = sparsellm._settings(m.arch, Request(0.5), 0.01, None, (None, None, None), ITERATIONS, False)
+    *writers, two = (settings.rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.two))
     few, other = (jnp.asarray(normal(1, n, 16, 16, seed=n)) for n in (4, 64))
     y, unseen = (linear(ffn.two, core.inside(ffn, x, act)) for x in (few, other))
 
     def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solved:
-        c = core.Settings(act, rule, 0.01, ridge, sparsellm.SOUND, iterations)
+        c = settings._replace(ridge=ridge, iterations=iterations)
         return core.corrected(ffn, few, y, core.Counts(tuple(writers), two), c)
 
     loose, held = solved(0.01), solved(1.0)
