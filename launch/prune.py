@@ -26,6 +26,7 @@ from calibration.tokenizer import TextTokenizer
 from eval.size import peak_memory
 from launch import cli, console, draws, export, figures, report
 from launch.cli import Flags, frozen
+from launch.code import code_digests
 from launch.complete import complete
 from launch.config import RunConfig, request_of
 from launch.flags import (
@@ -55,7 +56,10 @@ from pruning.types import Method, Outcome, Request
 
 EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
 # What runs that share steps differ in.
-VARIED = ("--method", "--sparsity", "--allocation", "--seed", "--calibration tokens", "further draws")
+VARIED = (
+    *("--method", "code of --method", "--sparsity", "--allocation", "code of --allocation", "--seed"),
+    *("--calibration tokens", "further draws"),
+)
 SHARED = "a trial of a sweep: its seconds leave out what earlier ones had computed or compiled, its peak memory is the process's so far"
 
 
@@ -158,6 +162,7 @@ def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
         "--eval_data tokens": {name: tokens.protocol["sha256"] for name, tokens in data.items()},
         "--tasks requests": zero_shot.protocol if zero_shot else {},
         **{f"--{name}": value for name, value in settings.items() if name not in elsewhere},
+        **code_digests(config),
         **{f"version of {name}": value for name, value in versions["versions"].items()},
         **{f"device {name}": value for name, value in versions["device"].items()},
     }

@@ -1,6 +1,7 @@
 """A run that is killed and started again with the same command gives the same bytes, whatever instant it was killed at."""
 
 import functools
+import importlib
 import os
 import pathlib
 import shutil
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from launch import prune
+from launch import code, prune
 from launch.cli import run
 from models import writer
 from models.init import init_model
 from models.writer import save
+from pruning.methods import METHODS
 
 BASE = dict(vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=24)
 LLAMA = BASE | dict(model_type="llama", intermediate_size=24, num_key_value_heads=2, initializer_range=0.3)
@@ -138,9 +140,9 @@ def test_killed_anywhere_it_gives_the_same_bytes(name: str, inputs: pathlib.Path
         shutil.rmtree(tmp_path / "cut")
 
 
-def stopped(inputs: pathlib.Path, output: pathlib.Path, n: int = 14) -> list[str]:
+def stopped(inputs: pathlib.Path, output: pathlib.Path, n: int = 14, method: str = "wanda") -> list[str]:
     """The command of a run that was killed in the middle."""
-    args = argv(inputs, output, *RUNS["wanda"])
+    args = [*argv(inputs, output, *RUNS["wanda"]), f"--method={method}"]
     with pytest.MonkeyPatch.context() as m:
         watched(Fuse(n), m)
         with pytest.raises(Killed):
@@ -178,6 +180,41 @@ def test_another_setting_is_refused(
     assert said in capsys.readouterr().err
     assert call(args) == 0
     assert "blocks are finished" in capsys.readouterr().err
+
+
+OWN = "from pruning.methods import METHODS\n\n\ndef mine():\n    return METHODS['wanda']()\n"
+
+
+def test_other_code_is_refused(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "a_method_of_mine.py"
+    file.write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "mine", importlib.import_module("a_method_of_mine").mine)
+    args = stopped(inputs, tmp_path / "out", method="mine")
+    file.write_text(OWN + "# better\n")
+    assert call(args) == 2
+    assert "another code of --method" in capsys.readouterr().err
+    file.write_text(OWN)
+    with monkeypatch.context() as m:
+        m.setattr(code, "_package", lambda name: f"changed {name}")
+        assert call(args) == 2
+    assert "another code of pruning, code of calibration" in capsys.readouterr().err
+    assert call(args) == 0
+    assert "blocks are finished" in capsys.readouterr().err
+
+
+def test_a_package_is_told_by_every_file_of_its_code(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_package" / "part").mkdir(parents=True)
+    seen = []
+    for name, text in (("__init__.py", ""), ("part/a.py", "a = 1"), ("part/a.py", "a = 2"), ("part/b.py", "")):
+        (tmp_path / "a_package" / name).write_text(text)
+        code._package.cache_clear()
+        seen.append(code._package("a_package"))
+    code._package.cache_clear()
+    assert len(set(seen)) == len(seen)
 
 
 def test_another_model_and_other_tokens_are_refused(
