@@ -81,9 +81,9 @@ def _released(
 def _aims(arch: Arch, dense: Block, pruned: Block, x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What enters the feed-forward part behind pruned attention, and what should leave it [b t d]: its dense output, and where it is
     added to the residual stream (no norm after it) what the pruned attention got wrong there."""
-    n = _names(arch)
-    (want, _), (got, taps) = arch.block(dense, x), arch.block(pruned, x)
-    y = taps[n.two] + (want - got if arch.residual else 0)
+    n, attention = _names(arch), arch.group("heads").reader.name
+    (want, _), (_, taps) = arch.block(dense, x), arch.block(pruned, x)
+    y = want - (x + taps[attention]) if arch.residual else taps[n.two]
     return taps[n.enters].astype(jnp.float32), y.astype(jnp.float32)
 
 
