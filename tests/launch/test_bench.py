@@ -46,7 +46,7 @@ def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pyt
     ("what", "torch", "programs"),
     [
         ("sparsegpt", True, ["SparseGPT", "PyTorch"]),
-        ("sparsellm", True, ["SparseLLM", "released loop", "PyTorch, by pseudo-inverses"]),
+        ("sparsellm", True, ["SparseLLM", "of two iterations", "released loop", "PyTorch, by pseudo-inverses"]),
         ("sleb", True, ["SLEB", "without its cache", "PyTorch"]),
         ("neuroal", True, ["NeuroAL", "released search", "PyTorch, trial by trial"]),
     ],
