@@ -79,25 +79,36 @@ def _released(
 
 @functools.partial(jax.jit, static_argnames="arch")
 def _aims(arch: Arch, dense: Block, pruned: Block, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What enters the feed-forward part behind pruned attention, and what should leave it [b t d]: its dense output, and where it is
-    added to the residual stream (no norm after it) what the pruned attention got wrong there."""
+    """What enters the feed-forward part behind pruned attention, and what should leave it, [b t d] in x's type: its dense output, and where
+    it is added to the residual stream (no norm after it) what the pruned attention got wrong there.
+
+    All from what linears give: the stream itself, whose largest channels are thousands, would leave few digits of a bfloat16 difference.
+    """
     n, attention = _names(arch), arch.group("heads").reader.name
-    (want, _), (_, taps) = arch.block(dense, x), arch.block(pruned, x)
-    y = want - (x + taps[attention]) if arch.residual else taps[n.two]
-    return taps[n.enters].astype(jnp.float32), y.astype(jnp.float32)
+    taps = arch.block(pruned, x)[1]
+    if not arch.residual:
+        return taps[n.enters], taps[n.two]
+    want = arch.block(dense, x)[1]
+    lacks = want[attention].astype(jnp.float32) - taps[attention]
+    return taps[n.enters], (want[n.two] + lacks).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "c"))
-def _sound(arch: Arch, block: Block, x: jax.Array, y: jax.Array, counts: Counts, c: Settings) -> Solved:
+def _sound(arch: Arch, block: Block, x: tuple[jax.Array, ...], y: tuple[jax.Array, ...], counts: Counts, c: Settings) -> Solved:
     return corrected(_ffn(arch, block), x, y, counts, c)
 
 
-def _together(most: int, *parts: jax.Array) -> jax.Array:
-    """Parts [n ...] -> [micro-batches b ...], b the largest divisor of their windows up to `most`; windows split over devices stay where
-    they are."""
-    x = jnp.concatenate(parts)
-    b = max(k for k in range(1, most + 1) if len(x) % k == 0)
-    return x.reshape(b, len(x) // b, *x.shape[1:]).swapaxes(0, 1)
+@jax.jit
+def _stack(*parts: jax.Array) -> jax.Array:
+    return jnp.stack(parts)
+
+
+def _together(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """Micro-batches [b t d] as [micro-batches b t d], the last alone if it is smaller. Empties the list: they would lie there twice."""
+    sizes = dict.fromkeys(map(len, parts))
+    found = tuple(_stack(*(p for p in parts if len(p) == size)) for size in sizes)
+    parts.clear()
+    return found
 
 
 class _Run(NamedTuple):
@@ -115,8 +126,11 @@ class _Run(NamedTuple):
         return _released(self.arch, dense, together, h1, h2, counts, c)
 
     def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solved:
-        pairs = [_aims(self.arch, dense, pruned, x) for x in xs]
-        x, y = (_together(len(xs[0]), *parts) for parts in zip(*pairs, strict=True))
+        enters, leaves = [], []  # type: list[jax.Array], list[jax.Array]
+        for states in xs:
+            for part, into in zip(_aims(self.arch, dense, pruned, states), (enters, leaves), strict=True):
+                into.append(part)
+        x, y = _together(enters), _together(leaves)
         return _sound(self.arch, dense, x, y, counts, self.settings)
 
     def block(
@@ -161,10 +175,8 @@ class _Run(NamedTuple):
             run("alternation", lambda b, t, h1, h2: solve(b, t, h1, h2, counts), block, every, h1, h2, calls=blocks)
         else:
             pair = run("targets", functools.partial(_aims, arch), block, block, x, **calls)
-            every = [
-                run("targets together", functools.partial(_together, request.batch), *[p] * steps, calls=blocks) for p in pair
-            ]
-            run("alternation", lambda b, x, y: _sound(arch, b, x, y, counts, settings), block, *every, calls=blocks)
+            every = [run("targets together", _stack, *[p] * steps, calls=blocks) for p in pair]
+            run("alternation", lambda b, x, y: _sound(arch, b, (x,), (y,), counts, settings), block, *every, calls=blocks)
 
 
 def _settings(

@@ -20,6 +20,8 @@ from models.layers import ACTIVATIONS, Linear, linear
 from pruning import inverse, sparsegpt
 from pruning.types import Pattern
 
+Stacks = Sequence[jax.Array]  # [micro-batches b t d] in any type, one for each size b of micro-batches
+
 
 class Ffn(NamedTuple):
     """The linears of a feed-forward part, float32: W1 [f d], its gate Wg [f d] or None, W2 [d f], with their biases."""
@@ -161,14 +163,19 @@ def _outer(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum("btf,btd->fd", a, b)
 
 
-def _total(f: Callable[..., Any], *xs: jax.Array) -> Any:
-    """The sum of f over micro-batches, the first axis of xs: activations inside f exist for one of them at a time."""
+def _total(f: Callable[..., Any], *xs: Stacks) -> Any:
+    """The sum of f over micro-batches [b t d], in float32: what f makes of them exists for one of them at a time."""
+
+    def of(x: tuple[jax.Array, ...]) -> Any:
+        return f(*(part.astype(jnp.float32) for part in x))
 
     def add(total: Any, x: tuple[jax.Array, ...]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, f(*x)), None
+        return jax.tree.map(jnp.add, total, of(x)), None
 
-    zero = jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), jax.eval_shape(f, *(x[0] for x in xs)))
-    return jax.lax.scan(add, zero, xs)[0]
+    total = jax.tree.map(lambda o: jnp.zeros(o.shape, o.dtype), jax.eval_shape(of, tuple(x[0][0] for x in xs)))
+    for stacks in zip(*xs, strict=True):
+        total, _ = jax.lax.scan(add, total, stacks)
+    return total
 
 
 def _toward(w: jax.Array, residual: jax.Array, f: sparsegpt.Factor) -> jax.Array:
@@ -195,7 +202,7 @@ def pruned(ws: Sequence[jax.Array], f: sparsegpt.Factor, counts: Sequence[jax.Ar
 
 
 def _start(
-    dense: Ffn, x: jax.Array, counts: Counts, scale: float, c: Settings
+    dense: Ffn, x: Stacks, counts: Counts, scale: float, c: Settings
 ) -> tuple[Ffn, jax.Array, sparsegpt.Factor, jax.Array]:
     """SparseGPT's part, X's H, its factor, and the damping of both factors [2]."""
 
@@ -209,7 +216,7 @@ def _start(
     return ffn.with_two(pruned([dense.two.w], f2, [counts.two], c.rule)[0]), h1, f1, jnp.stack([f1.damping, f2.damping])
 
 
-def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Settings) -> Solved:
+def corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Settings) -> Solved:
     """The alternation made sound: sums over tokens and Cholesky factors in place of pseudo-inverses.
 
     Iteration 0 is SparseGPT. Each further one sets p, z and s from the pruned part's own activations, fits W1 and Wg to z and s and
@@ -217,10 +224,10 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
     kept, so the part is never worse than SparseGPT's on these tokens.
 
     Args:
-      x: what enters the part, float32 [micro-batches b t d].
+      x: what enters the part; sums over it are float32.
       y: what should leave it, likewise.
     """
-    scale = 2.0 / (x.shape[0] * x.shape[1])  # H's
+    scale = 2.0 / sum(part.shape[0] * part.shape[1] for part in x)  # H's
 
     def reading(ffn: Ffn, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = inside(ffn, x, c.act)
@@ -251,4 +258,6 @@ def corrected(dense: Ffn, x: jax.Array, y: jax.Array, counts: Counts, c: Setting
         (ffn, best), (errors, dampings) = jax.lax.scan(iterate, start, None, c.iterations - 1)
         last = _total(functools.partial(squared_error, ffn, act=c.act), x, y)
         best = _better(best, ffn, last)
-        return Solved(best.ffn, jnp.append(errors, last) / float(y.size), jnp.max(jnp.append(damping, dampings)))
+        return Solved(
+            best.ffn, jnp.append(errors, last) / float(sum(part.size for part in y)), jnp.max(jnp.append(damping, dampings))
+        )
