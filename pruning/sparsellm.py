@@ -232,7 +232,7 @@ def sparsellm(
       variant: "official" is the released code to the letter, which diverges on SmolLM2 and on tiny OPT models. "corrected" has the same
         objective with sums over tokens and Cholesky factors in place of pseudo-inverses, W2 fitted to what W1 and its gate really give,
         and the output that makes good what pruned attention got wrong as its target; the best iteration stays. At 70 % on SmolLM2-135M it
-        gives perplexity 86 where SparseGPT gives 145 (BUILD_NOTES.md), so it is the default.
+        gives perplexity 88 where SparseGPT gives 145 (BUILD_NOTES.md), so it is the default.
     """
     if iterations < 1:
         raise InputError(f"sparsellm: iterations={iterations} must be at least 1")
