@@ -21,7 +21,9 @@ class Corpus(NamedTuple):
     texts: Sequence[str]
     join: str  # put between the texts where they are read as one stream
     stamp: dict[str, Any]  # which data this is, for the report
-    by_document: bool = False  # calibration draws a text, then a window in it; else a window of the stream
+    by_document: bool = (
+        False  # calibration draws a text, then a window in it; else a window of the stream
+    )
     special_tokens: bool = False  # tokenize with the tokenizer's own BOS and EOS
     most_windows: int = 0  # the protocol evaluates no more than these (0 = all)
 
@@ -65,7 +67,13 @@ HUB = {
         "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         "text",
         HubText("train", join=" ", file="en/c4-train.00000-of-01024.json.gz", by_document=True),
-        HubText("validation", join=" ", file="en/c4-validation.00000-of-00008.json.gz", most_texts=1100, most_windows=256),
+        HubText(
+            "validation",
+            join=" ",
+            file="en/c4-validation.00000-of-00008.json.gz",
+            most_texts=1100,
+            most_windows=256,
+        ),
     ),
     "ptb": HubSet(
         "ptb-text-only/ptb_text_only",
@@ -80,7 +88,11 @@ HUB = {
 
 def load_corpus(source: str, purpose: Purpose) -> Corpus:
     """The texts of a data set's name or a file's path. Raises InputError when there is no such source or it cannot be read."""
-    return load_hub(source, purpose) if source in HUB else load_file(pathlib.Path(source).expanduser(), purpose)
+    return (
+        load_hub(source, purpose)
+        if source in HUB
+        else load_file(pathlib.Path(source).expanduser(), purpose)
+    )
 
 
 def load_hub(name: str, purpose: Purpose) -> Corpus:
@@ -107,7 +119,14 @@ def load_hub(name: str, purpose: Purpose) -> Corpus:
     if part.most_texts is not None:
         texts = list(itertools.islice(texts, part.most_texts))
     stamp = {"dataset": source.dataset, "config": source.config, "file": part.file, **which}
-    return Corpus(texts, part.join, stamp, part.by_document, special_tokens=True, most_windows=part.most_windows)
+    return Corpus(
+        texts,
+        part.join,
+        stamp,
+        part.by_document,
+        special_tokens=True,
+        most_windows=part.most_windows,
+    )
 
 
 @contextmanager
@@ -134,7 +153,9 @@ def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
     """
     if path.suffix not in SUFFIXES:
         known = ", ".join(["embedded", *HUB]), ", ".join([".npy", *SUFFIXES])
-        raise InputError(f"there is no data source {str(path)!r}: give one of {known[0]}, or a file {known[1]}")
+        raise InputError(
+            f"there is no data source {str(path)!r}: give one of {known[0]}, or a file {known[1]}"
+        )
     if not path.is_file():
         raise InputError(f"{path}: there is no such file, check the path")
     stamp = {"dataset": path.name}
@@ -142,7 +163,9 @@ def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
         case ".txt":
             return Corpus([_read_text(path)], "", stamp)
         case ".raw":
-            return Corpus(_wikitext_rows(_read_text(path)), " " if purpose == "calibration" else "\n\n", stamp)
+            return Corpus(
+                _wikitext_rows(_read_text(path)), " " if purpose == "calibration" else "\n\n", stamp
+            )
         case ".jsonl":
             return Corpus(_read_jsonl(path), "\n\n", stamp, by_document=True)
         case _:
@@ -158,7 +181,9 @@ def _read_text(path: pathlib.Path) -> str:
 
 def _wikitext_rows(text: str) -> list[str]:
     """The rows of the hub's WikiText: a line with its newline, a blank line as the empty string."""
-    lines = text.removesuffix("\n").split("\n")  # not splitlines, which also splits at U+2028 and the like
+    lines = text.removesuffix("\n").split(
+        "\n"
+    )  # not splitlines, which also splits at U+2028 and the like
     return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
@@ -186,9 +211,13 @@ def _read_parquet(path: pathlib.Path) -> list[str]:
             names = file.schema_arrow.names
             column = file.read(columns=[FIELD])[FIELD] if FIELD in names else None
     except (pa.ArrowException, OSError) as e:
-        raise InputError(f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): write it again") from e
+        raise InputError(
+            f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): write it again"
+        ) from e
     if column is None:
-        raise InputError(f"{path} has no column {FIELD!r} (it has {', '.join(names)}): rename the one that holds the documents")
+        raise InputError(
+            f"{path} has no column {FIELD!r} (it has {', '.join(names)}): rename the one that holds the documents"
+        )
     texts = column.to_pylist()
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"{path}: column {FIELD!r} must hold a string in every row, without nulls")

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from calibration import stories
 from calibration.corpora import load_corpus
 from calibration.sampling import consecutive_windows, document_windows, random_windows
+from calibration.stories import generator as stories
 from calibration.tokenizer import Tokenizer
 from models.errors import InputError
 
@@ -28,7 +28,13 @@ class Tokens(NamedTuple):
 
 
 def calibration_tokens(
-    source: str, tokenizer: Callable[[], Tokenizer], *, samples: int, length: int, seed: int, vocab: int
+    source: str,
+    tokenizer: Callable[[], Tokenizer],
+    *,
+    samples: int,
+    length: int,
+    seed: int,
+    vocab: int,
 ) -> Tokens:
     """`samples` windows of `length` tokens, drawn by `seed`.
 
@@ -41,22 +47,37 @@ def calibration_tokens(
     if taken_whole(source):
         return _tokens(_read_npy(source), vocab, {"source": source, "seed": seed})
     if source == "embedded":
-        ids = _story_tokens("calibration", seed, tokenizer(), samples * length).reshape(samples, length)
+        ids = _story_tokens("calibration", seed, tokenizer(), samples * length).reshape(
+            samples, length
+        )
         return _tokens(
-            ids, vocab, {"source": source, "seed": seed, "split": "calibration", **_how("consecutive windows", "", False)}
+            ids,
+            vocab,
+            {
+                "source": source,
+                "seed": seed,
+                "split": "calibration",
+                **_how("consecutive windows", "", False),
+            },
         )
     corpus, encode = load_corpus(source, "calibration"), tokenizer()
     special = corpus.special_tokens
     if corpus.by_document:
-        ids = document_windows(corpus.texts, lambda text: encode(text, special), samples, length, seed, source)
+        ids = document_windows(
+            corpus.texts, lambda text: encode(text, special), samples, length, seed, source
+        )
         how = _how("random windows of random documents", None, special)
     else:
-        ids = random_windows(encode(corpus.join.join(corpus.texts), special), samples, length, seed, source)
+        ids = random_windows(
+            encode(corpus.join.join(corpus.texts), special), samples, length, seed, source
+        )
         how = _how("random windows", corpus.join, special)
     return _tokens(ids, vocab, {"source": source, "seed": seed, **corpus.stamp, **how})
 
 
-def evaluation_tokens(source: str, tokenizer: Callable[[], Tokenizer], *, length: int, windows: int, vocab: int) -> Tokens:
+def evaluation_tokens(
+    source: str, tokenizer: Callable[[], Tokenizer], *, length: int, windows: int, vocab: int
+) -> Tokens:
     """Consecutive windows of `length` tokens, the tail dropped, no BOS added to a window; at most `windows` of them (0 = all).
 
     Sources as for `calibration_tokens`. Of `embedded`, all means 64 windows; of `c4`, the protocol's 256. A row of a `.npy` file
@@ -69,17 +90,36 @@ def evaluation_tokens(source: str, tokenizer: Callable[[], Tokenizer], *, length
     if taken_whole(source):
         ids = _read_npy(source)
         if ids.shape[1] < 2:
-            raise InputError(f"{source} has windows of one token, which leaves nothing to predict: give windows of two or more")
+            raise InputError(
+                f"{source} has windows of one token, which leaves nothing to predict: give windows of two or more"
+            )
         return _tokens(ids[: windows or None], vocab, {"source": source})
     if source == "embedded":
         windows = windows or EMBEDDED_EVAL_WINDOWS
         ids = _story_tokens("evaluation", 0, tokenizer(), windows * length).reshape(windows, length)
-        return _tokens(ids, vocab, {"source": source, "seed": 0, "split": "evaluation", **_how("consecutive windows", "", False)})
+        return _tokens(
+            ids,
+            vocab,
+            {
+                "source": source,
+                "seed": 0,
+                "split": "evaluation",
+                **_how("consecutive windows", "", False),
+            },
+        )
     corpus, encode = load_corpus(source, "evaluation"), tokenizer()
     most = min((limit for limit in (windows, corpus.most_windows) if limit), default=0)
-    ids = consecutive_windows(encode(corpus.join.join(corpus.texts), corpus.special_tokens), length, most, source)
+    ids = consecutive_windows(
+        encode(corpus.join.join(corpus.texts), corpus.special_tokens), length, most, source
+    )
     return _tokens(
-        ids, vocab, {"source": source, **corpus.stamp, **_how("consecutive windows", corpus.join, corpus.special_tokens)}
+        ids,
+        vocab,
+        {
+            "source": source,
+            **corpus.stamp,
+            **_how("consecutive windows", corpus.join, corpus.special_tokens),
+        },
     )
 
 
@@ -97,16 +137,24 @@ def taken_whole(source: str) -> bool:
 def _read_npy(source: str) -> np.ndarray:
     """Integer tokens [samples, length] of a `.npy` file; never a pickle."""
     try:
-        with pathlib.Path(source).expanduser().open("rb") as file:  # not np.load, which also takes archives
+        with (
+            pathlib.Path(source).expanduser().open("rb") as file
+        ):  # not np.load, which also takes archives
             ids = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError as e:
         raise InputError(f"{source}: there is no such file, check the path") from e
     except Exception as e:  # numpy lets through ValueError, tokenize.TokenError, and MemoryError for a header that lies
-        raise InputError(f"{source} is not a readable .npy file: write it with numpy.save, integers [samples, length]") from e
+        raise InputError(
+            f"{source} is not a readable .npy file: write it with numpy.save, integers [samples, length]"
+        ) from e
     if ids.dtype.kind not in "iu":
-        raise InputError(f"{source} holds {ids.dtype}, and tokens are integers: save an integer array [samples, length]")
+        raise InputError(
+            f"{source} holds {ids.dtype}, and tokens are integers: save an integer array [samples, length]"
+        )
     if ids.ndim != 2 or ids.size == 0:
-        raise InputError(f"{source} has shape {list(ids.shape)}, and tokens are [samples, length], neither of them 0")
+        raise InputError(
+            f"{source} has shape {list(ids.shape)}, and tokens are [samples, length], neither of them 0"
+        )
     return ids
 
 

@@ -23,7 +23,9 @@ from models.sharding import to_host
 
 INDEX = "journal.json"
 NEW = "{}.new"  # the name of a file that is being written
-SHARE = 0.1  # of the time that may go into saving hidden states: the rest is what a kill costs at most
+SHARE = (
+    0.1  # of the time that may go into saving hidden states: the rest is what a kill costs at most
+)
 
 
 class Sink(Protocol):
@@ -133,7 +135,12 @@ class Journal:
         memory: Memory | None = None,
         common: Hashable = None,
     ):
-        self._directory, self._sink, self._memory, self._common = directory, sink, memory or Memory(0), common
+        self._directory, self._sink, self._memory, self._common = (
+            directory,
+            sink,
+            memory or Memory(0),
+            common,
+        )
         self._step, self._steps, self._walk = 0, [], None  # type: tuple[int, list[str], dict[str, Any] | None]
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._saved, self._cost = time.monotonic(), 0.0
@@ -160,7 +167,9 @@ class Journal:
             mark = index["sink"]
         except (KeyError, TypeError):
             raise damaged(self._directory / INDEX) from None
-        changed = [k for k in {**was, **self._fingerprint} if was.get(k) != self._fingerprint.get(k)]
+        changed = [
+            k for k in {**was, **self._fingerprint} if was.get(k) != self._fingerprint.get(k)
+        ]
         if changed:
             raise InputError(
                 f"an unfinished run in {self._directory} had another {', '.join(_told(k, was, self._fingerprint) for k in changed)}: "
@@ -213,15 +222,27 @@ class Journal:
         self._steps, self._walk = steps, walk
 
     def _write_index(self, steps: list[str], walk: dict[str, Any] | None, mark: Any) -> None:
-        used = [*steps, *(name for name in (walk["records"], walk["states"]) if name)] if walk else steps
+        used = (
+            [*steps, *(name for name in (walk["records"], walk["states"]) if name)]
+            if walk
+            else steps
+        )
         sizes = {name: _size(self._directory / name) for name in used}
-        index = {"fingerprint": self._fingerprint, "steps": steps, "walk": walk, "sink": mark, "sizes": sizes}
+        index = {
+            "fingerprint": self._fingerprint,
+            "steps": steps,
+            "walk": walk,
+            "sink": mark,
+            "sizes": sizes,
+        }
         write_durably(self._directory / INDEX, json.dumps(index).encode())
         for path in self._directory.iterdir():
             if path.name not in (*used, INDEX):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    def begin(self, states: Sequence[jax.ShapeDtypeStruct | np.ndarray], key: Hashable = None) -> Begun:
+    def begin(
+        self, states: Sequence[jax.ShapeDtypeStruct | np.ndarray], key: Hashable = None
+    ) -> Begun:
         """Where the next step, a walk, stands.
 
         Args:
@@ -240,9 +261,16 @@ class Journal:
         from orbax.checkpoint import StandardCheckpointer
 
         with StandardCheckpointer() as checkpointer:
-            return Begun(records, checkpointer.restore(self._directory.absolute() / self._walk["states"], list(states)))
+            return Begun(
+                records,
+                checkpointer.restore(
+                    self._directory.absolute() / self._walk["states"], list(states)
+                ),
+            )
 
-    def reach(self, blocks: int, records: Sequence[Any], states: Sequence[jax.Array | np.ndarray]) -> None:
+    def reach(
+        self, blocks: int, records: Sequence[Any], states: Sequence[jax.Array | np.ndarray]
+    ) -> None:
         """Say that the walk has finished so many blocks. It is saved if saving does not cost more than `SHARE` of the time."""
         now = time.monotonic()
         if not on_first(lambda: blocks == 1 or now - self._saved >= self._cost / SHARE):
@@ -250,7 +278,9 @@ class Journal:
         name = f"{self._step:03d}-{blocks:03d}"
 
         def begin() -> None:
-            shutil.rmtree(self._directory / name, ignore_errors=True)  # of a run that was killed while it saved
+            shutil.rmtree(
+                self._directory / name, ignore_errors=True
+            )  # of a run that was killed while it saved
             write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
 
         on_first(begin)
@@ -259,7 +289,9 @@ class Journal:
 
             with StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._directory.absolute() / name, list(states))
-        self._commit(self._steps, {"records": f"{name}.msgpack", "states": name if states else None})
+        self._commit(
+            self._steps, {"records": f"{name}.msgpack", "states": name if states else None}
+        )
         self._saved = time.monotonic()
         self._cost = self._saved - now
 
@@ -278,7 +310,9 @@ def _told(name: str, was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def digest(array: np.ndarray) -> str:
     """SHA-256 of an array's numbers, shape and type: what stands for tokens in a key."""
-    return hashlib.sha256(f"{array.dtype.str} {array.shape} ".encode() + array.tobytes()).hexdigest()
+    return hashlib.sha256(
+        f"{array.dtype.str} {array.shape} ".encode() + array.tobytes()
+    ).hexdigest()
 
 
 def file_digest(path: pathlib.Path) -> str:

@@ -74,7 +74,9 @@ def _second_moment_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
     return _add(state, jnp.square(x.astype(jnp.float32)))
 
 
-second_moment = Observer(lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(()), jnp.zeros(c)), _second_moment_update)
+second_moment = Observer(
+    lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(()), jnp.zeros(c)), _second_moment_update
+)
 
 
 def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
@@ -89,7 +91,10 @@ fading_second_moment = Observer(second_moment.init, _fading_update)
 @functools.cache
 def pair(a: Observer, b: Observer) -> Observer:
     """Both observers: their states side by side. Work that they share is done once, by the compiler."""
-    return Observer(lambda c: (a.init(c), b.init(c)), lambda state, x: (a.update(state[0], x), b.update(state[1], x)))
+    return Observer(
+        lambda c: (a.init(c), b.init(c)),
+        lambda state, x: (a.update(state[0], x), b.update(state[1], x)),
+    )
 
 
 class Moments(NamedTuple):
@@ -179,10 +184,15 @@ def outer_products(x: jax.Array) -> jax.Array:
     c = x.shape[-1]
     width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
     starts = range(0, c, width)
-    rows = [jnp.einsum("btc,btd->cd", x[..., i : i + width], x[..., i:], precision="highest") for i in starts]
+    rows = [
+        jnp.einsum("btc,btd->cd", x[..., i : i + width], x[..., i:], precision="highest")
+        for i in starts
+    ]
     if len(rows) == 1:
         return rows[0]
-    upper = jnp.concatenate([jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(starts, rows, strict=True)])
+    upper = jnp.concatenate(
+        [jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(starts, rows, strict=True)]
+    )
     return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 

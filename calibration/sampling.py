@@ -14,7 +14,9 @@ from models.errors import InputError
 Encode = Callable[[str], Sequence[int]]
 
 
-def random_windows(ids: Sequence[int], samples: int, length: int, seed: int, source: str) -> np.ndarray:
+def random_windows(
+    ids: Sequence[int], samples: int, length: int, seed: int, source: str
+) -> np.ndarray:
     """`samples` windows at random places of one stream of tokens (WikiText-2, PTB). They may overlap.
 
     Raises InputError, which names `source`, when the stream has no more than `length` tokens.
@@ -22,13 +24,17 @@ def random_windows(ids: Sequence[int], samples: int, length: int, seed: int, sou
     last = len(ids) - length - 1  # the published code never draws the very last window
     if last < 0:
         need = f"drawing a window of {length} needs {length + 1}"
-        raise InputError(f"{source} has {len(ids)} tokens, and {need}: give more text or lower --calibration_length")
+        raise InputError(
+            f"{source} has {len(ids)} tokens, and {need}: give more text or lower --calibration_length"
+        )
     draw, stream = random.Random(seed), np.asarray(ids, np.int32)
     starts = [draw.randint(0, last) for _ in range(samples)]
     return np.stack([stream[i : i + length] for i in starts])
 
 
-def document_windows(documents: Sequence[str], encode: Encode, samples: int, length: int, seed: int, source: str) -> np.ndarray:
+def document_windows(
+    documents: Sequence[str], encode: Encode, samples: int, length: int, seed: int, source: str
+) -> np.ndarray:
     """`samples` windows, each at a random place of a random document of more than `length` tokens (C4).
 
     Documents are drawn until one is long enough, so only what is drawn is tokenized. SparseGPT also takes a document of exactly
@@ -36,7 +42,10 @@ def document_windows(documents: Sequence[str], encode: Encode, samples: int, len
 
     Raises InputError, which names `source`, when no document is long enough.
     """
-    draw, short = random.Random(seed), dict[int, int]()  # short: the tokens of each document that was too short
+    draw, short = (
+        random.Random(seed),
+        dict[int, int](),
+    )  # short: the tokens of each document that was too short
     windows = []
     for _ in range(samples):
         ids = _draw_document(documents, encode, length, draw, short, source)
@@ -46,7 +55,12 @@ def document_windows(documents: Sequence[str], encode: Encode, samples: int, len
 
 
 def _draw_document(
-    documents: Sequence[str], encode: Encode, length: int, draw: random.Random, short: dict[int, int], source: str
+    documents: Sequence[str],
+    encode: Encode,
+    length: int,
+    draw: random.Random,
+    short: dict[int, int],
+    source: str,
 ) -> Sequence[int]:
     while len(short) < len(documents):
         i = draw.randint(0, len(documents) - 1)
@@ -70,6 +84,8 @@ def consecutive_windows(ids: Sequence[int], length: int, most: int, source: str)
     """
     count = len(ids) // length
     if count == 0:
-        raise InputError(f"{source} has {len(ids)} tokens, less than a window of {length}: give more text or lower --eval_length")
+        raise InputError(
+            f"{source} has {len(ids)} tokens, less than a window of {length}: give more text or lower --eval_length"
+        )
     count = min(count, most) if most else count
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)

@@ -24,7 +24,10 @@ SHARE = {"device": 0.25, "host": 0.5}  # of a memory that hidden states may take
 def memory() -> dict[str, int]:
     """Bytes of one device's memory, and of the host's; a device that is the host, as a CPU is, has none of its own."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return {"device": stats.get("bytes_limit", 0), "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")}
+    return {
+        "device": stats.get("bytes_limit", 0),
+        "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+    }
 
 
 def roomy(size: int, shards: int = 1) -> bool:
@@ -84,7 +87,9 @@ class States(Sequence[jax.Array]):
       mesh: windows are split over its `data` axis.
     """
 
-    def __init__(self, xs: Iterable[jax.Array | np.ndarray], tier: Tier = "device", mesh: Mesh | None = None):
+    def __init__(
+        self, xs: Iterable[jax.Array | np.ndarray], tier: Tier = "device", mesh: Mesh | None = None
+    ):
         self._tier, self._mesh = tier, mesh
         self._directory = scratch(self) if tier == "disk" else pathlib.Path()
         self._kept: list[Kept] = []
@@ -120,4 +125,7 @@ class States(Sequence[jax.Array]):
 
     def stored(self) -> list[jax.Array | np.ndarray]:
         """All of them where they are, files mapped into memory: for saving."""
-        return [np.load(x.path, mmap_mode="r").view(x.dtype) if isinstance(x, OnDisk) else x for x in self._kept]
+        return [
+            np.load(x.path, mmap_mode="r").view(x.dtype) if isinstance(x, OnDisk) else x
+            for x in self._kept
+        ]

@@ -5,14 +5,20 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from models.checkpoint.gguf import gguf_tokenizer
 from models.errors import InputError
-from models.gguf import gguf_tokenizer
 
 if TYPE_CHECKING:
     import tokenizers
 
 # Any one of these lets transformers build the tokenizer of a checkpoint that has no tokenizer.json.
-SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt")
+SLOW_FILES = (
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+)
 
 
 class Tokenizer(Protocol):
@@ -53,7 +59,9 @@ def load_tokenizer(model: pathlib.Path) -> TextTokenizer:
     if any((model / name).is_file() for name in SLOW_FILES):
         return _from_transformers(model)
     expected = ", ".join(SLOW_FILES)
-    raise InputError(f"{model} has no tokenizer: put tokenizer.json (or {expected}) there, or give all data as .npy tokens")
+    raise InputError(
+        f"{model} has no tokenizer: put tokenizer.json (or {expected}) there, or give all data as .npy tokens"
+    )
 
 
 def _from_json(file: pathlib.Path) -> TextTokenizer:
@@ -62,7 +70,9 @@ def _from_json(file: pathlib.Path) -> TextTokenizer:
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
-        raise InputError(f"{file} cannot be read as a tokenizer ({_first_line(e)}): copy it again from the original model") from e
+        raise InputError(
+            f"{file} cannot be read as a tokenizer ({_first_line(e)}): copy it again from the original model"
+        ) from e
     return _from_backend(backend)
 
 
@@ -82,12 +92,16 @@ def _from_transformers(directory: pathlib.Path) -> TextTokenizer:
         backend: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format and by what is missing
         hint = "put the model's tokenizer.json there, or pip install sentencepiece"
-        raise InputError(f"transformers cannot read the tokenizer in {directory} ({_first_line(e)}): {hint}") from e
+        raise InputError(
+            f"transformers cannot read the tokenizer in {directory} ({_first_line(e)}): {hint}"
+        ) from e
 
     return TextTokenizer(
         # Not verbose: a warning that the text is longer than the model's context means nothing here, windows are cut from it.
         lambda text, special: backend(text, add_special_tokens=special, verbose=False)["input_ids"],
-        lambda ids: backend.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False),
+        lambda ids: backend.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        ),
     )
 
 

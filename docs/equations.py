@@ -17,7 +17,11 @@ def on_page_content(content: str, page: Any, **_: Any) -> str:
     def mathml(found: re.Match[str]) -> str:
         made = convert(html.unescape(found[2]), display="block" if found[1] == "div" else "inline")
         if "\\" in made:
-            log.warning("%s: an equation has a command that MathML cannot be made of: %s", page.file.src_path, found[2].strip())
+            log.warning(
+                "%s: an equation has a command that MathML cannot be made of: %s",
+                page.file.src_path,
+                found[2].strip(),
+            )
         return made
 
     return EQUATION.sub(mathml, content)

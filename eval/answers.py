@@ -31,7 +31,11 @@ class Answers:
         self._directory, self._model = directory, digest(model)
 
     def of(
-        self, kind: str, requests: Sequence[Any], groups: Iterable[str | None], compute: Callable[[list[int]], Sequence[Any]]
+        self,
+        kind: str,
+        requests: Sequence[Any],
+        groups: Iterable[str | None],
+        compute: Callable[[list[int]], Sequence[Any]],
     ) -> list[Any]:
         """The answer to each request: read where its whole group is known, the rest computed together and kept.
 
@@ -43,8 +47,14 @@ class Answers:
         members: dict[str | None, list[int]] = {}
         for i, name in enumerate(groups):
             members.setdefault(name, []).append(i)
-        files = {name: self._file(kind, [requests[i] for i in own]) for name, own in members.items()}
-        known = {name: found for name, own in members.items() if (found := _read(files[name], len(own))) is not None}
+        files = {
+            name: self._file(kind, [requests[i] for i in own]) for name, own in members.items()
+        }
+        known = {
+            name: found
+            for name, own in members.items()
+            if (found := _read(files[name], len(own))) is not None
+        }
         missing = [i for name, own in members.items() if name not in known for i in own]
         answers = dict(zip(missing, compute(missing), strict=True)) if missing else {}
         for name, own in members.items():
@@ -71,7 +81,9 @@ def _write(file: pathlib.Path | None, answers: Sequence[Any]) -> None:
     if file is None:
         return
     beside = file.with_name(f"{file.name}.{os.getpid()}")
-    with contextlib.suppress(OSError):  # a full or read-only home directory costs the cache, not the run
+    with contextlib.suppress(
+        OSError
+    ):  # a full or read-only home directory costs the cache, not the run
         file.parent.mkdir(parents=True, exist_ok=True)
         beside.write_text(json.dumps(answers), encoding="utf-8")
         beside.replace(file)

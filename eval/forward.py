@@ -8,10 +8,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.arch import Ends, Model, apply_block, embed
+from models.checkpoint.reader import ahead
 from models.sharding import split
-from models.store import ahead
 
-ACTIVATION_BYTES = 1 << 30  # hidden states of the batches walked together; more of them walk the blocks again
+ACTIVATION_BYTES = (
+    1 << 30
+)  # hidden states of the batches walked together; more of them walk the blocks again
 
 
 def last_states(
@@ -35,6 +37,8 @@ def last_states(
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
         xs = [embed(model.arch, ends, t) for t in tokens]
         for block in ahead(model.blocks, mesh=mesh):
-            xs = jax.block_until_ready([apply_block(model.arch, block, x) for x in xs])  # no blocks gather that wait to be run
+            xs = jax.block_until_ready(
+                [apply_block(model.arch, block, x) for x in xs]
+            )  # no blocks gather that wait to be run
         yield from zip(tokens, xs, strict=True)
         first = end

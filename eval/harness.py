@@ -9,7 +9,11 @@ import numpy as np
 from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
-from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs, postprocess_generated_text
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from eval.answers import Answers, digest
@@ -84,7 +88,9 @@ class HarnessModel(TemplateLM):
         """The token that stands before a text without context."""
         return self._vocabulary.start
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
         """Tokens of a text, with what the tokenizer puts around it unless it begins with BOS already.
 
         Raises InputError for tokens that the model does not have.
@@ -92,30 +98,58 @@ class HarnessModel(TemplateLM):
         if add_special_tokens is None:
             start = self._vocabulary.start_text
             add_special_tokens = not (start and string.startswith(start))
-        ids, vocab = self._vocabulary.tokenizer.encode(string, add_special_tokens), self._model.arch.config.vocab
+        ids, vocab = (
+            self._vocabulary.tokenizer.encode(string, add_special_tokens),
+            self._model.arch.config.vocab,
+        )
         if ids and max(ids) >= vocab:
-            raise InputError(f"--tasks: a text has token {max(ids)}, the model has {vocab}: use this model's own tokenizer")
+            raise InputError(
+                f"--tasks: a text has token {max(ids)}, the model has {vocab}: use this model's own tokenizer"
+            )
         return ids
 
-    def _kept(self, kind: str, requests: Sequence[Instance], compute: Callable[[list[Instance]], Sequence[Any]]) -> list[Any]:
+    def _kept(
+        self,
+        kind: str,
+        requests: Sequence[Instance],
+        compute: Callable[[list[Instance]], Sequence[Any]],
+    ) -> list[Any]:
         """The answers to requests of one kind, a task's from the cache where it has them."""
         args = [list(r.args) for r in requests]
-        return self._answers.of(kind, args, [r.task_name for r in requests], lambda own: compute([requests[i] for i in own]))
+        return self._answers.of(
+            kind,
+            args,
+            [r.task_name for r in requests],
+            lambda own: compute([requests[i] for i in own]),
+        )
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding would say it) of each (context, continuation)."""
         compute = super().loglikelihood
         found = self._kept("loglikelihood", requests, lambda own: compute(own, disable_tqdm=True))
         return [(value, greedy) for value, greedy in found]
 
-    def _loglikelihood_tokens(self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
         return self._scores([(context, continuation) for _, context, continuation in requests])
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         stage = functools.partial(self._stage, "log-likelihoods")
-        return log_likelihoods(self._model, pairs, longest=self._longest, batch=self._batch, mesh=self._mesh, stage=stage)
+        return log_likelihoods(
+            self._model,
+            pairs,
+            longest=self._longest,
+            batch=self._batch,
+            mesh=self._mesh,
+            stage=stage,
+        )
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
         """The log-likelihood of each text as a whole: windows of the model's length, of which every token is predicted once."""
         return self._kept("loglikelihood_rolling", requests, self._rolling)
 
@@ -123,7 +157,9 @@ class HarnessModel(TemplateLM):
         windows = [
             [
                 make_disjoint_window(pair)
-                for pair in get_rolling_token_windows(self.tok_encode(r.args[0]), self.prefix_token_id, self._longest, 1)
+                for pair in get_rolling_token_windows(
+                    self.tok_encode(r.args[0]), self.prefix_token_id, self._longest, 1
+                )
             ]
             for r in requests
         ]
@@ -154,7 +190,11 @@ class HarnessModel(TemplateLM):
             advance = self._stage("texts", len(order))
             for n in range(0, len(order), self._batch):
                 some = order[n : n + self._batch]
-                for i, text in zip(some, self._continued(model, [prompts[i] for i in some], settings, n), strict=True):
+                for i, text in zip(
+                    some,
+                    self._continued(model, [prompts[i] for i in some], settings, n),
+                    strict=True,
+                ):
                     texts[i] = text
                     advance()
         return texts
@@ -162,11 +202,15 @@ class HarnessModel(TemplateLM):
     def _prompt(self, context: str) -> list[int]:
         return self.tok_encode(context) or [self.prefix_token_id]
 
-    def _continued(self, model: Model, prompts: list[list[int]], settings: Mapping[str, Any], seed: int) -> list[str]:
+    def _continued(
+        self, model: Model, prompts: list[list[int]], settings: Mapping[str, Any], seed: int
+    ) -> list[str]:
         """What follows each of at most a batch of prompts; rows that are left over repeat the first."""
         new = settings["max_gen_toks"]
         rows = prompts + [prompts[0]] * (self._batch - len(prompts))
-        tokens = np.zeros((len(rows), min(bucket(len(prompts[0]), SHORTEST), self._longest - new)), np.int32)
+        tokens = np.zeros(
+            (len(rows), min(bucket(len(prompts[0]), SHORTEST), self._longest - new)), np.int32
+        )
         for row, prompt in zip(tokens, rows, strict=True):
             row[: len(prompt)] = prompt
         out = generate(
@@ -180,7 +224,9 @@ class HarnessModel(TemplateLM):
             lengths=np.asarray([len(row) for row in rows]),
         )
         stops = handle_stop_sequences(list(settings["until"]), None)
-        return [postprocess_generated_text(self._text(row), stops, None) for row in out[: len(prompts)]]
+        return [
+            postprocess_generated_text(self._text(row), stops, None) for row in out[: len(prompts)]
+        ]
 
     def _text(self, row: np.ndarray) -> str:
         ended = np.flatnonzero(np.isin(row, self._vocabulary.ends))

@@ -23,11 +23,15 @@ class Perplexity(NamedTuple):
         it is not finite."""
         if len(self.cross_entropy) < 2 or not np.all(np.isfinite(self.cross_entropy)):
             return None
-        error = self.value * float(np.std(self.cross_entropy, ddof=1)) / len(self.cross_entropy) ** 0.5
+        error = (
+            self.value * float(np.std(self.cross_entropy, ddof=1)) / len(self.cross_entropy) ** 0.5
+        )
         return error if np.isfinite(error) else None
 
 
-def perplexity(model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh | None = None) -> Perplexity:
+def perplexity(
+    model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh | None = None
+) -> Perplexity:
     """Perplexity of a model over token windows.
 
     Args:
@@ -40,7 +44,8 @@ def perplexity(model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh 
     ends = place(model.ends, mesh)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     found = [
-        to_host(cross_entropy(model.arch, ends, x, t)).astype(np.float64) for t, x in last_states(model, ends, batches, mesh)
+        to_host(cross_entropy(model.arch, ends, x, t)).astype(np.float64)
+        for t, x in last_states(model, ends, batches, mesh)
     ]
     ce = np.concatenate(found)
     with np.errstate(over="ignore"):

@@ -17,7 +17,9 @@ from models.sharding import place, to_host
 POSITIONS = 64  # whose logits are computed together
 SHORTEST = 32  # tokens; a shorter text is padded to them
 
-Pair = tuple[Sequence[int], Sequence[int]]  # tokens of a context, one at least, and of what follows it
+Pair = tuple[
+    Sequence[int], Sequence[int]
+]  # tokens of a context, one at least, and of what follows it
 
 
 def bucket(n: int, least: int) -> int:
@@ -28,7 +30,12 @@ def bucket(n: int, least: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(
-    head: Callable[[Ends, jax.Array], jax.Array], ends: Ends, x: jax.Array, row: jax.Array, column: jax.Array, target: jax.Array
+    head: Callable[[Ends, jax.Array], jax.Array],
+    ends: Ends,
+    x: jax.Array,
+    row: jax.Array,
+    column: jax.Array,
+    target: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """The log-probability float32 [n] of each `target` after the hidden state x[row, column], and whether it is the most likely."""
 
@@ -89,7 +96,9 @@ def log_likelihoods(
     ends, found, advance = place(model.ends, mesh), [(0.0, True)] * len(pairs), stage(len(batches))
     for group, (_, x) in zip(groups, last_states(model, ends, batches, mesh), strict=True):
         asked = [(r, i) for r, text in enumerate(group) for i in served[text]]
-        for i, answer in zip([i for _, i in asked], _answers(model, ends, x, group, asked, pairs), strict=True):
+        for i, answer in zip(
+            [i for _, i in asked], _answers(model, ends, x, group, asked, pairs), strict=True
+        ):
             found[i] = answer
         advance()
     return found
@@ -105,10 +114,15 @@ def _answers(
 ) -> list[tuple[float, bool]]:
     """The answers of the pairs of one batch, whose last states are x [b t d]; `asked` has (row, pair) of each."""
     places = [
-        (r, len(group[r]) - len(pairs[i][1]) + j, token) for r, i in asked for j, token in enumerate(pairs[i][1])
+        (r, len(group[r]) - len(pairs[i][1]) + j, token)
+        for r, i in asked
+        for j, token in enumerate(pairs[i][1])
     ]  # the state before a token predicts it
     padded = np.zeros((bucket(len(places), 2 * POSITIONS), 3), np.int32)
     padded[: len(places)] = np.asarray(places, np.int32).reshape(-1, 3)
     log_p, best = (to_host(a) for a in _scores(model.arch.head, ends, x, *padded.T))
     bounds = np.cumsum([0, *(len(pairs[i][1]) for _, i in asked)])
-    return [(float(log_p[a:b].sum(dtype=np.float64)), bool(best[a:b].all())) for a, b in itertools.pairwise(bounds)]
+    return [
+        (float(log_p[a:b].sum(dtype=np.float64)), bool(best[a:b].all()))
+        for a, b in itertools.pairwise(bounds)
+    ]

@@ -34,12 +34,23 @@ def measure(model: Model) -> Size:
     total, nonzero = entries(model.ends), []
     for block in model.blocks:
         total += entries(block)
-        nonzero.append({s.name: int(np.asarray(_nonzero(getattr(block, s.name).w)).sum()) for s in model.arch.slots})
+        nonzero.append(
+            {
+                s.name: int(np.asarray(_nonzero(getattr(block, s.name).w)).sum())
+                for s in model.arch.slots
+            }
+        )
     return Size(total, tuple(nonzero))
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> dict[str, int | None]:
     """Most bytes held so far by this process on the host, and on the fullest device (None where it does not say, as on a CPU)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    found = [s["peak_bytes_in_use"] for d in devices if (s := d.memory_stats()) and "peak_bytes_in_use" in s]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
+    found = [
+        s["peak_bytes_in_use"]
+        for d in devices
+        if (s := d.memory_stats()) and "peak_bytes_in_use" in s
+    ]
     return {"host": peak, "device": max(found, default=None)}

@@ -20,7 +20,13 @@ from models.errors import InputError
 
 SEED = 1234  # of the examples in a prompt, as lm-eval has it
 BOOTSTRAP = 1000  # samples behind a standard error that has no formula
-GENERATION = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}  # what a generated answer may be asked to follow
+GENERATION = {
+    "until",
+    "do_sample",
+    "temperature",
+    "top_p",
+    "max_gen_toks",
+}  # what a generated answer may be asked to follow
 
 
 class Tasks(NamedTuple):
@@ -35,7 +41,9 @@ class Tasks(NamedTuple):
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without the harness's log, bars and prints; what it has to say comes as an exception. Nothing forks: JAX has threads."""
-    levels = {log: log.level for log in map(logging.getLogger, ("lm_eval", "datasets", "huggingface_hub"))}
+    levels = {
+        log: log.level for log in map(logging.getLogger, ("lm_eval", "datasets", "huggingface_hub"))
+    }
     bars, single = datasets.are_progress_bars_disabled(), os.environ.get("DISABLE_MULTIPROC")
     for log in levels:
         log.setLevel(logging.CRITICAL)
@@ -49,7 +57,9 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
-        os.environ.pop("DISABLE_MULTIPROC") if single is None else os.environ.update(DISABLE_MULTIPROC=single)
+        os.environ.pop("DISABLE_MULTIPROC") if single is None else os.environ.update(
+            DISABLE_MULTIPROC=single
+        )
 
 
 def _is_path(name: str) -> bool:
@@ -60,9 +70,15 @@ def _files(name: str) -> list[pathlib.Path]:
     """The YAML files of a path: itself, or those of a directory that do not begin with an underscore, which others include."""
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in (".yaml", ".yml") and not p.name.startswith("_"))
+        found = sorted(
+            p
+            for p in path.iterdir()
+            if p.suffix in (".yaml", ".yml") and not p.name.startswith("_")
+        )
         if not found:
-            raise InputError(f"--tasks={name} has no .yaml file: name a task, a YAML file or a directory of them")
+            raise InputError(
+                f"--tasks={name} has no .yaml file: name a task, a YAML file or a directory of them"
+            )
         return found
     if not path.is_file():
         raise InputError(f"--tasks={name}: there is no such file, check the path")
@@ -87,7 +103,10 @@ def _config(file: pathlib.Path) -> dict[str, Any]:
         raise InputError(f"--tasks={file} has no `task:`, the name that its results get: add it")
     kwargs = config.get("dataset_kwargs") or {}
     if "data_files" in kwargs:
-        config["dataset_kwargs"] = {**kwargs, "data_files": _beside(file.parent, kwargs["data_files"])}
+        config["dataset_kwargs"] = {
+            **kwargs,
+            "data_files": _beside(file.parent, kwargs["data_files"]),
+        }
     return config
 
 
@@ -127,33 +146,50 @@ def open_tasks(names: Sequence[str], *, limit: int = 0, num_fewshot: int = -1) -
             found = _opened(name, catalogue)
             for part, entries in loaded.items():
                 entries |= found.get(part, {})
-        protocol = {name: _prepared(name, task, limit or None, num_fewshot) for name, task in loaded["tasks"].items()}
+        protocol = {
+            name: _prepared(name, task, limit or None, num_fewshot)
+            for name, task in loaded["tasks"].items()
+        }
     return Tasks(loaded, limit or None, protocol)
 
 
 def _prepared(name: str, task: Any, limit: int | None, num_fewshot: int) -> dict[str, Any]:
     """Set how a task is run; returns what the protocol says of it."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
-        raise InputError(f"--tasks: {name} runs code or needs more than text, which is not supported: leave it out")
+        raise InputError(
+            f"--tasks: {name} runs code or needs more than text, which is not supported: leave it out"
+        )
     if task.OUTPUT_TYPE == "generate_until":
         unknown = normalize_gen_kwargs(task.config.generation_kwargs or {}).keys() - GENERATION
         if unknown:
-            raise InputError(f"--tasks: {name} asks to generate with {', '.join(sorted(unknown))}, which is not supported")
+            raise InputError(
+                f"--tasks: {name} asks to generate with {', '.join(sorted(unknown))}, which is not supported"
+            )
     own = task.get_config("num_fewshot")
-    if own is None or (own > 0 and num_fewshot >= 0):  # as lm-eval has it, a task that says 0 means it
+    if own is None or (
+        own > 0 and num_fewshot >= 0
+    ):  # as lm-eval has it, a task that says 0 means it
         task.set_config("num_fewshot", max(num_fewshot, 0))
     try:
         task.set_fewshot_seed(SEED)
         task.build_all_requests(limit=limit)
-        choices = {r.doc_id: len(task.doc_to_choice(r.doc)) for r in task.instances if task.OUTPUT_TYPE == "multiple_choice"}
+        choices = {
+            r.doc_id: len(task.doc_to_choice(r.doc))
+            for r in task.instances
+            if task.OUTPUT_TYPE == "multiple_choice"
+        }
         asked = [[r.request_type, r.args, str(task.doc_to_target(r.doc))] for r in task.instances]
     except Exception as e:  # of every kind, from the task's templates and functions
-        raise InputError(f"--tasks: {name} cannot be put into words ({e}): check its YAML against its documents") from e
+        raise InputError(
+            f"--tasks: {name} cannot be put into words ({e}): check its YAML against its documents"
+        ) from e
     return {
         "version": task.VERSION,
         "documents": len({r.doc_id for r in task.instances}),
         "num_fewshot": task.get_config("num_fewshot"),
-        "chance": sum(1 / n for n in choices.values()) / len(choices) if choices else None,  # the accuracy of guessing
+        "chance": sum(1 / n for n in choices.values()) / len(choices)
+        if choices
+        else None,  # the accuracy of guessing
         "sha256": digest(asked),
     }
 
@@ -164,9 +200,17 @@ def run_tasks(tasks: Tasks, model: HarnessModel) -> dict[str, dict[str, float | 
     A metric of a filter is called `metric,filter`.
     """
     for task in tasks.loaded["tasks"].values():
-        task.set_fewshot_seed(SEED)  # again for every model: the draws go on from one document to the next
+        task.set_fewshot_seed(
+            SEED
+        )  # again for every model: the draws go on from one document to the next
     with _quiet():
-        found = lm_eval.evaluate(model, dict(tasks.loaded), limit=tasks.limit, bootstrap_iters=BOOTSTRAP, log_samples=False)
+        found = lm_eval.evaluate(
+            model,
+            dict(tasks.loaded),
+            limit=tasks.limit,
+            bootstrap_iters=BOOTSTRAP,
+            log_samples=False,
+        )
     return {
         name: {
             key.removesuffix(",none"): float(value) if isinstance(value, int | float) else None

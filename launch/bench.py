@@ -28,16 +28,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from calibration.fold import Stats, fold_blocks
 from calibration.observers import batch_norms, second_moment
-from launch import bench_solvers, bench_speed, summary
-from launch.bench_solvers import Run
-from launch.cli import Flags, run
-from launch.flags import check_sparsity, mesh_of, model_flags, open_model
-from launch.measure import protocol, read_calibration, tokenizer_of, write_report
+from calibration.passes import Stats, fold_blocks
+from launch.benchmarks import solvers as bench_solvers
+from launch.benchmarks import speed as bench_speed
+from launch.benchmarks.solvers import Run
+from launch.flags.cli import Flags, run
+from launch.flags.common import check_sparsity, mesh_of, model_flags, open_model
+from launch.report import summary
+from launch.run.measure import protocol, read_calibration, tokenizer_of, write_report
 from models.arch import Block, Model
+from models.checkpoint.reader import Checkpoint, in_memory
 from models.errors import InputError
-from models.store import Checkpoint, in_memory
 
 T = TypeVar("T")
 
@@ -47,13 +49,22 @@ def options() -> Flags:
     f = Flags("launch.bench", __doc__ or "")
     model_flags(f)
     f.group("Calibration")
-    f.string("calibration", "embedded", "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file")
+    f.string(
+        "calibration",
+        "embedded",
+        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
+    )
     f.integer("calibration_samples", 12, "how many windows", 1)
     f.integer("calibration_length", 512, "tokens in a window; 0: what the model was made for", 0)
     f.integer("calibration_batch", 4, "windows at a time", 1)
     f.integer("seed", 0, "of the windows drawn")
     f.group("Measurement")
-    f.choice("what", "calibration", ("calibration", "sparsegpt", "sparsellm", "neuroal", "sleb", "speed"), "what is timed")
+    f.choice(
+        "what",
+        "calibration",
+        ("calibration", "sparsegpt", "sparsellm", "neuroal", "sleb", "speed"),
+        "what is timed",
+    )
     f.number("sparsity", 0.5, "of the pruning runs")
     f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
     f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
@@ -63,7 +74,9 @@ def options() -> Flags:
     return f
 
 
-def calibration_walks(model: Model, tokens: np.ndarray, batch: int, mesh: Any) -> dict[str, Callable[[], Any]]:
+def calibration_walks(
+    model: Model, tokens: np.ndarray, batch: int, mesh: Any
+) -> dict[str, Callable[[], Any]]:
     """The walks to time: Wanda's statistics of every linear's input, LLMRank's of the feed-forward part, each a dense forward."""
     group, tap = model.arch.group("neurons"), model.arch.tap
     up, down = group.writers[-1].name, group.reader.name
@@ -85,7 +98,9 @@ def calibration_walks(model: Model, tokens: np.ndarray, batch: int, mesh: Any) -
     return {name: functools.partial(walk, watch) for name, watch in watches.items()}
 
 
-def torch_forward(checkpoint: Checkpoint, tokens: np.ndarray, batch: int) -> Callable[[], Any] | None:
+def torch_forward(
+    checkpoint: Checkpoint, tokens: np.ndarray, batch: int
+) -> Callable[[], Any] | None:
     """PyTorch's forward through the decoder (no head) with transformers' own attention, or None without torch."""
     try:
         import torch
@@ -93,8 +108,14 @@ def torch_forward(checkpoint: Checkpoint, tokens: np.ndarray, batch: int) -> Cal
         return None
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32).eval().get_decoder()
-    batches = [torch.tensor(tokens[i : i + batch].astype(np.int64)) for i in range(0, len(tokens), batch)]
+    model = (
+        AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
+        .eval()
+        .get_decoder()
+    )
+    batches = [
+        torch.tensor(tokens[i : i + batch].astype(np.int64)) for i in range(0, len(tokens), batch)
+    ]
 
     def forward() -> None:
         with torch.no_grad():
@@ -124,24 +145,43 @@ def time_in_turn(programs: dict[str, Callable[[], Any]], runs: int) -> dict[str,
     """Seconds of every program, `runs` times, in turn, after one warm-up of each."""
     for program in programs.values():
         program()
-    return in_turn({name: functools.partial(seconds_of, program) for name, program in programs.items()}, runs)
+    return in_turn(
+        {name: functools.partial(seconds_of, program) for name, program in programs.items()}, runs
+    )
 
 
-def calibration(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) -> dict[str, list[Run]]:
+def calibration(
+    values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray
+) -> dict[str, list[Run]]:
     """The calibration walks, and PyTorch's forward; the last is what the others are compared with."""
     batch = values["calibration_batch"]
-    programs = calibration_walks(in_memory(checkpoint.model), tokens, batch, mesh_of(values["mesh"], batch))
+    programs = calibration_walks(
+        in_memory(checkpoint.model), tokens, batch, mesh_of(values["mesh"], batch)
+    )
     reference = torch_forward(checkpoint, tokens, batch) if values["torch"] else None
     if reference:
         programs["PyTorch forward"] = reference
-    return {name: [Run(s, None) for s in seconds] for name, seconds in time_in_turn(programs, values["runs"]).items()}
+    return {
+        name: [Run(s, None) for s in seconds]
+        for name, seconds in time_in_turn(programs, values["runs"]).items()
+    }
 
 
-def solvers(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) -> dict[str, list[Run]]:
+def solvers(
+    values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray
+) -> dict[str, list[Run]]:
     """Whole pruning runs, in turn."""
     if not checkpoint.directory.is_dir():
-        raise InputError(f"--what={values['what']} needs a model in a Hugging Face directory, not {values['model']}")
-    task = bench_solvers.Task(checkpoint.directory, tokens, values["sparsity"], values["calibration_batch"], values["blocks"])
+        raise InputError(
+            f"--what={values['what']} needs a model in a Hugging Face directory, not {values['model']}"
+        )
+    task = bench_solvers.Task(
+        checkpoint.directory,
+        tokens,
+        values["sparsity"],
+        values["calibration_batch"],
+        values["blocks"],
+    )
     ours = functools.partial(bench_solvers.alone, bench_solvers.topiary, task)
     programs: dict[str, Callable[[], Run]] = {}
     torch = values["torch"] and importlib.util.find_spec("torch")
@@ -157,17 +197,25 @@ def solvers(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) 
         programs["SLEB"] = functools.partial(ours, "sleb")
         programs["without its cache"] = functools.partial(ours, "sleb(device_gib=0, host_gib=0)")
         if torch:
-            programs["PyTorch"] = functools.partial(bench_solvers.alone, bench_solvers.plain_removal, task)
+            programs["PyTorch"] = functools.partial(
+                bench_solvers.alone, bench_solvers.plain_removal, task
+            )
     elif values["what"] == "neuroal":
         find = functools.partial(bench_solvers.alone, bench_solvers.search, task)
         programs["NeuroAL"] = functools.partial(find, f"neuroal(samples={len(tokens)})")
-        programs["released search"] = functools.partial(find, f'neuroal(samples={len(tokens)}, variant="official")')
+        programs["released search"] = functools.partial(
+            find, f'neuroal(samples={len(tokens)}, variant="official")'
+        )
         if torch:
-            programs["PyTorch, trial by trial"] = functools.partial(bench_solvers.alone, bench_solvers.plain_search, task)
+            programs["PyTorch, trial by trial"] = functools.partial(
+                bench_solvers.alone, bench_solvers.plain_search, task
+            )
     else:
         programs["SparseGPT"] = functools.partial(ours, "sparsegpt")
         if torch:
-            programs["PyTorch"] = functools.partial(bench_solvers.alone, bench_solvers.plain_sparsegpt, task)
+            programs["PyTorch"] = functools.partial(
+                bench_solvers.alone, bench_solvers.plain_sparsegpt, task
+            )
     return in_turn(programs, values["runs"])
 
 
@@ -178,14 +226,27 @@ def figures_of(runs: dict[str, list[Run]], tokens: int) -> dict[str, dict[str, A
         seconds = [r.seconds for r in own]
         ratio = statistics.median(a.seconds / b.seconds for a, b in zip(own, base, strict=True))
         median = statistics.median(seconds)
-        found[name] = {"seconds": seconds, "median": median, "ratio": ratio, "tokens_per_second": tokens / median}
+        found[name] = {
+            "seconds": seconds,
+            "median": median,
+            "ratio": ratio,
+            "tokens_per_second": tokens / median,
+        }
         found[name]["peak_memory_bytes"] = max((r.peak for r in own if r.peak), default=None)
     return found
 
 
 def table_of(title: str, figures: dict[str, dict[str, Any]]) -> Table:
     """The figures as a table for the terminal."""
-    heads = ("", "median", "least", "most", "tokens/s", "peak memory", f"time against {list(figures)[-1]}")
+    heads = (
+        "",
+        "median",
+        "least",
+        "most",
+        "tokens/s",
+        "peak memory",
+        f"time against {list(figures)[-1]}",
+    )
     table = Table(*heads, title=title, title_justify="left")
     for name, f in figures.items():
         peak = f["peak_memory_bytes"]
@@ -217,8 +278,19 @@ def main(values: dict[str, Any]) -> None:
     figures = figures_of(measure(values, checkpoint, tokens.ids), tokens.ids.size)
     Console().print(table_of(str(values["model"]), figures))
     if values["json"]:
-        stamp = protocol({}) | {"calibration": tokens.protocol, "batch": values["calibration_batch"]}
-        write_report(values["json"], {"model": values["model"], "what": values["what"], "figures": figures, "protocol": stamp})
+        stamp = protocol({}) | {
+            "calibration": tokens.protocol,
+            "batch": values["calibration_batch"],
+        }
+        write_report(
+            values["json"],
+            {
+                "model": values["model"],
+                "what": values["what"],
+                "figures": figures,
+                "protocol": stamp,
+            },
+        )
 
 
 if __name__ == "__main__":

@@ -9,13 +9,20 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from launch import summary
-from launch.cli import Flags, run
-from launch.flags import evaluation_flags, mesh_of, model_flags, open_model
-from launch.measure import Clock, evaluate, protocol, read_evaluation, tokenizer_of, write_report
-from launch.processes import process_flags, start
-from launch.protocols import protocol_flag, stamp
-from launch.tasks import evaluate_tasks, read_tasks, task_flags
+from launch.flags.cli import Flags, run
+from launch.flags.common import evaluation_flags, mesh_of, model_flags, open_model
+from launch.flags.protocols import protocol_flag, stamp
+from launch.report import summary
+from launch.run.measure import (
+    Clock,
+    evaluate,
+    protocol,
+    read_evaluation,
+    tokenizer_of,
+    write_report,
+)
+from launch.run.processes import process_flags, start
+from launch.run.tasks import evaluate_tasks, read_tasks, task_flags
 from models.processes import first
 
 
@@ -39,8 +46,12 @@ def main(values: dict[str, Any]) -> None:
     clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
     checkpoint = open_model(values["model"], values["dtype"])
     tokenizer = tokenizer_of(checkpoint)
-    data = read_evaluation(values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer)
-    zero_shot = read_tasks(values["tasks"], values["limit"], values["num_fewshot"], checkpoint, tokenizer)
+    data = read_evaluation(
+        values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer
+    )
+    zero_shot = read_tasks(
+        values["tasks"], values["limit"], values["num_fewshot"], checkpoint, tokenizer
+    )
     clock.lap("load")
     found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
     tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
@@ -52,7 +63,9 @@ def main(values: dict[str, Any]) -> None:
     table = Table(*heads, title=values["model"], title_justify="left", caption=followed or None)
     for name, figures in found.items():
         table.add_row(
-            name, summary.measured((figures["perplexity"], figures["error"]), fraction=False), summary.count(figures["tokens"])
+            name,
+            summary.measured((figures["perplexity"], figures["error"]), fraction=False),
+            summary.count(figures["tokens"]),
         )
     Console().print(table)
     if tasks:
@@ -64,7 +77,8 @@ def main(values: dict[str, Any]) -> None:
         result = {
             "model": values["model"],
             "perplexity": {
-                name: {"dense": f["perplexity"], "dense_stderr": f["error"], "tokens": f["tokens"]} for name, f in found.items()
+                name: {"dense": f["perplexity"], "dense_stderr": f["error"], "tokens": f["tokens"]}
+                for name, f in found.items()
             },
             "tasks": {name: {"dense": figures} for name, figures in tasks.items()},
             "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),

@@ -13,13 +13,13 @@ from rich.console import Console
 from rich.text import Text
 
 from calibration.tokenizer import TextTokenizer, load_tokenizer
-from launch.cli import Flags, run
-from launch.flags import mesh_of, model_flags, open_model
+from launch.flags.cli import Flags, run
+from launch.flags.common import mesh_of, model_flags, open_model
 from models.arch import Model
+from models.checkpoint.reader import Checkpoint
 from models.errors import InputError
 from models.generate import generate
 from models.sharding import place
-from models.store import Checkpoint
 
 
 def options() -> Flags:
@@ -29,7 +29,9 @@ def options() -> Flags:
     f.group("Text")
     f.string("prompt", None, "the text to continue")
     f.integer("new_tokens", 64, "most tokens to add; a text also ends where the model ends it", 1)
-    f.number("temperature", 0.0, "0: the most likely token; above: drawn, the more freely the higher")
+    f.number(
+        "temperature", 0.0, "0: the most likely token; above: drawn, the more freely the higher"
+    )
     f.number("top_p", 1.0, "draw from the most likely tokens that together have this probability")
     f.integer("seed", 0, "of the draws")
     return f
@@ -49,11 +51,15 @@ def prompt_tokens(tokenizer: TextTokenizer, prompt: str, checkpoint: Checkpoint)
     if not ids:
         raise InputError("--prompt has no tokens: give a text to continue")
     if max(ids) >= vocab:
-        raise InputError(f"--prompt has token {max(ids)}, the model has {vocab}: use this model's own tokenizer")
+        raise InputError(
+            f"--prompt has token {max(ids)}, the model has {vocab}: use this model's own tokenizer"
+        )
     return ids
 
 
-def continuation(tokenizer: TextTokenizer, prompt: list[int], new: np.ndarray, ends: list[int]) -> str:
+def continuation(
+    tokenizer: TextTokenizer, prompt: list[int], new: np.ndarray, ends: list[int]
+) -> str:
     """The text of new tokens int [t] after the prompt's, up to the first that ends it."""
     stops = np.flatnonzero(np.isin(new, ends))
     return tokenizer.continuation(prompt, new[: stops[0] if stops.size else None].tolist())

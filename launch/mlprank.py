@@ -19,15 +19,17 @@ import numpy as np
 import optax
 from rich.console import Console
 
-from launch import calls, cli, images, mlprank_report
-from launch.console import progress
-from launch.flags import check_once, numbers, output_path, seeds
-from launch.mlprank_report import DENSE, Row
-from launch.staging import check_free
+from launch.flags import calls, cli
+from launch.flags.common import check_once, numbers, output_path, seeds
+from launch.mlp import images
+from launch.mlp import report as mlprank_report
+from launch.mlp.report import DENSE, Row
+from launch.report.console import progress
+from launch.run.staging import check_free
 from models import mlp
 from models.errors import InputError
-from pruning import mlprank, select
-from pruning.llmrank_core import SCORERS
+from pruning.structured import mlprank, select
+from pruning.structured.llmrank_core import SCORERS
 
 CLASSES = 10
 
@@ -39,16 +41,34 @@ def options() -> cli.Flags:
     f = cli.Flags("launch.mlprank", __doc__ or "")
     f.string("output", None, "directory to write results.json, accuracy.csv and accuracy.svg to")
     f.group("Network")
-    f.choice("dataset", "digits", images.DATASETS, "images to classify; digits needs no network connection")
+    f.choice(
+        "dataset",
+        "digits",
+        images.DATASETS,
+        "images to classify; digits needs no network connection",
+    )
     f.string("hidden", "128,128", "widths of the hidden layers")
     f.integer("epochs", 60, "passes over the training images", 1)
     f.integer("batch", 64, "images in a step", 1)
     f.number("learning_rate", 1e-3, "of Adam")
-    f.string("seeds", "0,1,2,3,4,5,6,7,8,9", "a network each: its parameters, batches, calibration images and random scores")
+    f.string(
+        "seeds",
+        "0,1,2,3,4,5,6,7,8,9",
+        "a network each: its parameters, batches, calibration images and random scores",
+    )
     f.group("Pruning")
-    f.string("scorers", ",".join(SCORERS), 'which to compare; with parameters: "wpr(gamma=0.5,theta=1),mpr(zeroed=0.3)"')
+    f.string(
+        "scorers",
+        ",".join(SCORERS),
+        'which to compare; with parameters: "wpr(gamma=0.5,theta=1),mpr(zeroed=0.3)"',
+    )
     f.string("ratios", "0.1,0.2,0.3,0.4,0.5,0.6,0.7", "fractions of the hidden units to remove")
-    f.choice("scope", "local", ("local", "global"), "the fraction of every layer, or the lowest of all layers together")
+    f.choice(
+        "scope",
+        "local",
+        ("local", "global"),
+        "the fraction of every layer, or the lowest of all layers together",
+    )
     f.integer("calibration_samples", 64, "training images that activations are taken from", 1)
     return f
 
@@ -74,7 +94,9 @@ def parse(values: dict[str, Any]) -> Settings:
     lists = {
         "hidden": numbers("hidden", values["hidden"], int, lambda v: v >= 1, "widths of 1 or more"),
         "seeds": seeds(values["seeds"]),
-        "ratios": numbers("ratios", values["ratios"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1"),
+        "ratios": numbers(
+            "ratios", values["ratios"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1"
+        ),
         "scorers": tuple(calls.each(values["scorers"])),
     }
     for text in lists["scorers"]:
@@ -88,12 +110,16 @@ def parse(values: dict[str, Any]) -> Settings:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _epoch(batch: int, rate: float, carry: Carry, data: images.Part, key: jax.Array) -> tuple[Carry, jax.Array]:
+def _epoch(
+    batch: int, rate: float, carry: Carry, data: images.Part, key: jax.Array
+) -> tuple[Carry, jax.Array]:
     """One pass over the data in a fresh order, an incomplete last batch left out; returns the carry and the mean loss (nats)."""
     optimizer = optax.adam(rate)
 
     def loss(params: mlp.Params, part: images.Part) -> jax.Array:
-        return optax.softmax_cross_entropy_with_integer_labels(mlp.apply(params, part.x)[0], part.y).mean()
+        return optax.softmax_cross_entropy_with_integer_labels(
+            mlp.apply(params, part.x)[0], part.y
+        ).mean()
 
     def step(carry: Carry, rows: jax.Array) -> tuple[Carry, jax.Array]:
         params, state = carry
@@ -113,9 +139,13 @@ def train(s: Settings, data: images.Part, key: jax.Array) -> mlp.Params:
     params = mlp.init((data.x.shape[1], *s.hidden, CLASSES), start)
     carry, loss = (params, optax.adam(s.learning_rate).init(params)), jnp.inf
     for epoch in range(s.epochs):
-        carry, loss = _epoch(s.batch, s.learning_rate, carry, data, jax.random.fold_in(order, epoch))
+        carry, loss = _epoch(
+            s.batch, s.learning_rate, carry, data, jax.random.fold_in(order, epoch)
+        )
     if not jnp.isfinite(loss):
-        raise InputError(f"training diverged (the loss is {loss}): lower --learning_rate={s.learning_rate}")
+        raise InputError(
+            f"training diverged (the loss is {loss}): lower --learning_rate={s.learning_rate}"
+        )
     return carry[0]
 
 
@@ -126,7 +156,11 @@ def accuracy(params: mlp.Params, keeps: Sequence[jax.Array], part: images.Part) 
 
 
 def _keeps(scope: str, scores: Sequence[np.ndarray], ratio: float) -> select.Keeps:
-    return select.local(scores, ratio) if scope == "local" else select.global_(scores, ratio, [1.0] * len(scores))
+    return (
+        select.local(scores, ratio)
+        if scope == "local"
+        else select.global_(scores, ratio, [1.0] * len(scores))
+    )
 
 
 def measure(s: Settings, data: images.Images, seed: int) -> list[Row]:
@@ -142,7 +176,9 @@ def measure(s: Settings, data: images.Images, seed: int) -> list[Row]:
 
     rows = [row(DENSE, 0.0, [np.ones(width, bool) for width in s.hidden])]
     for text in s.scorers:
-        found = mlprank.importance(calls.build("scorers", text, mlprank.MAKERS), params, mlprank.Sample(samples, noise))
+        found = mlprank.importance(
+            calls.build("scorers", text, mlprank.MAKERS), params, mlprank.Sample(samples, noise)
+        )
         scores = [np.asarray(a) for a in found]
         rows += [row(text, ratio, _keeps(s.scope, scores, ratio)) for ratio in s.ratios]
     return rows
@@ -154,7 +190,9 @@ def compare(s: Settings, output: Path) -> list[Row]:
     start, rows, data = time.monotonic(), [], images.load(s.dataset)
     for name in ("batch", "calibration_samples"):
         if getattr(s, name) > len(data.train.y):
-            raise InputError(f"--{name}={getattr(s, name)} is more than the {len(data.train.y)} training images: lower it")
+            raise InputError(
+                f"--{name}={getattr(s, name)} is more than the {len(data.train.y)} training images: lower it"
+            )
     with progress() as stage:
         advance = stage("networks", len(s.seeds))
         for seed in s.seeds:
@@ -162,8 +200,13 @@ def compare(s: Settings, output: Path) -> list[Row]:
             advance()
     shape = "-".join(map(str, (data.train.x.shape[1], *s.hidden, CLASSES)))
     title = f"MLPRank on {s.dataset}, {shape}, {s.scope} selection"
-    protocol = {"images": {name: len(part.y) for name, part in data._asdict().items()}, "jax": jax.__version__}
-    content = mlprank_report.results(dataclasses.asdict(s), rows, protocol, time.monotonic() - start)
+    protocol = {
+        "images": {name: len(part.y) for name, part in data._asdict().items()},
+        "jax": jax.__version__,
+    }
+    content = mlprank_report.results(
+        dataclasses.asdict(s), rows, protocol, time.monotonic() - start
+    )
     mlprank_report.write(output, title, content, rows)
     Console().print(mlprank_report.table(title, rows))
     print(f"results: {output}")

@@ -25,21 +25,25 @@ from rich.table import Table
 
 from calibration.states import memory
 from eval.peak import flops_per_second
-from launch import prune, summary
-from launch.cli import Flags, frozen, run
-from launch.config import RunConfig, request_of
-from launch.flags import DTYPES, tier_for, window_length
-from launch.measure import write_report
-from models import hf, hub
+from launch import prune
+from launch.flags.cli import Flags, frozen, run
+from launch.flags.common import DTYPES, tier_for, window_length
+from launch.report import summary
+from launch.run.job import RunConfig, request_of
+from launch.run.measure import write_report
 from models.arch import Model
+from models.checkpoint import hub
+from models.checkpoint.reader import abstract, open_checkpoint, read_config
+from models.checkpoint.writer import SHARD_BYTES
 from models.errors import InputError
+from models.families import hf
 from models.published import MODELS
 from models.sharding import make_mesh, specs_on
-from models.store import abstract, open_checkpoint, read_config
-from models.writer import SHARD_BYTES
 
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip, as Google Cloud's pages state them
-COLLECTIVE = re.compile(r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\(")
+COLLECTIVE = re.compile(
+    r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
+)
 
 
 def options() -> Flags:
@@ -48,7 +52,9 @@ def options() -> Flags:
     f.command, f.doc = "launch.plan", __doc__ or ""
     f.group("Plan")
     f.string(
-        "topology", "", "TPUs to compile for, such as v5e:4x4, v5p:2x2x2, v6e:4x4 (needs libtpu, no TPU); empty: this machine"
+        "topology",
+        "",
+        "TPUs to compile for, such as v5e:4x4, v5p:2x2x2, v6e:4x4 (needs libtpu, no TPU); empty: this machine",
     )
     f.string("json", None, "file to write the plan to")
     return f
@@ -58,7 +64,9 @@ def config_of(name: str | None) -> dict[str, Any]:
     """The `config.json` of a published model by its name, a directory (which need hold nothing else), a `.gguf` file, or a hub id."""
     known = {n.lower(): m.config for n, m in MODELS.items()}
     if not name:
-        raise InputError(f"--model is missing: give a directory with a config.json, or one of {', '.join(known)}")
+        raise InputError(
+            f"--model is missing: give a directory with a config.json, or one of {', '.join(known)}"
+        )
     if name.lower() in known:
         return dict(known[name.lower()])
     path = hub.resolve(name, weights=False)
@@ -97,7 +105,11 @@ def flops(jaxpr: core.Jaxpr) -> float:
         shapes = [_shape(v) for v in eqn.invars]
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += 2.0 * math.prod(_shape(eqn.outvars[0])) * math.prod(shapes[0][i] for i in contracted)
+            total += (
+                2.0
+                * math.prod(_shape(eqn.outvars[0]))
+                * math.prod(shapes[0][i] for i in contracted)
+            )
         inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
         if eqn.primitive.name == "cond":
             total += max(inner)
@@ -148,15 +160,28 @@ class Compiler:
         except jax.errors.JaxRuntimeError as e:
             if "RESOURCE_EXHAUSTED" not in str(e):
                 raise
-            self.programs.append(Program(what, calls, work, seconds=time.perf_counter() - begin, failed="does not fit"))
+            self.programs.append(
+                Program(
+                    what, calls, work, seconds=time.perf_counter() - begin, failed="does not fit"
+                )
+            )
             return jax.tree.map(self._shape, lowered.out_info)
         seconds = time.perf_counter() - begin
         m, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-        size = m.argument_size_in_bytes + m.output_size_in_bytes + m.temp_size_in_bytes - m.alias_size_in_bytes
+        size = (
+            m.argument_size_in_bytes
+            + m.output_size_in_bytes
+            + m.temp_size_in_bytes
+            - m.alias_size_in_bytes
+        )
         found = dict(Counter(COLLECTIVE.findall(compiled.as_text())))
-        self.programs.append(Program(what, calls, work, cost.get("bytes accessed", 0.0), size, found, seconds))
+        self.programs.append(
+            Program(what, calls, work, cost.get("bytes accessed", 0.0), size, found, seconds)
+        )
         return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), lowered.out_info, compiled.output_shardings
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            lowered.out_info,
+            compiled.output_shardings,
         )
 
 
@@ -172,10 +197,15 @@ def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
 def _bytes(tree: Any, mesh: Mesh | None = None) -> int:
     """Of arrays, all together; or with a mesh, of one of its devices."""
     leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape) if mesh else x.shape) * x.dtype.itemsize for x in leaves)
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape) if mesh else x.shape) * x.dtype.itemsize
+        for x in leaves
+    )
 
 
-def memory_of(model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, flag: str) -> dict[str, Any]:
+def memory_of(
+    model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, flag: str
+) -> dict[str, Any]:
     """Bytes that stay all the run: on one device, on the host, on the disk; `x` are all hidden states between two blocks."""
     chip = HBM.get(topology.partition(":")[0], 0) << 30
     there = memory() | ({"device": chip} if topology else {})
@@ -191,7 +221,10 @@ def memory_of(model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, 
             "there is": there["device"],
         },
         "host": {"read ahead, and a shard being written": host, "there is": there["host"]},
-        "disk": {"output, at most": parameters, "hidden states": _bytes(x) * (2 if tier == "disk" else 1)},
+        "disk": {
+            "output, at most": parameters,
+            "hidden states": _bytes(x) * (2 if tier == "disk" else 1),
+        },
     }
 
 
@@ -223,7 +256,9 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "bytes_moved": sum(p.bytes * p.calls for p in programs),
         "compile_seconds": sum(p.seconds for p in programs),
     }
-    fits = not any(p.failed for p in programs) and (not device["there is"] or total["device_bytes"] <= device["there is"])
+    fits = not any(p.failed for p in programs) and (
+        not device["there is"] or total["device_bytes"] <= device["there is"]
+    )
     result = {
         "model": config.model,
         "method": config.method,
@@ -241,7 +276,9 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "fits": fits,
     }
     if not topology:
-        result["total"]["seconds_at_peak"] = total["flops"] / (flops_per_second(DTYPES[config.dtype]) * mesh.size)
+        result["total"]["seconds_at_peak"] = total["flops"] / (
+            flops_per_second(DTYPES[config.dtype]) * mesh.size
+        )
     return result
 
 
@@ -250,22 +287,43 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     devices, total = result["devices"], result["total"]
     where = devices["topology"] or devices["kind"]
     mesh = ", ".join(f"{axis} {n}" for axis, n in devices["mesh"].items())
-    table = Table(title=f"{result['model']}, {result['method']} on {where} ({mesh})", title_justify="left")
+    table = Table(
+        title=f"{result['model']}, {result['method']} on {where} ({mesh})", title_justify="left"
+    )
     for heading in ("program", "calls", "GFLOP a call", "memory", "collectives", "compiled"):
-        table.add_column(heading, justify="left" if heading in ("program", "collectives") else "right", overflow="fold")
+        table.add_column(
+            heading,
+            justify="left" if heading in ("program", "collectives") else "right",
+            overflow="fold",
+        )
     for p in result["programs"]:
         kinds = ", ".join(f"{n} {kind}" for kind, n in p["collectives"].items())
         size = p["failed"] or summary.size(p["memory"])
-        table.add_row(p["what"], summary.count(p["calls"]), f"{p['flops'] / 1e9:,.3g}", size, kinds, f"{p['seconds']:.1f} s")
+        table.add_row(
+            p["what"],
+            summary.count(p["calls"]),
+            f"{p['flops'] / 1e9:,.3g}",
+            size,
+            kinds,
+            f"{p['seconds']:.1f} s",
+        )
     console.print(table)
     for place in ("device", "host", "disk"):
-        parts = ", ".join(f"{name} {summary.size(n)}" for name, n in result["memory"][place].items() if n)
+        parts = ", ".join(
+            f"{name} {summary.size(n)}" for name, n in result["memory"][place].items() if n
+        )
         console.print(f"{place}: {parts}", soft_wrap=True)
-    console.print(f"hidden states between two blocks: {result['memory']['activations']}", soft_wrap=True)
+    console.print(
+        f"hidden states between two blocks: {result['memory']['activations']}", soft_wrap=True
+    )
     console.print(
         f"a device holds at most {summary.size(total['device_bytes'])}: {'it fits' if result['fits'] else 'it does not fit'}"
     )
-    seconds = f", {total['seconds_at_peak']:,.0f} s at the measured peak" if "seconds_at_peak" in total else ""
+    seconds = (
+        f", {total['seconds_at_peak']:,.0f} s at the measured peak"
+        if "seconds_at_peak" in total
+        else ""
+    )
     console.print(
         f"work: {total['flops'] / 1e12:,.3g} TFLOP{seconds}; each device moves {summary.size(int(total['bytes_moved']))}"
     )

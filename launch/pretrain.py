@@ -22,16 +22,21 @@ import numpy as np
 import optax
 import tokenizers
 
-from calibration import stories
 from calibration.data import evaluation_tokens
+from calibration.stories import generator as stories
 from eval.perplexity import perplexity
-from launch import cli
-from launch.staging import check_free, staged
-from models import hf, init, writer
+from launch.flags import cli
+from launch.run.staging import check_free, staged
+from models import init
 from models.arch import Arch, Model, logits
+from models.checkpoint import writer
 from models.errors import InputError
+from models.families import hf
 
-PAD, END = "<pad>", "</s>"  # tokens 0 and 1; as in OPT, the tokenizer puts END before a text, so it parts stories and ends them
+PAD, END = (
+    "<pad>",
+    "</s>",
+)  # tokens 0 and 1; as in OPT, the tokenizer puts END before a text, so it parts stories and ends them
 LEAST_VOCABULARY = 258  # every byte and the two special tokens
 TOKENIZER_STORIES = 4000  # enough that every word of the grammar occurs
 STORIES_A_READ = 256  # how many stories are tokenized at a time
@@ -94,14 +99,18 @@ def train_tokenizer(vocabulary: int, seed: int) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single=f"{END} $A", special_tokens=[(END, 1)])
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{END} $A", special_tokens=[(END, 1)]
+    )
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[PAD, END],
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(itertools.islice(stories.stream("train", seed), TOKENIZER_STORIES), trainer)
+    tokenizer.train_from_iterator(
+        itertools.islice(stories.stream("train", seed), TOKENIZER_STORIES), trainer
+    )
     return tokenizer
 
 
@@ -119,7 +128,9 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, len
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def batches(tokenizer: tokenizers.Tokenizer, split: stories.Split, seed: int, shape: tuple[int, int]) -> Iterator[np.ndarray]:
+def batches(
+    tokenizer: tokenizers.Tokenizer, split: stories.Split, seed: int, shape: tuple[int, int]
+) -> Iterator[np.ndarray]:
     """Endless int32 tokens [batch length]: the split's stories, END before each, in one row after the other without a gap."""
     source, left = stories.stream(split, seed), np.zeros(0, np.int32)
     while True:
@@ -131,7 +142,7 @@ def batches(tokenizer: tokenizers.Tokenizer, split: stories.Split, seed: int, sh
 
 
 def model_config(s: Settings, vocabulary: int) -> dict[str, Any]:
-    """The Hugging Face configuration of a model to train, for `models.hf` and for the checkpoint's `config.json`."""
+    """The Hugging Face configuration of a model to train, for `models.families.hf` and for the checkpoint's `config.json`."""
     shared = {
         "vocab_size": vocabulary,
         "hidden_size": s.hidden,
@@ -174,15 +185,24 @@ def loss(model: Model, tokens: jax.Array) -> jax.Array:
 
 def make_optimizer(s: Settings) -> optax.GradientTransformation:
     """AdamW on clipped gradients, linear warm-up, cosine decay to a tenth; matrices alone decay, not norms and biases."""
-    rate = optax.warmup_cosine_decay_schedule(0.0, s.learning_rate, s.warmup, s.steps, end_value=s.learning_rate / 10)
-    adamw = optax.adamw(rate, b2=0.99, weight_decay=s.weight_decay, mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p))
+    rate = optax.warmup_cosine_decay_schedule(
+        0.0, s.learning_rate, s.warmup, s.steps, end_value=s.learning_rate / 10
+    )
+    adamw = optax.adamw(
+        rate,
+        b2=0.99,
+        weight_decay=s.weight_decay,
+        mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p),
+    )
     return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
 
 
 def make_step(arch: Arch, optimizer: optax.GradientTransformation) -> Step:
     """The jitted step (params, state, tokens [batch length]) -> (params, state, loss before the step)."""
 
-    def step(params: Params, state: optax.OptState, tokens: jax.Array) -> tuple[Params, optax.OptState, jax.Array]:
+    def step(
+        params: Params, state: optax.OptState, tokens: jax.Array
+    ) -> tuple[Params, optax.OptState, jax.Array]:
         value, gradient = jax.value_and_grad(lambda p: loss(Model(arch, *p), tokens))(params)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
@@ -200,7 +220,10 @@ def train(s: Settings, config: dict[str, Any], tokenizer: tokenizers.Tokenizer) 
     for i, tokens in enumerate(itertools.islice(data, s.steps), 1):
         params, state, value = step(params, state, jnp.asarray(tokens))
         if i == 1 or i % s.log_every == 0 or i == s.steps:
-            print(f"step {i}/{s.steps}  loss {value:.4f}  {(time.monotonic() - start) / i:.3f} s/step", flush=True)
+            print(
+                f"step {i}/{s.steps}  loss {value:.4f}  {(time.monotonic() - start) / i:.3f} s/step",
+                flush=True,
+            )
     return Model(arch, *params)
 
 
@@ -211,7 +234,9 @@ def held_out(model: Model, tokenizer: tokenizers.Tokenizer, s: Settings) -> floa
         return tokenizer.encode(text, add_special_tokens=special).ids
 
     vocabulary = tokenizer.get_vocab_size()
-    windows = evaluation_tokens("embedded", lambda: encode, length=s.length, windows=s.eval_windows, vocab=vocabulary)
+    windows = evaluation_tokens(
+        "embedded", lambda: encode, length=s.length, windows=s.eval_windows, vocab=vocabulary
+    )
     return perplexity(model, windows.ids).value
 
 
@@ -219,11 +244,17 @@ def check(s: Settings, output: pathlib.Path) -> None:
     """InputError for what no flag can check by itself."""
     check_free(output, "config.json")
     if s.warmup >= s.steps:
-        raise InputError(f"--warmup={s.warmup} leaves none of the {s.steps} steps to train: make it smaller")
+        raise InputError(
+            f"--warmup={s.warmup} leaves none of the {s.steps} steps to train: make it smaller"
+        )
     if s.family == "opt" and s.kv_heads:
-        raise InputError("--kv_heads is for --family=llama: every head of OPT has its own keys and values, leave it out")
+        raise InputError(
+            "--kv_heads is for --family=llama: every head of OPT has its own keys and values, leave it out"
+        )
     if not (s.learning_rate > 0 and s.weight_decay >= 0 and s.clip > 0):
-        raise InputError("--learning_rate and --clip must be positive, and --weight_decay positive or 0")
+        raise InputError(
+            "--learning_rate and --clip must be positive, and --weight_decay positive or 0"
+        )
     hf.specs(model_config(s, s.vocabulary))
 
 
@@ -237,7 +268,9 @@ def pretrain(s: Settings, output: pathlib.Path) -> float:
     config = model_config(s, tokenizer.get_vocab_size())
     model = train(s, config, tokenizer)
     stored = Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float16), model[1:]))
-    result = held_out(Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float32), stored[1:])), tokenizer, s)
+    result = held_out(
+        Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float32), stored[1:])), tokenizer, s
+    )
     print(f"perplexity on {s.eval_windows} windows of the evaluation split: {result:.4f}")
     with staged(output, "config.json") as directory, tempfile.TemporaryDirectory() as companions:
         save_tokenizer(tokenizer, pathlib.Path(companions), s.length)

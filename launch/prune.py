@@ -24,12 +24,9 @@ from calibration.states import Tier
 from calibration.states import memory as memory_there
 from calibration.tokenizer import TextTokenizer
 from eval.size import peak_memory
-from launch import cli, console, draws, export, figures, report
-from launch.cli import Flags, frozen
-from launch.code import code_digests
-from launch.complete import complete
-from launch.config import RunConfig, request_of
-from launch.flags import (
+from launch.flags import cli
+from launch.flags.cli import Flags, frozen
+from launch.flags.common import (
     DTYPES,
     calibration_flags,
     evaluation_flags,
@@ -40,24 +37,44 @@ from launch.flags import (
     output_path,
     tier_for,
 )
-from launch.measure import Clock, evaluate, protocol, read_calibration, read_evaluation, tokenizer_of
-from launch.processes import process_flags, start
-from launch.protocols import protocol_flag, stamp
-from launch.samples import samples
-from launch.staging import UNFINISHED, staged
-from launch.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
+from launch.flags.protocols import protocol_flag, stamp
+from launch.report import console, figures
+from launch.report import html as report
+from launch.run import draws, export
+from launch.run.code import code_digests
+from launch.run.complete import complete
+from launch.run.job import RunConfig, request_of
+from launch.run.measure import (
+    Clock,
+    evaluate,
+    protocol,
+    read_calibration,
+    read_evaluation,
+    tokenizer_of,
+)
+from launch.run.processes import process_flags, start
+from launch.run.samples import samples
+from launch.run.staging import UNFINISHED, staged
+from launch.run.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
 from models.arch import Model
-from models.forms import preview
+from models.checkpoint.output_format import preview
+from models.checkpoint.reader import Checkpoint, weight_files
+from models.checkpoint.writer import Writer, write_json
 from models.processes import agree, first, on_first
-from models.store import Checkpoint, weight_files
-from models.writer import Writer, write_json
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
 EVALUATED = 1  # steps of a run before it prunes: nothing to keep for another attempt
 # What runs that share steps differ in.
 VARIED = (
-    *("--method", "code of --method", "--sparsity", "--allocation", "code of --allocation", "--seed"),
+    *(
+        "--method",
+        "code of --method",
+        "--sparsity",
+        "--allocation",
+        "code of --allocation",
+        "--seed",
+    ),
     *("--calibration tokens", "further draws"),
 )
 SHARED = "a trial of a sweep: its seconds leave out what earlier ones had computed or compiled, its peak memory is the process's so far"
@@ -69,11 +86,21 @@ def options() -> Flags:
     model_flags(f)
     f.string("output", None, "directory to write the pruned model, its report and pruning.json to")
     layout_flag(f)
-    f.boolean("resume", True, "go on from the last finished block of the same run, if it was interrupted")
+    f.boolean(
+        "resume", True, "go on from the last finished block of the same run, if it was interrupted"
+    )
     f.group("Method")
-    f.string("method", "llmrank", f'a name or a call such as llmrank(scorer="mpr"): {", ".join(METHODS)}')
-    f.number("sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers")
-    f.string("allocation", "uniform", f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}")
+    f.string(
+        "method", "llmrank", f'a name or a call such as llmrank(scorer="mpr"): {", ".join(METHODS)}'
+    )
+    f.number(
+        "sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters the method covers"
+    )
+    f.string(
+        "allocation",
+        "uniform",
+        f"how the sparsity is spread over blocks and linears: {', '.join(ALLOCATIONS)}",
+    )
     mask_flags(f)
     protocol_flag(f)
     calibration_flags(f)
@@ -103,13 +130,19 @@ class Finished(NamedTuple):
     further: list[dict[str, Any]]
 
 
-def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameters: int) -> dict[str, Any]:
+def describe(
+    config: RunConfig, run: Finished, counts: figures.Counts, parameters: int
+) -> dict[str, Any]:
     """The report, but for the seconds; `parameters` are the pruned model's, padding not counted."""
     checkpoint, outcome = run.checkpoint, run.outcome
     dense, pruned = run.dense["perplexity"], run.pruned["perplexity"]
     settings = dataclasses.asdict(config) | {"sparsity": run.sparsity}
-    sparsity = figures.sparsity_figures(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
-    removed = export.by_linear(checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns))
+    sparsity = figures.sparsity_figures(
+        checkpoint, outcome, counts, checkpoint.parameters, run.sparsity
+    )
+    removed = export.by_linear(
+        checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns)
+    )
     drawn = [draws.record(run.calibration, run.pruned), *run.further]
     return {
         "model": config.model,
@@ -135,14 +168,23 @@ def describe(config: RunConfig, run: Finished, counts: figures.Counts, parameter
             }
             for name, found in dense.items()
         },
-        "tasks": {name: {"dense": run.dense["tasks"][name], "pruned": found} for name, found in run.pruned["tasks"].items()},
+        "tasks": {
+            name: {"dense": run.dense["tasks"][name], "pruned": found}
+            for name, found in run.pruned["tasks"].items()
+        },
         **({"draws": drawn, "spread": draws.spread(drawn)} if run.further else {}),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": figures.quantiles(checkpoint, outcome),
-        "warnings": [*figures.warnings_of(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]), *outcome.warnings],
+        "warnings": [
+            *figures.warnings_of(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]),
+            *outcome.warnings,
+        ],
         "loads_as": run.written.form.label,
         "checks": {"topiary": True, "transformers": run.written.transformers.found},
-        "load_back": {"topiary": run.written.topiary, "transformers": run.written.transformers.said},
+        "load_back": {
+            "topiary": run.written.topiary,
+            "transformers": run.written.transformers.said,
+        },
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }
 
@@ -152,7 +194,17 @@ def fingerprint(config: RunConfig, inputs: "Inputs") -> dict[str, Any]:
     checkpoint, _, calibration, further, data, zero_shot = inputs
     settings = {flag.name: getattr(config, flag.name) for flag in dataclasses.fields(config)}
     # Told by content, or of no matter.
-    elsewhere = ("model", "output", "resume", "protocol", "calibration", "eval_data", "activations", "tasks", "task_cache")
+    elsewhere = (
+        "model",
+        "output",
+        "resume",
+        "protocol",
+        "calibration",
+        "eval_data",
+        "activations",
+        "tasks",
+        "task_cache",
+    )
     versions = protocol({}, zero_shot)
     return {
         "model configuration": checkpoint.config,
@@ -180,18 +232,25 @@ class Inputs(NamedTuple):
 
 
 def read_tokens(
-    config: RunConfig, checkpoint: Checkpoint, tokenizer: Callable[[], TextTokenizer], memory: Memory
+    config: RunConfig,
+    checkpoint: Checkpoint,
+    tokenizer: Callable[[], TextTokenizer],
+    memory: Memory,
 ) -> tuple[list[Tokens], dict[str, Tokens]]:
     """The tokens to calibrate on, a draw after the other, and those to evaluate on by data set; InputError for what cannot be read."""
 
     def draw(seed: int) -> Tokens:
         source = (config.calibration, config.calibration_samples, config.calibration_length, seed)
-        return memory.of((config.model, *source), lambda: read_calibration(*source, checkpoint, tokenizer))
+        return memory.of(
+            (config.model, *source), lambda: read_calibration(*source, checkpoint, tokenizer)
+        )
 
     drawn = [draw(config.seed + k) for k in range(config.calibration_draws)]
     draws.check_different(drawn, config.calibration)
     sources = (config.eval_data, config.eval_length, config.eval_windows)
-    data = memory.of((config.model, *sources), lambda: read_evaluation(*sources, checkpoint, tokenizer))
+    data = memory.of(
+        (config.model, *sources), lambda: read_evaluation(*sources, checkpoint, tokenizer)
+    )
     return drawn, data
 
 
@@ -199,20 +258,31 @@ def read_inputs(config: RunConfig, method: Method, request: Request, memory: Mem
     """Open the model and read all tokens; InputError for what cannot be read, or does not go with the method."""
     checkpoint = open_model(config.model, config.dtype)
     method.check(checkpoint.model, request)
-    console.note(f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}")
+    console.note(
+        f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}"
+    )
     tokenizer = tokenizer_of(checkpoint)
     (calibration, *further), data = read_tokens(config, checkpoint, tokenizer, memory)
     zero_shot = read_tasks(config.tasks, config.limit, config.num_fewshot, checkpoint, tokenizer)
     return Inputs(checkpoint, tokenizer, calibration, further, data, zero_shot)
 
 
-def measured(config: RunConfig, inputs: Inputs, which: Checkpoint, mesh: Mesh | None) -> dict[str, Any]:
+def measured(
+    config: RunConfig, inputs: Inputs, which: Checkpoint, mesh: Mesh | None
+) -> dict[str, Any]:
     """What the report has of the dense or the pruned model: "perplexity" by data set, "tasks" by task."""
-    tasks = evaluate_tasks(inputs.zero_shot, which, config.calibration_batch, mesh, config.task_cache)
-    return {"perplexity": evaluate(which.model, inputs.data, config.calibration_batch, mesh), "tasks": tasks}
+    tasks = evaluate_tasks(
+        inputs.zero_shot, which, config.calibration_batch, mesh, config.task_cache
+    )
+    return {
+        "perplexity": evaluate(which.model, inputs.data, config.calibration_batch, mesh),
+        "tasks": tasks,
+    }
 
 
-def journal_of(directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, memory: Memory | None) -> Journal:
+def journal_of(
+    directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, memory: Memory | None
+) -> Journal:
     """The journal of a run with this fingerprint; runs of one process that differ in VARIED alone share what they remember."""
     common = json.dumps({name: fact for name, fact in facts.items() if name not in VARIED})
     return Journal(directory, facts, writer, memory, common)
@@ -220,7 +290,12 @@ def journal_of(directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer
 
 def tier_of(config: RunConfig, model: Model, calibration: Tokens, mesh: Mesh | None) -> Tier:
     """Where this run's hidden states lie."""
-    return tier_for(config.activations, jax.eval_shape(model.arch.embed, model.ends, calibration.ids), mesh, memory_there())
+    return tier_for(
+        config.activations,
+        jax.eval_shape(model.arch.embed, model.ends, calibration.ids),
+        mesh,
+        memory_there(),
+    )
 
 
 def prune_further(
@@ -246,7 +321,9 @@ def prune_further(
             def measure(pruned: Checkpoint) -> dict[str, Any]:
                 return measured(config, inputs, pruned, request.mesh)
 
-            return draws.prune_on(tokens, inputs.checkpoint, method, request, place, facts, config.layout, measure)
+            return draws.prune_on(
+                tokens, inputs.checkpoint, method, request, place, facts, config.layout, measure
+            )
 
         found.append(journal.step(repeat))
         on_first(functools.partial(shutil.rmtree, place, ignore_errors=True))
@@ -260,7 +337,9 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     Args:
       memory: of the other runs of this process, where it is one of a sweep's trials; no result depends on it.
     """
-    clock = Clock("load", "calibrate_and_prune", *["draws"] * (config.calibration_draws > 1), "eval", "export")
+    clock = Clock(
+        "load", "calibrate_and_prune", *["draws"] * (config.calibration_draws > 1), "eval", "export"
+    )
     method, request = request_of(config)
     output = output_path(config.output)
     inputs = read_inputs(config, method, request, memory or Memory(0))
@@ -269,7 +348,11 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     journal: Journal | None = None
 
     def begun() -> bool:
-        return journal.finished > EVALUATED if journal else (directory / UNFINISHED / "journal").is_dir()  # of a refused run
+        return (
+            journal.finished > EVALUATED
+            if journal
+            else (directory / UNFINISHED / "journal").is_dir()
+        )  # of a refused run
 
     with staged(output, export.REPORT, config.resume, begun) as directory:
         work = directory / UNFINISHED
@@ -278,7 +361,9 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         agree(facts)
         journal = journal_of(work / "journal", facts, writer, memory)
         if went_on := journal.finished > EVALUATED:
-            console.note(f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)")
+            console.note(
+                f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)"
+            )
         clock.lap("load")
         dense = journal.step(lambda: measured(config, inputs, checkpoint, request.mesh), "dense")
         clock.lap("eval")
@@ -289,18 +374,33 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
             outcome = method(checkpoint.model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
         further = prune_further(config, inputs, method, request, work, facts, journal, clock)
-        written, counts = complete(directory, checkpoint, writer, echo, outcome, config.output_format, request.mesh)
+        written, counts = complete(
+            directory, checkpoint, writer, echo, outcome, config.output_format, request.mesh
+        )
         clock.lap("export")
         pruned = measured(config, inputs, written.loaded, request.mesh)
         clock.lap("eval")
         target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
-        run = Finished(checkpoint, calibration, data, target, outcome, written, dense, pruned, zero_shot, further)
+        run = Finished(
+            checkpoint,
+            calibration,
+            data,
+            target,
+            outcome,
+            written,
+            dense,
+            pruned,
+            zero_shot,
+            further,
+        )
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
         result["samples"] = on_first(lambda: samples(checkpoint, written.loaded, tokenizer))
         clock.lap("eval")
         result["seconds"] = clock.seconds
-        result["warnings"] += ["the run was interrupted: its seconds are those since it went on"] * went_on
+        result["warnings"] += [
+            "the run was interrupted: its seconds are those since it went on"
+        ] * went_on
         result["warnings"] += [SHARED] * (memory is not None)
         on_first(lambda: write_reports(directory, result))
     return result

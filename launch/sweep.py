@@ -16,10 +16,9 @@ import jax
 from rich.console import Console
 
 from calibration.journal import Memory
-from launch import calls, cli, console, prune, sweep_report
-from launch.backends import BACKENDS, Where, parse_resources
-from launch.config import RunConfig, request_of
-from launch.flags import (
+from launch import prune
+from launch.flags import calls, cli
+from launch.flags.common import (
     calibration_flags,
     evaluation_flags,
     layout_flag,
@@ -30,11 +29,14 @@ from launch.flags import (
     output_path,
     seeds,
 )
-from launch.measure import tokenizer_of
-from launch.protocols import protocol_flag
-from launch.staging import alone, check_free
-from launch.tasks import task_flags
-from launch.trials import Trial
+from launch.flags.protocols import protocol_flag
+from launch.report import console, sweep_report
+from launch.run.job import RunConfig, request_of
+from launch.run.measure import tokenizer_of
+from launch.run.staging import alone, check_free
+from launch.run.tasks import task_flags
+from launch.trials.backends import BACKENDS, Where, parse_resources
+from launch.trials.trial import Trial
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 
@@ -54,9 +56,17 @@ def options() -> cli.Flags:
         f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}; '
         "flap@0.2 says its own sparsity, wanda+owl or wanda+dsnot its own allocation or refinement",
     )
-    f.string("sparsities", "", "comma-separated fractions to remove; empty where a pattern or the methods say how much")
+    f.string(
+        "sparsities",
+        "",
+        "comma-separated fractions to remove; empty where a pattern or the methods say how much",
+    )
     f.string("allocations", "uniform", f"comma-separated: {', '.join(ALLOCATIONS)}")
-    f.string("seeds", "0", "comma-separated: of the calibration windows drawn, and of what is random in a method")
+    f.string(
+        "seeds",
+        "0",
+        "comma-separated: of the calibration windows drawn, and of what is random in a method",
+    )
     f.group("Method")
     mask_flags(f)
     protocol_flag(f)
@@ -64,9 +74,19 @@ def options() -> cli.Flags:
     evaluation_flags(f)
     task_flags(f)
     f.group("Where it runs")
-    f.choice("backend", "local", tuple(BACKENDS), "here, on an existing Ray cluster, or as jobs of Slurm")
-    f.integer("workers", 0, "trials at a time (ray; 0: as many as there is room for), or jobs (slurm; 0: one a trial)")
-    f.string("resources", "", "of a trial: ray: CPU=8,TPU=4 (empty: a whole host); slurm: partition=gpu,timeout_min=600,...")
+    f.choice(
+        "backend", "local", tuple(BACKENDS), "here, on an existing Ray cluster, or as jobs of Slurm"
+    )
+    f.integer(
+        "workers",
+        0,
+        "trials at a time (ray; 0: as many as there is room for), or jobs (slurm; 0: one a trial)",
+    )
+    f.string(
+        "resources",
+        "",
+        "of a trial: ray: CPU=8,TPU=4 (empty: a whole host); slurm: partition=gpu,timeout_min=600,...",
+    )
     return f
 
 
@@ -88,14 +108,25 @@ def _asked(
     elif method.counts:  # whatever the sparsities
         sparsities = [None]
     for allocation, sparsity in itertools.product(allocations, sparsities):
-        yield {"method": asked.call, "sparsity": sparsity, "allocation": allocation, "refine": refine}
+        yield {
+            "method": asked.call,
+            "sparsity": sparsity,
+            "allocation": allocation,
+            "refine": refine,
+        }
 
 
 def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     """Every trial that the flags ask for; those that share calibration tokens one after the other. InputError for an axis that is wrong."""
     sparsities: Sequence[float | None] = [None]
     if values["sparsities"]:
-        sparsities = numbers("sparsities", values["sparsities"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1")
+        sparsities = numbers(
+            "sparsities",
+            values["sparsities"],
+            float,
+            lambda v: 0 <= v < 1,
+            "fractions from 0 to below 1",
+        )
     methods, allocations = calls.each(values["methods"]), calls.each(values["allocations"])
     trials = [
         Trial.of(output, cli.frozen(RunConfig, values | own | {"seed": seed, "resume": True}))
@@ -159,7 +190,9 @@ def sweep(values: dict[str, Any]) -> sweep_report.Board:
         board = sweep_report.Board(output, values, possible, impossible)
         waiting = [trial for trial in possible if not board.look(trial)]
         if len(waiting) < len(possible):
-            console.note(f"{len(possible) - len(waiting)} of {len(possible)} trials are finished, {len(waiting)} to go")
+            console.note(
+                f"{len(possible) - len(waiting)} of {len(possible)} trials are finished, {len(waiting)} to go"
+            )
         board.save()
         try:
             with contextlib.closing(BACKENDS[backend](waiting, where)) as ended:

@@ -1,7 +1,7 @@
 """What an architecture declares of itself, once, so that no pruning method has to know its name.
 
 A model is `Model(arch, ends, blocks)`: `ends` holds the parameters outside the blocks (embeddings, last norm, head), `blocks` is a
-sequence of one pytree per decoder block, either a tuple in memory or a lazy view of a checkpoint (`models.store`). Widths live in the
+sequence of one pytree per decoder block, either a tuple in memory or a lazy view of a checkpoint (`models.checkpoint.reader`). Widths live in the
 arrays alone, so a block whose heads or neurons were cut needs no new configuration.
 """
 
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 
 from models.cache import Cache, Start
 
-Block = Any  # flax.struct dataclass: models.llama.Block or models.opt.Block
-Ends = Any  # flax.struct dataclass: models.llama.Ends or models.opt.Ends
-Taps = Mapping[str, jax.Array]  # activations of one block call, each [b t c]; jit drops those that nobody reads
+Block = Any  # flax.struct dataclass: models.families.llama.Block or models.families.opt.Block
+Ends = Any  # flax.struct dataclass: models.families.llama.Ends or models.families.opt.Ends
+Taps = Mapping[
+    str, jax.Array
+]  # activations of one block call, each [b t c]; jit drops those that nobody reads
 
 
 class Slot(NamedTuple):
@@ -109,7 +111,9 @@ def embed(arch: Arch, ends: Ends, tokens: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply(function: Callable[..., tuple[jax.Array, Taps]], block: Block, x: jax.Array) -> jax.Array:
+def _apply(
+    function: Callable[..., tuple[jax.Array, Taps]], block: Block, x: jax.Array
+) -> jax.Array:
     return function(block, x)[0]
 
 
@@ -128,7 +132,9 @@ def cross_entropy(arch: Arch, ends: Ends, x: jax.Array, tokens: jax.Array) -> ja
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _cross_entropy(head: Callable[[Ends, jax.Array], jax.Array], ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
+def _cross_entropy(
+    head: Callable[[Ends, jax.Array], jax.Array], ends: Ends, x: jax.Array, tokens: jax.Array
+) -> jax.Array:
     def window(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, t = args
         logits = head(ends, x[None, :-1])[0]

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 from models.layers import Rope, attention, rotate, rotate_from
 
 T = TypeVar("T")
-Mix = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, T]]  # q [b t n h], k, v [b t k h] -> ([b t n h], what is kept)
+Mix = Callable[
+    [jax.Array, jax.Array, jax.Array], tuple[jax.Array, T]
+]  # q [b t n h], k, v [b t k h] -> ([b t n h], what is kept)
 Start = int | jax.Array  # position of the first new token: an int, or int [] traced
 
 
@@ -34,11 +36,19 @@ def _write(cache: Cache, start: Start, k: jax.Array, v: jax.Array) -> Cache:
     """The cache with k, v [b t k h] at the positions from `start`."""
     at = (0, 0, start, 0)
     k, v = (x.transpose(0, 2, 1, 3) for x in (k, v))
-    return Cache(jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at))
+    return Cache(
+        jax.lax.dynamic_update_slice(cache.k, k, at), jax.lax.dynamic_update_slice(cache.v, v, at)
+    )
 
 
 def attend(
-    cache: Cache, start: Start, rope: Rope | None, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array
+    cache: Cache,
+    start: Start,
+    rope: Rope | None,
+    window: int | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
 ) -> tuple[jax.Array, Cache]:
     """Causal attention of the positions start..start+t-1 over them and the cache's, and the cache with them written.
 
@@ -68,5 +78,7 @@ def _over_cache(q: jax.Array, cache: Cache, start: Start, window: int | None) ->
     weights = jnp.einsum("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
     weights = jnp.where(seen[None, None], weights.reshape(b * kv, -1, t, c), -jnp.inf)
     weights = jax.nn.softmax(weights, axis=-1).astype(values.dtype).reshape(b * kv, -1, c)
-    out = jnp.einsum("zij,zjh->zih", weights, values, preferred_element_type=jnp.float32).astype(values.dtype)
+    out = jnp.einsum("zij,zjh->zih", weights, values, preferred_element_type=jnp.float32).astype(
+        values.dtype
+    )
     return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)

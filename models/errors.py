@@ -12,4 +12,6 @@ class InputError(ValueError):
 
 def damaged(path: pathlib.Path) -> InputError:
     """What to raise for a file of an interrupted run that is not as it was left."""
-    return InputError(f"{path} of the unfinished run is damaged or gone: begin anew with --noresume")
+    return InputError(
+        f"{path} of the unfinished run is damaged or gone: begin anew with --noresume"
+    )

@@ -49,13 +49,20 @@ def forward(
 
 
 def _next(
-    arch: Arch, ends: Ends, blocks: Sequence[Block], token: jax.Array, caches: tuple[Cache, ...], start: jax.Array
+    arch: Arch,
+    ends: Ends,
+    blocks: Sequence[Block],
+    token: jax.Array,
+    caches: tuple[Cache, ...],
+    start: jax.Array,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """`forward` of one token int [b] for each row, at the position `start`: int [], or int [b] where each row has its own."""
     if start.ndim == 0:
         return forward(arch, ends, blocks, token[:, None], caches, start)
 
-    def row(token: jax.Array, caches: tuple[Cache, ...], start: jax.Array) -> tuple[jax.Array, tuple[Cache, ...]]:
+    def row(
+        token: jax.Array, caches: tuple[Cache, ...], start: jax.Array
+    ) -> tuple[jax.Array, tuple[Cache, ...]]:
         alone = jax.tree.map(lambda x: x[None], caches)
         logits, kept = forward(arch, ends, blocks, token[None, None], alone, start)
         return logits[0], jax.tree.map(lambda x: x[0], kept)
@@ -65,7 +72,12 @@ def _next(
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(
-    arch: Arch, ends: Ends, blocks: tuple[Block, ...], prompts: jax.Array, capacity: int, lengths: jax.Array | None = None
+    arch: Arch,
+    ends: Ends,
+    blocks: tuple[Block, ...],
+    prompts: jax.Array,
+    capacity: int,
+    lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """The logits float32 [b vocab] after prompts int [b t], and each block's cache with room for `capacity` positions.
 
@@ -94,7 +106,9 @@ def _pick(logits: jax.Array, choice: Choice | None, i: int | jax.Array) -> jax.A
     """The i-th new token int32 [b] from logits [b vocab]; the most likely one without a choice."""
     if choice is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(jax.random.fold_in(choice.key, i), nucleus(logits, choice)).astype(jnp.int32)
+    return jax.random.categorical(
+        jax.random.fold_in(choice.key, i), nucleus(logits, choice)
+    ).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=4)
@@ -163,13 +177,23 @@ def generate(
     arch, ends, blocks = model.arch, model.ends, tuple(model.blocks)
     capacity = prompts.shape[1] + new_tokens
     if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or prompts.shape[1] < 1:
-        raise ValueError(f"{temperature=}, {top_p=}, {new_tokens=} and prompts of {prompts.shape[1]} tokens: one is out of range")
+        raise ValueError(
+            f"{temperature=}, {top_p=}, {new_tokens=} and prompts of {prompts.shape[1]} tokens: one is out of range"
+        )
     if temperature and key is None:
         raise ValueError("a temperature above 0 needs a key to draw with")
     if capacity > getattr(arch.config, "positions", capacity):
         raise ValueError(f"{capacity} tokens, the model has {arch.config.positions} positions")
-    choice = Choice(jnp.float32(temperature), jnp.float32(top_p), key) if temperature and key is not None else None
+    choice = (
+        Choice(jnp.float32(temperature), jnp.float32(top_p), key)
+        if temperature and key is not None
+        else None
+    )
     ends_at = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
     start = jnp.asarray(prompts.shape[1] if lengths is None else lengths, jnp.int32)
-    logits, caches = prefill(arch, ends, blocks, prompts, capacity, None if lengths is None else start)
-    return np.asarray(decode(arch, ends, blocks, logits, caches, start, new_tokens, choice, ends_at)[0])
+    logits, caches = prefill(
+        arch, ends, blocks, prompts, capacity, None if lengths is None else start
+    )
+    return np.asarray(
+        decode(arch, ends, blocks, logits, caches, start, new_tokens, choice, ends_at)[0]
+    )

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from models import hf
 from models.arch import Model
+from models.families import hf
 
 RESIDUAL = ("o_proj", "down_proj", "out_proj", "fc2")  # linears that write to the residual stream
 
@@ -20,7 +20,11 @@ def initializer(config: Mapping[str, Any], spec: hf.Spec) -> Callable[[jax.Array
     section 2.3).
     """
     std = config.get("initializer_range", config.get("init_std", 0.02))
-    depth = math.sqrt(2 * config["num_hidden_layers"]) if any(part in spec.name for part in RESIDUAL) else 1.0
+    depth = (
+        math.sqrt(2 * config["num_hidden_layers"])
+        if any(part in spec.name for part in RESIDUAL)
+        else 1.0
+    )
 
     def draw(key: jax.Array) -> jax.Array:
         if spec.init == "normal":

@@ -60,7 +60,10 @@ def layer_norm(p: Norm, x: jax.Array, eps: float = 1e-5) -> jax.Array:
     return y if p.bias is None else y + _along_last(p.bias, x)
 
 
-CHUNK, MOST_CHUNKS = 128, 8  # queries of attention computed together, and in how many chunks at most
+CHUNK, MOST_CHUNKS = (
+    128,
+    8,
+)  # queries of attention computed together, and in how many chunks at most
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "relu": jax.nn.relu,
@@ -91,7 +94,12 @@ def _inverse_frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
         # Neural-tangent-kernel scaling: the base grows with the length, so that the lowest frequency spans it.
         stretch = rope.factor * length / rope.max_positions - (rope.factor - 1)
         theta = theta * stretch ** (head_dim / (head_dim - 2))
-    f = (1.0 / np.power(np.float32(theta), np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim))).astype(np.float32)
+    f = (
+        1.0
+        / np.power(
+            np.float32(theta), np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+        )
+    ).astype(np.float32)
     if rope.kind == "linear":
         return f / np.float32(rope.factor)
     if rope.kind == "llama3":
@@ -106,7 +114,10 @@ def _inverse_frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
 @functools.lru_cache(maxsize=16)
 def _turns(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Cosines and sines, float32 [length h/2], of the positions 0..length-1 of a text of that length; one pair for all blocks."""
-    angle = np.arange(length, dtype=np.float32)[:, None] * _inverse_frequencies(rope, head_dim, length)[None, :]
+    angle = (
+        np.arange(length, dtype=np.float32)[:, None]
+        * _inverse_frequencies(rope, head_dim, length)[None, :]
+    )
     return np.cos(angle), np.sin(angle)
 
 
@@ -129,7 +140,9 @@ def _frequencies_by_length(rope: Rope, head_dim: int, longest: int) -> np.ndarra
     return np.stack([_inverse_frequencies(rope, head_dim, n) for n in range(longest + 1)])
 
 
-def rotate_from(rope: Rope, q: jax.Array, k: jax.Array, start: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+def rotate_from(
+    rope: Rope, q: jax.Array, k: jax.Array, start: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array]:
     """`rotate` for the positions start..start+t-1 (start int [], traced), none of them beyond `capacity`.
 
     The turns are the very numbers that `rotate` takes, from a table. Only under dynamic scaling are they computed: all of a row changes
@@ -142,7 +155,10 @@ def rotate_from(rope: Rope, q: jax.Array, k: jax.Array, start: jax.Array, capaci
         turns = jnp.cos(angle), jnp.sin(angle)
     else:
         cos, sin = _turns(rope, head_dim, capacity)
-        turns = jax.lax.dynamic_slice_in_dim(cos, start, t), jax.lax.dynamic_slice_in_dim(sin, start, t)
+        turns = (
+            jax.lax.dynamic_slice_in_dim(cos, start, t),
+            jax.lax.dynamic_slice_in_dim(sin, start, t),
+        )
     return _turn(q, *turns), _turn(k, *turns)
 
 
@@ -164,10 +180,18 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> j
         seen = (j <= i) if window is None else (j <= i) & (j > i - window)
         # The query heads of a group lie one under the other, so each key-value head is one matrix product.
         rows = q[:, :, start:end].reshape(b * kv, -1, h)
-        weights = jnp.einsum("zih,zjh->zij", rows, k[:, 0, first:end], preferred_element_type=jnp.float32)
-        weights = jnp.where(seen[None, None], weights.reshape(b * kv, -1, end - start, end - first), -jnp.inf)
+        weights = jnp.einsum(
+            "zih,zjh->zij", rows, k[:, 0, first:end], preferred_element_type=jnp.float32
+        )
+        weights = jnp.where(
+            seen[None, None], weights.reshape(b * kv, -1, end - start, end - first), -jnp.inf
+        )
         weights = jax.nn.softmax(weights, axis=-1).astype(v.dtype)
-        out.append(jnp.einsum("zgij,zjh->zgih", weights, v[:, 0, first:end], preferred_element_type=jnp.float32).astype(v.dtype))
+        out.append(
+            jnp.einsum(
+                "zgij,zjh->zgih", weights, v[:, 0, first:end], preferred_element_type=jnp.float32
+            ).astype(v.dtype)
+        )
     return jnp.concatenate(out, axis=2).reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 

@@ -44,7 +44,9 @@ def mask(params: Params, keeps: Sequence[jax.Array]) -> Params:
     """
 
     def silence(p: Linear, keep: jax.Array) -> Linear:
-        return Linear(jnp.where(keep[:, None], p.w, 0), None if p.b is None else jnp.where(keep, p.b, 0))
+        return Linear(
+            jnp.where(keep[:, None], p.w, 0), None if p.b is None else jnp.where(keep, p.b, 0)
+        )
 
     return (*(silence(p, keep) for p, keep in zip(params[:-1], keeps, strict=True)), params[-1])
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from models import hf
 from models.arch import Model, logits
+from models.families import hf
 from models.init import initializer
 
 
@@ -43,7 +43,9 @@ class CausalLM(nn.Module):
         """Logits float32 [b t vocab] of tokens int [b t]."""
         arch, ends, blocks = hf.specs(self.config)
         parts = [Parameters(b, self.config, name=f"blocks_{i}")() for i, b in enumerate(blocks)]
-        return logits(Model(arch, Parameters(ends, self.config, name="ends")(), tuple(parts)), tokens)
+        return logits(
+            Model(arch, Parameters(ends, self.config, name="ends")(), tuple(parts)), tokens
+        )
 
 
 def variables(model: Model) -> dict[str, Any]:
@@ -52,4 +54,7 @@ def variables(model: Model) -> dict[str, Any]:
     def flat(tree: Any) -> dict[str, jax.Array]:
         return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
-    return {"params": {"ends": flat(model.ends)} | {f"blocks_{i}": flat(b) for i, b in enumerate(model.blocks)}}
+    return {
+        "params": {"ends": flat(model.ends)}
+        | {f"blocks_{i}": flat(b) for i, b in enumerate(model.blocks)}
+    }

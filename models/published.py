@@ -33,7 +33,12 @@ _OPT = {
 
 
 _LLAMA3 = {**_LLAMA2, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192}
-_MISTRAL = {**_LLAMA2, "model_type": "mistral", "sliding_window": 4096, "max_position_embeddings": 32768}
+_MISTRAL = {
+    **_LLAMA2,
+    "model_type": "mistral",
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+}
 _QWEN2 = {
     **_LLAMA2,
     "model_type": "qwen2",
@@ -48,13 +53,20 @@ _QWEN2 = {
 _OPT_350M = {"do_layer_norm_before": False, "word_embed_proj_dim": 512}
 
 
-def _llama(base: dict[str, Any], dim: int, ffn: int, blocks: int, heads: int, kv: int) -> dict[str, Any]:
+def _llama(
+    base: dict[str, Any], dim: int, ffn: int, blocks: int, heads: int, kv: int
+) -> dict[str, Any]:
     sizes = {"hidden_size": dim, "intermediate_size": ffn, "num_hidden_layers": blocks}
     return {**base, **sizes, "num_attention_heads": heads, "num_key_value_heads": kv}
 
 
 def _opt(dim: int, ffn: int, blocks: int, heads: int) -> dict[str, Any]:
-    sizes = {"hidden_size": dim, "ffn_dim": ffn, "num_hidden_layers": blocks, "num_attention_heads": heads}
+    sizes = {
+        "hidden_size": dim,
+        "ffn_dim": ffn,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+    }
     return {**_OPT, **sizes, "do_layer_norm_before": True, "word_embed_proj_dim": dim}
 
 

@@ -7,7 +7,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import (
+    AxisType,
+    Mesh,
+    NamedSharding,
+    PartitionSpec,
+    Sharding,
+    SingleDeviceSharding,
+)
 
 from models.errors import InputError
 
@@ -30,12 +37,16 @@ def make_mesh(spec: str, batch: int = 0, devices: Sequence[Any] | None = None) -
     for part in filter(None, spec.split(",")):
         found = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
         if not found or found[1] not in MESH_AXES or found[1] in sizes:
-            raise InputError(f"--mesh={spec!r} must be like data=4,model=2 (axes {', '.join(MESH_AXES)})")
+            raise InputError(
+                f"--mesh={spec!r} must be like data=4,model=2 (axes {', '.join(MESH_AXES)})"
+            )
         sizes[found[1]] = int(found[2])
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     needed = shape[0] * shape[1]
     if needed > len(every):
-        raise InputError(f"--mesh={spec!r} needs {needed} devices, there are {len(every)}: ask for fewer")
+        raise InputError(
+            f"--mesh={spec!r} needs {needed} devices, there are {len(every)}: ask for fewer"
+        )
     if batch % shape[0]:
         raise InputError(
             f"--mesh={spec!r} splits micro-batches of {batch} windows over {shape[0]} devices: make the batch a multiple of it"
@@ -52,7 +63,9 @@ def placement(shape: Sequence[int], mesh: Mesh | None, logical: str) -> Sharding
     if mesh is None or mesh.size == 1:
         return SingleDeviceSharding(jax.local_devices()[0])
     axis = LOGICAL[logical]
-    return NamedSharding(mesh, PartitionSpec(axis) if shape and shape[0] % mesh.shape[axis] == 0 else PartitionSpec())
+    return NamedSharding(
+        mesh, PartitionSpec(axis) if shape and shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
+    )
 
 
 def specs_on(tree: Any, mesh: Mesh, logical: str = "") -> Any:
@@ -61,7 +74,9 @@ def specs_on(tree: Any, mesh: Mesh, logical: str = "") -> Any:
     def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axis = LOGICAL[logical or "out"]
         along = len(x.shape) == 2 if not logical else bool(x.shape)
-        spec = PartitionSpec(axis) if along and x.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
+        spec = (
+            PartitionSpec(axis) if along and x.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
+        )
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(one, tree)
@@ -93,7 +108,13 @@ def own_rows(shape: Sequence[int], mesh: Mesh | None) -> slice:
     """The rows of a parameter that `place` gives to this process's devices."""
     if mesh is None or len(shape) != 2:
         return slice(None)
-    parts = [index[0] for index in placement(shape, mesh, "out").addressable_devices_indices_map(tuple(shape)).values() if index]
+    parts = [
+        index[0]
+        for index in placement(shape, mesh, "out")
+        .addressable_devices_indices_map(tuple(shape))
+        .values()
+        if index
+    ]
     start, stop = min(p.start or 0 for p in parts), max(p.stop or shape[0] for p in parts)
     return slice(None) if stop - start == shape[0] else slice(start, stop)
 

@@ -24,12 +24,18 @@ def _stays(size: int, gone: np.ndarray) -> np.ndarray:
 def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
     """The linear with the output rows (int [r]) zero, and their biases."""
     stays = _stays(p.w.shape[0], rows)
-    return Linear(jnp.where(stays[:, None], p.w, 0), None if p.b is None else jnp.where(stays, p.b, 0))
+    return Linear(
+        jnp.where(stays[:, None], p.w, 0), None if p.b is None else jnp.where(stays, p.b, 0)
+    )
 
 
 def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
     at = _entries(member, units)
-    return zero_rows(p, at) if member.axis == 0 else Linear(jnp.where(_stays(p.w.shape[1], at)[None, :], p.w, 0), p.b)
+    return (
+        zero_rows(p, at)
+        if member.axis == 0
+        else Linear(jnp.where(_stays(p.w.shape[1], at)[None, :], p.w, 0), p.b)
+    )
 
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:

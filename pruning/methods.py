@@ -6,19 +6,19 @@ from typing import Literal
 
 from calibration.observers import second_moment
 from models.errors import InputError
-from pruning import patterns, scores
-from pruning import sparsegpt as obs
-from pruning.allocate import uniform
-from pruning.alpha import alpha
-from pruning.dsnot import dsnot
-from pruning.flap import flap, magnitude_sp, wanda_sp
-from pruning.lift import per_linear, scored
-from pruning.llmrank import llmrank
-from pruning.neuroal import neuroal
-from pruning.owl import owl
-from pruning.sleb import sleb
-from pruning.sparsellm import sparsellm
+from pruning.allocation.alpha import alpha
+from pruning.allocation.neuroal import neuroal
+from pruning.allocation.owl import owl
+from pruning.budget import uniform
+from pruning.structured.flap import flap, magnitude_sp, wanda_sp
+from pruning.structured.llmrank import llmrank
+from pruning.structured.sleb import sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
+from pruning.weights import patterns, scores
+from pruning.weights import sparsegpt as obs
+from pruning.weights.dsnot import dsnot
+from pruning.weights.per_linear import per_linear, scored
+from pruning.weights.sparsellm import sparsellm
 
 
 def magnitude(scope: Literal["matrix", "row"] = "matrix") -> Method:
@@ -60,7 +60,10 @@ def sparsegpt(damp: float = 0.01) -> Method:
     """
     if not damp >= 0:
         raise InputError(f"sparsegpt: damp={damp} must not be negative")
-    return obs.reporting(per_linear(functools.partial(obs.pruner, damp), patterns.per_column_block(obs.COLUMNS)), damp)
+    return obs.reporting(
+        per_linear(functools.partial(obs.pruner, damp), patterns.per_column_block(obs.COLUMNS)),
+        damp,
+    )
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -75,5 +78,10 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magnitude_sp": magnitude_sp,
     "sleb": sleb,
 }
-ALLOCATIONS: dict[str, Callable[..., Allocator]] = {"uniform": lambda: uniform, "owl": owl, "alpha": alpha, "neuroal": neuroal}
+ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
+    "uniform": lambda: uniform,
+    "owl": owl,
+    "alpha": alpha,
+    "neuroal": neuroal,
+}
 REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": dsnot}

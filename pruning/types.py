@@ -12,17 +12,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from calibration.fold import Rehearse
 from calibration.journal import Journal, plain
 from calibration.observers import Observer
+from calibration.passes import Rehearse
 from calibration.states import Tier
 from models.arch import Arch, Block, Model
+from models.checkpoint.output_format import Leaves
 from models.errors import InputError
-from models.forms import Leaves
 
 Put = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
 Mask = jax.Array  # bool, the shape of what it masks; True is kept
-Budget = tuple[Mapping[str, np.ndarray], ...]  # one a block: slot -> fraction to remove, float64 () or [out]
+Budget = tuple[
+    Mapping[str, np.ndarray], ...
+]  # one a block: slot -> fraction to remove, float64 () or [out]
 
 
 class Pattern(NamedTuple):
@@ -59,7 +61,9 @@ class Pruner(NamedTuple):
     """
 
     observer: Observer | None
-    solve: Callable[[Sequence[jax.Array], Any, Sequence[jax.Array]], Sequence[tuple[jax.Array, Mask]]]
+    solve: Callable[
+        [Sequence[jax.Array], Any, Sequence[jax.Array]], Sequence[tuple[jax.Array, Mask]]
+    ]
     prepare: Callable[[Any], tuple[Any, Mapping[str, jax.Array]]] = as_it_is
 
 
@@ -176,7 +180,9 @@ class Method:
 
 
 Allocator = Callable[[Model, np.ndarray, Request, Layerwise], Allocation]
-Refiner = Callable[[Arch, Mapping[str, Pruner]], Mapping[str, Pruner]]  # the pruner of each tap -> one that does more
+Refiner = Callable[
+    [Arch, Mapping[str, Pruner]], Mapping[str, Pruner]
+]  # the pruner of each tap -> one that does more
 
 
 def gone(keep: np.ndarray) -> tuple[int, ...]:
@@ -198,10 +204,14 @@ def whole_units(name: str, model: Model, request: Request) -> None:
 def not_refined(name: str, model: Model, request: Request) -> None:
     """InputError if the request would refine the masks of a method that does not prune each linear on its own."""
     if request.refine:
-        raise InputError(f"--refine is for methods that prune each linear on its own: {name} does not, leave it out")
+        raise InputError(
+            f"--refine is for methods that prune each linear on its own: {name} does not, leave it out"
+        )
 
 
-def prune(model: Model, method: Method, tokens: np.ndarray, request: Request) -> tuple[Model, Outcome]:
+def prune(
+    model: Model, method: Method, tokens: np.ndarray, request: Request
+) -> tuple[Model, Outcome]:
     """The pruned model in memory, and what was done: the one call a notebook needs.
 
     Args:

@@ -5,9 +5,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from calibration.fold import Visit, Visited, fold_blocks, walk_blocks
 from calibration.journal import digest
 from calibration.observers import Observer
+from calibration.passes import Visit, Visited, fold_blocks, walk_blocks
 from calibration.states import States
 from models.arch import Block, Model
 from pruning.types import Request
@@ -32,7 +32,13 @@ def walk(
     Args:
       durable: whether it is a step of the request's journal.
     """
-    return walk_blocks(model, tokens, visit, journal=request.journal if durable else None, **_options(model, request, what))
+    return walk_blocks(
+        model,
+        tokens,
+        visit,
+        journal=request.journal if durable else None,
+        **_options(model, request, what),
+    )
 
 
 def fold(

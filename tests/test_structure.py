@@ -32,23 +32,44 @@ def test_imports_flow_one_way(file: Path) -> None:
         )
         for name in names:
             package = name.split(".")[0]
-            assert package not in SEES or package in SEES[file.parent.name], f"{file} imports {name}"
+            assert package not in SEES or package in SEES[file.parent.name], (
+                f"{file} imports {name}"
+            )
 
 
 def test_only_launch_knows_flags() -> None:
     for file, tree in trees():
-        imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names} | {
-            n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)
-        }
-        assert file.parent.name == "launch" or not any(str(name).startswith("absl") for name in imported), file
+        imported = {
+            a.name
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Import | ast.ImportFrom)
+            for a in n.names
+        } | {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert file.parent.name == "launch" or not any(
+            str(name).startswith("absl") for name in imported
+        ), file
 
 
 def test_no_method_names_a_family() -> None:
     for file in (ROOT / "pruning").glob("*.py"):
         strings = {
-            n.value for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+            n.value
+            for n in ast.walk(ast.parse(file.read_text()))
+            if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
-        assert not strings & {"llama", "opt", "q", "k", "v", "o", "up", "down", "gate", "fc1", "fc2"}, file
+        assert not strings & {
+            "llama",
+            "opt",
+            "q",
+            "k",
+            "v",
+            "o",
+            "up",
+            "down",
+            "gate",
+            "fc1",
+            "fc2",
+        }, file
 
 
 def test_files_and_functions_stay_small() -> None:
@@ -56,7 +77,12 @@ def test_files_and_functions_stay_small() -> None:
         assert len(file.read_text().splitlines()) <= 350, file
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
-                length = node.end_lineno - node.lineno + 1 - len((ast.get_docstring(node) or "").splitlines())
+                length = (
+                    node.end_lineno
+                    - node.lineno
+                    + 1
+                    - len((ast.get_docstring(node) or "").splitlines())
+                )
                 assert length <= 50, f"{file}: {node.name} has {length} lines"
 
 

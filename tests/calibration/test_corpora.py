@@ -17,7 +17,15 @@ import transformers
 from calibration.data import Tokens, calibration_tokens, evaluation_tokens
 from calibration.tokenizer import load_tokenizer
 from models.errors import InputError
-from reference.loaders import BOS, VOCAB, paper_documents, paper_stream, paper_windows, texts, tokenize
+from reference.loaders import (
+    BOS,
+    VOCAB,
+    paper_documents,
+    paper_stream,
+    paper_windows,
+    texts,
+    tokenize,
+)
 
 
 def calibrate(source: object, **changes: Any) -> Tokens:
@@ -39,7 +47,10 @@ class Hub:
     def __call__(self, dataset: str, config: str | None = None, **options: Any) -> Any:
         self.asked.append((dataset, config, options))
         return datasets.Dataset.from_dict(
-            {self.field: self.splits[options["split"]], "id": range(len(self.splits[options["split"]]))}
+            {
+                self.field: self.splits[options["split"]],
+                "id": range(len(self.splits[options["split"]])),
+            }
         )
 
 
@@ -55,17 +66,29 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hub]:
 
 @pytest.mark.parametrize("seed", [0, 1, 1234])
 @pytest.mark.parametrize(("name", "field"), [("wikitext2", "text"), ("ptb", "sentence")])
-def test_stream_calibration_is_the_papers(hub: Callable[..., Hub], name: str, field: str, seed: int) -> None:
+def test_stream_calibration_is_the_papers(
+    hub: Callable[..., Hub], name: str, field: str, seed: int
+) -> None:
     train = texts(40, 30)
     hub(field, train=train, test=["not this split" * 100])
     ours = calibrate(name, samples=9, seed=seed)
-    np.testing.assert_array_equal(ours.ids, paper_stream(tokenize(" ".join(train), True), 9, seed, 32))
+    np.testing.assert_array_equal(
+        ours.ids, paper_stream(tokenize(" ".join(train), True), 9, seed, 32)
+    )
     assert ours.ids.dtype == np.int32
-    assert ours.protocol["special_tokens"] and ours.protocol["join"] == " " and ours.protocol["split"] == "train"
+    assert (
+        ours.protocol["special_tokens"]
+        and ours.protocol["join"] == " "
+        and ours.protocol["split"] == "train"
+    )
 
 
-@pytest.mark.parametrize(("name", "field", "join"), [("wikitext2", "text", "\n\n"), ("ptb", "sentence", " ")])
-def test_stream_evaluation_is_the_papers(hub: Callable[..., Hub], name: str, field: str, join: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "field", "join"), [("wikitext2", "text", "\n\n"), ("ptb", "sentence", " ")]
+)
+def test_stream_evaluation_is_the_papers(
+    hub: Callable[..., Hub], name: str, field: str, join: str
+) -> None:
     test = texts(40, 30)
     hub(field, train=["not this split" * 100], test=test)
     ours, theirs = evaluate(name), paper_windows(tokenize(join.join(test), True), 32)
@@ -78,7 +101,10 @@ def test_stream_evaluation_is_the_papers(hub: Callable[..., Hub], name: str, fie
 @pytest.mark.parametrize("seed", [0, 1, 1234])
 def test_c4_calibration_is_the_papers(hub: Callable[..., Hub], seed: int) -> None:
     train = texts(60, 45)  # about a third are long enough
-    train += ["x" * 31, "y" * 32]  # with BOS 32 tokens, too short by Wanda's >, and 33, which leaves a single window
+    train += [
+        "x" * 31,
+        "y" * 32,
+    ]  # with BOS 32 tokens, too short by Wanda's >, and 33, which leaves a single window
     hub("text", train=train)
     theirs = paper_documents(train, 40, seed, 32, special=True)
     np.testing.assert_array_equal(calibrate("c4", samples=40, seed=seed).ids, theirs)
@@ -96,14 +122,20 @@ def test_c4_evaluation_is_the_papers(hub: Callable[..., Hub]) -> None:
     np.testing.assert_array_equal(
         evaluate("c4", length=128).ids, paper_windows(stream, 128)
     )  # under 256 windows, over 1100 texts
-    assert fake.asked[0][2]["data_files"] == {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+    assert fake.asked[0][2]["data_files"] == {
+        "validation": "en/c4-validation.00000-of-00008.json.gz"
+    }
 
 
 def test_what_is_asked_of_the_hub(hub: Callable[..., Hub]) -> None:
     fake = hub("text", train=texts(60, 90))
     calibrate("wikitext2")
     dataset, config, options = fake.asked.pop()
-    assert (dataset, config, options["data_files"]) == ("Salesforce/wikitext", "wikitext-2-raw-v1", None)
+    assert (dataset, config, options["data_files"]) == (
+        "Salesforce/wikitext",
+        "wikitext-2-raw-v1",
+        None,
+    )
     protocol = calibrate("c4").protocol
     dataset, config, options = fake.asked.pop()
     assert (dataset, config) == ("allenai/c4", None)
@@ -122,13 +154,17 @@ def test_what_is_asked_of_the_hub_for_ptb(hub: Callable[..., Hub]) -> None:
     dataset, config, options = fake.asked.pop()
     assert (dataset, config) == ("ptb-text-only/ptb_text_only", None)
     # A loading script on the main branch, which datasets 4 refuses; the hub keeps its conversion on this one.
-    assert (options["revision"], options["data_files"]) == ("refs/convert/parquet", {"test": "penn_treebank/test/0000.parquet"})
+    assert (options["revision"], options["data_files"]) == (
+        "refs/convert/parquet",
+        {"test": "penn_treebank/test/0000.parquet"},
+    )
 
 
 def test_c4_gives_up_when_no_document_is_long_enough(hub: Callable[..., Hub]) -> None:
     hub("text", train=["a" * n for n in range(20)])
     with pytest.raises(
-        InputError, match=r"none of the 20 documents of c4 has more than 32 tokens .the longest has 20.*calibration_length"
+        InputError,
+        match=r"none of the 20 documents of c4 has more than 32 tokens .the longest has 20.*calibration_length",
     ):
         calibrate("c4")
 
@@ -145,7 +181,9 @@ def test_c4_tokenizes_a_short_document_once(hub: Callable[..., Hub]) -> None:
     assert seen.count("short") == seen.count("also short") == 1
 
 
-def test_unreachable_hub_is_one_line_that_names_the_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_hub_is_one_line_that_names_the_data_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
 
     def fail(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub\nand a second line")
@@ -153,13 +191,16 @@ def test_unreachable_hub_is_one_line_that_names_the_data_set(monkeypatch: pytest
     monkeypatch.setattr(datasets, "load_dataset", fail)
     for read in (calibrate, evaluate):
         with pytest.raises(
-            InputError, match=r"data set c4 \(allenai/c4\) cannot be reached: Couldn't reach.*give a local"
+            InputError,
+            match=r"data set c4 \(allenai/c4\) cannot be reached: Couldn't reach.*give a local",
         ) as caught:
             read("c4")
         assert "\n" not in str(caught.value)
 
 
-def test_hub_in_offline_mode(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture) -> None:
+def test_hub_in_offline_mode(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture
+) -> None:
     """The real `datasets`, told that there is no network."""
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
@@ -189,7 +230,9 @@ def test_retries_of_the_hub_client_are_not_logged(monkeypatch: pytest.MonkeyPatc
 
 def write_jsonl(path: pathlib.Path, documents: Sequence[str]) -> None:
     path.write_text(
-        "\n".join(json.dumps({"text": d, "url": "u"}, ensure_ascii=False) for d in documents) + "\n\n", encoding="utf-8"
+        "\n".join(json.dumps({"text": d, "url": "u"}, ensure_ascii=False) for d in documents)
+        + "\n\n",
+        encoding="utf-8",
     )
 
 
@@ -209,34 +252,61 @@ def test_txt_of_exactly_enough_tokens(tmp_path: pathlib.Path) -> None:
     assert calibrate(path).ids.shape == (5, 32)
     path.write_text("a" * 32)
     assert evaluate(path).ids.shape == (1, 32)
-    with pytest.raises(InputError, match=r"notes\.txt has 32 tokens, and drawing a window of 32 needs 33.*--calibration_length"):
+    with pytest.raises(
+        InputError,
+        match=r"notes\.txt has 32 tokens, and drawing a window of 32 needs 33.*--calibration_length",
+    ):
         calibrate(path)
     path.write_text("a" * 31)
-    with pytest.raises(InputError, match=r"notes\.txt has 31 tokens, less than a window of 32.*--eval_length"):
+    with pytest.raises(
+        InputError, match=r"notes\.txt has 31 tokens, less than a window of 32.*--eval_length"
+    ):
         evaluate(path)
 
 
-def test_raw_is_read_into_the_rows_of_wikitext2(tmp_path: pathlib.Path, hub: Callable[..., Hub]) -> None:
-    rows = ["", " = Title = \n", "", " Some words \u2028 and <unk> more . \n", " A second line \n", ""] * 20
+def test_raw_is_read_into_the_rows_of_wikitext2(
+    tmp_path: pathlib.Path, hub: Callable[..., Hub]
+) -> None:
+    rows = [
+        "",
+        " = Title = \n",
+        "",
+        " Some words \u2028 and <unk> more . \n",
+        " A second line \n",
+        "",
+    ] * 20
     path = tmp_path / "wiki.raw"
     path.write_text("".join(row or " \n" for row in rows))
     hub("text", train=rows, test=rows)
     with_bos = evaluate("wikitext2").ids.ravel()
     np.testing.assert_array_equal(evaluate(path).ids.ravel()[: len(with_bos) - 1], with_bos[1:])
-    np.testing.assert_array_equal(calibrate(path).ids, paper_stream(tokenize(" ".join(rows)), 5, 0, 32))
+    np.testing.assert_array_equal(
+        calibrate(path).ids, paper_stream(tokenize(" ".join(rows)), 5, 0, 32)
+    )
 
 
 def write_parquet(path: pathlib.Path, documents: Sequence[str]) -> None:
-    pq.write_table(pa.table({"id": list(range(len(documents))), "text": documents}), path, row_group_size=7)
+    pq.write_table(
+        pa.table({"id": list(range(len(documents))), "text": documents}), path, row_group_size=7
+    )
 
 
-@pytest.mark.parametrize(("suffix", "write"), [(".jsonl", write_jsonl), (".parquet", write_parquet)])
-def test_documents(tmp_path: pathlib.Path, suffix: str, write: Callable[[pathlib.Path, Sequence[str]], None]) -> None:
+@pytest.mark.parametrize(
+    ("suffix", "write"), [(".jsonl", write_jsonl), (".parquet", write_parquet)]
+)
+def test_documents(
+    tmp_path: pathlib.Path, suffix: str, write: Callable[[pathlib.Path, Sequence[str]], None]
+) -> None:
     documents = [*texts(60, 50), "a line separator \u2028 is no new line \x85"]
     path = tmp_path / f"documents{suffix}"
     write(path, documents)
-    np.testing.assert_array_equal(calibrate(path, samples=30, seed=5).ids, paper_documents(documents, 30, 5, 32, special=False))
-    np.testing.assert_array_equal(evaluate(path).ids, paper_windows(tokenize("\n\n".join(documents)), 32))
+    np.testing.assert_array_equal(
+        calibrate(path, samples=30, seed=5).ids,
+        paper_documents(documents, 30, 5, 32, special=False),
+    )
+    np.testing.assert_array_equal(
+        evaluate(path).ids, paper_windows(tokenize("\n\n".join(documents)), 32)
+    )
     write(path, documents[:0])
     with pytest.raises(InputError, match="none of the 0 documents"):
         calibrate(path)
@@ -247,7 +317,10 @@ def test_documents(tmp_path: pathlib.Path, suffix: str, write: Callable[[pathlib
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"text": "a"}\n{"text": "b"\n', r"x\.jsonl line 2 is not JSON .*: every line must be like"),
+        (
+            '{"text": "a"}\n{"text": "b"\n',
+            r"x\.jsonl line 2 is not JSON .*: every line must be like",
+        ),
         ('\n{"text": "a"}\n{"body": "b"}\n', r"x\.jsonl line 3 has no string in a field 'text'"),
         ('{"text": 3}\n', "line 1 has no string"),
         ('["text"]\n', "line 1 has no string"),
@@ -301,11 +374,21 @@ def test_real_wikitext_joins_to_the_published_text(shared: pathlib.Path) -> None
     assert text.count("\n\n") >= 4357  # between 4,358 rows
 
 
-def test_real_wikitext_windows_with_a_real_tokenizer(tmp_path: pathlib.Path, shared: pathlib.Path, smollm2: pathlib.Path) -> None:
+def test_real_wikitext_windows_with_a_real_tokenizer(
+    tmp_path: pathlib.Path, shared: pathlib.Path, smollm2: pathlib.Path
+) -> None:
     lines = (shared / "data/wikitext2/wiki.test.raw").read_text(encoding="utf-8").split("\n")[:800]
     (tmp_path / "wiki.raw").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    ours = evaluation_tokens(str(tmp_path / "wiki.raw"), lambda: load_tokenizer(smollm2), length=2048, windows=0, vocab=49152).ids
+    ours = evaluation_tokens(
+        str(tmp_path / "wiki.raw"),
+        lambda: load_tokenizer(smollm2),
+        length=2048,
+        windows=0,
+        vocab=49152,
+    ).ids
     text = "\n\n".join(f"{line}\n" if line != " " else "" for line in lines)
-    theirs = transformers.AutoTokenizer.from_pretrained(smollm2)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    theirs = transformers.AutoTokenizer.from_pretrained(smollm2)(
+        text, add_special_tokens=False, verbose=False
+    )["input_ids"]
     np.testing.assert_array_equal(ours, paper_windows(theirs, 2048))
     assert len(ours) > 20

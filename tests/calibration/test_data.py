@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration import stories
 from calibration.data import Tokens, calibration_tokens, evaluation_tokens
+from calibration.stories import generator as stories
 from calibration.tokenizer import Tokenizer
 from models.errors import InputError
 from reference.loaders import VOCAB, texts, tokenize
@@ -43,12 +43,15 @@ def test_missing_file(tmp_path: pathlib.Path, suffix: str) -> None:
 def test_unknown_source_lists_the_known(source: str) -> None:
     for read in (calibrate, evaluate):
         with pytest.raises(
-            InputError, match=r"no data source .*: give one of embedded, wikitext2, c4, ptb, or a file \.npy, \.txt"
+            InputError,
+            match=r"no data source .*: give one of embedded, wikitext2, c4, ptb, or a file \.npy, \.txt",
         ):
             read(source)
 
 
-def test_home_directory_is_expanded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_directory_is_expanded(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "notes.txt").write_text("a" * 100)
     np.save(tmp_path / "tokens.npy", np.ones((2, 8), np.int32))
@@ -68,8 +71,12 @@ def test_npy_is_taken_as_it_is(tmp_path: pathlib.Path, dtype: str) -> None:
     np.testing.assert_array_equal(ours.ids, ids)
     assert ours.ids.dtype == np.int32 and ours.ids.flags.c_contiguous
     assert ours.protocol["sha256"] == hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest()
-    np.testing.assert_array_equal(evaluation_tokens(path, no_tokenizer, windows=0, **settings).ids, ids)
-    np.testing.assert_array_equal(evaluation_tokens(path, no_tokenizer, windows=4, **settings).ids, ids[:4])
+    np.testing.assert_array_equal(
+        evaluation_tokens(path, no_tokenizer, windows=0, **settings).ids, ids
+    )
+    np.testing.assert_array_equal(
+        evaluation_tokens(path, no_tokenizer, windows=4, **settings).ids, ids[:4]
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,9 +88,15 @@ def test_npy_is_taken_as_it_is(tmp_path: pathlib.Path, dtype: str) -> None:
         (np.zeros((2, 2, 8), np.int32), r"has shape \[2, 2, 8\]"),
         (np.zeros((0, 8), np.int32), r"has shape \[0, 8\]"),
         (np.zeros((2, 0), np.int32), r"has shape \[2, 0\]"),
-        (np.full((2, 8), VOCAB), rf"token id {VOCAB} is outside the model's vocabulary \(0 to {VOCAB - 1}\)"),
+        (
+            np.full((2, 8), VOCAB),
+            rf"token id {VOCAB} is outside the model's vocabulary \(0 to {VOCAB - 1}\)",
+        ),
         (np.array([[3, -1]]), "token id -1 is outside"),
-        (np.array([[2**32 + 5]] * 2).reshape(1, 2), f"token id {2**32 + 5} is outside"),  # would be 5 in int32
+        (
+            np.array([[2**32 + 5]] * 2).reshape(1, 2),
+            f"token id {2**32 + 5} is outside",
+        ),  # would be 5 in int32
         (np.array([[2**64 - 1, 0]], np.uint64), f"token id {2**64 - 1} is outside"),
         (np.array([[{}, {}]], object), r"is not a readable \.npy file"),
     ],
@@ -98,7 +111,9 @@ def test_npy_of_the_wrong_kind(tmp_path: pathlib.Path, array: np.ndarray, messag
 def header(samples: int, length: int) -> bytes:
     """The start of a `.npy` file that promises int32 [samples, length]."""
     file = io.BytesIO()
-    np.lib.format.write_array_header_1_0(file, {"descr": "<i4", "fortran_order": False, "shape": (samples, length)})
+    np.lib.format.write_array_header_1_0(
+        file, {"descr": "<i4", "fortran_order": False, "shape": (samples, length)}
+    )
     return file.getvalue()
 
 
@@ -138,10 +153,15 @@ def test_one_token_windows_cannot_be_evaluated(tmp_path: pathlib.Path) -> None:
 
 
 def test_embedded_is_the_stories_in_order() -> None:
-    ours, other = calibrate("embedded", samples=6, length=50, seed=3), stories.stream("calibration", 3)
+    ours, other = (
+        calibrate("embedded", samples=6, length=50, seed=3),
+        stories.stream("calibration", 3),
+    )
     text = "".join(next(other) for _ in range(10))
     np.testing.assert_array_equal(ours.ids.ravel(), tokenize(text)[:300])
-    np.testing.assert_array_equal(calibrate("embedded", samples=2, length=50, seed=3).ids, ours.ids[:2])
+    np.testing.assert_array_equal(
+        calibrate("embedded", samples=2, length=50, seed=3).ids, ours.ids[:2]
+    )
 
 
 def test_embedded_evaluation() -> None:
@@ -155,7 +175,9 @@ def test_embedded_evaluation() -> None:
 
 def test_seed_decides_everything(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_text("".join(texts(50, 50)))
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(50, 50)))
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in texts(50, 50))
+    )
     for source in ("embedded", tmp_path / "a.txt", tmp_path / "a.jsonl"):
         one, again, two = (calibrate(source, seed=seed) for seed in (1, 1, 2))
         np.testing.assert_array_equal(one.ids, again.ids)
@@ -188,14 +210,18 @@ def test_protocol_says_what_was_done(tmp_path: pathlib.Path) -> None:
     assert "documents" in ours.protocol["cut"]
     assert json.loads(json.dumps(ours.protocol)) == ours.protocol
     windows = evaluate(path)
-    assert windows.protocol.items() >= {"samples": len(windows.ids), "length": 32, "join": "\n\n"}.items()
+    assert (
+        windows.protocol.items()
+        >= {"samples": len(windows.ids), "length": 32, "join": "\n\n"}.items()
+    )
     assert "seed" not in windows.protocol
 
 
 def test_a_tokenizer_of_another_model_is_found_out(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh" * 10)
     with pytest.raises(
-        InputError, match=r"a\.txt: token id 104 is outside the model's vocabulary \(0 to 99\): use this model's own tok"
+        InputError,
+        match=r"a\.txt: token id 104 is outside the model's vocabulary \(0 to 99\): use this model's own tok",
     ):
         evaluate(tmp_path / "a.txt", vocab=100)
 
@@ -209,6 +235,8 @@ def test_a_tokenizer_of_another_model_is_found_out(tmp_path: pathlib.Path) -> No
         (evaluate, {"windows": -1}, "--eval_windows=-1"),
     ],
 )
-def test_sizes_that_make_no_sense(read: Callable[..., Tokens], setting: dict[str, int], flag: str) -> None:
+def test_sizes_that_make_no_sense(
+    read: Callable[..., Tokens], setting: dict[str, int], flag: str
+) -> None:
     with pytest.raises(InputError, match=f"{flag} is too small"):
         read("embedded", **setting)

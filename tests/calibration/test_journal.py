@@ -69,7 +69,10 @@ def test_without_a_file_a_value_has_the_same_form() -> None:
 @pytest.mark.parametrize("mesh", ["", "data=4,model=2"])
 def test_a_walk_goes_on_with_the_states_it_had(dtype: str, mesh: str, tmp_path: Path) -> None:
     m = make_mesh(mesh) if mesh else None
-    states = [split(jax.random.normal(jax.random.key(i), (n, 3, 5)).astype(dtype), m, "sample") for i, n in enumerate((4, 3))]
+    states = [
+        split(jax.random.normal(jax.random.key(i), (n, 3, 5)).astype(dtype), m, "sample")
+        for i, n in enumerate((4, 3))
+    ]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in states]
     sink = Sink()
     first = Journal(tmp_path, PRINT, sink)
@@ -129,7 +132,9 @@ def test_saving_takes_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.Mo
         ({"--pattern": "2:4"}, r'--pattern \(null, now "2:4"\)'),
     ],
 )
-def test_another_run_is_refused_and_told_apart(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_another_run_is_refused_and_told_apart(
+    change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
     Journal(tmp_path, PRINT, Sink()).step(lambda: 1)
     with pytest.raises(InputError, match=said):
         Journal(tmp_path, PRINT | change, Sink())
@@ -146,11 +151,16 @@ def test_damage_is_told(name: str, how: str, tmp_path: Path) -> None:
     path = tmp_path / name
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(InputError, match=rf"{name} of the unfinished run is damaged or gone: begin anew with --noresume"):
+    with pytest.raises(
+        InputError,
+        match=rf"{name} of the unfinished run is damaged or gone: begin anew with --noresume",
+    ):
         Journal(tmp_path, PRINT, Sink())
 
 
-def test_the_index_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_index_is_whole_or_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal = Journal(tmp_path, PRINT, Sink())
     journal.step(lambda: "first")
 
@@ -163,7 +173,10 @@ def test_the_index_is_whole_or_the_one_before(tmp_path: Path, monkeypatch: pytes
             journal.step(lambda: "second")
     again = Journal(tmp_path, PRINT, Sink())
     assert again.step(never) == "first" and again.step(lambda: "new") == "new"
-    assert json.loads((tmp_path / "journal.json").read_text())["steps"] == ["000.msgpack", "001.msgpack"]
+    assert json.loads((tmp_path / "journal.json").read_text())["steps"] == [
+        "000.msgpack",
+        "001.msgpack",
+    ]
 
 
 def test_a_run_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
@@ -178,17 +191,27 @@ def test_a_run_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
 
 def test_what_another_run_computed_is_not_computed_again(tmp_path: Path) -> None:
     memory = Memory()
-    assert_same(Journal(tmp_path / "a", PRINT, Sink(), memory, "model").step(lambda: VALUE, "key"), VALUE)
+    assert_same(
+        Journal(tmp_path / "a", PRINT, Sink(), memory, "model").step(lambda: VALUE, "key"), VALUE
+    )
     assert_same(Journal(tmp_path / "b", PRINT, Sink(), memory, "model").step(never, "key"), VALUE)
     assert memory.reused == 1
-    assert_same(Journal(tmp_path / "b", PRINT, Sink()).step(never), VALUE)  # it is as durable as one's own
+    assert_same(
+        Journal(tmp_path / "b", PRINT, Sink()).step(never), VALUE
+    )  # it is as durable as one's own
 
 
-@pytest.mark.parametrize(("common", "key"), [("another model", "key"), ("model", "another key"), ("model", None)])
-def test_what_depends_on_something_else_is_computed(common: str, key: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("common", "key"), [("another model", "key"), ("model", "another key"), ("model", None)]
+)
+def test_what_depends_on_something_else_is_computed(
+    common: str, key: str | None, tmp_path: Path
+) -> None:
     memory = Memory()
     for k, run in enumerate(("a", "b")):
-        Journal(tmp_path / run, PRINT, Sink(), memory, "model").step(lambda k=k: k, None if key is None else "key")
+        Journal(tmp_path / run, PRINT, Sink(), memory, "model").step(
+            lambda k=k: k, None if key is None else "key"
+        )
     assert Journal(tmp_path / "c", PRINT, Sink(), memory, common).step(lambda: 7, key) == 7
 
 
@@ -218,7 +241,10 @@ def test_memory_holds_no_more_than_it_may() -> None:
         memory.keep(name, {"x": np.zeros(10, np.float32)})
     assert memory.get("a") is None and memory.get("b") is not None and memory.get("c") is not None
     memory.keep("d", np.zeros(26, np.float32))
-    assert [name for name in "abcd" if memory.get(name) is not None] == ["b", "c"]  # it alone is too large
+    assert [name for name in "abcd" if memory.get(name) is not None] == [
+        "b",
+        "c",
+    ]  # it alone is too large
 
 
 def test_digests_tell_numbers_shapes_and_types_apart() -> None:

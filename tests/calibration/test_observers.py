@@ -5,14 +5,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.observers import BatchNorms, Gram, Observer, SecondMoment, batch_norms, gram, second_moment
+from calibration.observers import (
+    BatchNorms,
+    Gram,
+    Observer,
+    SecondMoment,
+    batch_norms,
+    gram,
+    second_moment,
+)
 from reference.wanda import scaler_row
 
 OBSERVERS = {"second_moment": second_moment, "batch_norms": batch_norms, "gram": gram}
-X = np.random.default_rng(0).normal(size=(12, 7, 5)).astype(np.float32) * np.array([1, 10, 0.1, 3, 0], np.float32)
+X = np.random.default_rng(0).normal(size=(12, 7, 5)).astype(np.float32) * np.array(
+    [1, 10, 0.1, 3, 0], np.float32
+)
 
 
-def fold(observer: Observer, x: np.ndarray | jax.Array, sizes: list[int]) -> SecondMoment | BatchNorms | Gram:
+def fold(
+    observer: Observer, x: np.ndarray | jax.Array, sizes: list[int]
+) -> SecondMoment | BatchNorms | Gram:
     """The final state after micro-batches of these sizes."""
     state = observer.init(x.shape[-1])
     for part in jnp.split(x, np.cumsum(sizes)[:-1]):
@@ -48,7 +60,9 @@ def test_batch_norms_are_means_of_norms_and_depend_on_batches(sizes: list[int]) 
     parts = np.split(X.astype(np.float64), np.cumsum(sizes)[:-1])
     want = np.mean([np.linalg.norm(p.reshape(-1, p.shape[-1]), axis=0) for p in parts], axis=0)
     np.testing.assert_allclose(fold(batch_norms, X, sizes).mean, want, rtol=1e-5)
-    alike = np.allclose(fold(batch_norms, X, sizes).mean, fold(batch_norms, X, [6, 6]).mean, rtol=1e-2)
+    alike = np.allclose(
+        fold(batch_norms, X, sizes).mean, fold(batch_norms, X, [6, 6]).mean, rtol=1e-2
+    )
     assert not alike  # documented: a norm grows with the tokens in its batch
 
 
@@ -79,8 +93,13 @@ def test_gram_has_second_moments_on_its_diagonal() -> None:
 
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_order_of_batches_does_not_matter(name: str) -> None:
-    forward, backward = fold(OBSERVERS[name], X, [4, 4, 4]), fold(OBSERVERS[name], X[::-1], [4, 4, 4])
-    np.testing.assert_allclose(forward.total, backward.total, rtol=1e-6, atol=1e-4 * (name == "gram"))  # of totals up to 8000
+    forward, backward = (
+        fold(OBSERVERS[name], X, [4, 4, 4]),
+        fold(OBSERVERS[name], X[::-1], [4, 4, 4]),
+    )
+    np.testing.assert_allclose(
+        forward.total, backward.total, rtol=1e-6, atol=1e-4 * (name == "gram")
+    )  # of totals up to 8000
 
 
 @pytest.mark.parametrize("name", OBSERVERS)

@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from calibration.fold import Visited, walk_blocks
 from calibration.journal import Journal
+from calibration.passes import Visited, walk_blocks
 from calibration.states import TIERS, OnDisk, States, Tier, memory, tier_of
 from models.arch import Block, apply_block
 from models.sharding import make_mesh, split
@@ -24,7 +24,9 @@ class Sink:
 
 
 def batches(dtype: str = "float32") -> list[jax.Array]:
-    return [jax.random.normal(jax.random.key(i), (n, 3, 4)).astype(dtype) for i, n in enumerate((4, 2))]
+    return [
+        jax.random.normal(jax.random.key(i), (n, 3, 4)).astype(dtype) for i, n in enumerate((4, 2))
+    ]
 
 
 @pytest.mark.parametrize("mesh", ["", "data=2,model=2"])
@@ -39,7 +41,11 @@ def test_what_was_kept_comes_back_on_the_devices(tier: Tier, dtype: str, mesh: s
     for found, wanted in ((states, [xs[0], xs[1] + 1]), (other, [xs[0] * 2, xs[1] + 1])):
         assert len(found) == 2 and found[1:][0].shape == (2, 3, 4)
         for x, y, saved in zip(found, wanted, found.stored(), strict=True):
-            assert isinstance(x, jax.Array) and x.dtype == dtype and x.sharding == split(y, m, "sample").sharding
+            assert (
+                isinstance(x, jax.Array)
+                and x.dtype == dtype
+                and x.sharding == split(y, m, "sample").sharding
+            )
             np.testing.assert_array_equal(x, y)
             np.testing.assert_array_equal(np.asarray(saved), y)
             assert saved.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
@@ -74,7 +80,9 @@ def test_between_two_blocks_nothing_is_on_the_devices() -> None:
 
 @pytest.mark.parametrize("moved_on", [False, True])
 @pytest.mark.parametrize("tier", TIERS)
-def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(tier: Tier, moved_on: bool, tmp_path: Path) -> None:
+def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(
+    tier: Tier, moved_on: bool, tmp_path: Path
+) -> None:
     m, windows = model("llama"), tokens()
 
     def walk(stop: int | None, journal: Journal | None, tier: Tier) -> list[Any]:
@@ -108,6 +116,8 @@ def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(tier: Tier, move
         (201, 201, {"device": 0, "host": 400}, "disk"),
     ],
 )
-def test_states_go_to_the_fastest_memory_with_room(device: int, host: int, there: dict[str, int], tier: Tier) -> None:
+def test_states_go_to_the_fastest_memory_with_room(
+    device: int, host: int, there: dict[str, int], tier: Tier
+) -> None:
     assert tier_of(device, host, there) == tier
     assert memory()["host"] > 1 << 28

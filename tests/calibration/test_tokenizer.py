@@ -38,12 +38,24 @@ def words(directory: pathlib.Path) -> tokenizers.Tokenizer:
 
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-gqa", "tiny-opt", "stories260K", "smollm2"])
+@pytest.mark.parametrize(
+    "name", ["tiny-llama", "tiny-llama-gqa", "tiny-opt", "stories260K", "smollm2"]
+)
 def test_agrees_with_transformers(name: str, special: bool, request: pytest.FixtureRequest) -> None:
-    model = request.getfixturevalue("smollm2") if name == "smollm2" else request.getfixturevalue("shared") / "models" / name
-    ours, theirs = load_tokenizer(model), transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
+    model = (
+        request.getfixturevalue("smollm2")
+        if name == "smollm2"
+        else request.getfixturevalue("shared") / "models" / name
+    )
+    ours, theirs = (
+        load_tokenizer(model),
+        transformers.AutoTokenizer.from_pretrained(model, local_files_only=True),
+    )
     for text in TEXTS:
-        assert ours(text, special=special) == theirs(text, add_special_tokens=special, verbose=False)["input_ids"]
+        assert (
+            ours(text, special=special)
+            == theirs(text, add_special_tokens=special, verbose=False)["input_ids"]
+        )
 
 
 def test_special_tokens_are_the_tokenizers_own_and_off_by_default(tmp_path: pathlib.Path) -> None:
@@ -78,7 +90,9 @@ def write_bpe(directory: pathlib.Path) -> None:
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet, "he"])}
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     (directory / "merges.txt").write_text("#version: 0.2\nh e\n")
-    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 4}))
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 4})
+    )
 
 
 def test_older_formats_go_through_transformers(
@@ -94,9 +108,16 @@ def test_older_formats_go_through_transformers(
 
 def test_older_formats_special_tokens(tmp_path: pathlib.Path) -> None:
     write_bpe(tmp_path)
-    config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "bos_token": "<|endoftext|>"}
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "add_bos_token": True,
+        "bos_token": "<|endoftext|>",
+    }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    reference, tokenize = transformers.AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(tmp_path)
+    reference, tokenize = (
+        transformers.AutoTokenizer.from_pretrained(tmp_path),
+        load_tokenizer(tmp_path),
+    )
     assert tokenize("he", special=True) == reference("he")["input_ids"]
     assert tokenize("he") == reference("he", add_special_tokens=False)["input_ids"]
 
@@ -108,7 +129,9 @@ def test_gguf_file(tmp_path: pathlib.Path) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(list(vocabulary))
-    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(vocabulary) - 1)])
+    writer.add_token_types(
+        [gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(vocabulary) - 1)]
+    )
     writer.add_token_merges(["h e"])
     writer.add_bos_token_id(0)
     writer.add_add_bos_token(True)
@@ -123,21 +146,28 @@ def test_gguf_file(tmp_path: pathlib.Path) -> None:
 
 def test_no_tokenizer_names_the_files_expected(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(InputError, match=r"has no tokenizer: put tokenizer\.json \(or tokenizer\.model, .*vocab\.json"):
+    with pytest.raises(
+        InputError,
+        match=r"has no tokenizer: put tokenizer\.json \(or tokenizer\.model, .*vocab\.json",
+    ):
         load_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}', "[]"])
 def test_broken_tokenizer_json(tmp_path: pathlib.Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(InputError, match=r"tokenizer\.json cannot be read as a tokenizer") as caught:
+    with pytest.raises(
+        InputError, match=r"tokenizer\.json cannot be read as a tokenizer"
+    ) as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_broken_older_format(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not sentencepiece")
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "LlamaTokenizer"})
+    )
     with pytest.raises(InputError, match="transformers cannot read the tokenizer") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

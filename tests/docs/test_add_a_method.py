@@ -10,8 +10,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from launch import cli, prune
-from models.store import open_checkpoint
+from launch import prune
+from launch.flags import cli
+from models.checkpoint.reader import open_checkpoint
 from pruning.methods import METHODS
 from reference.pages import ROOT, code
 
@@ -45,23 +46,39 @@ def test_a_dead_input_is_no_nan(ria: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--model=embedded:tiny-opt", "--allocation=owl", "--refine=dsnot"]], ids=["page", "composed"]
+    "more",
+    [[], ["--model=embedded:tiny-opt", "--allocation=owl", "--refine=dsnot"]],
+    ids=["page", "composed"],
 )
-def test_the_pages_command_prunes(ria: ModuleType, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_pages_command_prunes(
+    ria: ModuleType, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     (command,) = code(PAGE, "bash")
     python, file, *flags = shlex.split(command)
     assert (python, file) == ("python", "ria.py")
-    small = ["--calibration_samples=4", "--calibration_length=64", "--eval_length=64", "--eval_windows=4", "--mesh=data=1"]
+    small = [
+        "--calibration_samples=4",
+        "--calibration_length=64",
+        "--eval_length=64",
+        "--eval_windows=4",
+        "--mesh=data=1",
+    ]
     output = tmp_path / "out"
-    assert cli.run(prune.options(), prune.main, [*flags, *small, *more, f"--output={output}"]) == 0, capsys.readouterr().err
+    assert (
+        cli.run(prune.options(), prune.main, [*flags, *small, *more, f"--output={output}"]) == 0
+    ), capsys.readouterr().err
     report = json.loads((output / "pruning_report.json").read_text())
-    assert report["method"] == "ria(a=0.5)" and report["sparsity"]["prunable"] == pytest.approx(0.5, abs=2e-3)
+    assert report["method"] == "ria(a=0.5)" and report["sparsity"]["prunable"] == pytest.approx(
+        0.5, abs=2e-3
+    )
     found = report["perplexity"]["embedded"]
     assert found["dense"] < found["pruned"] < 2 * found["dense"]
     assert len(open_checkpoint(output).model.blocks)
 
 
-def test_a_wrong_parameter_is_said(ria: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_parameter_is_said(
+    ria: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     argv = ["--model=embedded:tiny-llama", "--sparsity=0.5", f"--output={tmp_path / 'out'}"]
     assert cli.run(prune.options(), prune.main, [*argv, "--method=ria(a=-1)"]) == 2
     assert "must not be negative" in capsys.readouterr().err

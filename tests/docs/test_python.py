@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from models.store import open_checkpoint
+from models.checkpoint.reader import open_checkpoint
 from reference.pages import code
 
 
@@ -18,13 +18,17 @@ def run(page: str) -> dict[str, Any]:
     return names
 
 
-def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_page_on_python_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     names = run("docs/python.md")
     dense, pruned = map(float, capsys.readouterr().out.splitlines()[1].split())
     assert 1 < dense < pruned < 1.1 * dense
     written = open_checkpoint(tmp_path / "out" / "wanda")
-    assert np.mean([np.mean(np.asarray(b.up.w) == 0) for b in written.model.blocks]) == pytest.approx(0.5, abs=0.01)
+    assert np.mean(
+        [np.mean(np.asarray(b.up.w) == 0) for b in written.model.blocks]
+    ) == pytest.approx(0.5, abs=0.01)
     assert (
         sum(len(kept) for kept in names["outcome"].details.get("kept_neurons", [])) == 0
     )  # the last outcome is of an allocation

@@ -41,13 +41,18 @@ def named() -> list[str]:
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
-    assert sorted(navigation()) == sorted(p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md"))
+    assert sorted(navigation()) == sorted(
+        p.relative_to(DOCS).as_posix() for p in DOCS.rglob("*.md")
+    )
 
 
 @pytest.mark.parametrize("name", named())
 def test_every_method_has_a_page_in_the_navigation(name: str) -> None:
     assert page_of(name) in navigation()
-    assert re.search(rf"--(method|allocation|refine)='?{name}\b", (DOCS / page_of(name)).read_text(encoding="utf-8"))
+    assert re.search(
+        rf"--(method|allocation|refine)='?{name}\b",
+        (DOCS / page_of(name)).read_text(encoding="utf-8"),
+    )
 
 
 @pytest.mark.parametrize("page", sorted({page_of(name) for name in named()}))
@@ -59,9 +64,15 @@ def test_a_methods_page_has_every_part(page: str) -> None:
 
 
 def test_the_files_that_pages_name_exist() -> None:
-    named = {f for page in DOCS.rglob("*.md") for f in re.findall(r"`((?:[a-z_]+/)+[\w-]+\.\w+)`", page.read_text("utf-8"))}
+    named = {
+        f
+        for page in DOCS.rglob("*.md")
+        for f in re.findall(r"`((?:[a-z_]+/)+[\w-]+\.\w+)`", page.read_text("utf-8"))
+    }
     folders = ("models", "calibration", "pruning", "eval", "launch", "configs", "docs", "tests")
-    assert len(named) > 20 and not [f for f in named if f.split("/")[0] in folders and not (ROOT / f).is_file()]
+    assert len(named) > 20 and not [
+        f for f in named if f.split("/")[0] in folders and not (ROOT / f).is_file()
+    ]
 
 
 class Fetched(HTMLParser):
@@ -79,8 +90,24 @@ class Fetched(HTMLParser):
 
 def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the docs extra")
-    command = [sys.executable, "-W", "error", "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
-    built = subprocess.run(command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True)
+    command = [
+        sys.executable,
+        "-W",
+        "error",
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--site-dir",
+        str(tmp_path),
+    ]
+    built = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
     for name in navigation():
         html = (tmp_path / name).with_suffix(".html").read_text(encoding="utf-8")
@@ -88,6 +115,9 @@ def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: P
         parser.feed(html)
         assert parser.found and not [a for a in parser.found if re.match(r"(https?:)?//", a)], name
         assert "arithmatex" not in html
-        assert html.count('display="block"') == (DOCS / name).read_text(encoding="utf-8").count("$$") // 2, name
+        assert (
+            html.count('display="block"')
+            == (DOCS / name).read_text(encoding="utf-8").count("$$") // 2
+        ), name
     styles = "".join(f.read_text(encoding="utf-8") for f in tmp_path.rglob("*.css"))
     assert not re.findall(r"@import|url\([\"']?(?:https?:)?//", styles)

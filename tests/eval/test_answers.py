@@ -16,7 +16,9 @@ class Model:
     def __init__(self, directory: pathlib.Path | None, name: str = "m"):
         self.answers, self.asked = Answers(directory, {"weights": name}), list[int]()
 
-    def __call__(self, requests: list[list[str]] = REQUESTS, kind: str = "loglikelihood") -> list[list[object]]:
+    def __call__(
+        self, requests: list[list[str]] = REQUESTS, kind: str = "loglikelihood"
+    ) -> list[list[object]]:
         def compute(own: list[int]) -> list[list[object]]:
             self.asked += own
             return [[" ".join(requests[i]), True] for i in own]

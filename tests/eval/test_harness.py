@@ -14,26 +14,38 @@ from lm_eval.api.model import TemplateLM
 
 from eval.answers import Answers
 from eval.harness import HarnessModel
-from launch.measure import tokenizer_of
-from launch.tasks import vocabulary_of
+from launch.run.measure import tokenizer_of
+from launch.run.tasks import vocabulary_of
+from models.checkpoint.hub import resolve
+from models.checkpoint.reader import Checkpoint, in_memory, open_checkpoint
 from models.errors import InputError
-from models.hub import resolve
 from models.sharding import make_mesh
-from models.store import Checkpoint, in_memory, open_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what torch, transformers and lm-eval say to each other
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # what torch, transformers and lm-eval say to each other
 
 MODELS = ("embedded:tiny-llama", "embedded:tiny-opt")
-LONG = "Once there was a girl who lived near the sea with her dog. " * 30  # more than the 256 tokens that the models read
+LONG = (
+    "Once there was a girl who lived near the sea with her dog. " * 30
+)  # more than the 256 tokens that the models read
 
 
 def requests(kind: str, args: Sequence[Any]) -> list[Instance]:
-    return [Instance(kind, {}, a if isinstance(a, tuple) else (a,), i, ("task", i, 1)) for i, a in enumerate(args)]
+    return [
+        Instance(kind, {}, a if isinstance(a, tuple) else (a,), i, ("task", i, 1))
+        for i, a in enumerate(args)
+    ]
 
 
 def adapter(checkpoint: Checkpoint, **settings: Any) -> HarnessModel:
     vocabulary = vocabulary_of(checkpoint, tokenizer_of(checkpoint)())
-    return HarnessModel(checkpoint.model, vocabulary, longest=int(checkpoint.config["max_position_embeddings"]), **settings)
+    return HarnessModel(
+        checkpoint.model,
+        vocabulary,
+        longest=int(checkpoint.config["max_position_embeddings"]),
+        **settings,
+    )
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -80,7 +92,9 @@ def test_loglikelihood(checkpoint: Checkpoint, theirs: TemplateLM, some: slice) 
 def test_loglikelihood_rolling(checkpoint: Checkpoint, theirs: TemplateLM) -> None:
     texts = [LONG, LONG[:100], "a", LONG * 2, "Zoë 🍎"]
     got = adapter(checkpoint).loglikelihood_rolling(requests("loglikelihood_rolling", texts))
-    expected = theirs.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
+    expected = theirs.loglikelihood_rolling(
+        requests("loglikelihood_rolling", texts), disable_tqdm=True
+    )
     np.testing.assert_allclose(got, expected, atol=2e-3)
 
 
@@ -99,21 +113,32 @@ def test_generate_until(checkpoint: Checkpoint, theirs: TemplateLM) -> None:
     """Prompts of different lengths stand in one batch. lm-eval pads on the left, and a tiny model's choice between two close tokens may
     fall otherwise for it: so each prompt is its own batch there."""
     got = adapter(checkpoint, batch=4).generate_until(requests("generate_until", PROMPTS))
-    expected = [theirs.generate_until(requests("generate_until", [p]), disable_tqdm=True)[0] for p in PROMPTS]
+    expected = [
+        theirs.generate_until(requests("generate_until", [p]), disable_tqdm=True)[0]
+        for p in PROMPTS
+    ]
     assert got == expected
     assert all("." not in text for text in (got[0], got[1], got[3], got[5])) and any(got)
 
 
 def test_drawn_texts_are_repeatable_and_differ_from_greedy(checkpoint: Checkpoint) -> None:
-    asked = requests("generate_until", [("Once", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 24}), ("Once", GREEDY)])
-    first, second = adapter(checkpoint).generate_until(asked), adapter(checkpoint).generate_until(asked)
+    asked = requests(
+        "generate_until",
+        [("Once", {"do_sample": True, "temperature": 1.5, "max_gen_toks": 24}), ("Once", GREEDY)],
+    )
+    first, second = (
+        adapter(checkpoint).generate_until(asked),
+        adapter(checkpoint).generate_until(asked),
+    )
     assert first == second and not first[0].startswith(first[1])
 
 
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
 def test_order_batch_and_mesh_do_not_matter(checkpoint: Checkpoint, kind: str) -> None:
     args = PAIRS if kind == "loglikelihood" else PROMPTS
-    call: Callable[[HarnessModel], Any] = lambda lm: getattr(lm, kind)(requests(kind, args[::-1]))[::-1]  # noqa: E731
+    call: Callable[[HarnessModel], Any] = lambda lm: getattr(lm, kind)(requests(kind, args[::-1]))[
+        ::-1
+    ]  # noqa: E731
     expected = getattr(adapter(checkpoint), kind)(requests(kind, args))
     for settings in ({"batch": 3}, {"batch": 8, "mesh": make_mesh("data=4,model=2")}):
         got = call(adapter(checkpoint, **settings))
@@ -123,16 +148,28 @@ def test_order_batch_and_mesh_do_not_matter(checkpoint: Checkpoint, kind: str) -
             assert got == expected
 
 
-def test_what_was_answered_is_kept(checkpoint: Checkpoint, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"loglikelihood": PAIRS[:2], "loglikelihood_rolling": ["a text"], "generate_until": PROMPTS[1:2]}
-    first = [getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a)) for k, a in calls.items()]
+def test_what_was_answered_is_kept(
+    checkpoint: Checkpoint, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = {
+        "loglikelihood": PAIRS[:2],
+        "loglikelihood_rolling": ["a text"],
+        "generate_until": PROMPTS[1:2],
+    }
+    first = [
+        getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a))
+        for k, a in calls.items()
+    ]
 
     def fail(*args: Any, **more: Any) -> None:
         raise AssertionError("the model was asked again")
 
     monkeypatch.setattr("eval.harness.log_likelihoods", fail)
     monkeypatch.setattr("eval.harness.generate", fail)
-    again = [getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a)) for k, a in calls.items()]
+    again = [
+        getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a))
+        for k, a in calls.items()
+    ]
     assert again == first and isinstance(again[0][0], tuple)
 
 

@@ -13,8 +13,8 @@ import pytest
 from eval import forward as module
 from eval.perplexity import Perplexity, perplexity
 from models.arch import Block, Model, apply_block, embed
+from models.checkpoint.reader import open_checkpoint
 from models.sharding import make_mesh
-from models.store import open_checkpoint
 from models.surgery import cut
 from reference import tiny
 
@@ -75,9 +75,12 @@ class Counted(Sequence[Block]):
 
 
 @pytest.mark.parametrize(
-    ("batch", "windows_at_once", "walks"), [(64, 100, 1), (3, 100, 1), (3, 1, 3), (1, 4, 2), (1, 0, 8), (3, 7, 2)]
+    ("batch", "windows_at_once", "walks"),
+    [(64, 100, 1), (3, 100, 1), (3, 1, 3), (1, 4, 2), (1, 0, 8), (3, 7, 2)],
 )
-def test_batches_and_walks_do_not_matter(batch: int, windows_at_once: int, walks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_walks_do_not_matter(
+    batch: int, windows_at_once: int, walks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many windows are walked together, each walk reads each block once."""
     monkeypatch.setattr(module, "ACTIVATION_BYTES", windows_at_once * tiny.LENGTH * 32 * 4)
     model = tiny.random_model(tiny.GQA)
@@ -86,12 +89,17 @@ def test_batches_and_walks_do_not_matter(batch: int, windows_at_once: int, walks
     assert counted.taken == walks * len(model.blocks)
 
 
-@pytest.mark.parametrize(("name", "mesh"), [("gqa", "data=8"), ("gqa", "data=4,model=2"), ("opt", "data=4,model=2")])
+@pytest.mark.parametrize(
+    ("name", "mesh"), [("gqa", "data=8"), ("gqa", "data=4,model=2"), ("opt", "data=4,model=2")]
+)
 def test_meshes_do_not_matter(name: str, mesh: str) -> None:
     """Ten windows in batches of eight: the last two are on every device whole."""
     model, windows = tiny.random_model(tiny.FAMILIES[name]), np.concatenate([WINDOWS, WINDOWS[:2]])
     expected = perplexity(model, WINDOWS).cross_entropy
-    check(perplexity(model, windows, batch=8, mesh=make_mesh(mesh)), np.concatenate([expected, expected[:2]]))
+    check(
+        perplexity(model, windows, batch=8, mesh=make_mesh(mesh)),
+        np.concatenate([expected, expected[:2]]),
+    )
 
 
 @pytest.mark.parametrize(("factor", "value"), [(math.nan, math.nan), (1e4, math.inf)])
@@ -101,7 +109,11 @@ def test_broken_models_give_nan_or_infinity(factor: float, value: float) -> None
     head = jax.tree.map(lambda w: w * factor, model.ends.head)
     got = perplexity(model._replace(ends=model.ends.replace(head=head)), WINDOWS)
     np.testing.assert_equal(got.value, value)
-    assert np.isnan(got.cross_entropy).all() if math.isnan(value) else np.isfinite(got.cross_entropy).all()
+    assert (
+        np.isnan(got.cross_entropy).all()
+        if math.isnan(value)
+        else np.isfinite(got.cross_entropy).all()
+    )
 
 
 GOLDEN = ["tiny-llama", "tiny-llama-gqa", "tiny-opt"]
@@ -120,7 +132,9 @@ def test_the_published_codes_figures(name: str, shared: pathlib.Path) -> None:
     model = open_checkpoint(shared / "models" / name).model
     got = perplexity(model, windows)
     assert got.value == pytest.approx(run["ppl"], rel=1e-4)
-    assert math.exp(got.cross_entropy[:4].mean()) == pytest.approx(run["ppl_first4_windows"], rel=1e-4)
+    assert math.exp(got.cross_entropy[:4].mean()) == pytest.approx(
+        run["ppl_first4_windows"], rel=1e-4
+    )
 
 
 def test_the_published_codes_figure_of_smollm2(smollm2: pathlib.Path, shared: pathlib.Path) -> None:

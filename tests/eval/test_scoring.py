@@ -21,7 +21,10 @@ def draw(count: int = 30, seed: int = 0) -> list[Pair]:
     """Pairs of every length, some longer than LONGEST, some that share what the model reads, some whose greedy flag is true."""
     rng = np.random.default_rng(seed)
     pairs = [
-        (rng.integers(0, 96, rng.integers(1, 60)).tolist(), rng.integers(0, 96, rng.integers(0, 9)).tolist())
+        (
+            rng.integers(0, 96, rng.integers(1, 60)).tolist(),
+            rng.integers(0, 96, rng.integers(0, 9)).tolist(),
+        )
         for _ in range(count)
     ]
     return pairs + [(pairs[0][0], [token]) for token in range(96)]  # one of them is the most likely
@@ -57,19 +60,35 @@ def test_blocks_of_different_widths_and_a_removed_one() -> None:
     model = tiny.random_model({**tiny.GQA, "num_hidden_layers": 3})
     narrow = cut(model.blocks[0], model.arch.group("neurons"), np.arange(40) < 7)
     ragged, pairs = model._replace(blocks=(narrow, model.blocks[2])), draw(5)
-    check(log_likelihoods(ragged, pairs, longest=LONGEST), [by_numpy(ragged, pair) for pair in pairs])
+    check(
+        log_likelihoods(ragged, pairs, longest=LONGEST), [by_numpy(ragged, pair) for pair in pairs]
+    )
 
 
 @pytest.mark.parametrize(
     ("batch", "mesh", "held"),
-    [(1, "", 1 << 30), (64, "", 1 << 30), (3, "", 1), (8, "data=8", 1 << 30), (4, "data=2,model=2", 9999)],
+    [
+        (1, "", 1 << 30),
+        (64, "", 1 << 30),
+        (3, "", 1),
+        (8, "data=8", 1 << 30),
+        (4, "data=2,model=2", 9999),
+    ],
 )
-def test_order_batches_walks_and_meshes_do_not_matter(batch: int, mesh: str, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_batches_walks_and_meshes_do_not_matter(
+    batch: int, mesh: str, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(forward, "ACTIVATION_BYTES", held)
     model, pairs = tiny.random_model(tiny.GQA), draw(30)
     expected = log_likelihoods(model, pairs, longest=LONGEST)
     order = np.random.default_rng(1).permutation(len(pairs))
-    got = log_likelihoods(model, [pairs[i] for i in order], longest=LONGEST, batch=batch, mesh=make_mesh(mesh) if mesh else None)
+    got = log_likelihoods(
+        model,
+        [pairs[i] for i in order],
+        longest=LONGEST,
+        batch=batch,
+        mesh=make_mesh(mesh) if mesh else None,
+    )
     check(got, [expected[i] for i in order])
 
 
@@ -81,7 +100,11 @@ def test_texts_that_are_the_same_are_read_once() -> None:
         return lambda: None
 
     log_likelihoods(
-        tiny.random_model(tiny.GQA), [([1, 2, 3], [token]) for token in range(96)], longest=LONGEST, batch=2, stage=stage
+        tiny.random_model(tiny.GQA),
+        [([1, 2, 3], [token]) for token in range(96)],
+        longest=LONGEST,
+        batch=2,
+        stage=stage,
     )
     assert steps == [1]
 
@@ -101,4 +124,7 @@ def test_a_continuation_that_fills_the_model_and_one_that_does_not_fit() -> None
 def test_few_shapes_are_compiled() -> None:
     sizes = [bucket(n, SHORTEST) for n in range(1, 4097)]
     assert all(n <= size for n, size in enumerate(sizes, start=1)) and len(set(sizes)) == 15
-    assert max(size / n for n, size in itertools.islice(enumerate(sizes, start=1), SHORTEST, None)) < 1.5
+    assert (
+        max(size / n for n, size in itertools.islice(enumerate(sizes, start=1), SHORTEST, None))
+        < 1.5
+    )

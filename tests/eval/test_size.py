@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from eval.size import entries, measure, peak_memory
-from models import hf
-from models.store import open_checkpoint
+from models.checkpoint.reader import open_checkpoint
+from models.checkpoint.writer import save
+from models.families import hf
 from models.surgery import cut, mask
-from models.writer import save
 from reference import tiny
 
 
@@ -22,10 +22,17 @@ def test_parameters_and_nonzero_weights(name: str) -> None:
     def thin(x: jax.Array) -> jax.Array:
         return x * (rng.random(x.shape) < 0.6)
 
-    model = model._replace(ends=jax.tree.map(thin, model.ends), blocks=jax.tree.map(thin, model.blocks))
+    model = model._replace(
+        ends=jax.tree.map(thin, model.ends), blocks=jax.tree.map(thin, model.blocks)
+    )
     size = measure(model)
-    assert size.parameters == sum(np.asarray(x).size for x in jax.tree.leaves((model.ends, model.blocks)))
-    assert size.nonzero == tuple({s.name: np.count_nonzero(getattr(b, s.name).w) for s in model.arch.slots} for b in model.blocks)
+    assert size.parameters == sum(
+        np.asarray(x).size for x in jax.tree.leaves((model.ends, model.blocks))
+    )
+    assert size.nonzero == tuple(
+        {s.name: np.count_nonzero(getattr(b, s.name).w) for s in model.arch.slots}
+        for b in model.blocks
+    )
     assert {type(n) for n in size.nonzero[0].values()} == {int}
 
 
@@ -36,7 +43,9 @@ def test_masked_and_cut_blocks() -> None:
     masked = measure(model._replace(blocks=tuple(mask(b, g, keep) for b in model.blocks)))
     smaller = measure(model._replace(blocks=tuple(cut(b, g, keep) for b in model.blocks)))
     assert masked.nonzero == smaller.nonzero
-    assert masked.parameters - smaller.parameters == 2 * 30 * (3 * 32 + 2)  # rows of gate and up, columns of down, two biases
+    assert masked.parameters - smaller.parameters == 2 * 30 * (
+        3 * 32 + 2
+    )  # rows of gate and up, columns of down, two biases
     assert masked.nonzero[0]["down"] == 32 * 10 and masked.nonzero[0]["q"] == 32 * 32
 
 
@@ -52,7 +61,9 @@ def test_a_checkpoint_on_disk(tmp_path: pathlib.Path) -> None:
 def test_bfloat16_zeros_are_counted() -> None:
     model = tiny.random_model(tiny.GQA)
     blocks = jax.tree.map(lambda x: x.astype("bfloat16"), model.blocks)
-    assert measure(model._replace(blocks=blocks)).nonzero[0]["q"] == np.count_nonzero(np.asarray(blocks[0].q.w, np.float32))
+    assert measure(model._replace(blocks=blocks)).nonzero[0]["q"] == np.count_nonzero(
+        np.asarray(blocks[0].q.w, np.float32)
+    )
 
 
 def test_peak_memory_of_the_host_is_the_kernels() -> None:
@@ -73,6 +84,11 @@ def test_peak_memory_of_the_fullest_device() -> None:
         def memory_stats(self) -> dict[str, int] | None:
             return self.stats
 
-    devices = [Device({"peak_bytes_in_use": 3}), Device({"peak_bytes_in_use": 7}), Device({"bytes_in_use": 9}), Device(None)]
+    devices = [
+        Device({"peak_bytes_in_use": 3}),
+        Device({"peak_bytes_in_use": 7}),
+        Device({"bytes_in_use": 9}),
+        Device(None),
+    ]
     assert peak_memory(devices)["device"] == 7
     assert peak_memory(devices[2:])["device"] is None is peak_memory(jax.devices())["device"]

@@ -18,15 +18,19 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.harness import HarnessModel
 from eval.tasks import open_tasks, run_tasks
-from launch.measure import tokenizer_of
-from launch.tasks import vocabulary_of
+from launch.run.measure import tokenizer_of
+from launch.run.tasks import vocabulary_of
+from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
-from models.store import open_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what datasets, torch and lm-eval say to each other
+pytestmark = pytest.mark.filterwarnings(
+    "ignore"
+)  # what datasets, torch and lm-eval say to each other
 
 YAMLS = pathlib.Path(__file__).parent / "tasks"
-DOCUMENTS = int(os.environ.get("TOPIARY_TASK_DOCUMENTS", "4"))  # of each task that SmolLM2 is compared on
+DOCUMENTS = int(
+    os.environ.get("TOPIARY_TASK_DOCUMENTS", "4")
+)  # of each task that SmolLM2 is compared on
 
 CHOICES = """
 task: {name}
@@ -46,11 +50,18 @@ metadata: {{version: 2.5}}
 
 
 def write_task(
-    folder: pathlib.Path, name: str = "pets", file: str = "data/pets.jsonl", more: str = "", documents: int = 7
+    folder: pathlib.Path,
+    name: str = "pets",
+    file: str = "data/pets.jsonl",
+    more: str = "",
+    documents: int = 7,
 ) -> pathlib.Path:
     """A YAML file, and its documents in a folder beside it."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    rows = [{"question": f"What is {i}?", "choices": ["a dog", "cat", "the bird"], "answer": i % 3} for i in range(documents)]
+    rows = [
+        {"question": f"What is {i}?", "choices": ["a dog", "cat", "the bird"], "answer": i % 3}
+        for i in range(documents)
+    ]
     (folder / "data" / "pets.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / f"{name}.yaml").write_text(CHOICES.format(name=name, file=file) + more)
     return folder / f"{name}.yaml"
@@ -77,7 +88,12 @@ def test_a_local_file(tmp_path: pathlib.Path) -> None:
     """Its data lie beside it, wherever the command is called from; figures are what counting by hand gives."""
     tasks = open_tasks([str(write_task(tmp_path))])
     facts = tasks.protocol["pets"]
-    assert (facts["version"], facts["documents"], facts["num_fewshot"], len(facts["sha256"])) == (2.5, 7, 0, 64)
+    assert (facts["version"], facts["documents"], facts["num_fewshot"], len(facts["sha256"])) == (
+        2.5,
+        7,
+        0,
+        64,
+    )
     found = run_tasks(tasks, Longest())
     right = np.asarray([i % 3 == 2 for i in range(7)], float)  # "the bird" is the longest
     assert found["pets"]["acc"] == pytest.approx(right.mean())
@@ -88,8 +104,14 @@ def test_a_local_file(tmp_path: pathlib.Path) -> None:
 def test_a_directory_a_limit_and_two_files(tmp_path: pathlib.Path) -> None:
     write_task(tmp_path), write_task(tmp_path, "_base"), write_task(tmp_path, "others")
     tasks = open_tasks([f"{tmp_path}/"], limit=3)
-    assert {name: facts["documents"] for name, facts in tasks.protocol.items()} == {"pets": 3, "others": 3}
-    assert open_tasks([str(tmp_path / "pets.yaml"), str(tmp_path / "others.yaml")], limit=3).protocol == tasks.protocol
+    assert {name: facts["documents"] for name, facts in tasks.protocol.items()} == {
+        "pets": 3,
+        "others": 3,
+    }
+    assert (
+        open_tasks([str(tmp_path / "pets.yaml"), str(tmp_path / "others.yaml")], limit=3).protocol
+        == tasks.protocol
+    )
     lm = Longest()
     run_tasks(tasks, lm)
     assert len(lm.asked) == 1 and len(lm.asked[0]) == 2 * 3 * 3, "all tasks are asked together"
@@ -128,9 +150,14 @@ BAD = {
     "no name": (lambda d: write_text(d, "dataset_path: json\n"), "has no `task:`"),
     "a group": (lambda d: write_text(d, "group: x\ntask: [pets]\n"), "is a group"),
     "not YAML": (lambda d: write_text(d, "task: [\n"), "cannot be opened"),
-    "no such field": (lambda d: write_task(d, more='doc_to_target: "{{none.index(1)}}"\n'), "cannot be"),
+    "no such field": (
+        lambda d: write_task(d, more='doc_to_target: "{{none.index(1)}}"\n'),
+        "cannot be",
+    ),
     "settings of another engine": (
-        lambda d: write_task(d, more="output_type: generate_until\ngeneration_kwargs: {num_beams: 4}\n"),
+        lambda d: write_task(
+            d, more="output_type: generate_until\ngeneration_kwargs: {num_beams: 4}\n"
+        ),
         "num_beams, which is not supported",
     ),
     "code": (lambda d: write_task(d, more="unsafe_code: true\n"), "runs code"),
@@ -143,7 +170,9 @@ def write_text(folder: pathlib.Path, text: str) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_opened(case: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_opened(
+    case: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     make, said = BAD[case]
     with pytest.raises(InputError, match=said):
         open_tasks([str(make(tmp_path))])
@@ -184,11 +213,25 @@ WORDED = {  # fields that the local files have under other names, or as another 
 def test_local_tasks_are_lm_evals_own(name: str) -> None:
     ours = load_yaml(YAMLS / f"{name}.yaml")
     theirs = load_yaml(pathlib.Path(lm_eval.__file__).parent / "tasks" / OWN[name])
-    for key in ("output_type", "doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "target_delimiter", "metadata"):
+    for key in (
+        "output_type",
+        "doc_to_text",
+        "doc_to_target",
+        "doc_to_choice",
+        "process_docs",
+        "target_delimiter",
+        "metadata",
+    ):
         expected = WORDED.get(name, {}).get(key, theirs.get(key))
         got = ours.get(key)
-        assert (got.__code__.co_code == expected.__code__.co_code) if callable(got) else got == expected, key
-    assert [m["metric"] for m in ours["metric_list"]] == [m["metric"] for m in theirs["metric_list"]]
+        assert (
+            (got.__code__.co_code == expected.__code__.co_code)
+            if callable(got)
+            else got == expected
+        ), key
+    assert [m["metric"] for m in ours["metric_list"]] == [
+        m["metric"] for m in theirs["metric_list"]
+    ]
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -199,13 +242,21 @@ def test_smollm2_is_lm_evals_own_model(name: str, smollm2: pathlib.Path) -> None
     tasks = open_tasks([str(YAMLS / f"{name}.yaml")], limit=DOCUMENTS)
     checkpoint = open_checkpoint(smollm2)
     vocabulary = vocabulary_of(checkpoint, tokenizer_of(checkpoint)())
-    ours = HarnessModel(checkpoint.model, vocabulary, longest=checkpoint.config["max_position_embeddings"])
-    (figures, answers), (expected, reference) = (answered(tasks, lm) for lm in (ours, hugging_face(smollm2)))
+    ours = HarnessModel(
+        checkpoint.model, vocabulary, longest=checkpoint.config["max_position_embeddings"]
+    )
+    (figures, answers), (expected, reference) = (
+        answered(tasks, lm) for lm in (ours, hugging_face(smollm2))
+    )
     difference = max(abs(a - b) for (a, _), (b, _) in zip(answers, reference, strict=True))
-    print(f"{name}: {len(answers)} requests, largest difference {difference:.1e}; ours {figures}, theirs {expected}")
+    print(
+        f"{name}: {len(answers)} requests, largest difference {difference:.1e}; ours {figures}, theirs {expected}"
+    )
     assert difference < 1e-3
     assert [greedy for _, greedy in answers] == [greedy for _, greedy in reference]
-    assert {k: v for k, v in figures.items() if k.startswith("acc")} == {k: v for k, v in expected.items() if k.startswith("acc")}
+    assert {k: v for k, v in figures.items() if k.startswith("acc")} == {
+        k: v for k, v in expected.items() if k.startswith("acc")
+    }
 
 
 _MODELS: dict[pathlib.Path, Any] = {}
@@ -217,7 +268,13 @@ def hugging_face(directory: pathlib.Path) -> LM:
     from lm_eval.models.huggingface import HFLM
 
     if directory not in _MODELS:
-        _MODELS[directory] = HFLM(pretrained=str(directory), dtype="float32", device="cpu", batch_size=8, softmax_dtype="float64")
+        _MODELS[directory] = HFLM(
+            pretrained=str(directory),
+            dtype="float32",
+            device="cpu",
+            batch_size=8,
+            softmax_dtype="float64",
+        )
     return _MODELS[directory]
 
 

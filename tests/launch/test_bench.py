@@ -7,10 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from launch import bench, bench_solvers
-from launch.cli import run
+from launch import bench
+from launch.benchmarks import solvers as bench_solvers
+from launch.flags.cli import run
+from models.checkpoint.writer import save
 from models.init import init_model
-from models.writer import save
 from pruning.methods import METHODS
 from pruning.types import Request, prune
 from reference import sparsegpt as reference
@@ -22,21 +23,36 @@ CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_si
 
 def test_programs_run_in_turn_after_one_warm_up_each() -> None:
     order: list[str] = []
-    seconds = bench.time_in_turn({name: lambda name=name: order.append(name) for name in "ab"}, runs=3)
+    seconds = bench.time_in_turn(
+        {name: lambda name=name: order.append(name) for name in "ab"}, runs=3
+    )
     assert "".join(order) == "ab" + "ababab"
-    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3} and min(map(min, seconds.values())) >= 0
+    assert {name: len(s) for name, s in seconds.items()} == {"a": 3, "b": 3} and min(
+        map(min, seconds.values())
+    ) >= 0
 
 
 @pytest.mark.parametrize("torch", [False, True])
-def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_its_figures(
+    torch: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if torch:
         pytest.importorskip("torch")
     save(tmp_path / "model", init_model(CONFIG, jax.random.key(0)), CONFIG, tmp_path)
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 64, (4, 16), np.int32))
-    argv = [f"--model={tmp_path / 'model'}", f"--calibration={tmp_path / 't.npy'}", "--runs=2", f"--json={tmp_path / 'b.json'}"]
+    argv = [
+        f"--model={tmp_path / 'model'}",
+        f"--calibration={tmp_path / 't.npy'}",
+        "--runs=2",
+        f"--json={tmp_path / 'b.json'}",
+    ]
     assert run(bench.options(), bench.main, [*argv, f"--{'' if torch else 'no'}torch"]) == 0
     result = json.loads((tmp_path / "b.json").read_text())
-    assert set(result["figures"]) == {"Wanda statistics", "LLMRank statistics", *(["PyTorch forward"] if torch else [])}
+    assert set(result["figures"]) == {
+        "Wanda statistics",
+        "LLMRank statistics",
+        *(["PyTorch forward"] if torch else []),
+    }
     assert all(len(f["seconds"]) == 2 and f["ratio"] > 0 for f in result["figures"].values())
     assert result["protocol"]["calibration"]["samples"] == 4
     assert "tokens/s" in capsys.readouterr().out
@@ -46,7 +62,11 @@ def test_the_command_writes_its_figures(torch: bool, tmp_path: Path, capsys: pyt
     ("what", "torch", "programs"),
     [
         ("sparsegpt", True, ["SparseGPT", "PyTorch"]),
-        ("sparsellm", True, ["SparseLLM", "of two iterations", "released loop", "PyTorch, by pseudo-inverses"]),
+        (
+            "sparsellm",
+            True,
+            ["SparseLLM", "of two iterations", "released loop", "PyTorch, by pseudo-inverses"],
+        ),
         ("sleb", True, ["SLEB", "without its cache", "PyTorch"]),
         ("neuroal", True, ["NeuroAL", "released search", "PyTorch, trial by trial"]),
     ],
@@ -59,7 +79,13 @@ def test_pruning_runs_in_processes_of_their_own(
         pytest.importorskip("torch")
     save(tmp_path / "model", init_model(CONFIG, jax.random.key(0)), CONFIG, tmp_path)
     np.save(tmp_path / "t.npy", np.random.default_rng(0).integers(0, 64, (4, 16), np.int32))
-    argv = [f"--model={tmp_path / 'model'}", f"--calibration={tmp_path / 't.npy'}", "--runs=1", "--blocks=1", f"--what={what}"]
+    argv = [
+        f"--model={tmp_path / 'model'}",
+        f"--calibration={tmp_path / 't.npy'}",
+        "--runs=1",
+        "--blocks=1",
+        f"--what={what}",
+    ]
     assert run(bench.options(), bench.main, [*argv, f"--json={tmp_path / 'b.json'}"]) == 0
     figures = json.loads((tmp_path / "b.json").read_text())["figures"]
     assert list(figures) == programs
@@ -71,9 +97,14 @@ def test_the_plain_sparsegpt_is_sparsegpt(tmp_path: Path) -> None:
     """What ours is timed against does the same work: the same weights, up to ties of a rounding."""
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(0)
-    w, x = rng.normal(size=(24, 160)), rng.normal(size=(600, 160)) @ rng.normal(size=(160, 160)) * 0.1
+    w, x = (
+        rng.normal(size=(24, 160)),
+        rng.normal(size=(600, 160)) @ rng.normal(size=(160, 160)) * 0.1,
+    )
     h = x.T @ x * 2 / 4
-    got = bench_solvers._sweep(torch.tensor(w, dtype=torch.float32), torch.tensor(h, dtype=torch.float32), 0.5).numpy()
+    got = bench_solvers._sweep(
+        torch.tensor(w, dtype=torch.float32), torch.tensor(h, dtype=torch.float32), 0.5
+    ).numpy()
     want, removed = reference.solve(w, h, 0.5)
     assert np.mean((got == 0) == removed) > 0.999
     assert np.quantile(np.abs(got - want), 0.99) < 1e-3
@@ -91,7 +122,9 @@ def test_the_plain_alternation_is_the_released_one(tmp_path: Path) -> None:
     with torch.no_grad():
         calls = bench_solvers._first_inputs(theirs, layer, torch.tensor(tokens.astype(np.int64)))
         bench_solvers.alternated(layer, calls, 0.5)
-    block = prune(model, METHODS["sparsellm"](variant="official"), tokens, Request(0.5))[0].blocks[0]
+    block = prune(model, METHODS["sparsellm"](variant="official"), tokens, Request(0.5))[0].blocks[
+        0
+    ]
     for name in ("up", "gate", "down", "q"):
         want = np.asarray(getattr(block, name).w)
         part = layer.self_attn if name == "q" else layer.mlp

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from launch import report
-from launch.report import render
+from launch.report import html as report
+from launch.report.html import render
 
 PHONE = 390  # pixels wide, as Chromium counts them for a page with a viewport
 PROBE = """<p id="probe"></p><script>addEventListener("load", () => {
@@ -33,7 +33,9 @@ def chromium() -> str:
 
 def opened(chromium: str, page: Path, tmp_path: Path) -> tuple[str, list[str]]:
     """The page after its scripts ran, framed as wide as a phone, and what the browser's console said."""
-    frame = tmp_path / "frame.html"  # windows are at least 500 pixels wide; a frame may be as narrow as a phone
+    frame = (
+        tmp_path / "frame.html"
+    )  # windows are at least 500 pixels wide; a frame may be as narrow as a phone
     content = html.escape(page.read_text(encoding="utf-8").replace("</body>", PROBE), quote=True)
     copy = """<script>addEventListener("load", () => setTimeout(() => document.body.append(
       Object.assign(document.createElement("pre"), {textContent: "probed " +
@@ -41,15 +43,28 @@ def opened(chromium: str, page: Path, tmp_path: Path) -> tuple[str, list[str]]:
     frame.write_text(
         f'<!doctype html><meta charset="utf-8"><iframe width={PHONE} height=844 style="border:0" srcdoc="{content}"></iframe>{copy}'
     )
-    switches = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--virtual-time-budget=5000"]
+    switches = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=5000",
+    ]
     own = [f"--user-data-dir={tmp_path / 'profile'}", "--no-first-run", "--disable-dev-shm-usage"]
     done = subprocess.run(
-        [chromium, *switches, *own, "--dump-dom", frame.as_uri()], capture_output=True, text=True, timeout=120, check=True
+        [chromium, *switches, *own, "--dump-dom", frame.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
     return done.stdout, re.findall(r".*CONSOLE.*", done.stderr)
 
 
-def probed(chromium: str, result: dict[str, Any], tmp_path: Path, spoil: str = "") -> tuple[list[Any], list[str]]:
+def probed(
+    chromium: str, result: dict[str, Any], tmp_path: Path, spoil: str = ""
+) -> tuple[list[Any], list[str]]:
     """[width, scrolled width, elements that stick out] of a report's page, and what the console said."""
     page = tmp_path / "report.html"
     page.write_text(render(result).replace("</main>", f"{spoil}</main>"), encoding="utf-8")
@@ -61,8 +76,17 @@ def probed(chromium: str, result: dict[str, Any], tmp_path: Path, spoil: str = "
 
 def everything() -> dict[str, Any]:
     """A report with every part, and long names in them."""
-    layers, name = [f"model.layers.{i}" for i in range(12)], "/a/rather/long/directory/of/token/files/" + "x" * 60 + ".npy"
-    figures = {"dense": 8.125, "pruned": 19.375, "dense_stderr": 0.2, "pruned_stderr": 0.6, "tokens": 16_320}
+    layers, name = (
+        [f"model.layers.{i}" for i in range(12)],
+        "/a/rather/long/directory/of/token/files/" + "x" * 60 + ".npy",
+    )
+    figures = {
+        "dense": 8.125,
+        "pruned": 19.375,
+        "dense_stderr": 0.2,
+        "pruned_stderr": 0.6,
+        "tokens": 16_320,
+    }
     kinds = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
     got = {f"{layer}.{kind}": 0.1 * k for layer in layers for k, kind in enumerate(kinds)}
     return {
@@ -78,17 +102,49 @@ def everything() -> dict[str, Any]:
             "evaluation": {name: {"sha256": "d" * 64}},
             "tasks": {"hellaswag": {"documents": 100, "chance": 0.25}},
         },
-        "sparsity": {"target": 0.3, "prunable": 0.2991, "total": 0.2, "per_linear": got, "asked": {n: 0.3 for n in got}},
+        "sparsity": {
+            "target": 0.3,
+            "prunable": 0.2991,
+            "total": 0.2,
+            "per_linear": got,
+            "asked": {n: 0.3 for n in got},
+        },
         "parameters": {"dense": 1_234_567, "pruned": 987_654},
         "bytes": {"dense": 4_938_268, "pruned": 3_950_616},
-        "perplexity": {name: figures, "c4": figures | {"pruned": float("inf"), "pruned_stderr": None}},
-        "tasks": {"hellaswag": {"dense": {"acc": 0.5, "acc_stderr": 0.02}, "pruned": {"acc": 0.26, "acc_stderr": 0.02}}},
+        "perplexity": {
+            name: figures,
+            "c4": figures | {"pruned": float("inf"), "pruned_stderr": None},
+        },
+        "tasks": {
+            "hellaswag": {
+                "dense": {"acc": 0.5, "acc_stderr": 0.02},
+                "pruned": {"acc": 0.26, "acc_stderr": 0.02},
+            }
+        },
         "draws": [{}, {}],
-        "spread": {"perplexity": {name: {"mean": 19.4, "std": 0.3, "min": 19.2, "max": 19.6}}, "tasks": {}},
-        "seconds": {"load": 1.25, "calibrate_and_prune": 245.2, "draws": 240.0, "eval": 33.1, "export": 0.5},
+        "spread": {
+            "perplexity": {name: {"mean": 19.4, "std": 0.3, "min": 19.2, "max": 19.6}},
+            "tasks": {},
+        },
+        "seconds": {
+            "load": 1.25,
+            "calibrate_and_prune": 245.2,
+            "draws": 240.0,
+            "eval": 33.1,
+            "export": 0.5,
+        },
         "peak_memory_bytes": {"host": 3 * 2**30, "device": None},
-        "scores": {"label": "PageRank", "per_linear": {n: [1e-5, 1e-4, 3e-4, 9e-4, 0.2] for n in got}},
-        "samples": [{"prompt": "Once", "dense": "there was a cat", "pruned": "the the the the the the " + "z" * 200}],
+        "scores": {
+            "label": "PageRank",
+            "per_linear": {n: [1e-5, 1e-4, 3e-4, 9e-4, 0.2] for n in got},
+        },
+        "samples": [
+            {
+                "prompt": "Once",
+                "dense": "there was a cat",
+                "pruned": "the the the the the the " + "z" * 200,
+            }
+        ],
         "warnings": ["w" * 200],
         "checks": {"topiary": True, "transformers": None},
         "load_back": {"topiary": "largest difference 0", "transformers": "not checked"},
@@ -106,5 +162,9 @@ def test_the_probe_sees_what_is_wrong(chromium: str, tmp_path: Path) -> None:
     """An element too wide, and a script that fails."""
     spoil = '<div style="width:600px">wide</div><script>nothing.such()</script>'
     (width, scrolls, wide), said = probed(chromium, everything(), tmp_path, spoil)
-    assert scrolls > width and any("600px" in w for w in wide) and any("nothing" in line for line in said)
+    assert (
+        scrolls > width
+        and any("600px" in w for w in wide)
+        and any("nothing" in line for line in said)
+    )
     assert "nothing" not in report.render(everything())

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from launch import compare, compare_plot
-from launch.cli import run
-from launch.compare_plot import Point
+from launch import compare
+from launch.flags.cli import run
+from launch.report import compare_plot
+from launch.report.compare_plot import Point
 
 
 def report(method: str, total: float, perplexity: float, **more: Any) -> dict[str, Any]:
@@ -29,7 +30,12 @@ def report(method: str, total: float, perplexity: float, **more: Any) -> dict[st
     } | more
 
 
-TASKS = {"piqa": {"dense": {"acc,none": 0.7, "acc_stderr,none": 0.01}, "pruned": {"acc,none": 0.6, "acc_stderr,none": 0.02}}}
+TASKS = {
+    "piqa": {
+        "dense": {"acc,none": 0.7, "acc_stderr,none": 0.01},
+        "pruned": {"acc,none": 0.6, "acc_stderr,none": 0.02},
+    }
+}
 
 
 def write(directory: pathlib.Path, content: dict[str, Any]) -> str:
@@ -42,28 +48,67 @@ def write(directory: pathlib.Path, content: dict[str, Any]) -> str:
 def runs(tmp_path: pathlib.Path) -> list[str]:
     return [
         write(tmp_path / "one", report("wanda_sp", 0.25, 20.0)),
-        write(tmp_path / "two", report("flap", 0.5, 15.0, tasks=TASKS, settings={"allocation": "owl(m=7)", "refine": "dsnot"})),
+        write(
+            tmp_path / "two",
+            report(
+                "flap",
+                0.5,
+                15.0,
+                tasks=TASKS,
+                settings={"allocation": "owl(m=7)", "refine": "dsnot"},
+            ),
+        ),
         write(tmp_path / "three", report("sleb(blocks=2)", 0.1, math.inf)),
     ]
 
 
 def test_the_table_has_what_the_reports_have(runs: list[str], tmp_path: pathlib.Path) -> None:
-    speed = {"1": {d: {"speedup": {"prompt": 1 + k, "generation": 2 + k}} for k, d in enumerate(["m", *runs[:2]])}}
+    speed = {
+        "1": {
+            d: {"speedup": {"prompt": 1 + k, "generation": 2 + k}}
+            for k, d in enumerate(["m", *runs[:2]])
+        }
+    }
     (tmp_path / "speed.json").write_text(json.dumps({"figures": speed}))
     table = compare.rows(compare.read(runs, str(tmp_path / "speed.json")))
     assert table == [
-        ["run", "removed", "parameters", "size", "perplexity, a|b", "piqa, acc,none", "prompts", "generation", "pruned in"],
+        [
+            "run",
+            "removed",
+            "parameters",
+            "size",
+            "perplexity, a|b",
+            "piqa, acc,none",
+            "prompts",
+            "generation",
+            "pruned in",
+        ],
         ["dense", "", "1,000", "3.9 KiB", "10.000", "70.00% ± 1.00%", "1.00x", "1.00x", ""],
         ["wanda_sp", "25%", "750", "2.9 KiB", "20.000", "—", "2.00x", "3.00x", "1 min 01 s"],
-        ["flap, owl(m=7), dsnot", "50%", "500", "2.0 KiB", "15.000", "60.00% ± 2.00%", "3.00x", "4.00x", "1 min 01 s"],
+        [
+            "flap, owl(m=7), dsnot",
+            "50%",
+            "500",
+            "2.0 KiB",
+            "15.000",
+            "60.00% ± 2.00%",
+            "3.00x",
+            "4.00x",
+            "1 min 01 s",
+        ],
         ["sleb(blocks=2)", "10%", "900", "3.5 KiB", "inf", "—", "—", "—", "1 min 01 s"],
     ]
 
 
-def test_the_command_prints_and_writes(runs: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_and_writes(
+    runs: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = {flag: tmp_path / f"table.{flag}" for flag in ("markdown", "latex")}
     flags = [f"--{flag}={file}" for flag, file in files.items()]
-    assert run(compare.options(), compare.main, [*runs, *flags, f"--plot={tmp_path / 'plot.svg'}"]) == 0
+    assert (
+        run(compare.options(), compare.main, [*runs, *flags, f"--plot={tmp_path / 'plot.svg'}"])
+        == 0
+    )
     seen = capsys.readouterr()
     assert "wanda_sp" in seen.out and "warning" not in seen.err
     lines = files["markdown"].read_text().splitlines()
@@ -71,33 +116,57 @@ def test_the_command_prints_and_writes(runs: list[str], tmp_path: pathlib.Path, 
     tabular = files["latex"].read_text().splitlines()
     assert tabular[0] == r"\begin{tabular}{lrrrrrr}" and r"wanda\_sp & 25\% & 750" in tabular[5]
     drawn = (tmp_path / "plot.svg").read_text()
-    assert "flap, owl(m=7), dsnot" in drawn and "sleb" not in drawn, "a run without a finite perplexity has no place"
+    assert "flap, owl(m=7), dsnot" in drawn and "sleb" not in drawn, (
+        "a run without a finite perplexity has no place"
+    )
 
 
 def test_the_mean_of_several_tasks(tmp_path: pathlib.Path) -> None:
     """Of each task's first accuracy, with the error of independent documents; none for a run that lacks a task."""
-    more = {"boolq": {"dense": {"acc,none": 0.5, "acc_stderr,none": 0.02}, "pruned": {"acc,none": 0.4, "acc_stderr,none": 0.0}}}
+    more = {
+        "boolq": {
+            "dense": {"acc,none": 0.5, "acc_stderr,none": 0.02},
+            "pruned": {"acc,none": 0.4, "acc_stderr,none": 0.0},
+        }
+    }
     norm = {"acc_norm,none": 0.9, "acc_norm_stderr,none": 0.3}
     piqa = {"piqa": {which: figures | norm for which, figures in TASKS["piqa"].items()}}
     both = write(tmp_path / "both", report("flap", 0.5, 15.0, tasks=piqa | more))
     one = write(tmp_path / "one", report("wanda", 0.5, 15.0, tasks=TASKS))
     heads, dense, flap, wanda = compare.rows(compare.read([both, one], None))
-    assert heads[5:-1] == ["piqa, acc,none", "piqa, acc_norm,none", "boolq, acc,none", "mean of the tasks"]
+    assert heads[5:-1] == [
+        "piqa, acc,none",
+        "piqa, acc_norm,none",
+        "boolq, acc,none",
+        "mean of the tasks",
+    ]
     assert (dense[-2], flap[-2], wanda[-2]) == ("60.00% ± 1.12%", "50.00% ± 1.00%", "—")
 
 
 def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path) -> None:
     assert list(compare.differences(compare.read(runs, None))) == []
-    other = report("wanda", 0.5, 12.0, protocol={"evaluation": {"a|b": {"sha256": "2"}}}, parameters={"dense": 9, "pruned": 9})
+    other = report(
+        "wanda",
+        0.5,
+        12.0,
+        protocol={"evaluation": {"a|b": {"sha256": "2"}}},
+        parameters={"dense": 9, "pruned": 9},
+    )
     found = list(compare.differences(compare.read([*runs, write(tmp_path / "four", other)], None)))
-    assert found == ["the dense models are not the same", "the tokens of a|b are not the same in all runs"]
+    assert found == [
+        "the dense models are not the same",
+        "the tokens of a|b are not the same in all runs",
+    ]
 
 
 def test_the_front_is_what_no_other_run_beats() -> None:
     a, b, c, d = Point("a", 0.5, 15), Point("b", 0.75, 20), Point("c", 0.9, 11), Point("d", 1.0, 10)
     assert compare_plot.front([d, b, c, a], less=True) == [a, c, d]
     assert compare_plot.front([a, b, c, d], less=False) == [d]
-    assert compare_plot.front([Point("x", 2.0, 12), d, Point("y", 2.0, 14)], less=False) == [d, Point("x", 2.0, 12)]
+    assert compare_plot.front([Point("x", 2.0, 12), d, Point("y", 2.0, 14)], less=False) == [
+        d,
+        Point("x", 2.0, 12),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -120,6 +189,8 @@ def test_errors(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "speed.json").write_text(json.dumps({"figures": {"1": {"x": {"speedup": {"prompt": 1, "generation": 1}}}}}))
+    (tmp_path / "speed.json").write_text(
+        json.dumps({"figures": {"1": {"x": {"speedup": {"prompt": 1, "generation": 1}}}}})
+    )
     assert run(compare.options(), compare.main, argv) == 2
     assert says in capsys.readouterr().err

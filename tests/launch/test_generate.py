@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from calibration.tokenizer import load_tokenizer
-from launch import generate, prune, samples
-from launch.cli import run
+from launch import generate, prune
+from launch.flags.cli import run
+from launch.run import samples
+from models.checkpoint.hub import resolve
+from models.checkpoint.reader import open_checkpoint
 from models.generate import generate as continue_tokens
-from models.hub import resolve
-from models.store import open_checkpoint
 from reference import tiny
 
 PROMPT = "Once there was a kind girl"
@@ -34,7 +35,13 @@ def test_the_prompt_and_its_continuation_are_printed(capsys: pytest.CaptureFixtu
 def test_a_seed_names_a_text(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in (1, 1, 2):
-        argv = ["--model=embedded:tiny-opt", f"--prompt={PROMPT}", "--new_tokens=12", "--temperature=1.5", "--top_p=0.95"]
+        argv = [
+            "--model=embedded:tiny-opt",
+            f"--prompt={PROMPT}",
+            "--new_tokens=12",
+            "--temperature=1.5",
+            "--top_p=0.95",
+        ]
         assert call(*argv, f"--seed={seed}") == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
@@ -81,7 +88,10 @@ def test_the_text_stops_before_the_token_that_ends_it() -> None:
     tokenizer = load_tokenizer(resolve("embedded:tiny-llama"))
     ids = tokenizer(PROMPT + " named Lucy")
     prompt, new = ids[:4], np.asarray([*ids[4:], 1, 5, 5])
-    assert generate.continuation(tokenizer, prompt, new, [1]) == tokenizer.decode(ids)[len(tokenizer.decode(prompt)) :]
+    assert (
+        generate.continuation(tokenizer, prompt, new, [1])
+        == tokenizer.decode(ids)[len(tokenizer.decode(prompt)) :]
+    )
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
@@ -93,14 +103,22 @@ def test_pruning_reports_what_both_models_say(model: str, tmp_path: Path) -> Non
         "--calibration_length=32",
         "--eval_windows=1",
     ]
-    assert run(prune.options(), prune.main, [*argv, "--eval_length=32", f"--output={tmp_path / 'out'}"]) == 0
+    assert (
+        run(
+            prune.options(), prune.main, [*argv, "--eval_length=32", f"--output={tmp_path / 'out'}"]
+        )
+        == 0
+    )
     found = json.loads((tmp_path / "out" / "pruning_report.json").read_text())["samples"]
     assert [set(s) for s in found] == [{"prompt", "dense", "pruned"}] * 2
     page = (tmp_path / "out" / "report.html").read_text()
     tokenizer = load_tokenizer(tmp_path / "out")
     length = len(tokenizer(found[0]["prompt"], special=True))
     for sample, whole in zip(found, samples.PROMPTS, strict=True):
-        assert whole.startswith(sample["prompt"].strip()) and len(tokenizer(sample["prompt"], special=True)) == length
+        assert (
+            whole.startswith(sample["prompt"].strip())
+            and len(tokenizer(sample["prompt"], special=True)) == length
+        )
         assert sample["prompt"] in page
     for name, directory in (("dense", resolve(f"embedded:{model}")), ("pruned", tmp_path / "out")):
         checkpoint = open_checkpoint(directory)
@@ -116,12 +134,16 @@ def test_no_samples_where_they_cannot_be(tmp_path: Path, monkeypatch: pytest.Mon
     """No tokenizer, one of another model, too few positions, a model too large to hold."""
     embedded = resolve("embedded:tiny-opt")
     dense, tokenizer = open_checkpoint(embedded), load_tokenizer(embedded)
-    bare = open_checkpoint(tiny.write(tmp_path, tiny.state_of(tiny.GQA, tiny.random_model(tiny.GQA))))
+    bare = open_checkpoint(
+        tiny.write(tmp_path, tiny.state_of(tiny.GQA, tiny.random_model(tiny.GQA)))
+    )
     assert samples.samples(bare, bare, lambda: load_tokenizer(tmp_path)) == []
     assert samples.samples(bare, bare, lambda: tokenizer) == []  # 96 tokens
     short = jax.tree.map(lambda x: x, dense.model.arch.config)
     few = dense._replace(
-        model=dense.model._replace(arch=dense.model.arch._replace(config=type(short)(**vars(short) | {"positions": 40})))
+        model=dense.model._replace(
+            arch=dense.model.arch._replace(config=type(short)(**vars(short) | {"positions": 40}))
+        )
     )
     assert samples.samples(few, few, lambda: tokenizer) == []
     monkeypatch.setattr(samples, "roomy", lambda size: size < 100)

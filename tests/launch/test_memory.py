@@ -12,17 +12,23 @@ import jax
 import numpy as np
 import pytest
 
-from models import hf
 from models.arch import Block
-from models.store import LazyBlocks, in_memory, open_checkpoint
+from models.checkpoint.reader import LazyBlocks, in_memory, open_checkpoint
+from models.families import hf
 from pruning.methods import METHODS
 from pruning.types import Request
 from reference import synthetic
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-CONFIG = synthetic.LARGE | {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8, "vocab_size": 512}
+CONFIG = synthetic.LARGE | {
+    "hidden_size": 512,
+    "intermediate_size": 1376,
+    "num_attention_heads": 8,
+    "vocab_size": 512,
+}
 BLOCK = 4 * sum(
-    s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1) for s in jax.tree.leaves(hf.specs(CONFIG)[2][0], is_leaf=hf.is_spec)
+    s.shape[0] * (s.shape[1] if len(s.shape) > 1 else 1)
+    for s in jax.tree.leaves(hf.specs(CONFIG)[2][0], is_leaf=hf.is_spec)
 )
 FEW = 4  # blocks
 ROOM = 2 * BLOCK
@@ -38,11 +44,21 @@ class Run(NamedTuple):
 def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
     model = synthetic.write(directory / "model", CONFIG | {"num_hidden_layers": blocks})
     tokens = f"{model}/tokens.npy"
-    data = [f"--model={model}", f"--calibration={tokens}", f"--eval_data={tokens}", "--calibration_batch=2"]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {"PYTHONPATH": str(ROOT)}
+    data = [
+        f"--model={model}",
+        f"--calibration={tokens}",
+        f"--eval_data={tokens}",
+        "--calibration_batch=2",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
+        "PYTHONPATH": str(ROOT)
+    }
     script = [sys.executable, str(ROOT / "tests/reference/frugal.py"), str(ROOM)]
     with subprocess.Popen(
-        [*script, *data, f"--output={directory / 'out'}", *flags], env=environment, stdout=subprocess.PIPE, text=True
+        [*script, *data, f"--output={directory / 'out'}", *flags],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as process:
         assert process.stdout
         said = process.stdout.read()
@@ -55,10 +71,15 @@ def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
 
 @pytest.mark.parametrize(
     ("flags", "many"),
-    [(["--method=wanda", "--sparsity=0.5"], 36), (["--method=sleb(blocks=1, device_gib=0, host_gib=0)"], 18)],
+    [
+        (["--method=wanda", "--sparsity=0.5"], 36),
+        (["--method=sleb(blocks=1, device_gib=0, host_gib=0)"], 18),
+    ],
     ids=["one walk", "a search"],
 )
-def test_what_is_held_does_not_grow_with_the_blocks(flags: list[str], many: int, tmp_path: pathlib.Path) -> None:
+def test_what_is_held_does_not_grow_with_the_blocks(
+    flags: list[str], many: int, tmp_path: pathlib.Path
+) -> None:
     a, b = (run(tmp_path / str(n), n, *flags) for n in (FEW, many))
     assert b.arrays - a.arrays < BLOCK
     assert b.process - a.process < (many - FEW) * BLOCK / 3
@@ -67,7 +88,10 @@ def test_what_is_held_does_not_grow_with_the_blocks(flags: list[str], many: int,
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_smollm2_is_the_same_streamed_or_in_memory(method: str, smollm2: pathlib.Path) -> None:
     """Bit for bit."""
-    model, windows = open_checkpoint(smollm2).model, np.random.default_rng(0).integers(0, 49152, (4, 64), np.int32)
+    model, windows = (
+        open_checkpoint(smollm2).model,
+        np.random.default_rng(0).integers(0, 49152, (4, 64), np.int32),
+    )
     assert isinstance(model.blocks, LazyBlocks)
     kept: list[dict[str, np.ndarray]] = []
 

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launch import cli, images, mlprank, mlprank_report
-from launch.images import Images, Part
-from launch.mlprank_report import DENSE, Row
+from launch import mlprank
+from launch.flags import cli
+from launch.mlp import images
+from launch.mlp import report as mlprank_report
+from launch.mlp.images import Images, Part
+from launch.mlp.report import DENSE, Row
 from models.errors import InputError
-from pruning.llmrank_core import SCORERS
+from pruning.structured.llmrank_core import SCORERS
 
 SMALL = ("--hidden=12,8", "--epochs=3", "--batch=20", "--seeds=3,4", "--ratios=0.25,0.5")
 SMALL += ("--learning_rate=0.01", "--calibration_samples=16")
@@ -28,7 +31,10 @@ def blobs(n: int, seed: int) -> Part:
     """Ten noisy classes of sixteen pixels, easy to tell apart."""
     centres, rng = np.random.default_rng(0).random((10, 16)), np.random.default_rng(seed)
     classes = rng.integers(0, 10, n)
-    return Part(jnp.asarray(centres[classes] + rng.normal(0, 0.1, (n, 16)), jnp.float32), jnp.asarray(classes, jnp.int32))
+    return Part(
+        jnp.asarray(centres[classes] + rng.normal(0, 0.1, (n, 16)), jnp.float32),
+        jnp.asarray(classes, jnp.int32),
+    )
 
 
 @pytest.fixture
@@ -74,15 +80,27 @@ def test_a_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def split(n: int) -> Any:
         pixels = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
-        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
-        return datasets.Dataset.from_dict({"image": list(pixels), "label": [i % 10 for i in range(n)]}, features=features), pixels
+        features = datasets.Features(
+            {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+        )
+        return datasets.Dataset.from_dict(
+            {"image": list(pixels), "label": [i % 10 for i in range(n)]}, features=features
+        ), pixels
 
     (train, pixels), (test, shown) = split(25), split(7)
-    monkeypatch.setattr(datasets, "load_dataset", lambda name: {"train": train, "test": test} if name == "ylecun/mnist" else None)
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda name: {"train": train, "test": test} if name == "ylecun/mnist" else None,
+    )
     monkeypatch.setattr(images, "VALID", 5)
     found = images.load("mnist")
-    np.testing.assert_array_equal(np.rint(np.asarray(found.train.x) * 255), pixels[:20].reshape(20, -1))
-    np.testing.assert_array_equal(np.rint(np.asarray(found.valid.x) * 255), pixels[20:].reshape(5, -1))
+    np.testing.assert_array_equal(
+        np.rint(np.asarray(found.train.x) * 255), pixels[:20].reshape(20, -1)
+    )
+    np.testing.assert_array_equal(
+        np.rint(np.asarray(found.valid.x) * 255), pixels[20:].reshape(5, -1)
+    )
     np.testing.assert_array_equal(np.rint(np.asarray(found.test.x) * 255), shown.reshape(7, -1))
     np.testing.assert_array_equal(found.valid.y, [0, 1, 2, 3, 4])
     assert found.test.y.tolist() == list(range(7))
@@ -106,16 +124,27 @@ def test_the_hub_out_of_reach(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_training_learns_the_digits() -> None:
     pytest.importorskip("sklearn")
-    s = settings("--hidden=32", "--epochs=15", "--seeds=0", "--scorers=wpr,random", "--ratios=0.1", "--learning_rate=0.003")
+    s = settings(
+        "--hidden=32",
+        "--epochs=15",
+        "--seeds=0",
+        "--scorers=wpr,random",
+        "--ratios=0.1",
+        "--learning_rate=0.003",
+    )
     dense, wpr, _ = mlprank.measure(s, images.load("digits"), seed=0)
     assert dense.scorer == DENSE and min(dense.valid, dense.test) > 0.9
     assert wpr.test > 0.8
-    assert dense.parameters == 65 * 32 + 33 * 10 and wpr.parameters == 65 * 29 + 30 * 10  # round(3.2) of 32 are gone
+    assert (
+        dense.parameters == 65 * 32 + 33 * 10 and wpr.parameters == 65 * 29 + 30 * 10
+    )  # round(3.2) of 32 are gone
 
 
 def test_pruned_networks_lose_accuracy_in_order(data: Images) -> None:
     s = settings(*SMALL, "--epochs=40", "--ratios=0,0.9", "--scorers=norm,random")
-    wrong = data.valid._replace(y=(data.valid.y + 1) % 10)  # so that the two parts cannot be taken for one another
+    wrong = data.valid._replace(
+        y=(data.valid.y + 1) % 10
+    )  # so that the two parts cannot be taken for one another
     dense, *pruned = mlprank.measure(s, data._replace(valid=wrong), seed=0)
     assert dense.test > 0.95 and dense.valid < 0.05
     for row in pruned:
@@ -126,7 +155,10 @@ def test_local_takes_the_same_share_of_every_layer_and_global_the_same_number(da
     def count(a: int, b: int) -> int:
         return 17 * a + (a + 1) * b + (b + 1) * 10
 
-    local, global_ = (mlprank.measure(settings(*SMALL, f"--scope={scope}"), data, 0)[1:] for scope in ("local", "global"))
+    local, global_ = (
+        mlprank.measure(settings(*SMALL, f"--scope={scope}"), data, 0)[1:]
+        for scope in ("local", "global")
+    )
     for row in local:
         assert row.parameters == (count(9, 6) if row.ratio == 0.25 else count(6, 4))
     for row in global_:
@@ -142,7 +174,9 @@ def test_masked_accuracy_is_counted_right(data: Images) -> None:
     for p, keep in zip(params[:-1], keeps, strict=True):
         h = np.maximum(h @ np.asarray(p.w).T + np.asarray(p.b), 0) * keep
     guess = np.argmax(h @ np.asarray(params[-1].w).T + np.asarray(params[-1].b), axis=-1)
-    assert float(mlprank.accuracy(params, keeps, data.test)) == pytest.approx(np.mean(guess == np.asarray(data.test.y)))
+    assert float(mlprank.accuracy(params, keeps, data.test)) == pytest.approx(
+        np.mean(guess == np.asarray(data.test.y))
+    )
 
 
 def test_the_seed_is_what_differs(data: Images) -> None:
@@ -160,28 +194,44 @@ def test_diverged_training_is_an_error(data: Images) -> None:
 # ---- the command
 
 
-def test_the_command_writes_its_files(data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_its_files(
+    data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(*SMALL, f"--output={tmp_path / 'a'}") == 0
     shown = capsys.readouterr().out
     assert all(name in shown for name in SCORERS) and "16-12-8-10" in shown
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
-    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["accuracy.csv", "accuracy.svg", "results.json"]
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == [
+        "accuracy.csv",
+        "accuracy.svg",
+        "results.json",
+    ]
 
     with (tmp_path / "a" / "accuracy.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * (1 + len(SCORERS) * 2)
-    assert {(r["scorer"], r["ratio"]) for r in rows} == {(DENSE, "0.0")} | {(n, q) for n in SCORERS for q in ("0.25", "0.5")}
+    assert {(r["scorer"], r["ratio"]) for r in rows} == {(DENSE, "0.0")} | {
+        (n, q) for n in SCORERS for q in ("0.25", "0.5")
+    }
     result = json.loads((tmp_path / "a" / "results.json").read_text())
-    assert result["settings"]["seeds"] == [3, 4] and result["protocol"]["images"] == {"train": 200, "valid": 60, "test": 60}
+    assert result["settings"]["seeds"] == [3, 4] and result["protocol"]["images"] == {
+        "train": 200,
+        "valid": 60,
+        "test": 60,
+    }
     for entry in result["pruned"]:
-        own = [r for r in rows if (r["scorer"], float(r["ratio"])) == (entry["scorer"], entry["ratio"])]
+        own = [
+            r for r in rows if (r["scorer"], float(r["ratio"])) == (entry["scorer"], entry["ratio"])
+        ]
         for part in ("valid", "test"):
             values = [float(r[part]) for r in own]
             assert entry[part]["mean"] == pytest.approx(np.mean(values))
             assert entry[part]["std"] == pytest.approx(abs(values[0] - values[1]) / np.sqrt(2))
     assert len(result["pruned"]) == len(SCORERS) * 2
     for name, parts in result["average"].items():
-        assert parts["test"]["mean"] == pytest.approx(np.mean([float(r["test"]) for r in rows if r["scorer"] == name]))
+        assert parts["test"]["mean"] == pytest.approx(
+            np.mean([float(r["test"]) for r in rows if r["scorer"] == name])
+        )
 
     text = " ".join(ET.parse(tmp_path / "a" / "accuracy.svg").getroot().itertext())
     assert all(name in text for name in (*SCORERS, "test accuracy", "hidden units removed"))
@@ -189,7 +239,10 @@ def test_the_command_writes_its_files(data: Images, tmp_path: Path, capsys: pyte
 
 def test_the_command_is_reproducible(data: Images, tmp_path: Path) -> None:
     for name in "ab":
-        assert command(*SMALL, "--scorers=mpr,wpr(gamma=0.5,theta=1)", f"--output={tmp_path / name}") == 0
+        assert (
+            command(*SMALL, "--scorers=mpr,wpr(gamma=0.5,theta=1)", f"--output={tmp_path / name}")
+            == 0
+        )
     for file in ("accuracy.csv", "accuracy.svg"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     a, b = (json.loads((tmp_path / name / "results.json").read_text()) for name in "ab")
@@ -224,29 +277,39 @@ def test_the_command_is_reproducible(data: Images, tmp_path: Path) -> None:
         ("--width=3", "--help"),
     ],
 )
-def test_bad_flags(flag: str, says: str, data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_flags(
+    flag: str, says: str, data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(*SMALL, f"--output={tmp_path / 'a'}", flag) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1 and says in error
     assert not list(tmp_path.iterdir())
 
 
-def test_an_output_is_needed_and_never_overwritten(data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_is_needed_and_never_overwritten(
+    data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert command(*SMALL) == 2
     assert "--output is missing" in capsys.readouterr().err
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "thesis.tex").touch()
     assert command(*SMALL, f"--output={tmp_path / 'a'}") == 2
-    assert "exists" in capsys.readouterr().err and [f.name for f in (tmp_path / "a").iterdir()] == ["thesis.tex"]
+    assert "exists" in capsys.readouterr().err and [f.name for f in (tmp_path / "a").iterdir()] == [
+        "thesis.tex"
+    ]
 
 
-def test_an_output_that_cannot_be_written(data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_that_cannot_be_written(
+    data: Images, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("")
     assert command(*SMALL, "--scorers=norm", f"--output={tmp_path / 'file' / 'a'}") == 2
     assert "cannot be written" in capsys.readouterr().err
 
 
-def test_nothing_is_left_of_a_run_that_fails(data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_of_a_run_that_fails(
+    data: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(*_: Any) -> str:
         raise RuntimeError("a defect")
 
@@ -264,8 +327,14 @@ def rows() -> Callable[[dict[str, list[float]]], list[Row]]:
     """From each scorer's test accuracy at one ratio, one value a seed."""
 
     def make(values: dict[str, list[float]]) -> list[Row]:
-        dense = [Row(DENSE, 0.0, seed, 1.0, 1.0, 10) for seed in range(len(next(iter(values.values()))))]
-        return dense + [Row(name, 0.3, seed, 0.5, v, 7) for name, tests in values.items() for seed, v in enumerate(tests)]
+        dense = [
+            Row(DENSE, 0.0, seed, 1.0, 1.0, 10) for seed in range(len(next(iter(values.values()))))
+        ]
+        return dense + [
+            Row(name, 0.3, seed, 0.5, v, 7)
+            for name, tests in values.items()
+            for seed, v in enumerate(tests)
+        ]
 
     return make
 
@@ -288,7 +357,9 @@ def test_the_table_marks_the_best_of_each_line(rows: Callable[..., list[Row]]) -
 def test_six_scorers_fit_eighty_columns(rows: Callable[..., list[Row]]) -> None:
     lines = printed(rows({name: [0.999, 0.5] for name in SCORERS}))
     assert max(map(len, lines)) <= 80
-    assert len([line for line in lines if "±" in line]) == 3  # the ratio, the average, the caption: no cell is broken
+    assert (
+        len([line for line in lines if "±" in line]) == 3
+    )  # the ratio, the average, the caption: no cell is broken
 
 
 def test_one_seed_has_no_spread() -> None:

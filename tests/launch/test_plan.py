@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from launch import plan
-from launch.cli import run
-from models import hf
+from launch.flags.cli import run
 from models.errors import InputError
+from models.families import hf
 from models.published import MODELS
 from models.sharding import make_mesh
 from reference import tiny
@@ -42,7 +42,12 @@ METHODS = (
 
 
 def values(directory: pathlib.Path, *flags: str) -> dict[str, Any]:
-    shape = ("--calibration_samples=12", "--calibration_length=16", "--calibration_batch=4", "--mesh=data=2,model=2")
+    shape = (
+        "--calibration_samples=12",
+        "--calibration_length=16",
+        "--calibration_batch=4",
+        "--mesh=data=2,model=2",
+    )
     return plan.options().parse([f"--model={directory}", "--sparsity=0.5", *shape, *flags])
 
 
@@ -55,7 +60,10 @@ def shapes_only(tmp_path: pathlib.Path) -> pathlib.Path:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_can_be_planned_without_weights(
-    method: str, shapes_only: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    method: str,
+    shapes_only: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(plan, "flops_per_second", lambda dtype: 1e9)
     result = plan.plan(values(shapes_only, f"--method={method}"))
@@ -64,8 +72,14 @@ def test_every_method_can_be_planned_without_weights(
     blocks, steps = tiny.LLAMA["num_hidden_layers"], 3
     assert programs["embedding"]["calls"] % steps == 0
     if method.startswith(("wanda_sp", "sparsegpt", "wanda")) and "global" not in method:
-        assert programs["statistics"]["calls"] == steps * blocks and programs["pruned block"]["calls"] == steps * (blocks - 1)
-    assert result["fits"] and result["memory"]["activations"] == "device" and result["devices"]["mesh"] == {"data": 2, "model": 2}
+        assert programs["statistics"]["calls"] == steps * blocks and programs["pruned block"][
+            "calls"
+        ] == steps * (blocks - 1)
+    assert (
+        result["fits"]
+        and result["memory"]["activations"] == "device"
+        and result["devices"]["mesh"] == {"data": 2, "model": 2}
+    )
     assert all(p["memory"] > 0 and not p["failed"] for p in programs.values())
     assert result["total"]["seconds_at_peak"] == pytest.approx(result["total"]["flops"] / 4e9)
     plan.show(result, Console())
@@ -78,12 +92,25 @@ def test_the_work_of_a_block_is_its_matrices_and_its_attention(
     monkeypatch.setattr(plan, "flops_per_second", lambda dtype: 1.0)
     result = plan.plan(values(shapes_only, "--method=wanda"))
     (block,) = (p for p in result["programs"] if p["what"] == "pruned block")
-    width, ffn, tokens, length = tiny.LLAMA["hidden_size"], tiny.LLAMA["intermediate_size"], 4 * 16, 16
-    assert block["flops"] == 2 * tokens * (4 * width**2 + 3 * width * ffn) + 2 * 2 * tokens * length * width
+    width, ffn, tokens, length = (
+        tiny.LLAMA["hidden_size"],
+        tiny.LLAMA["intermediate_size"],
+        4 * 16,
+        16,
+    )
+    assert (
+        block["flops"]
+        == 2 * tokens * (4 * width**2 + 3 * width * ffn) + 2 * 2 * tokens * length * width
+    )
     assert block["collectives"], "a linear whose rows lie on two devices is not gathered"
     _, ends, blocks = hf.specs(tiny.LLAMA)
-    parameters = sum(math.prod(s.shape) for s in jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec))
-    assert result["parameters"] == parameters and result["memory"]["disk"]["output, at most"] == 4 * parameters
+    parameters = sum(
+        math.prod(s.shape) for s in jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec)
+    )
+    assert (
+        result["parameters"] == parameters
+        and result["memory"]["disk"]["output, at most"] == 4 * parameters
+    )
 
 
 def test_loops_are_counted() -> None:
@@ -100,7 +127,11 @@ def test_what_a_program_gives_is_placed_as_the_compiler_says() -> None:
     compiler = plan.Compiler(mesh)
     rows = NamedSharding(mesh, PartitionSpec("data"))
     out = compiler(
-        "twice", lambda x, y: x * 2 + y, jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=rows), np.float32(1), calls=3
+        "twice",
+        lambda x, y: x * 2 + y,
+        jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=rows),
+        np.float32(1),
+        calls=3,
     )
     assert out.shape == (8, 2) and out.sharding.is_equivalent_to(rows, 2)
     (program,) = compiler.programs
@@ -112,7 +143,10 @@ def test_a_token_file_has_its_own_shape(shapes_only: pathlib.Path) -> None:
     flags = values(shapes_only, f"--calibration={shapes_only / 'tokens.npy'}")
     assert plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA) == (5, 7)
     flags = values(shapes_only, "--calibration_length=0")
-    assert plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA) == (12, tiny.LLAMA["max_position_embeddings"])
+    assert plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA) == (
+        12,
+        tiny.LLAMA["max_position_embeddings"],
+    )
 
 
 def test_published_models_are_known_by_name() -> None:
@@ -125,7 +159,13 @@ def test_tpus_that_are_not_there(tmp_path: pathlib.Path) -> None:
     """The real programs of LLaMA-2-7B for the sixteen chips of a v5e-16, by libtpu's compiler in a process of its own."""
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu: pip install 'jax[tpu]'")
-    method = ["--model=llama-2-7b", "--method=wanda", "--sparsity=0.5", "--calibration_length=2048", "--dtype=bfloat16"]
+    method = [
+        "--model=llama-2-7b",
+        "--method=wanda",
+        "--sparsity=0.5",
+        "--calibration_length=2048",
+        "--dtype=bfloat16",
+    ]
     done = subprocess.run(
         [
             sys.executable,
@@ -142,12 +182,20 @@ def test_tpus_that_are_not_there(tmp_path: pathlib.Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["devices"] == {"kind": "TPU v5 lite", "topology": "v5e:4x4", "mesh": {"data": 4, "model": 4}}
+    assert found["devices"] == {
+        "kind": "TPU v5 lite",
+        "topology": "v5e:4x4",
+        "mesh": {"data": 4, "model": 4},
+    }
     assert found["parameters"] == MODELS["LLaMA-2-7B"].parameters
     assert found["fits"] and found["memory"]["device"]["there is"] == 16 << 30
-    assert found["total"]["device_bytes"] < 2 * found["parameters"] / 4  # neither the model nor a chip's quarter of it is held
+    assert (
+        found["total"]["device_bytes"] < 2 * found["parameters"] / 4
+    )  # neither the model nor a chip's quarter of it is held
     programs = {p["what"]: p for p in found["programs"]}
-    assert programs["pruned block"]["calls"] == 31 * 16 and all(p["memory"] > 0 for p in programs.values())
+    assert programs["pruned block"]["calls"] == 31 * 16 and all(
+        p["memory"] > 0 for p in programs.values()
+    )
     assert programs["statistics"]["collectives"]["all-gather"] > 0
 
 

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.stories import stream
-from launch import cli, pretrain
+from calibration.stories.generator import stream
+from launch import pretrain
+from launch.flags import cli
 from launch.pretrain import Settings
-from models import hf, store
 from models.arch import logits
+from models.checkpoint import reader as store
 from models.errors import InputError
+from models.families import hf
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = Settings(
@@ -41,7 +43,9 @@ SETTINGS = {"llama": TINY, "opt": dataclasses.replace(TINY, family="opt", kv_hea
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
-def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Settings, pathlib.Path, float]:
+def run(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Settings, pathlib.Path, float]:
     settings = SETTINGS[request.param]
     output = tmp_path_factory.mktemp(request.param) / "model"
     return settings, output, pretrain.pretrain(settings, output)
@@ -58,18 +62,28 @@ def test_it_learns(run: tuple[Settings, pathlib.Path, float]) -> None:
 
 def test_output_is_complete_and_alone(run: tuple[Settings, pathlib.Path, float]) -> None:
     _, output, _ = run
-    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert set(read(output)) == names
     assert [path.name for path in output.parent.iterdir()] == ["model"]
 
 
-def test_same_settings_give_the_same_bytes(run: tuple[Settings, pathlib.Path, float], tmp_path: pathlib.Path) -> None:
+def test_same_settings_give_the_same_bytes(
+    run: tuple[Settings, pathlib.Path, float], tmp_path: pathlib.Path
+) -> None:
     settings, output, perplexity = run
     assert pretrain.pretrain(settings, tmp_path / "again") == perplexity
     assert read(tmp_path / "again") == read(output)
 
 
-def test_stored_perplexity_is_that_of_the_checkpoint(run: tuple[Settings, pathlib.Path, float]) -> None:
+def test_stored_perplexity_is_that_of_the_checkpoint(
+    run: tuple[Settings, pathlib.Path, float],
+) -> None:
     """The closing figure is of the float16 parameters that were written, not of those in memory."""
     settings, output, perplexity = run
     model = store.in_memory(store.open_checkpoint(output).model)
@@ -84,7 +98,9 @@ def test_transformers_reads_the_same_model(run: tuple[Settings, pathlib.Path, fl
     theirs = transformers.AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32).eval()
     assert theirs.generation_config.eos_token_id == 1
     tokens = np.random.default_rng(0).integers(0, settings.vocabulary, (2, settings.length))
-    ours = logits(store.in_memory(store.open_checkpoint(output).model), jnp.asarray(tokens, jnp.int32))
+    ours = logits(
+        store.in_memory(store.open_checkpoint(output).model), jnp.asarray(tokens, jnp.int32)
+    )
     with torch.no_grad():
         np.testing.assert_allclose(ours, theirs(torch.from_numpy(tokens)).logits.numpy(), atol=1e-4)
 
@@ -92,8 +108,14 @@ def test_transformers_reads_the_same_model(run: tuple[Settings, pathlib.Path, fl
 def test_transformers_reads_the_tokenizer(run: tuple[Settings, pathlib.Path, float]) -> None:
     transformers = pytest.importorskip("transformers")
     settings, output, _ = run
-    config, tokenizer = transformers.AutoConfig.from_pretrained(output), transformers.AutoTokenizer.from_pretrained(output)
-    assert config.model_type == settings.family and config.vocab_size == len(tokenizer) == settings.vocabulary
+    config, tokenizer = (
+        transformers.AutoConfig.from_pretrained(output),
+        transformers.AutoTokenizer.from_pretrained(output),
+    )
+    assert (
+        config.model_type == settings.family
+        and config.vocab_size == len(tokenizer) == settings.vocabulary
+    )
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 1, 0)
     text = 'Mia said: "Déjà vu!"\n\t3 ✂ 漢字  end '
     ids = tokenizer(text)["input_ids"]
@@ -103,7 +125,12 @@ def test_transformers_reads_the_tokenizer(run: tuple[Settings, pathlib.Path, flo
 
 def test_batches_are_the_stream_without_a_gap() -> None:
     tokenizer = pretrain.train_tokenizer(300, seed=0)
-    got = np.concatenate([batch.ravel() for batch in itertools.islice(pretrain.batches(tokenizer, "train", 2, (3, 64)), 300)])
+    got = np.concatenate(
+        [
+            batch.ravel()
+            for batch in itertools.islice(pretrain.batches(tokenizer, "train", 2, (3, 64)), 300)
+        ]
+    )
     expected: list[int] = []
     for story in stream("train", 2):
         if len(expected) > got.size:
@@ -126,9 +153,13 @@ def test_loss_is_the_mean_cross_entropy() -> None:
 
 def test_only_matrices_decay() -> None:
     """Without a gradient, an AdamW step at the peak rate shrinks matrices by rate x decay and leaves the rest alone."""
-    optimizer = pretrain.make_optimizer(dataclasses.replace(TINY, warmup=0, learning_rate=0.25, weight_decay=0.5))
+    optimizer = pretrain.make_optimizer(
+        dataclasses.replace(TINY, warmup=0, learning_rate=0.25, weight_decay=0.5)
+    )
     params = {"matrix": jnp.full((2, 3), 8.0), "norm": jnp.full((3,), 8.0)}
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates, _ = optimizer.update(
+        jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params
+    )
     np.testing.assert_allclose(updates["matrix"], -1.0, rtol=1e-6)
     np.testing.assert_array_equal(updates["norm"], 0.0)
 
@@ -148,16 +179,24 @@ def test_rate_rises_then_falls_to_a_tenth() -> None:
 
 def test_clipping_bounds_the_gradient() -> None:
     """After one gradient far beyond the bound, a small one still counts: unclipped, the second moment would dwarf it."""
-    optimizer, param = pretrain.make_optimizer(dataclasses.replace(TINY, warmup=0, weight_decay=0.0)), jnp.ones((1,))
+    optimizer, param = (
+        pretrain.make_optimizer(dataclasses.replace(TINY, warmup=0, weight_decay=0.0)),
+        jnp.ones((1,)),
+    )
     state = optimizer.init(param)
     for gradient in (1e6, 0.5):
         update, state = optimizer.update(jnp.full((1,), gradient), state, param)
-    m, v = 0.1 * 0.9 + 0.1 * 0.5, 0.01 * 0.99 + 0.01 * 0.25  # Adam's moments of the gradients 1 and 0.5
+    m, v = (
+        0.1 * 0.9 + 0.1 * 0.5,
+        0.01 * 0.99 + 0.01 * 0.25,
+    )  # Adam's moments of the gradients 1 and 0.5
     expected = -TINY.learning_rate * (m / (1 - 0.9**2)) / (v / (1 - 0.99**2)) ** 0.5
     np.testing.assert_allclose(update, expected, rtol=0.01)
 
 
-def test_a_run_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_leaves_nothing(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(directory: pathlib.Path, *_: object) -> None:
         (directory / "model.safetensors").write_bytes(b"half of it")
         raise OSError("disk full")
@@ -168,7 +207,9 @@ def test_a_run_that_fails_leaves_nothing(tmp_path: pathlib.Path, monkeypatch: py
     assert not list(tmp_path.iterdir())
 
 
-def test_another_directory_is_refused_before_any_work(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_directory_is_refused_before_any_work(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pretrain, "train_tokenizer", lambda *_: pytest.fail("work began"))
     (tmp_path / "note").write_text("mine")
     with pytest.raises(InputError, match="is not an earlier result"):
@@ -186,7 +227,9 @@ def test_another_directory_is_refused_before_any_work(tmp_path: pathlib.Path, mo
         ({"kv_heads": 3}, "not a multiple"),
     ],
 )
-def test_settings_that_disagree_are_refused(change: dict[str, object], message: str, tmp_path: pathlib.Path) -> None:
+def test_settings_that_disagree_are_refused(
+    change: dict[str, object], message: str, tmp_path: pathlib.Path
+) -> None:
     with pytest.raises(InputError, match=message):
         pretrain.pretrain(dataclasses.replace(TINY, **change), tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -195,19 +238,27 @@ def test_settings_that_disagree_are_refused(change: dict[str, object], message: 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_the_flag_file_makes_the_embedded_model(family: str) -> None:
     """The file's settings give the configuration that ships, with 1 to 2 million parameters."""
-    values = pretrain.options().parse([f"--flagfile={ROOT / 'configs' / f'pretrain-{family}.flags'}"])
+    values = pretrain.options().parse(
+        [f"--flagfile={ROOT / 'configs' / f'pretrain-{family}.flags'}"]
+    )
     settings = cli.frozen(Settings, values)
     config = pretrain.model_config(settings, settings.vocabulary)
-    shipped = json.loads((ROOT / "models" / "embedded" / f"tiny-{family}" / "config.json").read_text())
+    shipped = json.loads(
+        (ROOT / "models" / "embedded" / f"tiny-{family}" / "config.json").read_text()
+    )
     assert {name: shipped.get(name) for name in config} == config
     _, ends, blocks = hf.specs(config)
     sizes = [np.prod(spec.shape) for spec in jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec)]
     assert 1e6 < sum(sizes) < 1.8e6
 
 
-def test_main_trains_what_the_flags_say(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_main_trains_what_the_flags_say(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[Settings, pathlib.Path]] = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda settings, output: seen.append((settings, output)))
+    monkeypatch.setattr(
+        pretrain, "pretrain", lambda settings, output: seen.append((settings, output))
+    )
     flagfile = tmp_path / "run.flags"
     flagfile.write_text("# a comment\n--family=opt\n--steps=7\n--learning_rate=0.5\n")
     arguments = [f"--flagfile={flagfile}", "--steps=9", f"--output={tmp_path / 'model'}"]
@@ -219,11 +270,16 @@ def test_main_trains_what_the_flags_say(tmp_path: pathlib.Path, monkeypatch: pyt
 
 def test_main_needs_an_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(pretrain.options(), pretrain.main, []) == 2
-    assert capsys.readouterr().err == "error: --output is missing: name the directory to write the model to\n"
+    assert (
+        capsys.readouterr().err
+        == "error: --output is missing: name the directory to write the model to\n"
+    )
 
 
 def test_one_compilation_serves_every_step() -> None:
-    arch, *params = pretrain.init.init_model(pretrain.model_config(TINY, 400), jax.random.key(TINY.seed))
+    arch, *params = pretrain.init.init_model(
+        pretrain.model_config(TINY, 400), jax.random.key(TINY.seed)
+    )
     params, optimizer = tuple(params), pretrain.make_optimizer(TINY)
     state, step = optimizer.init(params), pretrain.make_step(arch, optimizer)
     for seed in range(3):
@@ -234,6 +290,8 @@ def test_one_compilation_serves_every_step() -> None:
 
 def test_the_seed_decides_the_parameters_and_the_stories() -> None:
     tokenizer = pretrain.train_tokenizer(300, seed=0)
-    first, again, other = (next(pretrain.batches(tokenizer, "train", seed, (2, 32))) for seed in (0, 0, 1))
+    first, again, other = (
+        next(pretrain.batches(tokenizer, "train", seed, (2, 32))) for seed in (0, 0, 1)
+    )
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)

@@ -10,18 +10,34 @@ import numpy as np
 import pytest
 
 from launch import evaluate, prune
-from launch.cli import run
-from models import pytrees
+from launch.flags.cli import run
+from models.checkpoint import orbax as pytrees
+from models.checkpoint.reader import in_memory, open_checkpoint
+from models.checkpoint.writer import save
 from models.init import init_model
-from models.store import in_memory, open_checkpoint
-from models.writer import save
 from reference.tiny import assert_equal
 
 BASE = dict(
-    vocab_size=96, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=32, initializer_range=0.2
+    vocab_size=96,
+    hidden_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    initializer_range=0.2,
 )
-LLAMA = BASE | dict(model_type="llama", intermediate_size=64, num_key_value_heads=2, architectures=["LlamaForCausalLM"])
-OPT = BASE | dict(model_type="opt", ffn_dim=64, word_embed_proj_dim=32, architectures=["OPTForCausalLM"], init_std=0.2)
+LLAMA = BASE | dict(
+    model_type="llama",
+    intermediate_size=64,
+    num_key_value_heads=2,
+    architectures=["LlamaForCausalLM"],
+)
+OPT = BASE | dict(
+    model_type="opt",
+    ffn_dim=64,
+    word_embed_proj_dim=32,
+    architectures=["OPTForCausalLM"],
+    init_std=0.2,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +54,14 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def args(inputs: Path, model: str, output: Path, *more: str) -> list[str]:
     data = [f"--calibration={inputs / 'calib.npy'}", f"--eval_data={inputs / 'eval.npy'}"]
-    return [f"--model={inputs / model}", *data, f"--output={output}", "--calibration_batch=4", "--mesh=data=1", *more]
+    return [
+        f"--model={inputs / model}",
+        *data,
+        f"--output={output}",
+        "--calibration_batch=4",
+        "--mesh=data=1",
+        *more,
+    ]
 
 
 def call(argv: list[str]) -> int:
@@ -58,12 +81,16 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("model", "method", "sparsity", "more"), CASES, ids=[f"{m}-{c}" for m, c, *_ in CASES])
+@pytest.mark.parametrize(
+    ("model", "method", "sparsity", "more"), CASES, ids=[f"{m}-{c}" for m, c, *_ in CASES]
+)
 def test_a_run_writes_all_of_the_contract(
     inputs: Path, tmp_path: Path, model: str, method: str, sparsity: float, more: list[str]
 ) -> None:
     out = tmp_path / "out"
-    assert call(args(inputs, model, out, f"--method={method}", f"--sparsity={sparsity}", *more)) == 0
+    assert (
+        call(args(inputs, model, out, f"--method={method}", f"--sparsity={sparsity}", *more)) == 0
+    )
     names = {f.name for f in out.iterdir()}
     assert {
         "config.json",
@@ -75,7 +102,18 @@ def test_a_run_writes_all_of_the_contract(
     } <= names
     assert [f.name for f in tmp_path.iterdir()] == ["out"], "nothing is left beside the output"
     r = report_of(out)
-    for key in ("model", "method", "settings", "protocol", "sparsity", "parameters", "perplexity", "tasks", "seconds", "details"):
+    for key in (
+        "model",
+        "method",
+        "settings",
+        "protocol",
+        "sparsity",
+        "parameters",
+        "perplexity",
+        "tasks",
+        "seconds",
+        "details",
+    ):
         assert key in r
     assert set(r["seconds"]) == {"load", "calibrate_and_prune", "eval", "export"}
     assert set(r["peak_memory_bytes"]) == {"host", "device"}
@@ -103,7 +141,9 @@ def test_the_output_is_what_the_report_says(inputs: Path, tmp_path: Path) -> Non
     dense = open_checkpoint(inputs / "llama").model.blocks[1]
     np.testing.assert_array_equal(c.model.blocks[1].up.w, np.delete(dense.up.w, gone, axis=0))
     np.testing.assert_array_equal(c.model.blocks[1].down.w, np.delete(dense.down.w, gone, axis=1))
-    record = json.loads((out / "pruning.json").read_text())["linears"]["model.layers.1.mlp.down_proj"]
+    record = json.loads((out / "pruning.json").read_text())["linears"][
+        "model.layers.1.mlp.down_proj"
+    ]
     assert record == {"rows": [], "columns": gone.tolist(), "cut": True}
     json_file = tmp_path / "e.json"
     argv = [f"--model={out}", f"--eval_data={inputs / 'eval.npy'}", f"--json={json_file}"]
@@ -111,7 +151,9 @@ def test_the_output_is_what_the_report_says(inputs: Path, tmp_path: Path) -> Non
     again = json.loads(json_file.read_text())
     assert {"perplexity", "tasks", "protocol", "seconds"} <= set(again)
     key = str(inputs / "eval.npy")
-    assert again["perplexity"][key]["dense"] == pytest.approx(r["perplexity"][key]["pruned"], rel=1e-6)
+    assert again["perplexity"][key]["dense"] == pytest.approx(
+        r["perplexity"][key]["pruned"], rel=1e-6
+    )
 
 
 def test_wanda_report_counts_zeros_by_linear(inputs: Path, tmp_path: Path) -> None:
@@ -121,13 +163,27 @@ def test_wanda_report_counts_zeros_by_linear(inputs: Path, tmp_path: Path) -> No
     w = np.asarray(model.blocks[2].fc1.w)
     assert r["sparsity"]["per_linear"]["model.decoder.layers.2.fc1"] == np.mean(w == 0) == 0.5
     record = json.loads((out / "pruning.json").read_text())
-    assert record["kind"] == "weights" and record["linears"]["model.decoder.layers.2.fc1"] == {"zeros": w.size // 2}
+    assert record["kind"] == "weights" and record["linears"]["model.decoder.layers.2.fc1"] == {
+        "zeros": w.size // 2
+    }
     assert r["parameters"]["pruned"] == r["parameters"]["dense"]
 
 
 def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out put"
-    assert call(args(inputs, "llama", out, '--method=llmrank(scorer="random")', "--sparsity=0.5", "--seed=3")) == 0
+    assert (
+        call(
+            args(
+                inputs,
+                "llama",
+                out,
+                '--method=llmrank(scorer="random")',
+                "--sparsity=0.5",
+                "--seed=3",
+            )
+        )
+        == 0
+    )
     first, weights = report_of(out), (out / "model.safetensors").read_bytes()
     words = shlex.split(first["command"])
     assert words[:3] == ["python", "-m", "launch.prune"]
@@ -137,11 +193,18 @@ def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", ["auto", "padded"])
-def test_blocks_of_different_widths(layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_of_different_widths(
+    layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What they load as is said before the work and in the report; padding is not counted as the model's."""
     out = tmp_path / "out"
     more = (f"--layout={layout}", "--output_format=orbax")
-    assert call(args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4", *more)) == 0
+    assert (
+        call(
+            args(inputs, "llama", out, '--method=llmrank(scope="global")', "--sparsity=0.4", *more)
+        )
+        == 0
+    )
     assert_equal(in_memory(pytrees.load(out)), in_memory(open_checkpoint(out).model))
     r, said = report_of(out), capsys.readouterr().err.splitlines()[0]
     kept = [64 - len(r["details"]["removed"][f"model.layers.{i}.mlp.up_proj"]) for i in range(3)]
@@ -158,7 +221,10 @@ def test_blocks_of_different_widths(layout: str, inputs: Path, tmp_path: Path, c
 
 def test_bfloat16_output(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    assert call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5", "--dtype=bfloat16")) == 0
+    assert (
+        call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5", "--dtype=bfloat16"))
+        == 0
+    )
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     c = open_checkpoint(out, jax.numpy.bfloat16)
     assert c.stored_bytes < 2.1 * c.parameters + 20_000
@@ -167,9 +233,23 @@ def test_bfloat16_output(inputs: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("allocation", ["owl(m=2, lam=0.1)", "alpha", "neuroal(samples=4)"])
 def test_an_allocation_is_exact_and_reported(inputs: Path, tmp_path: Path, allocation: str) -> None:
     out = tmp_path / "out"
-    assert call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.6", f"--allocation={allocation}")) == 0
+    assert (
+        call(
+            args(
+                inputs,
+                "llama",
+                out,
+                "--method=wanda",
+                "--sparsity=0.6",
+                f"--allocation={allocation}",
+            )
+        )
+        == 0
+    )
     r = report_of(out)
-    unit = 64 / (3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64))  # one input less of the widest linear
+    unit = 64 / (
+        3 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
+    )  # one input less of the widest linear
     assert r["sparsity"]["prunable"] == pytest.approx(0.6, abs=unit)
     assert len(r["details"]["block_sparsity"]) == 3
     if allocation.startswith("neuroal"):
@@ -180,10 +260,18 @@ def test_an_allocation_is_exact_and_reported(inputs: Path, tmp_path: Path, alloc
 def test_a_refinement_is_another_mask_of_the_same_sparsity(inputs: Path, tmp_path: Path) -> None:
     plain, refined = tmp_path / "plain", tmp_path / "refined"
     assert call(args(inputs, "opt", plain, "--method=wanda", "--sparsity=0.5")) == 0
-    assert call(args(inputs, "opt", refined, "--method=wanda", "--sparsity=0.5", "--refine=dsnot")) == 0
+    assert (
+        call(args(inputs, "opt", refined, "--method=wanda", "--sparsity=0.5", "--refine=dsnot"))
+        == 0
+    )
     assert report_of(plain)["sparsity"] == report_of(refined)["sparsity"]
-    assert report_of(refined)["settings"]["refine"] == "dsnot" and "--refine=dsnot" in report_of(refined)["command"]
-    assert (plain / "model.safetensors").read_bytes() != (refined / "model.safetensors").read_bytes()
+    assert (
+        report_of(refined)["settings"]["refine"] == "dsnot"
+        and "--refine=dsnot" in report_of(refined)["command"]
+    )
+    assert (plain / "model.safetensors").read_bytes() != (
+        refined / "model.safetensors"
+    ).read_bytes()
 
 
 BAD = {
@@ -193,16 +281,34 @@ BAD = {
     "sparsity 1": (["--method=wanda", "--sparsity=1"], "less than 1"),
     "negative": (["--method=wanda", "--sparsity=-0.1"], "at least 0"),
     "nan": (["--method=wanda", "--sparsity=nan"], "less than 1"),
-    "unknown method": (["--method=zebra", "--sparsity=0.5"], "there are flap, llmrank, magnitude, "),
+    "unknown method": (
+        ["--method=zebra", "--sparsity=0.5"],
+        "there are flap, llmrank, magnitude, ",
+    ),
     "unknown parameter": (["--method=wanda(zebra=1)", "--sparsity=0.5"], "no parameter"),
     "unknown allocation": (["--method=wanda", "--sparsity=0.5", "--allocation=zebra"], "uniform"),
-    "allocation with a pattern": (["--method=wanda", "--pattern=2:4", "--allocation=owl"], "leave one of them out"),
-    "allocation of a unit method": (["--method=llmrank", "--sparsity=0.5", "--allocation=owl"], "weight methods"),
+    "allocation with a pattern": (
+        ["--method=wanda", "--pattern=2:4", "--allocation=owl"],
+        "leave one of them out",
+    ),
+    "allocation of a unit method": (
+        ["--method=llmrank", "--sparsity=0.5", "--allocation=owl"],
+        "weight methods",
+    ),
     "unknown refinement": (["--method=wanda", "--sparsity=0.5", "--refine=zebra"], "dsnot"),
-    "refinement with a pattern": (["--method=wanda", "--pattern=2:4", "--refine=dsnot"], "does not allow"),
-    "refinement of a unit method": (["--method=llmrank", "--sparsity=0.5", "--refine=dsnot"], "leave it out"),
+    "refinement with a pattern": (
+        ["--method=wanda", "--pattern=2:4", "--refine=dsnot"],
+        "does not allow",
+    ),
+    "refinement of a unit method": (
+        ["--method=llmrank", "--sparsity=0.5", "--refine=dsnot"],
+        "leave it out",
+    ),
     "bad pattern": (["--method=wanda", "--pattern=9:4"], "--pattern"),
-    "pattern against sparsity": (["--method=wanda", "--pattern=2:4", "--sparsity=0.7"], "leave --sparsity out"),
+    "pattern against sparsity": (
+        ["--method=wanda", "--pattern=2:4", "--sparsity=0.7"],
+        "leave --sparsity out",
+    ),
     "pattern of a unit method": (["--method=llmrank", "--pattern=2:4"], "weight methods"),
     "pattern that does not divide": (["--method=wanda", "--pattern=3:5"], "multiple of 5"),
     "gamma out of range": (["--method=llmrank(gamma=2.0)", "--sparsity=0.5"], "between 0 and 1"),
@@ -212,13 +318,21 @@ BAD = {
     "too many blocks": (["--method=sleb(blocks=3)"], "ask for 1 or fewer"),
 }
 BAD_LATE = {  # what only the search finds
-    "rows of one threshold": (["--method=magnitude", "--sparsity=0.5", '--allocation=neuroal(step="row")'], 'step="block"'),
+    "rows of one threshold": (
+        ["--method=magnitude", "--sparsity=0.5", '--allocation=neuroal(step="row")'],
+        'step="block"',
+    ),
 }
 
 
 @pytest.mark.parametrize(("more", "said"), BAD.values(), ids=BAD)
 def test_bad_input_is_found_before_any_work(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    said: str,
 ) -> None:
     def work(*args: Any) -> None:
         raise AssertionError("the dense model was evaluated")
@@ -237,10 +351,22 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_windows_longer_than_learned_positions(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_windows_longer_than_learned_positions(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     np.save(inputs / "long.npy", np.zeros((2, 33), np.int32))
     assert (
-        call(args(inputs, "opt", tmp_path / "out", "--method=wanda", "--sparsity=0.5", f"--eval_data={inputs / 'long.npy'}")) == 2
+        call(
+            args(
+                inputs,
+                "opt",
+                tmp_path / "out",
+                "--method=wanda",
+                "--sparsity=0.5",
+                f"--eval_data={inputs / 'long.npy'}",
+            )
+        )
+        == 2
     )
     assert "32 positions" in capsys.readouterr().err
 
@@ -254,7 +380,9 @@ def test_a_directory_that_is_not_ours_is_not_overwritten(
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_a_failure_on_the_way_leaves_the_earlier_result(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_on_the_way_leaves_the_earlier_result(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     argv = args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5")
     assert call(argv) == 0
@@ -264,11 +392,14 @@ def test_a_failure_on_the_way_leaves_the_earlier_result(inputs: Path, tmp_path: 
         raise RuntimeError("the power went")
 
     with monkeypatch.context() as m:
-        m.setattr("launch.report.write_html", fail)
+        m.setattr("launch.report.html.write_html", fail)
         with pytest.raises(RuntimeError):
             call(argv)
     assert (out / "pruning_report.json").read_bytes() == before
-    assert sorted(f.name for f in tmp_path.iterdir()) == [".out.partial", "out"]  # what was finished waits for another attempt
+    assert sorted(f.name for f in tmp_path.iterdir()) == [
+        ".out.partial",
+        "out",
+    ]  # what was finished waits for another attempt
     assert call(argv) == 0
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
@@ -276,7 +407,7 @@ def test_a_failure_on_the_way_leaves_the_earlier_result(inputs: Path, tmp_path: 
 def test_a_checkpoint_that_reads_back_differently_is_refused(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from launch import export
+    from launch.run import export
 
     monkeypatch.setattr(export.Echo, "difference", lambda self, loaded: 0.1)
     with pytest.raises(RuntimeError, match="other logits"):
@@ -290,7 +421,9 @@ def test_every_flag_file_parses_and_builds() -> None:
     assert root / "configs" / "llmrank.flags" in files
     for file in files:
         text = file.read_text()
-        assert text.startswith("#") and "python -m launch." in text, f"{file} must open with its command"
+        assert text.startswith("#") and "python -m launch." in text, (
+            f"{file} must open with its command"
+        )
         if "launch.prune" in text:
             values = prune.options().parse([f"--flagfile={file}"])
             prune.request_of(prune.frozen(prune.RunConfig, values))
@@ -300,5 +433,9 @@ def test_a_number_of_blocks_needs_no_sparsity(inputs: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     assert call(args(inputs, "llama", out, "--method=sleb(blocks=1)")) == 0
     r = report_of(out)
-    assert len(r["details"]["removal_order"]) == 1 and r["sparsity"]["target"] == pytest.approx(1 / 3)
-    assert r["sparsity"]["prunable"] == pytest.approx(1 / 3) and not any("asked for" in w for w in r["warnings"])
+    assert len(r["details"]["removal_order"]) == 1 and r["sparsity"]["target"] == pytest.approx(
+        1 / 3
+    )
+    assert r["sparsity"]["prunable"] == pytest.approx(1 / 3) and not any(
+        "asked for" in w for w in r["warnings"]
+    )

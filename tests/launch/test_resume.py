@@ -17,21 +17,33 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from launch import code, prune
-from launch.cli import run
-from models import writer
+from launch import prune
+from launch.flags.cli import run
+from launch.run import code
+from models.checkpoint import writer
+from models.checkpoint.writer import save
 from models.init import init_model
-from models.writer import save
 from pruning.methods import METHODS
 
-BASE = dict(vocab_size=64, hidden_size=16, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=24)
-LLAMA = BASE | dict(model_type="llama", intermediate_size=24, num_key_value_heads=2, initializer_range=0.3)
+BASE = dict(
+    vocab_size=64,
+    hidden_size=16,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    max_position_embeddings=24,
+)
+LLAMA = BASE | dict(
+    model_type="llama", intermediate_size=24, num_key_value_heads=2, initializer_range=0.3
+)
 OPT = BASE | dict(model_type="opt", ffn_dim=24, word_embed_proj_dim=16, init_std=0.3)
 RUNS = {
     "wanda": ("llama", ["--method=wanda", "--sparsity=0.5"]),
     "magnitude": ("opt", ["--method=magnitude", "--sparsity=0.5"]),
     "sparsegpt with dsnot": ("llama", ["--method=sparsegpt", "--sparsity=0.5", "--refine=dsnot"]),
-    "sparsegpt with neuroal": ("llama", ["--method=sparsegpt", "--sparsity=0.5", "--allocation=neuroal(samples=2)"]),
+    "sparsegpt with neuroal": (
+        "llama",
+        ["--method=sparsegpt", "--sparsity=0.5", "--allocation=neuroal(samples=2)"],
+    ),
     "wanda with neuroal official": (
         "opt",
         ["--method=wanda", "--sparsity=0.5", '--allocation=neuroal(samples=2, variant="official")'],
@@ -43,7 +55,10 @@ RUNS = {
     "rows": ("opt", ['--method=llmrank(units="rows")', "--sparsity=0.5"]),
     "flap": ("opt", ["--method=flap", "--sparsity=0.3"]),
     "flap official": ("llama", ['--method=flap(variant="official")', "--sparsity=0.5"]),
-    "wanda_sp": ("llama", ['--method=wanda_sp(scope="global", repair="bias")', "--sparsity=0.4", "--layout=padded"]),
+    "wanda_sp": (
+        "llama",
+        ['--method=wanda_sp(scope="global", repair="bias")', "--sparsity=0.4", "--layout=padded"],
+    ),
     "sleb": ("llama", ["--method=sleb(blocks=2)"]),
 }
 
@@ -97,7 +112,11 @@ def argv(inputs: pathlib.Path, output: pathlib.Path, model: str, args: list[str]
 
 
 def weights(output: pathlib.Path) -> dict[str, np.ndarray]:
-    return {name: x for file in sorted(output.glob("*.safetensors")) for name, x in load_file(file).items()}
+    return {
+        name: x
+        for file in sorted(output.glob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
 
 
 def call(args: list[str]) -> int:
@@ -116,7 +135,9 @@ def watched(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_anywhere_it_gives_the_same_bytes(name: str, inputs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_killed_anywhere_it_gives_the_same_bytes(
+    name: str, inputs: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
     """Killed at each of a spread of instants, one after the other, until the run gets through."""
     model, args = RUNS[name]
     with pytest.MonkeyPatch.context() as m:
@@ -129,7 +150,9 @@ def test_killed_anywhere_it_gives_the_same_bytes(name: str, inputs: pathlib.Path
             watched(Fuse(n), m)
             with pytest.raises(Killed):
                 call(argv(inputs, tmp_path / "cut", model, args))
-        if not (tmp_path / "cut").exists():  # what is there is complete, if the last act of the run was cut short
+        if not (
+            tmp_path / "cut"
+        ).exists():  # what is there is complete, if the last act of the run was cut short
             assert call(argv(inputs, tmp_path / "cut", model, args)) == 0
         got = weights(tmp_path / "cut")
         assert got.keys() == want.keys()
@@ -140,19 +163,26 @@ def test_killed_anywhere_it_gives_the_same_bytes(name: str, inputs: pathlib.Path
         shutil.rmtree(tmp_path / "cut")
 
 
-def stopped(inputs: pathlib.Path, output: pathlib.Path, n: int = 14, method: str = "wanda") -> list[str]:
+def stopped(
+    inputs: pathlib.Path, output: pathlib.Path, n: int = 14, method: str = "wanda"
+) -> list[str]:
     """The command of a run that was killed in the middle."""
     args = [*argv(inputs, output, *RUNS["wanda"]), f"--method={method}"]
     with pytest.MonkeyPatch.context() as m:
         watched(Fuse(n), m)
         with pytest.raises(Killed):
             call(args)
-    assert (output.parent / f".{output.name}.partial" / "unfinished" / "journal" / "journal.json").is_file()
+    assert (
+        output.parent / f".{output.name}.partial" / "unfinished" / "journal" / "journal.json"
+    ).is_file()
     return args
 
 
 def test_finished_blocks_are_not_pruned_again(
-    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = stopped(inputs, tmp_path / "out")
     watched(count := Fuse(0), monkeypatch)
@@ -173,7 +203,11 @@ def test_finished_blocks_are_not_pruned_again(
     ],
 )
 def test_another_setting_is_refused(
-    change: list[str], said: str, inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    change: list[str],
+    said: str,
+    inputs: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = stopped(inputs, tmp_path / "out")
     assert call([*args, *change]) == 2
@@ -186,7 +220,10 @@ OWN = "from pruning.methods import METHODS\n\n\ndef mine():\n    return METHODS[
 
 
 def test_other_code_is_refused(
-    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "a_method_of_mine.py"
     file.write_text(OWN)
@@ -205,11 +242,18 @@ def test_other_code_is_refused(
     assert "blocks are finished" in capsys.readouterr().err
 
 
-def test_a_package_is_told_by_every_file_of_its_code(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_is_told_by_every_file_of_its_code(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "a_package" / "part").mkdir(parents=True)
     seen = []
-    for name, text in (("__init__.py", ""), ("part/a.py", "a = 1"), ("part/a.py", "a = 2"), ("part/b.py", "")):
+    for name, text in (
+        ("__init__.py", ""),
+        ("part/a.py", "a = 1"),
+        ("part/a.py", "a = 2"),
+        ("part/b.py", ""),
+    ):
         (tmp_path / "a_package" / name).write_text(text)
         code._package.cache_clear()
         seen.append(code._package("a_package"))
@@ -228,7 +272,11 @@ def test_another_model_and_other_tokens_are_refused(
         else:
             np.save(tmp_path / "mine" / name, np.load(inputs / name)[::-1])
         assert call(args) == 2
-        said = {"llama": "another weights", "calib.npy": "another --calibration tokens", "eval.npy": "another --eval_data tokens"}
+        said = {
+            "llama": "another weights",
+            "calib.npy": "another --calibration tokens",
+            "eval.npy": "another --eval_data tokens",
+        }
         assert said[name] in capsys.readouterr().err
         assert call([*args, "--noresume"]) == 0
         assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
@@ -238,7 +286,11 @@ def test_another_model_and_other_tokens_are_refused(
 @pytest.mark.parametrize("how", ["gone", "cut short"])
 @pytest.mark.parametrize("name", ["blocks/shard-0.safetensors", "journal/journal.json"])
 def test_damage_is_one_line_and_nothing_else_is_lost(
-    name: str, how: str, inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    how: str,
+    inputs: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = stopped(inputs, tmp_path / "out")
     work = tmp_path / ".out.partial" / "unfinished"
@@ -253,7 +305,10 @@ def test_damage_is_one_line_and_nothing_else_is_lost(
 
 
 def test_a_full_disk(
-    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     calls, save_file = 0, writer.save_file
 
@@ -266,7 +321,7 @@ def test_a_full_disk(
 
     args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
     with monkeypatch.context() as m:
-        m.setattr("models.writer.save_file", full)
+        m.setattr("models.checkpoint.writer.save_file", full)
         m.setattr("calibration.journal.SHARE", 1e9)
         assert call(args) == 2
     assert "no space left" in capsys.readouterr().err
@@ -275,7 +330,10 @@ def test_a_full_disk(
 
 
 def test_two_runs_do_not_write_one_place(
-    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: pathlib.Path,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
 
@@ -293,13 +351,18 @@ def test_sigterm_ends_a_run_with_its_code(inputs: pathlib.Path, tmp_path: pathli
     """And the same command goes on."""
     args = argv(inputs, tmp_path / "out", *RUNS["sparsegpt with neuroal"])
     code = (
-        "import os, signal, sys\nfrom launch import prune\nfrom launch.cli import run\nfrom models.writer import Writer\n"
+        "import os, signal, sys\nfrom launch import prune\nfrom launch.flags.cli import run\nfrom models.checkpoint.writer import Writer\n"
         "put = Writer.put\n"
         "def terminated(self, i, block):\n    put(self, i, block)\n    if i == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
         "Writer.put = terminated\nsys.exit(run(prune.options(), prune.main, sys.argv[1:]))"
     )
     root = pathlib.Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code, *args], cwd=root, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *args], cwd=root, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 128 + signal.SIGTERM
-    assert done.stderr.strip().splitlines()[-1] == "error: stopped by SIGTERM" and "Traceback" not in done.stderr
+    assert (
+        done.stderr.strip().splitlines()[-1] == "error: stopped by SIGTERM"
+        and "Traceback" not in done.stderr
+    )
     assert call(args) == 0

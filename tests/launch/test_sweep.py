@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from calibration.journal import Memory
-from launch import export, prune, sweep, trials
-from launch.cli import Terminated, run
+from launch import prune, sweep
+from launch.flags.cli import Terminated, run
+from launch.run import export
+from launch.trials import trial as trials
+from models.checkpoint.writer import save
 from models.errors import InputError
 from models.init import init_model
-from models.writer import save
 
 LLAMA = dict(
     model_type="llama",
@@ -49,7 +51,11 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def argv(inputs: Path, output: Path, *more: str) -> list[str]:
-    data = [f"--calibration={inputs / 'calib.npy'}", f"--eval_data={inputs / 'eval.npy'}", "--calibration_batch=2"]
+    data = [
+        f"--calibration={inputs / 'calib.npy'}",
+        f"--eval_data={inputs / 'eval.npy'}",
+        "--calibration_batch=2",
+    ]
     return [f"--model={inputs / 'llama'}", *data, "--mesh=data=1", f"--output={output}", *more]
 
 
@@ -70,11 +76,21 @@ def names(*more: str) -> list[str]:
 
 def test_a_grid_is_every_combination_a_seed_after_the_other() -> None:
     got = names(
-        '--methods=wanda,flap(metric="WIFV",bias=False)', "--sparsities=0.3,0.5", "--allocations=uniform,owl", "--seeds=0,7"
+        '--methods=wanda,flap(metric="WIFV",bias=False)',
+        "--sparsities=0.3,0.5",
+        "--allocations=uniform,owl",
+        "--seeds=0,7",
     )
     assert len(got) == len(set(got)) == 2 * 2 * 2 * 2
-    assert got[:4] == ["wanda-0.3-seed0", "wanda-0.5-seed0", "wanda-0.3-owl-seed0", "wanda-0.5-owl-seed0"]
-    assert all(name.endswith("seed0") for name in got[:8]) and all(name.endswith("seed7") for name in got[8:])
+    assert got[:4] == [
+        "wanda-0.3-seed0",
+        "wanda-0.5-seed0",
+        "wanda-0.3-owl-seed0",
+        "wanda-0.5-owl-seed0",
+    ]
+    assert all(name.endswith("seed0") for name in got[:8]) and all(
+        name.endswith("seed7") for name in got[8:]
+    )
     assert got[4].startswith("flap_bias=False_metric=WIFV_")
 
 
@@ -99,13 +115,19 @@ def test_a_trial_of_its_own_settings_is_the_run_that_it_says(inputs: Path, tmp_p
     methods = ["--methods=wanda@0.5+owl+dsnot,sleb(blocks=1),flap@0.3", "--seeds=3"]
     assert call(argv(inputs, tmp_path / "out", *methods)) == 0
     rows = list(table_of(tmp_path / "out").values())
-    assert [[r[k] for k in ("state", "method", "allocation", "refine", "sparsity")] for r in rows] == [
+    assert [
+        [r[k] for k in ("state", "method", "allocation", "refine", "sparsity")] for r in rows
+    ] == [
         ["finished", "wanda", "owl", "dsnot", "0.5"],
         ["finished", "sleb(blocks=1)", "uniform", "none", "0.25"],
         ["finished", "flap", "uniform", "none", "0.3"],
     ]
-    report = json.loads((tmp_path / "out/trials/wanda-0.5-owl-dsnot-seed3/pruning_report.json").read_text())
-    assert {"--sparsity=0.5", "--allocation=owl", "--refine=dsnot", "--seed=3"} <= set(shlex.split(report["command"]))
+    report = json.loads(
+        (tmp_path / "out/trials/wanda-0.5-owl-dsnot-seed3/pruning_report.json").read_text()
+    )
+    assert {"--sparsity=0.5", "--allocation=owl", "--refine=dsnot", "--seed=3"} <= set(
+        shlex.split(report["command"])
+    )
 
 
 def test_a_method_that_counts_has_one_trial_whatever_the_sparsities() -> None:
@@ -133,29 +155,52 @@ def test_two_calls_never_have_one_name(a: str, b: str) -> None:
 
 
 def test_one_call_has_one_name_however_it_is_written() -> None:
-    assert trials.label('flap( metric="IFV", bias=True)') == trials.label("flap(bias=True,metric='IFV')")
+    assert trials.label('flap( metric="IFV", bias=True)') == trials.label(
+        "flap(bias=True,metric='IFV')"
+    )
     assert trials.label("wanda()") == trials.label("wanda") == "wanda"
 
 
 BAD = {
     "unknown method": (["--methods=wanda,zebra", "--sparsities=0.5"], "zebra"),
-    "unknown allocation": (["--methods=wanda", "--sparsities=0.5", "--allocations=uniform,zebra"], "zebra"),
+    "unknown allocation": (
+        ["--methods=wanda", "--sparsities=0.5", "--allocations=uniform,zebra"],
+        "zebra",
+    ),
     "sparsity 1": (["--sparsities=0.5,1"], "fractions from 0 to below 1"),
     "no sparsity": (["--methods=wanda"], "--sparsity is missing"),
     "twice": (["--methods=wanda,wanda()", "--sparsities=0.5"], "give each once"),
     "sparsity twice": (["--sparsities=0.5,0.50"], "give each once"),
     "no seeds": (["--sparsities=0.5", "--seeds="], "--seeds"),
     "no methods": (["--sparsities=0.5", "--methods="], "is not a name or a call"),
-    "an allocation that goes with nothing": (["--methods=flap,llmrank", "--sparsities=0.5", "--allocations=uniform,owl"], "owl"),
+    "an allocation that goes with nothing": (
+        ["--methods=flap,llmrank", "--sparsities=0.5", "--allocations=uniform,owl"],
+        "owl",
+    ),
     "a method that goes with nothing": (["--methods=wanda,flap", "--pattern=2:4"], "flap"),
-    "its own sparsity twice": (["--methods=wanda,wanda@0.5", "--sparsities=0.5"], "wanda-0.5-seed0 twice: give each once"),
+    "its own sparsity twice": (
+        ["--methods=wanda,wanda@0.5", "--sparsities=0.5"],
+        "wanda-0.5-seed0 twice: give each once",
+    ),
     "its own sparsity 1": (["--methods=wanda@1.0"], "must be at least 0 and less than 1"),
-    "its own sparsity no number": (["--methods=wanda@half"], "'wanda@half' is not a name or a call such as"),
+    "its own sparsity no number": (
+        ["--methods=wanda@half"],
+        "'wanda@half' is not a name or a call such as",
+    ),
     "nothing to go with": (["--methods=wanda@0.5+zebra"], "there is no allocation 'zebra'"),
-    "two allocations": (["--methods=wanda@0.5+owl+alpha"], "has two allocations or two refinements"),
-    "two refinements": (["--methods=wanda@0.5+dsnot+none"], "has two allocations or two refinements"),
+    "two allocations": (
+        ["--methods=wanda@0.5+owl+alpha"],
+        "has two allocations or two refinements",
+    ),
+    "two refinements": (
+        ["--methods=wanda@0.5+dsnot+none"],
+        "has two allocations or two refinements",
+    ),
     "two calls in one": (["--methods=wanda-flap"], "is not a name or a call"),
-    "a refinement that goes with nothing": (["--methods=flap@0.2+dsnot,wanda@0.5"], "--refine is for methods that prune"),
+    "a refinement that goes with nothing": (
+        ["--methods=flap@0.2+dsnot,wanda@0.5"],
+        "--refine is for methods that prune",
+    ),
     "no model": (["--sparsities=0.5", "--model="], "--model"),
     "no output": (["--sparsities=0.5", "--output="], "--output"),
     "no data": (["--sparsities=0.5", "--eval_data=/no/such.npy"], "such.npy"),
@@ -166,7 +211,12 @@ BAD = {
 
 @pytest.mark.parametrize(("more", "said"), BAD.values(), ids=BAD)
 def test_bad_input_is_found_before_any_work(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str], said: str
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    said: str,
 ) -> None:
     monkeypatch.setattr(prune, "prune", None)
     assert call(argv(inputs, tmp_path / "out", *more)) == 2
@@ -180,7 +230,10 @@ GRIDS = {  # with how often a trial gets what a former one with another sparsity
         ["--methods=llmrank,flap(metric='IFV',bias=False),flap(metric='WIFN',bias=False),sleb"],
         4 + 1,  # sleb's order of candidates, and its first phase
     ),
-    "weights": (["--methods=wanda", "--allocations=owl(m=2),owl(m=3),alpha,alpha(variant='official')"], 4),
+    "weights": (
+        ["--methods=wanda", "--allocations=owl(m=2),owl(m=3),alpha,alpha(variant='official')"],
+        4,
+    ),
 }
 
 
@@ -196,14 +249,18 @@ def test_a_trial_is_to_the_bit_the_run_that_its_report_says(
     assert {row["state"] for row in rows.values()} == {"finished"}
     # Twice two sets of tokens (they are also read before the first trial), and the dense perplexity.
     assert memory.reused == 2 * (2 * len(rows) - 1) + len(rows) - 1 + measured
-    for trial in [path for path in (tmp_path / "sweep" / "trials").iterdir() if "-0.5-" in path.name]:
+    for trial in [
+        path for path in (tmp_path / "sweep" / "trials").iterdir() if "-0.5-" in path.name
+    ]:
         report = json.loads((trial / "pruning_report.json").read_text())
         words = shlex.split(report["command"])
         assert words[:3] == ["python", "-m", "launch.prune"] and f"--output={trial}" in words
         alone = [word for word in words[3:] if not word.startswith("--output=")]
         assert run(prune.options(), prune.main, [*alone, f"--output={tmp_path / 'alone'}"]) == 0
         for file in ("model.safetensors", "pruning.json", "config.json"):
-            assert (tmp_path / "alone" / file).read_bytes() == (trial / file).read_bytes(), f"{trial.name}: {file}"
+            assert (tmp_path / "alone" / file).read_bytes() == (trial / file).read_bytes(), (
+                f"{trial.name}: {file}"
+            )
         again = json.loads((tmp_path / "alone" / "pruning_report.json").read_text())
         assert again["perplexity"] == report["perplexity"] and again["scores"] == report["scores"]
         assert any("a trial of a sweep" in w for w in report["warnings"])
@@ -247,13 +304,22 @@ def test_a_failure_is_recorded_the_rest_goes_on_and_it_is_tried_again(
     assert [row["state"] for row in rows.values()] == ["finished", "failed", "finished", "finished"]
     assert rows["magnitude-0.5-seed0"]["error"] == said
     log = (out / "failures" / "magnitude-0.5-seed0.log").read_text()
-    assert log.startswith(said + "\n") and "python -m launch.prune --model=" in log and "Traceback" in log
+    assert (
+        log.startswith(said + "\n")
+        and "python -m launch.prune --model=" in log
+        and "Traceback" in log
+    )
     got = capsys.readouterr()
-    assert f"failed: magnitude-0.5-seed0: {said}" in got.out and said in (out / "sweep.html").read_text()
+    assert (
+        f"failed: magnitude-0.5-seed0: {said}" in got.out
+        and said in (out / "sweep.html").read_text()
+    )
     with pytest.MonkeyPatch.context() as m:
         ran = broken(m, "none", error)
         assert call(args) == 0
-    assert ran == ["magnitude-0.5-seed0"] and "3 of 4 trials are finished" in capsys.readouterr().err
+    assert (
+        ran == ["magnitude-0.5-seed0"] and "3 of 4 trials are finished" in capsys.readouterr().err
+    )
     assert not list((out / "failures").iterdir())
     assert {row["state"] for row in table_of(out).values()} == {"finished"}
 
@@ -266,18 +332,30 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(
     with pytest.MonkeyPatch.context() as m:
         broken(m, "wanda-0.3-seed0", error)
         assert call(args) == code
-    assert [row["state"] for row in table_of(out).values()] == ["finished", "finished", "waiting", "waiting"]
+    assert [row["state"] for row in table_of(out).values()] == [
+        "finished",
+        "finished",
+        "waiting",
+        "waiting",
+    ]
     assert (out / "sweep.html").is_file() and not (out / "failures").exists()
     before = (out / "trials" / "magnitude-0.3-seed0" / "model.safetensors").stat().st_mtime_ns
     with pytest.MonkeyPatch.context() as m:
         ran = broken(m, "none", error)
         assert call(args) == 0
     assert ran == ["wanda-0.3-seed0", "wanda-0.5-seed0"]
-    assert (out / "trials" / "magnitude-0.3-seed0" / "model.safetensors").stat().st_mtime_ns == before
+    assert (
+        out / "trials" / "magnitude-0.3-seed0" / "model.safetensors"
+    ).stat().st_mtime_ns == before
 
 
-def test_a_finished_trial_of_other_settings_is_refused(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out, args = tmp_path / "out", argv(inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3")
+def test_a_finished_trial_of_other_settings_is_refused(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, args = (
+        tmp_path / "out",
+        argv(inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3"),
+    )
     assert call(args) == 0
     before = (out / "sweep.csv").read_bytes()
     assert call([*args, "--sparsities=0.3,0.5", "--eval_windows=1"]) == 2
@@ -290,7 +368,13 @@ def test_a_finished_trial_of_other_settings_is_refused(inputs: Path, tmp_path: P
 def test_a_combination_that_cannot_be_is_left_out_and_said(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    args = argv(inputs, tmp_path / "out", "--methods=magnitude,sleb(blocks=1)", "--sparsities=0.5", "--allocations=uniform,alpha")
+    args = argv(
+        inputs,
+        tmp_path / "out",
+        "--methods=magnitude,sleb(blocks=1)",
+        "--sparsities=0.5",
+        "--allocations=uniform,alpha",
+    )
     assert call(args) == 0
     states = {name: row["state"] for name, row in table_of(tmp_path / "out").items()}
     (left_out,) = [name for name, state in states.items() if state == "left out"]
@@ -298,14 +382,19 @@ def test_a_combination_that_cannot_be_is_left_out_and_said(
     assert f"left out: {left_out}: --allocation is for weight methods" in capsys.readouterr().err
 
 
-def test_a_directory_that_is_not_ours_is_left_alone(inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_that_is_not_ours_is_left_alone(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     assert call(argv(inputs, tmp_path, *SMALL)) == 2
     assert "not an earlier result" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
 
 
 def test_two_sweeps_do_not_write_one_place(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     args = argv(inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3")
     monkeypatch.setattr(prune, "prune", lambda *_: call(args))
@@ -313,10 +402,19 @@ def test_two_sweeps_do_not_write_one_place(
     assert "another run is writing it" in capsys.readouterr().err
 
 
-def test_compiled_programs_are_dropped_now_and_then(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_programs_are_dropped_now_and_then(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     dropped = []
     monkeypatch.setattr(trials, "FORGET", 2)
     monkeypatch.setattr(trials.jax, "clear_caches", lambda: dropped.append(True))
     broken(monkeypatch, "magnitude-0.3-seed0", ValueError())
-    assert call(argv(inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3", "--seeds=0,1,2")) == 1
+    assert (
+        call(
+            argv(
+                inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3", "--seeds=0,1,2"
+            )
+        )
+        == 1
+    )
     assert len(dropped) == 1

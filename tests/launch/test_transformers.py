@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from launch import prune
-from launch.cli import run
+from launch.flags.cli import run
 from models.arch import logits
+from models.checkpoint.reader import open_checkpoint
 from models.generate import generate
-from models.store import open_checkpoint
 from reference import torch_models
 
 pytest.importorskip("torch")
@@ -18,22 +18,47 @@ pytest.importorskip("torch")
 
 def pruned(model: Path, kind: str, shared: Path, out: Path, *args: str) -> None:
     tokens = shared / "golden" / "tokens"
-    data = [f"--calibration={tokens / f'{kind}_calib.npy'}", f"--eval_data={tokens / f'{kind}_eval.npy'}", "--eval_windows=1"]
-    argv = [f"--model={model}", f"--output={out}", *data, "--calibration_batch=4", "--mesh=data=1", *args]
+    data = [
+        f"--calibration={tokens / f'{kind}_calib.npy'}",
+        f"--eval_data={tokens / f'{kind}_eval.npy'}",
+        "--eval_windows=1",
+    ]
+    argv = [
+        f"--model={model}",
+        f"--output={out}",
+        *data,
+        "--calibration_batch=4",
+        "--mesh=data=1",
+        *args,
+    ]
     assert run(prune.options(), prune.main, argv) == 0
 
 
 def assert_loads(directory: Path, tokens: np.ndarray) -> None:
     """The same logits, and the same 32 greedy tokens after the first ones."""
     ours, theirs = open_checkpoint(directory).model, torch_models.load(directory)
-    np.testing.assert_allclose(np.asarray(logits(ours, tokens)), torch_models.logits(theirs, tokens), atol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(logits(ours, tokens)), torch_models.logits(theirs, tokens), atol=1e-4
+    )
     prompts = tokens[:, :24]
-    np.testing.assert_array_equal(generate(ours, prompts, 32), torch_models.greedy(theirs, prompts, 32))
+    np.testing.assert_array_equal(
+        generate(ours, prompts, 32), torch_models.greedy(theirs, prompts, 32)
+    )
 
 
-@pytest.mark.parametrize("method", ["llmrank", 'llmrank(scope="global")', "wanda", "flap", 'flap(structure="AL-AM")', "wanda_sp"])
+@pytest.mark.parametrize(
+    "method",
+    ["llmrank", 'llmrank(scope="global")', "wanda", "flap", 'flap(structure="AL-AM")', "wanda_sp"],
+)
 def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
-    pruned(shared / "models/tiny-opt", "tiny", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
+    pruned(
+        shared / "models/tiny-opt",
+        "tiny",
+        shared,
+        tmp_path / "out",
+        f"--method={method}",
+        "--sparsity=0.3",
+    )
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
 
 
@@ -49,23 +74,50 @@ SLEB = ["sleb", 'sleb(variant="official")', 'sleb(units="sublayers")', 'sleb(sea
 @pytest.mark.parametrize("method", SLEB)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_fewer_blocks(method: str, name: str, shared: Path, tmp_path: Path) -> None:
-    pruned(shared / "models" / name, "tiny", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.4")
+    pruned(
+        shared / "models" / name,
+        "tiny",
+        shared,
+        tmp_path / "out",
+        f"--method={method}",
+        "--sparsity=0.4",
+    )
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
-    report, record = (json.loads((tmp_path / "out" / f).read_text()) for f in ("pruning_report.json", "pruning.json"))
+    report, record = (
+        json.loads((tmp_path / "out" / f).read_text())
+        for f in ("pruning_report.json", "pruning.json")
+    )
     kept = record["kept_blocks"]
-    assert record["kind"] == "blocks" and json.loads((tmp_path / "out/config.json").read_text())["num_hidden_layers"] == len(kept)
+    assert record["kind"] == "blocks" and json.loads((tmp_path / "out/config.json").read_text())[
+        "num_hidden_layers"
+    ] == len(kept)
     assert sum(report["sparsity"]["per_linear"].values()) > 0
     for linear, share in report["sparsity"]["per_linear"].items():
         block = int(linear.split(".layers.")[1].split(".")[0])
         assert share == 1 if block not in kept else "sublayers" in method or share < 0.01
     if "sublayers" not in method:
-        assert len(kept) == 3 and report["sparsity"]["prunable"] == pytest.approx(0.4, abs=0.01) and not report["warnings"]
+        assert (
+            len(kept) == 3
+            and report["sparsity"]["prunable"] == pytest.approx(0.4, abs=0.01)
+            and not report["warnings"]
+        )
 
 
-def test_a_model_that_is_not_held_whole(shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_is_not_held_whole(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """transformers reads its weights from the files as it runs, and gives the same logits."""
     pytest.importorskip("accelerate")
-    monkeypatch.setattr("launch.export.roomy", lambda size: False)
-    pruned(shared / "models/tiny-llama", "tiny", shared, tmp_path / "out", "--method=flap", "--sparsity=0.3")
-    said = json.loads((tmp_path / "out/pruning_report.json").read_text())["load_back"]["transformers"]
+    monkeypatch.setattr("launch.run.export.roomy", lambda size: False)
+    pruned(
+        shared / "models/tiny-llama",
+        "tiny",
+        shared,
+        tmp_path / "out",
+        "--method=flap",
+        "--sparsity=0.3",
+    )
+    said = json.loads((tmp_path / "out/pruning_report.json").read_text())["load_back"][
+        "transformers"
+    ]
     assert float(said.removeprefix("largest difference of the logits ")) < 1e-4

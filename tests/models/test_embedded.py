@@ -38,7 +38,13 @@ def embedded(request: pytest.FixtureRequest) -> Embedded:
 
 def test_files(embedded: Embedded) -> None:
     files = {file.name: file.stat().st_size for file in embedded.directory.iterdir()}
-    assert set(files) == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert set(files) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert sum(files.values()) < 4e6
 
 
@@ -66,7 +72,10 @@ def test_tokenizer_is_the_one_the_grammar_gives(embedded: Embedded) -> None:
 def test_no_block_is_free(embedded: Embedded) -> None:
     """Dropping any one block costs: the depth search has something to find, and no answer is trivial."""
     blocks = embedded.model.blocks
-    without = [embedded.perplexity(embedded.model._replace(blocks=blocks[:i] + blocks[i + 1 :])) for i in range(len(blocks))]
+    without = [
+        embedded.perplexity(embedded.model._replace(blocks=blocks[:i] + blocks[i + 1 :]))
+        for i in range(len(blocks))
+    ]
     assert min(without) > 1.02 * embedded.dense
     assert max(without) > 1.5 * min(without)
 
@@ -84,16 +93,23 @@ def test_it_continues_a_story(embedded: Embedded) -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(embedded.directory / "tokenizer.json"))
     prompts = [tokenizer.encode(prompt).ids for prompt in CONTINUED]
     longest = max(map(len, prompts))
-    padded = jnp.asarray([ids + [0] * (longest - len(ids)) for ids in prompts])  # attention is causal: what follows is not seen
+    padded = jnp.asarray(
+        [ids + [0] * (longest - len(ids)) for ids in prompts]
+    )  # attention is causal: what follows is not seen
     best = logits(embedded.model, padded).argmax(-1)
     said = [int(best[i, len(ids) - 1]) for i, ids in enumerate(prompts)]
     # A rare word is several tokens, of which the first is predicted here.
-    assert said == [tokenizer.encode(word, add_special_tokens=False).ids[0] for word in CONTINUED.values()]
+    assert said == [
+        tokenizer.encode(word, add_special_tokens=False).ids[0] for word in CONTINUED.values()
+    ]
 
 
 def test_removing_neurons_costs_more_the_more_are_removed(embedded: Embedded) -> None:
     """The neurons of smallest weights, 30 and 60 % of them, set to nothing."""
-    rising = [embedded.dense, *(embedded.perplexity(without_neurons(embedded.model, share)) for share in (0.3, 0.6))]
+    rising = [
+        embedded.dense,
+        *(embedded.perplexity(without_neurons(embedded.model, share)) for share in (0.3, 0.6)),
+    ]
     assert rising[1] > 1.05 * rising[0] and rising[2] > 1.3 * rising[1]
 
 

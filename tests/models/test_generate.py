@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import hf
 from models.arch import Arch, Block, Ends, Model, logits
 from models.cache import empty
+from models.checkpoint.reader import in_memory, open_checkpoint
+from models.families import hf
 from models.generate import Choice, decode, forward, generate, nucleus, prefill
 from models.layers import Rope, rotate, rotate_from
-from models.store import in_memory, open_checkpoint
 from models.surgery import cut, units
 from reference import tiny, torch_models
 
@@ -82,7 +82,11 @@ def test_the_cached_path_gives_the_same_logits(name: str) -> None:
         assert_same(in_pieces(model, tokens, first), model, tokens)
 
 
-@pytest.mark.parametrize("config", [tiny.LLAMA, tiny.GQA, tiny.BIASED, tiny.OPT], ids=["llama", "grouped", "biases", "opt"])
+@pytest.mark.parametrize(
+    "config",
+    [tiny.LLAMA, tiny.GQA, tiny.BIASED, tiny.OPT],
+    ids=["llama", "grouped", "biases", "opt"],
+)
 def test_blocks_of_different_widths(config: dict[str, object]) -> None:
     model, tokens = ragged({**config, "num_hidden_layers": 2}), tiny.tokens()
     widths = [b.k.w.shape for b in model.blocks]
@@ -106,10 +110,15 @@ def test_a_piece_of_several_tokens_after_others(name: str) -> None:
 
 
 def test_bfloat16() -> None:
-    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.random_model(tiny.GQA)._replace(arch=None))
+    model = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), tiny.random_model(tiny.GQA)._replace(arch=None)
+    )
     model = model._replace(arch=hf.specs(tiny.GQA)[0])
     assert empty(model.blocks[0], 8, 1, 4).k.dtype == jnp.bfloat16
-    found, expected = in_pieces(model, tiny.tokens(), 9), np.asarray(_whole(*model, tiny.tokens())[:, 8:])
+    found, expected = (
+        in_pieces(model, tiny.tokens(), 9),
+        np.asarray(_whole(*model, tiny.tokens())[:, 8:]),
+    )
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
 
 
@@ -119,19 +128,27 @@ def test_turns_at_a_position_are_those_of_the_whole_text(kind: str) -> None:
     rope = Rope(kind=kind, factor=4.0, max_positions=16)
     q, k = np.random.default_rng(0).standard_normal((2, 1, 40, 3, 8)).astype(np.float32)
     whole = rotate(rope, q, k)
-    for got, expected in zip(rotate_from(rope, q[:, 37:], k[:, 37:], jnp.int32(37), 50), whole, strict=True):
+    for got, expected in zip(
+        rotate_from(rope, q[:, 37:], k[:, 37:], jnp.int32(37), 50), whole, strict=True
+    ):
         if kind == "dynamic":
             np.testing.assert_allclose(got, expected[:, 37:], atol=1e-5)
         else:
             np.testing.assert_array_equal(got, expected[:, 37:])
 
 
-@pytest.mark.parametrize("config", [DYNAMIC, CONFIGS["windowed"], tiny.OPT_350M], ids=["dynamic", "windowed", "opt post-norm"])
+@pytest.mark.parametrize(
+    "config",
+    [DYNAMIC, CONFIGS["windowed"], tiny.OPT_350M],
+    ids=["dynamic", "windowed", "opt post-norm"],
+)
 def test_greedy_tokens_of_random_models(config: dict[str, object], tmp_path: pathlib.Path) -> None:
     """Dynamic scaling too, where earlier keys keep the turns of a shorter text, which only a cache knows."""
     torch_models.save_random(config, tmp_path)
     model, tokens = in_memory(open_checkpoint(tmp_path).model), tiny.tokens(length=10)
-    np.testing.assert_array_equal(generate(model, tokens, 32), torch_models.greedy(torch_models.load(tmp_path), tokens, 32))
+    np.testing.assert_array_equal(
+        generate(model, tokens, 32), torch_models.greedy(torch_models.load(tmp_path), tokens, 32)
+    )
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tiny-llama", "tiny-llama-gqa", "tiny-opt"])
@@ -145,7 +162,8 @@ def test_greedy_tokens_of_trained_models(name: str, shared: pathlib.Path) -> Non
 def test_greedy_tokens_of_smollm2(smollm2: pathlib.Path, shared: pathlib.Path) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "smollm2_eval.npy")[:2, :24]
     np.testing.assert_array_equal(
-        generate(open_checkpoint(smollm2).model, tokens, 32), torch_models.greedy(torch_models.load(smollm2), tokens, 32)
+        generate(open_checkpoint(smollm2).model, tokens, 32),
+        torch_models.greedy(torch_models.load(smollm2), tokens, 32),
     )
 
 
@@ -164,7 +182,10 @@ def nucleus_reference(logits: np.ndarray, temperature: float, top_p: float) -> n
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
 def test_the_nucleus(temperature: float, top_p: float) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32) * 3
-    got = jax.nn.softmax(nucleus(rows, Choice(jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0))), axis=-1)
+    got = jax.nn.softmax(
+        nucleus(rows, Choice(jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0))),
+        axis=-1,
+    )
     expected = [nucleus_reference(r, temperature, top_p) for r in rows]
     np.testing.assert_allclose(got, expected, atol=1e-6)
 
@@ -172,7 +193,9 @@ def test_the_nucleus(temperature: float, top_p: float) -> None:
 def test_tokens_are_drawn_with_the_probabilities_of_the_nucleus() -> None:
     """The first tokens of 4,000 equal prompts."""
     model, prompt = tiny.random_model(tiny.GQA), tiny.tokens(1, 6)
-    drawn = generate(model, np.repeat(prompt, 4000, 0), 1, temperature=1.5, top_p=0.8, key=jax.random.key(3))[:, 0]
+    drawn = generate(
+        model, np.repeat(prompt, 4000, 0), 1, temperature=1.5, top_p=0.8, key=jax.random.key(3)
+    )[:, 0]
     expected = nucleus_reference(np.asarray(logits(model, prompt))[0, -1], 1.5, 0.8)
     seen = np.bincount(drawn, minlength=tiny.VOCAB) / 4000
     assert not seen[expected == 0].any()
@@ -199,7 +222,9 @@ def test_a_text_ends_at_eos() -> None:
     for row, whole in zip(got, free, strict=True):
         end = list(whole).index(eos) + 1 if eos in whole else 12
         np.testing.assert_array_equal(row, [*whole[:end], *[eos] * (12 - end)])
-    assert (generate(model, prompts[:1], 12, eos=[tiny.VOCAB - 1, eos])[0, 4:] == tiny.VOCAB - 1).all()
+    assert (
+        generate(model, prompts[:1], 12, eos=[tiny.VOCAB - 1, eos])[0, 4:] == tiny.VOCAB - 1
+    ).all()
 
 
 def test_the_loop_stops_when_all_rows_have_ended() -> None:
@@ -218,7 +243,14 @@ def test_one_compilation_for_prompts_of_one_shape() -> None:
     before = prefill._cache_size(), decode._cache_size()
     for seed in range(3):
         generate(model, tiny.tokens(1, 7, seed), 5)
-        generate(model, tiny.tokens(1, 7, seed), 5, temperature=1.0 + seed, top_p=0.5 + seed / 10, key=jax.random.key(seed))
+        generate(
+            model,
+            tiny.tokens(1, 7, seed),
+            5,
+            temperature=1.0 + seed,
+            top_p=0.5 + seed / 10,
+            key=jax.random.key(seed),
+        )
     assert (prefill._cache_size(), decode._cache_size()) == (before[0] + 1, before[1] + 2)
 
 

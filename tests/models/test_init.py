@@ -41,7 +41,9 @@ def test_scales(config: dict[str, object]) -> None:
 
 def test_default_scale_type_and_seed() -> None:
     model = init_model(LLAMA, jax.random.key(0), jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves((model.ends, model.blocks))} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves((model.ends, model.blocks))} == {
+        jnp.dtype(jnp.bfloat16)
+    }
     assert np.std(np.asarray(model.ends.embed, np.float32)) == pytest.approx(0.02, rel=0.05)
     again, other = (init_model(LLAMA, jax.random.key(seed), jnp.bfloat16) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, again.blocks, model.blocks)

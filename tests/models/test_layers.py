@@ -7,7 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers import ACTIVATIONS, Linear, Norm, Rope, attention, heads, layer_norm, linear, rms_norm, rotate
+from models.layers import (
+    ACTIVATIONS,
+    Linear,
+    Norm,
+    Rope,
+    attention,
+    heads,
+    layer_norm,
+    linear,
+    rms_norm,
+    rotate,
+)
 
 RNG = np.random.default_rng(0)
 
@@ -17,7 +28,9 @@ def normal(*shape: int) -> np.ndarray:
 
 
 def close(got: jax.Array, expected: np.ndarray, tolerance: float = 1e-5) -> None:
-    np.testing.assert_allclose(np.asarray(got, np.float64), expected, atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(got, np.float64), expected, atol=tolerance, rtol=tolerance
+    )
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
@@ -31,7 +44,10 @@ def test_linear(shape: tuple[int, ...]) -> None:
 def test_norms(eps: float) -> None:
     x, scale, bias = 2 + normal(2, 3, 16), normal(16), normal(16)
     wide = x.astype(float)
-    close(rms_norm(Norm(scale), x, eps), wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * scale)
+    close(
+        rms_norm(Norm(scale), x, eps),
+        wide / np.sqrt((wide**2).mean(-1, keepdims=True) + eps) * scale,
+    )
     plain = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + eps)
     close(layer_norm(Norm(), x, eps), plain)
     close(layer_norm(Norm(scale), x, eps), plain * scale)
@@ -44,7 +60,10 @@ def test_norms_of_bfloat16_are_computed_in_float32() -> None:
     wide = np.asarray(x, np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
     for got, expected in (
-        (rms_norm(Norm(jnp.ones(128, jnp.bfloat16)), x, 1e-6), wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6)),
+        (
+            rms_norm(Norm(jnp.ones(128, jnp.bfloat16)), x, 1e-6),
+            wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-6),
+        ),
         (layer_norm(Norm(), x), centred / np.sqrt(wide.var(-1, keepdims=True) + 1e-5)),
     ):
         assert got.dtype == jnp.bfloat16
@@ -57,7 +76,9 @@ EXACT = {
     "swish": lambda x: x / (1 + math.exp(-x)),
     "gelu": lambda x: x * (1 + math.erf(x / math.sqrt(2))) / 2,
     "gelu_new": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
-    "gelu_pytorch_tanh": lambda x: x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2,
+    "gelu_pytorch_tanh": lambda x: (
+        x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))) / 2
+    ),
 }
 
 
@@ -82,13 +103,17 @@ def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | N
     shared = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
         first = 0 if window is None else max(0, t - window + 1)
-        scores = k[b, first : t + 1, n // shared].astype(float) @ q[b, t, n] / math.sqrt(q.shape[-1])
+        scores = (
+            k[b, first : t + 1, n // shared].astype(float) @ q[b, t, n] / math.sqrt(q.shape[-1])
+        )
         p = np.exp(scores - scores.max())
         out[b, t, n] = p / p.sum() @ v[b, first : t + 1, n // shared]
     return out
 
 
-@pytest.mark.parametrize(("window", "kv_heads"), [(None, 4), (None, 2), (1, 2), (3, 4), (3, 1), (9, 2), (20, 2)])
+@pytest.mark.parametrize(
+    ("window", "kv_heads"), [(None, 4), (None, 2), (1, 2), (3, 4), (3, 1), (9, 2), (20, 2)]
+)
 def test_attention(window: int | None, kv_heads: int) -> None:
     q, k, v = normal(2, 9, 4, 8), normal(2, 9, kv_heads, 8), normal(2, 9, kv_heads, 8)
     close(attention(q, k, v, window), plain_attention(q, k, v, window))
@@ -116,7 +141,9 @@ ROPES = {
     "linear": Rope(kind="linear", factor=4.0),
     "dynamic": Rope(kind="dynamic", factor=2.0, max_positions=16),
     "llama3": Rope(kind="llama3", factor=8.0, max_positions=64, theta=500.0),
-    "llama3 other bands": Rope(kind="llama3", factor=4.0, max_positions=256, low_freq_factor=2.0, high_freq_factor=16.0),
+    "llama3 other bands": Rope(
+        kind="llama3", factor=4.0, max_positions=256, low_freq_factor=2.0, high_freq_factor=16.0
+    ),
 }
 
 
@@ -130,10 +157,18 @@ def test_rotary_positions_are_those_of_transformers(name: str, length: int) -> N
     rope, (n, k, h) = ROPES[name], (4, 2, 16)
     parameters = {"rope_type": rope.kind, "rope_theta": rope.theta, "factor": rope.factor}
     if rope.kind == "llama3":
-        parameters |= {"low_freq_factor": rope.low_freq_factor, "high_freq_factor": rope.high_freq_factor}
+        parameters |= {
+            "low_freq_factor": rope.low_freq_factor,
+            "high_freq_factor": rope.high_freq_factor,
+        }
         parameters["original_max_position_embeddings"] = rope.max_positions
     longest = 2 * rope.max_positions if rope.kind == "llama3" else rope.max_positions
-    config = LlamaConfig(hidden_size=n * h, num_attention_heads=n, max_position_embeddings=longest, rope_parameters=parameters)
+    config = LlamaConfig(
+        hidden_size=n * h,
+        num_attention_heads=n,
+        max_position_embeddings=longest,
+        rope_parameters=parameters,
+    )
     q, key = normal(2, length, n, h), normal(2, length, k, h)
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
     theirs = apply_rotary_pos_emb(*(torch.from_numpy(x.swapaxes(1, 2)) for x in (q, key)), cos, sin)
@@ -144,7 +179,9 @@ def test_rotary_positions_are_those_of_transformers(name: str, length: int) -> N
 def test_rotary_positions_turn_pairs_by_their_angle() -> None:
     """Position t turns the pair (i, i + h/2) by t theta^(-2i/h): scores depend on the distance alone."""
     q = normal(1, 1, 1, 8)
-    turned = np.asarray(rotate(Rope(theta=100.0), np.tile(q, (1, 6, 1, 1)), np.tile(q, (1, 6, 1, 1)))[0])[0, :, 0]
+    turned = np.asarray(
+        rotate(Rope(theta=100.0), np.tile(q, (1, 6, 1, 1)), np.tile(q, (1, 6, 1, 1)))[0]
+    )[0, :, 0]
     pairs = turned[:, :4] + 1j * turned[:, 4:]
     angles = np.arange(6)[:, None] * 100.0 ** (-np.arange(4) / 4)[None, :]
     close(np.abs(pairs - pairs[:1] * np.exp(1j * angles)), np.zeros((6, 4)))
@@ -156,4 +193,6 @@ def test_rotary_positions_turn_pairs_by_their_angle() -> None:
 def test_layers_keep_the_type_of_their_input() -> None:
     x = jnp.asarray(normal(1, 4, 2, 8), jnp.bfloat16)
     rotated = rotate(Rope(), x, x)
-    assert {y.dtype for y in (*rotated, attention(x, x, x, 2), linear(Linear(x[0, 0]), x))} == {jnp.dtype(jnp.bfloat16)}
+    assert {y.dtype for y in (*rotated, attention(x, x, x, 2), linear(Linear(x[0, 0]), x))} == {
+        jnp.dtype(jnp.bfloat16)
+    }

@@ -17,7 +17,9 @@ def params() -> mlp.Params:
     rng = np.random.default_rng(0)
 
     def draw(fan_in: int, out: int) -> Linear:
-        return Linear(*(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((out, fan_in), out)))
+        return Linear(
+            *(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((out, fan_in), out))
+        )
 
     return tuple(map(draw, WIDTHS[:-1], WIDTHS[1:]))
 
@@ -35,7 +37,9 @@ def keeps() -> list[np.ndarray]:
     return [rng.random(width) < 0.5 for width in WIDTHS[1:-1]]
 
 
-def reference(params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+def reference(
+    params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Logits and hidden activations in float64, units dropped by multiplying activations with zero."""
     h, hidden = np.asarray(x, np.float64), []
     for p, keep in zip(params[:-1], keeps, strict=True):
@@ -51,7 +55,9 @@ def test_apply_matches_numpy(params: mlp.Params, x: jax.Array) -> None:
     assert [h.shape for h in hidden] == [(5, 9), (5, 7)]
     for h, a in zip(hidden, activations, strict=True):
         np.testing.assert_allclose(h, a, rtol=1e-4, atol=1e-5)
-        assert h.min() == 0, "no unit is off for any input: the activations are not taken after the ReLU"
+        assert h.min() == 0, (
+            "no unit is off for any input: the activations are not taken after the ReLU"
+        )
 
 
 def test_init_has_the_variance_of_he() -> None:
@@ -68,7 +74,9 @@ def test_init_is_reproducible_and_layers_differ() -> None:
     assert (a[0].w != c[0].w).all() and (a[0].w != a[1].w).all()
 
 
-def test_mask_silences_the_dropped_units(params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]) -> None:
+def test_mask_silences_the_dropped_units(
+    params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]
+) -> None:
     logits, hidden = mlp.apply(mlp.mask(params, keeps), x)
     np.testing.assert_allclose(logits, reference(params, x, keeps)[0], rtol=1e-4, atol=1e-5)
     for h, keep in zip(hidden, keeps, strict=True):
@@ -81,7 +89,9 @@ def test_cut_is_mask(params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]) 
     assert 0 < a < 9 and 0 < b < 7
     assert [p.w.shape for p in small] == [(a, 6), (b, a), (4, b)]
     assert [p.b.shape for p in small] == [(a,), (b,), (4,)]
-    np.testing.assert_allclose(mlp.apply(small, x)[0], mlp.apply(mlp.mask(params, keeps), x)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        mlp.apply(small, x)[0], mlp.apply(mlp.mask(params, keeps), x)[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_keeping_everything_changes_no_bit(params: mlp.Params) -> None:
@@ -94,7 +104,9 @@ def test_linears_without_biases(params: mlp.Params, x: jax.Array, keeps: list[np
     bare = tuple(Linear(p.w) for p in params)
     small, silent = mlp.cut(bare, keeps), mlp.mask(bare, keeps)
     assert all(p.b is None for p in (*small, *silent))
-    np.testing.assert_allclose(mlp.apply(small, x)[0], mlp.apply(silent, x)[0], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        mlp.apply(small, x)[0], mlp.apply(silent, x)[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_masks_share_one_compilation(params: mlp.Params, x: jax.Array) -> None:

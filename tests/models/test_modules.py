@@ -31,6 +31,8 @@ def test_apply_equals_logits(config: dict) -> None:
 def test_init_has_the_shapes_of_the_checkpoint(config: dict) -> None:
     module, tokens = CausalLM(config), jnp.zeros((1, 4), jnp.int32)
     made = module.init(jax.random.key(1), tokens)
-    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, variables(init_model(config, jax.random.key(0))))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(
+        jnp.shape, variables(init_model(config, jax.random.key(0)))
+    )
     assert "blocks_1" in module.tabulate(jax.random.key(0), tokens)
     np.testing.assert_allclose(np.std(made["params"]["ends"]["embed"]), 0.02, rtol=0.1)

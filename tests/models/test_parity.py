@@ -6,9 +6,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from models import hf
 from models.arch import Model, apply_block, embed, logits
-from models.store import open_checkpoint
+from models.checkpoint.reader import open_checkpoint
+from models.families import hf
 from reference import tiny, torch_models
 
 SCALINGS = {
@@ -32,7 +32,12 @@ CONFIGS = {
     "mistral full": {**tiny.MISTRAL, "sliding_window": None, "head_dim": 16},
     "qwen2": tiny.QWEN2,
     "qwen2 tied, window unused": {**tiny.QWEN2, "tie_word_embeddings": True, "sliding_window": 5},
-    "qwen2 windowed from block 1": {**tiny.QWEN2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "qwen2 windowed from block 1": {
+        **tiny.QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 5,
+        "max_window_layers": 1,
+    },
     "qwen2 layer types": {
         **tiny.QWEN2,
         "use_sliding_window": True,
@@ -47,12 +52,18 @@ CONFIGS = {
     "opt no final norm": {**tiny.OPT, "_remove_final_layer_norm": True},
     "opt no biases": {**tiny.OPT, "enable_bias": False},
     "opt plain norms": {**tiny.OPT, "layer_norm_elementwise_affine": False},
-    **{f"rope {kind}, old spelling": {**tiny.SHORT, "rope_theta": THETA, "rope_scaling": s} for kind, s in SCALINGS.items()},
+    **{
+        f"rope {kind}, old spelling": {**tiny.SHORT, "rope_theta": THETA, "rope_scaling": s}
+        for kind, s in SCALINGS.items()
+    },
     **{
         f"rope {kind}, new spelling": {**tiny.SHORT, "rope_parameters": {"rope_theta": THETA, **s}}
         for kind, s in SCALINGS.items()
     },
-    "rope linear, oldest spelling": {**tiny.SHORT, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "rope linear, oldest spelling": {
+        **tiny.SHORT,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
     "rope plain": {**tiny.SHORT, "rope_theta": THETA},
 }
 
@@ -76,7 +87,9 @@ def test_dynamic_scaling_leaves_short_texts_alone(tmp_path: pathlib.Path) -> Non
     model, tokens = open_checkpoint(tmp_path).model, tiny.tokens(length=12)
     assert_same_logits(model, tmp_path, tokens)
     unscaled = hf.specs({**tiny.SHORT, "rope_theta": THETA})[0]
-    np.testing.assert_array_equal(logits(model, tokens), logits(model._replace(arch=unscaled), tokens))
+    np.testing.assert_array_equal(
+        logits(model, tokens), logits(model._replace(arch=unscaled), tokens)
+    )
 
 
 def test_every_setting_shows_in_the_logits(tmp_path: pathlib.Path) -> None:
@@ -85,7 +98,12 @@ def test_every_setting_shows_in_the_logits(tmp_path: pathlib.Path) -> None:
     model, tokens = open_checkpoint(tmp_path).model, tiny.tokens()
     seen = [logits(model, tokens)]
     settings = [{"rope_scaling": s, "rope_theta": THETA} for s in SCALINGS.values()]
-    for change in [*settings, {"rms_norm_eps": 0.1}, {"hidden_act": "gelu"}, {"model_type": "mistral", "sliding_window": 7}]:
+    for change in [
+        *settings,
+        {"rms_norm_eps": 0.1},
+        {"hidden_act": "gelu"},
+        {"model_type": "mistral", "sliding_window": 7},
+    ]:
         (tmp_path / "config.json").write_text(json.dumps({**tiny.SHORT, **change}))
         seen.append(logits(open_checkpoint(tmp_path).model, tokens))
     for i, a in enumerate(seen):

@@ -28,7 +28,19 @@ def test_meshes(spec: str, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize(
-    "spec", ["data", "data=", "data=0", "data=-1", "data=2.5", "data=two", "rows=2", "data=2,data=4", "4x2", "data=2 model=2"]
+    "spec",
+    [
+        "data",
+        "data=",
+        "data=0",
+        "data=-1",
+        "data=2.5",
+        "data=two",
+        "rows=2",
+        "data=2,data=4",
+        "4x2",
+        "data=2 model=2",
+    ],
 )
 def test_malformed_meshes(spec: str) -> None:
     with pytest.raises(InputError, match=r"must be like data=4,model=2") as caught:
@@ -59,9 +71,19 @@ def test_split_divides_the_first_axis_or_repeats() -> None:
 
 
 def test_place_splits_rows_of_matrices_alone() -> None:
-    params = {"w": np.ones((8, 6), np.float32), "odd": np.ones((5, 6), np.float32), "b": np.ones(8, np.float32), "none": None}
+    params = {
+        "w": np.ones((8, 6), np.float32),
+        "odd": np.ones((5, 6), np.float32),
+        "b": np.ones(8, np.float32),
+        "none": None,
+    }
     placed = place(params, make_mesh("data=2,model=4"))
-    assert (pieces(placed["w"]), pieces(placed["odd"]), pieces(placed["b"]), placed["none"]) == ({(2, 6)}, {(5, 6)}, {(8,)}, None)
+    assert (pieces(placed["w"]), pieces(placed["odd"]), pieces(placed["b"]), placed["none"]) == (
+        {(2, 6)},
+        {(5, 6)},
+        {(8,)},
+        None,
+    )
     assert all(len(placed[k].addressable_shards) == 8 for k in ("w", "odd", "b"))
 
 
@@ -73,7 +95,9 @@ def test_one_device_moves_nothing(mesh: str | None) -> None:
     assert split(params["w"], on, "sample") is params["w"]
 
 
-@pytest.mark.parametrize(("batch", "data"), [(0, 8), (8, 8), (4, 4), (6, 6), (7, 7), (1, 1), (9, 3), (16, 8)])
+@pytest.mark.parametrize(
+    ("batch", "data"), [(0, 8), (8, 8), (4, 4), (6, 6), (7, 7), (1, 1), (9, 3), (16, 8)]
+)
 def test_no_more_devices_than_divide_the_batch(batch: int, data: int) -> None:
     assert make_mesh("", batch).devices.shape == (data, 1)
     if data < 8:

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from models import hf
 from models.arch import Block, Model, logits
+from models.families import hf
 from models.layers import Linear
 from models.surgery import cut, mask, units, zero_rows
 from reference import tiny
@@ -29,10 +29,16 @@ def random_keeps(model: Model, group: str, seed: int = 3) -> list[np.ndarray]:
 def test_mask_and_cut_give_the_same_logits(name: str, group: str) -> None:
     model, tokens = tiny.random_model(tiny.EVERY[name]), tiny.tokens()
     g, keeps = model.arch.group(group), random_keeps(model, group)
-    masked = model._replace(blocks=tuple(mask(b, g, k) for b, k in zip(model.blocks, keeps, strict=True)))
-    smaller = model._replace(blocks=tuple(cut(b, g, k) for b, k in zip(model.blocks, keeps, strict=True)))
+    masked = model._replace(
+        blocks=tuple(mask(b, g, k) for b, k in zip(model.blocks, keeps, strict=True))
+    )
+    smaller = model._replace(
+        blocks=tuple(cut(b, g, k) for b, k in zip(model.blocks, keeps, strict=True))
+    )
     expected = np.asarray(logits(masked, tokens))
-    np.testing.assert_allclose(logits(smaller, tokens), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(
+        logits(smaller, tokens), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max()
+    )
     assert np.abs(expected - logits(model, tokens)).max() > 0.1
     assert [units(b, g) for b in smaller.blocks] == [k.sum() for k in keeps]
     assert jax.tree.map(np.shape, masked.blocks) == jax.tree.map(np.shape, model.blocks)
@@ -42,7 +48,9 @@ def rows_of(config: dict[str, Any], field: str, group: str, keep: np.ndarray) ->
     """Which entries of a linear's coupled axis a unit owns, bool, from the configuration alone."""
     heads = config["num_attention_heads"]
     size, kv = config["hidden_size"] // heads, config.get("num_key_value_heads", heads)
-    return np.repeat(keep, 1 if group == "neurons" else size if field in "kv" else size * heads // kv)
+    return np.repeat(
+        keep, 1 if group == "neurons" else size if field in "kv" else size * heads // kv
+    )
 
 
 MEMBERS = {

@@ -62,7 +62,9 @@ def printed(cell: NotebookNode) -> str:
 
 def kinds(cell: NotebookNode) -> list[set[str]]:
     """The forms of a cell's outputs, one set for all that is printed."""
-    found = [set(o.data) for o in cell.outputs if o.output_type in ("display_data", "execute_result")]
+    found = [
+        set(o.data) for o in cell.outputs if o.output_type in ("display_data", "execute_result")
+    ]
     return [*found, {o.name for o in cell.outputs if o.output_type == "stream"}]
 
 
@@ -74,9 +76,14 @@ def executed(name: str) -> NotebookNode:
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     hidden = {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
-    environment: Mapping[str, str] = {k: v for k, v in os.environ.items() if k not in hidden} | {"PYTHONPATH": path}
+    environment: Mapping[str, str] = {k: v for k, v in os.environ.items() if k not in hidden} | {
+        "PYTHONPATH": path
+    }
     client = NotebookClient(
-        notebook, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(ROOT / "notebooks")}}
+        notebook,
+        timeout=600,
+        kernel_name="python3",
+        resources={"metadata": {"path": str(ROOT / "notebooks")}},
     )
     client.execute(env=environment)
     del notebook.cells[0]
@@ -89,7 +96,9 @@ def words(text: str) -> str:
 
 
 def numbers(text: str) -> np.ndarray:
-    return np.array([float(re.sub("[,_]", "", found.rstrip(","))) for found in NUMBER.findall(text)])
+    return np.array(
+        [float(re.sub("[,_]", "", found.rstrip(","))) for found in NUMBER.findall(text)]
+    )
 
 
 def test_all_of_them_are_tested() -> None:
@@ -102,17 +111,23 @@ def test_runs_and_gives_what_is_stored(name: str) -> None:
     for new, old in zip(cells(fresh), cells(stored(name)), strict=True):
         assert kinds(new) == kinds(old), old.source
         assert words(printed(new)) == words(printed(old)), old.source
-        np.testing.assert_allclose(numbers(printed(new)), numbers(printed(old)), rtol=NEAR, atol=1e-3, err_msg=old.source)
+        np.testing.assert_allclose(
+            numbers(printed(new)), numbers(printed(old)), rtol=NEAR, atol=1e-3, err_msg=old.source
+        )
 
 
 @every_notebook
 def test_is_stored_as_run_from_top_to_bottom(name: str) -> None:
     notebook = stored(name)
     nbformat.validate(notebook)
-    assert [cell.execution_count for cell in cells(notebook)] == list(range(1, len(cells(notebook)) + 1))
+    assert [cell.execution_count for cell in cells(notebook)] == list(
+        range(1, len(cells(notebook)) + 1)
+    )
     for cell in cells(notebook):
         assert cell.outputs, cell.source
-        assert all(o.output_type != "error" and o.get("name") != "stderr" for o in cell.outputs), cell.source
+        assert all(o.output_type != "error" and o.get("name") != "stderr" for o in cell.outputs), (
+            cell.source
+        )
         assert "execution" not in cell.metadata, "times of a run: execute with record_timing=False"
 
 
@@ -121,9 +136,13 @@ def test_is_small_and_tells_nothing_of_a_machine(name: str) -> None:
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size <= LARGEST
     notebook = stored(name)
     text = "\n".join(
-        [cell.source for cell in notebook.cells] + [printed(cell) for cell in cells(notebook)] + [str(notebook.metadata)]
+        [cell.source for cell in notebook.cells]
+        + [printed(cell) for cell in cells(notebook)]
+        + [str(notebook.metadata)]
     )
-    assert not re.search(r"(?<![\w.])/(home|root|tmp|Users|opt|usr|work|mnt|var)/|[A-Z]:\\| at 0x[0-9a-f]+", text)
+    assert not re.search(
+        r"(?<![\w.])/(home|root|tmp|Users|opt|usr|work|mnt|var)/|[A-Z]:\\| at 0x[0-9a-f]+", text
+    )
 
 
 @every_notebook
@@ -139,7 +158,8 @@ def test_views_need_no_scripts(name: str) -> None:
 
 @every_notebook
 @pytest.mark.skipif(
-    not shutil.which("ruff", path=str(pathlib.Path(sys.executable).parent)), reason="needs ruff: pip install topiary[dev]"
+    not shutil.which("ruff", path=str(pathlib.Path(sys.executable).parent)),
+    reason="needs ruff: pip install topiary[dev]",
 )
 @pytest.mark.parametrize("command", ["check", "format --check"])
 def test_is_written_as_the_code_is(name: str, command: str) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from models.arch import Model
 from models.errors import InputError
-from pruning.llmrank_core import flow
 from pruning.methods import METHODS
+from pruning.structured.llmrank_core import flow
 from pruning.types import Outcome, Request, prune
 from reference.small import FAMILIES, logits, model, same, tokens, weight, zeros
 
@@ -63,7 +63,9 @@ UNITS = [c for c in CASES if c not in WEIGHTS]
 BLOCKS = [c for c in CASES if c.name == "sleb"]
 LLMRANK = [c for c in CASES if c.name == "llmrank"]
 ALIKE = [
-    c for c in UNITS if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
+    c
+    for c in UNITS
+    if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
 ]  # as many in each block
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -71,7 +73,9 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 def fresh(case: Case, m: Model, sparsity: float, **options: Any) -> tuple[Model, Outcome]:
     """A run on its own."""
-    return prune(m, METHODS[case.name](**dict(case.arguments)), tokens(), Request(sparsity, **options))
+    return prune(
+        m, METHODS[case.name](**dict(case.arguments)), tokens(), Request(sparsity, **options)
+    )
 
 
 @functools.cache
@@ -109,7 +113,9 @@ def test_the_pruned_model_runs_and_is_another(case: Case, family: str) -> None:
 
 def covered(m: Model, outcome: Outcome) -> list[tuple[int, str]]:
     """The linears that the method says it covers."""
-    return [(i, slot) for i, asked in enumerate(outcome.asked) for slot in asked if i < len(m.blocks)]
+    return [
+        (i, slot) for i, asked in enumerate(outcome.asked) for slot in asked if i < len(m.blocks)
+    ]
 
 
 @every_family
@@ -121,7 +127,10 @@ def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
     for asked, gone in zip(outcome.asked, zeros(pruned), strict=True):
         for slot, zero in gone.items():
             by_matrix = case in (Case("magnitude"), Case("sparsegpt")) or case.name == "sparsellm"
-            target, removed = (asked[slot] * n for n in (zero.size, zero.shape[1])), (zero.sum(), zero.sum(axis=1))
+            target, removed = (
+                (asked[slot] * n for n in (zero.size, zero.shape[1])),
+                (zero.sum(), zero.sum(axis=1)),
+            )
             matrix, row = (np.abs(r - t).max() for r, t in zip(removed, target, strict=True))
             assert matrix <= 1 if by_matrix else row <= 1
 
@@ -131,7 +140,10 @@ def shares(case: Case, m: Model, outcome: Outcome) -> dict[str, np.ndarray]:
     rows = dict(case.arguments).get("units") == "rows"
     reader = m.arch.group("neurons").reader.name
     slots = outcome.removed[0] if rows else [reader]
-    return {s: np.array([len(gone[s].rows if rows else gone[s].columns) for gone in outcome.removed]) for s in slots}
+    return {
+        s: np.array([len(gone[s].rows if rows else gone[s].columns) for gone in outcome.removed])
+        for s in slots
+    }
 
 
 @every_family
@@ -139,19 +151,27 @@ def shares(case: Case, m: Model, outcome: Outcome) -> dict[str, np.ndarray]:
 def test_units_are_removed_as_asked(case: Case, family: str) -> None:
     """Of every list that is selected from on its own, half the units, to the nearest one."""
     m, (pruned, outcome) = model(family), run(case, family)
-    sizes = {s.name: getattr(m.blocks[0], s.name).w.shape[0] for s in m.arch.slots} | {m.arch.group("neurons").reader.name: 24}
+    sizes = {s.name: getattr(m.blocks[0], s.name).w.shape[0] for s in m.arch.slots} | {
+        m.arch.group("neurons").reader.name: 24
+    }
     if dict(case.arguments).get("units") == "rows":
         sizes |= {m.arch.group("neurons").reader.name: 16}
     removed = shares(case, m, outcome)
     if dict(case.arguments).get("scope") == "global":
-        assert abs(sum(r.sum() for r in removed.values()) - 0.5 * 3 * sum(sizes[s] for s in removed)) <= 1
+        assert (
+            abs(sum(r.sum() for r in removed.values()) - 0.5 * 3 * sum(sizes[s] for s in removed))
+            <= 1
+        )
     else:
         assert all((np.abs(r - 0.5 * sizes[s]) <= 0.5).all() for s, r in removed.items())
     for i, slot in covered(pruned, outcome):
         gone, w = outcome.removed[i][slot], weight(pruned.blocks[i], slot)
         before = weight(m.blocks[i], slot)
         if gone.cut:
-            assert w.shape == (before.shape[0] - len(gone.rows), before.shape[1] - len(gone.columns))
+            assert w.shape == (
+                before.shape[0] - len(gone.rows),
+                before.shape[1] - len(gone.columns),
+            )
         else:
             assert np.array_equal(np.flatnonzero((w == 0).all(axis=1)), gone.rows)
 
@@ -162,8 +182,12 @@ def test_blocks_are_removed_as_asked(case: Case, family: str) -> None:
     """Half of three blocks are two, half of their six halves three; every linear of what left counts as gone."""
     m, (pruned, outcome) = model(family), run(case, family)
     sublayers = dict(case.arguments).get("units") == "sublayers"
-    assert len(outcome.asked) == 3 and all(asked == dict.fromkeys((s.name for s in m.arch.slots), 0.5) for asked in outcome.asked)
-    assert len(outcome.details["removal_order"]) == (3 if sublayers else 2) and len(pruned.blocks) == len(outcome.kept_blocks)
+    assert len(outcome.asked) == 3 and all(
+        asked == dict.fromkeys((s.name for s in m.arch.slots), 0.5) for asked in outcome.asked
+    )
+    assert len(outcome.details["removal_order"]) == (3 if sublayers else 2) and len(
+        pruned.blocks
+    ) == len(outcome.kept_blocks)
     for i, block in zip(outcome.kept_blocks, pruned.blocks, strict=True):
         assert sublayers or same(block, m.blocks[i])
     assert sublayers or len(pruned.blocks) == 1
@@ -175,7 +199,9 @@ def test_sparsity_zero_changes_no_bit(case: Case, family: str) -> None:
     assert same(fresh(case, model(family), 0.0)[0].blocks, model(family).blocks)
 
 
-@pytest.mark.parametrize("case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str)
+@pytest.mark.parametrize(
+    "case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str
+)
 def test_bfloat16_stays_bfloat16(case: Case) -> None:
     m = model("llama", dtype="bfloat16")
     assert same(fresh(case, m, 0.0)[0].blocks, m.blocks)
@@ -186,7 +212,9 @@ def test_bfloat16_stays_bfloat16(case: Case) -> None:
 
 @every_family
 @every_case
-def test_the_same_seed_gives_the_same_bits_and_the_model_is_left_alone(case: Case, family: str) -> None:
+def test_the_same_seed_gives_the_same_bits_and_the_model_is_left_alone(
+    case: Case, family: str
+) -> None:
     m = model(family)
     before = jax.tree.map(np.array, (m.ends, m.blocks))
     assert same(fresh(case, m, 0.5)[0].blocks, run(case, family)[0].blocks)
@@ -196,7 +224,9 @@ def test_the_same_seed_gives_the_same_bits_and_the_model_is_left_alone(case: Cas
 @every_case
 def test_another_seed_matters_to_what_is_random_alone(case: Case) -> None:
     again, _ = fresh(case, model("llama"), 0.5, seed=1)
-    assert same(again.blocks, run(case, "llama")[0].blocks) == (dict(case.arguments).get("scorer") != "random")
+    assert same(again.blocks, run(case, "llama")[0].blocks) == (
+        dict(case.arguments).get("scorer") != "random"
+    )
 
 
 @every_family
@@ -214,7 +244,9 @@ def test_the_budget_is_data(case: Case, family: str, compilations: Compilations)
 
 @every_family
 @pytest.mark.parametrize("case", LLMRANK, ids=str)
-def test_units_compile_only_for_their_new_widths(case: Case, family: str, compilations: Compilations) -> None:
+def test_units_compile_only_for_their_new_widths(
+    case: Case, family: str, compilations: Compilations
+) -> None:
     """Importance and zeroing are compiled once; cutting is one gather for each shape of array and each new width."""
     run(case, family)
     other = model(family, seed=2)
@@ -234,13 +266,17 @@ def test_patterns_zero_exactly_n_of_every_m(case: Case, family: str) -> None:
     """All weights are different, so zeros are what was removed."""
     pruned, _ = fresh(case, model(family), 3 / 8, pattern=(3, 8))
     for gone in zeros(pruned):
-        assert all((zero.reshape(len(zero), -1, 8).sum(axis=2) == 3).all() for zero in gone.values())
+        assert all(
+            (zero.reshape(len(zero), -1, 8).sum(axis=2) == 3).all() for zero in gone.values()
+        )
 
 
 @every_family
 @pytest.mark.parametrize("case", WEIGHTS, ids=str)
 def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> None:
-    with pytest.raises(InputError, match=r"--pattern=2:5: 16 inputs of a linear are not a multiple of 5"):
+    with pytest.raises(
+        InputError, match=r"--pattern=2:5: 16 inputs of a linear are not a multiple of 5"
+    ):
         fresh(case, model(family), 0.4, pattern=(2, 5))
 
 
@@ -264,13 +300,17 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
         return advance
 
     fresh(case, model("llama"), 0.5, stage=stage)
-    assert told and all(n == taken and (n == 3 or case in BLOCKS) for n, taken in told.values()), told
+    assert told and all(n == taken and (n == 3 or case in BLOCKS) for n, taken in told.values()), (
+        told
+    )
 
 
 @every_case
 def test_every_block_goes_to_the_sink_once_and_in_order(case: Case) -> None:
     put: list[int] = []
-    METHODS[case.name](**dict(case.arguments))(model("llama"), tokens(), Request(0.5), lambda i, block: put.append(i))
+    METHODS[case.name](**dict(case.arguments))(
+        model("llama"), tokens(), Request(0.5), lambda i, block: put.append(i)
+    )
     assert put == list(range(len(run(case, "llama")[0].blocks)))
     assert len(put) == 3 or case in BLOCKS
 
@@ -280,6 +320,11 @@ def test_the_report_of_the_outcome_is_json(case: Case) -> None:
     """Figures and scores are plain: numbers of Python, arrays of NumPy; nothing keeps device memory alive."""
     _, outcome = run(case, "llama")
     assert all(type(f) is float for asked in outcome.asked for f in asked.values())
-    assert all(type(i) is int for gone in outcome.removed for r in gone.values() for i in (*r.rows, *r.columns))
+    assert all(
+        type(i) is int
+        for gone in outcome.removed
+        for r in gone.values()
+        for i in (*r.rows, *r.columns)
+    )
     assert all(isinstance(s, np.ndarray) for scores in outcome.scores for s in scores.values())
     assert bool(outcome.scores) == bool(outcome.scores_label)

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 
 from calibration.observers import SecondMoment, second_moment
 from models.sharding import make_mesh
-from pruning import llmrank_core as core
-from pruning import patterns, scores
 from pruning.methods import METHODS
+from pruning.structured import llmrank_core as core
 from pruning.types import Request, prune
+from pruning.weights import patterns, scores
 from reference.small import model, tokens, zeros
 
 DEVICES, OUT, IN = 8, 24, 16
@@ -42,7 +42,9 @@ def under_shard_map(f: Callable[..., Any], *args: Any) -> Any:
         return jax.tree.map(lambda y: y[None], f(*jax.tree.map(lambda x: x[0], shards)))
 
     spec = PartitionSpec("data")
-    return jax.jit(jax.shard_map(part, mesh=make_mesh("data=8"), in_specs=spec, out_specs=spec))(*args)
+    return jax.jit(jax.shard_map(part, mesh=make_mesh("data=8"), in_specs=spec, out_specs=spec))(
+        *args
+    )
 
 
 WAYS = {"jit": under_jit, "pmap": under_pmap, "shard_map": under_shard_map}
@@ -78,7 +80,11 @@ def test_weight_scores_of_rows(score: Callable[..., Any], way: str) -> None:
 @every_way
 @pytest.mark.parametrize(
     ("pattern", "fraction"),
-    [(patterns.per_row, np.float64(0.4)), (patterns.per_row, np.linspace(0, 0.9, OUT)), (patterns.n_of_m(2, 4), np.float64(0))],
+    [
+        (patterns.per_row, np.float64(0.4)),
+        (patterns.per_row, np.linspace(0, 0.9, OUT)),
+        (patterns.n_of_m(2, 4), np.float64(0)),
+    ],
     ids=["per_row", "per_row of rows", "2:4"],
 )
 def test_patterns_of_rows(pattern: patterns.Pattern, fraction: np.ndarray, way: str) -> None:
@@ -141,18 +147,28 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda": ("wanda", {}),
     "magnitude": ("magnitude", {}),
     "llmrank": ("llmrank", {}),
-    "llmrank rows": ("llmrank", {"scorer": "mpr", "scope": "global", "units": "rows", "variant": "official"}),
+    "llmrank rows": (
+        "llmrank",
+        {"scorer": "mpr", "scope": "global", "units": "rows", "variant": "official"},
+    ),
 }
 
 
-MESHES = [*((case, "llama-gqa", "data=4,model=2") for case in CASES), ("wanda", "opt", "data=8"), ("magnitude", "opt", "data=8")]
+MESHES = [
+    *((case, "llama-gqa", "data=4,model=2") for case in CASES),
+    ("wanda", "opt", "data=8"),
+    ("magnitude", "opt", "data=8"),
+]
 
 
 @pytest.mark.parametrize(("case", "family", "mesh"), MESHES)
 def test_a_mesh_leaves_the_same_masks(case: str, family: str, mesh: str) -> None:
     """And the same removed units; the blocks of methods that write into them are where the mesh has them."""
     name, arguments = CASES[case]
-    runs = [prune(model(family), METHODS[name](**arguments), tokens(8), Request(0.5, mesh=m)) for m in (None, make_mesh(mesh))]
+    runs = [
+        prune(model(family), METHODS[name](**arguments), tokens(8), Request(0.5, mesh=m))
+        for m in (None, make_mesh(mesh))
+    ]
     (one, outcome), (many, outcome_many) = runs
     assert outcome.removed == outcome_many.removed
     if not outcome.removed:

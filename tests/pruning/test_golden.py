@@ -12,16 +12,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.fold import fold_blocks
 from calibration.observers import SecondMoment, second_moment
+from calibration.passes import fold_blocks
 from models.arch import Block
-from pruning import llmrank as wiring
-from pruning import scores
-from pruning.llmrank import llmrank
-from pruning.llmrank_core import as_released
-from pruning.patterns import n_of_m, per_row
+from pruning.structured import llmrank as wiring
+from pruning.structured.llmrank import llmrank
+from pruning.structured.llmrank_core import as_released
 from pruning.types import Request, prune
-from reference.golden import SPARSITY, Reference, assert_perplexity, bits, golden, index, load, pruned, tiny
+from pruning.weights import scores
+from pruning.weights.patterns import n_of_m, per_row
+from reference.golden import (
+    SPARSITY,
+    Reference,
+    assert_perplexity,
+    bits,
+    golden,
+    index,
+    load,
+    pruned,
+    tiny,
+)
 from reference.small import weight, zeros
 
 RANKS = {
@@ -43,7 +53,9 @@ def groups(x: np.ndarray, m: int) -> np.ndarray:
 
 
 def follow(
-    r: Reference, masks: Mapping[str, np.ndarray], see: Callable[[str, jax.Array, SecondMoment, np.ndarray], None]
+    r: Reference,
+    masks: Mapping[str, np.ndarray],
+    see: Callable[[str, jax.Array, SecondMoment, np.ndarray], None],
 ) -> None:
     """Walk the blocks as the authors' run did, pruned by its masks; `see` gets each linear's name, weights, statistics and mask."""
 
@@ -71,7 +83,10 @@ def test_wanda_masks_of_every_linear(shared: pathlib.Path, name: str, variant: s
         score = scores.wanda(w, stats)
         count = own.counts(w.shape, np.float64(sparsity))
         m = pattern[1] if pattern else w.shape[1]
-        together, differing = groups(np.asarray(score), m), groups(mask == np.asarray(own.keep(score, count)), m)
+        together, differing = (
+            groups(np.asarray(score), m),
+            groups(mask == np.asarray(own.keep(score, count)), m),
+        )
         boundary = np.sort(together, axis=2)[..., count - 1 : count]
         assert np.all((np.abs(together - boundary) <= 1e-5 * boundary)[differing]), linear
         assert differing.sum() <= 4, linear
@@ -94,10 +109,17 @@ def test_wanda_masks_of_the_whole_run(shared: pathlib.Path, name: str, variant: 
     assert_perplexity(r, model, want["window_ce"])
 
 
-def test_wanda_masks_of_the_first_block_of_smollm2(shared: pathlib.Path, smollm2: pathlib.Path) -> None:
+def test_wanda_masks_of_the_first_block_of_smollm2(
+    shared: pathlib.Path, smollm2: pathlib.Path
+) -> None:
     """To the bit. Over all thirty a pair that rounding swaps changes what every later block sees: BUILD_NOTES, "Choices measured"."""
-    r, want = load(smollm2, shared / "golden/tokens/smollm2"), golden(shared, "smollm2", "wanda-0.5")
-    first = dataclasses.replace(r, model=r.model._replace(blocks=r.model.blocks[:1]), names=r.names[:1])
+    r, want = (
+        load(smollm2, shared / "golden/tokens/smollm2"),
+        golden(shared, "smollm2", "wanda-0.5"),
+    )
+    first = dataclasses.replace(
+        r, model=r.model._replace(blocks=r.model.blocks[:1]), names=r.names[:1]
+    )
     got = zeros(pruned(first, "wanda", "0.5"))[0]
     for slot, linear in r.names[0].items():
         assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), linear
@@ -109,7 +131,9 @@ def test_statistics_are_those_of_the_wanda_run(shared: pathlib.Path, name: str) 
     want = golden(shared, name, "wanda-0.5-stats")
 
     def see(linear: str, w: jax.Array, stats: SecondMoment, mask: np.ndarray) -> None:
-        np.testing.assert_allclose(stats.per_sample, want[f"scaler_row:{linear}"], rtol=1e-5, atol=1e-7, err_msg=linear)
+        np.testing.assert_allclose(
+            stats.per_sample, want[f"scaler_row:{linear}"], rtol=1e-5, atol=1e-7, err_msg=linear
+        )
 
     follow(tiny(shared, name), golden(shared, name, "wanda-0.5"), see)
 
@@ -125,17 +149,28 @@ def test_magnitude_masks_are_bit_exact(shared: pathlib.Path, name: str, variant:
         for slot, linear in names.items():
             assert hashlib.sha256(np.packbits(got[slot])).hexdigest() == hashes[linear], linear
             if i in (0, 4):
-                assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), linear
+                assert np.array_equal(got[slot], bits(want[f"mask:{linear}"], got[slot].shape)), (
+                    linear
+                )
     assert_perplexity(r, model, want["window_ce"])
 
 
 @pytest.mark.parametrize("variant", ["2of4", "4of8"])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_magnitude_groups_differ_only_in_ties(shared: pathlib.Path, name: str, variant: str) -> None:
+def test_magnitude_groups_differ_only_in_ties(
+    shared: pathlib.Path, name: str, variant: str
+) -> None:
     """torch.topk orders equal magnitudes in its own way; the index counts the groups where that matters."""
-    r, want, n, m = tiny(shared, name), golden(shared, name, f"magnitude-{variant}"), int(variant[0]), int(variant[-1])
+    r, want, n, m = (
+        tiny(shared, name),
+        golden(shared, name, f"magnitude-{variant}"),
+        int(variant[0]),
+        int(variant[-1]),
+    )
     ties = index(shared)[name, f"magnitude-{variant}"]["magnitude_ties_at_threshold"]
-    for names, got, dense in zip(r.names, zeros(pruned(r, "magnitude", variant)), r.model.blocks, strict=True):
+    for names, got, dense in zip(
+        r.names, zeros(pruned(r, "magnitude", variant)), r.model.blocks, strict=True
+    ):
         for slot, linear in names.items():
             expected, ordered = (
                 bits(want[f"mask:{linear}"], got[slot].shape),
@@ -181,13 +216,19 @@ def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: 
     stored = masks if "importance" in masks else golden(shared, name, other)
     want = by_block(stored["importance"], r.stats, ("a_up", "a_down"))
     s = {"gamma": 0.0, "theta": 0.5, "zero_pruned": False, **RANKS[scorer]}
-    centrality = as_released(s["scorer"], s["gamma"], s["theta"], wiring.ZEROED * s["zero_pruned"], CHAINS[chain])
+    centrality = as_released(
+        s["scorer"], s["gamma"], s["theta"], wiring.ZEROED * s["zero_pruned"], CHAINS[chain]
+    )
     got = wiring._importance(r.reference.model, r.stats, centrality, False, 0)
     for pair, expected in zip(got, want, strict=True):
         for a, b in zip(pair, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4)
     for scope in ("local", "global"):
-        removed = by_block(bits(masks[f"pruned_rows:{scope}0.3"], stored["importance"].shape), r.stats, ("a_up", "a_down"))
+        removed = by_block(
+            bits(masks[f"pruned_rows:{scope}0.3"], stored["importance"].shape),
+            r.stats,
+            ("a_up", "a_down"),
+        )
         kept = wiring._keep_rows(got, 0.3, scope, CHAINS[chain], True)
         for keep, gone, expected in zip(kept, removed, want, strict=True):
             for linear in (0, 1):
@@ -197,7 +238,10 @@ def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: 
 def check_activations(shared: pathlib.Path, name: str, r: Ranked) -> None:
     """Norms of what enters and leaves up and down, to a relative 1e-4."""
     want = golden(shared, name, "llmrank-activation-chained")
-    for field, keys in {"in_activation": ("a_in", "a_mid"), "out_activation": ("a_up", "a_down")}.items():
+    for field, keys in {
+        "in_activation": ("a_in", "a_mid"),
+        "out_activation": ("a_up", "a_down"),
+    }.items():
         for s, pair in zip(r.stats, by_block(want[field], r.stats, keys), strict=True):
             for key, expected in zip(keys, pair, strict=True):
                 np.testing.assert_allclose(s[key], expected, rtol=1e-4, err_msg=key)
@@ -211,20 +255,33 @@ def test_llmrank_activations(shared: pathlib.Path, name: str) -> None:
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("scorer", RANKS)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-gqa"])
-def test_llmrank_importances_and_rows(shared: pathlib.Path, name: str, scorer: str, chain: str) -> None:
+def test_llmrank_importances_and_rows(
+    shared: pathlib.Path, name: str, scorer: str, chain: str
+) -> None:
     check_ranks(shared, name, ranked(tiny(shared, name)), scorer, chain)
 
 
 @pytest.mark.parametrize(
     ("name", "scorer", "chain", "scope"),
-    [("tiny-llama", "mpr-zT", "chained", "local"), ("tiny-llama-gqa", "wpr-g0.5", "isolated", "global")],
+    [
+        ("tiny-llama", "mpr-zT", "chained", "local"),
+        ("tiny-llama-gqa", "wpr-g0.5", "isolated", "global"),
+    ],
 )
-def test_llmrank_zeroes_these_rows(shared: pathlib.Path, name: str, scorer: str, chain: str, scope: Any) -> None:
+def test_llmrank_zeroes_these_rows(
+    shared: pathlib.Path, name: str, scorer: str, chain: str, scope: Any
+) -> None:
     """The whole method: the rows are zero, nothing else has changed, and the perplexity is theirs."""
     r, want = tiny(shared, name), golden(shared, name, f"llmrank-{scorer}-{chain}")
-    method = llmrank(**RANKS[scorer], chain=CHAINS[chain], scope=scope, units="rows", variant="official")
+    method = llmrank(
+        **RANKS[scorer], chain=CHAINS[chain], scope=scope, units="rows", variant="official"
+    )
     model, _ = prune(r.model, method, r.calibration, Request(0.3, batch=4))
-    removed = by_block(bits(want[f"pruned_rows:{scope}0.3"], (len(want["importance"]),)), ranked(r).stats, ("a_up", "a_down"))
+    removed = by_block(
+        bits(want[f"pruned_rows:{scope}0.3"], (len(want["importance"]),)),
+        ranked(r).stats,
+        ("a_up", "a_down"),
+    )
     for new, old, (up, down) in zip(model.blocks, r.model.blocks, removed, strict=True):
         assert np.array_equal(new.up.w, np.where(up[:, None], 0, old.up.w))
         assert np.array_equal(new.down.w, np.where(down[:, None], 0, old.down.w))
@@ -244,5 +301,7 @@ def test_llmrank_activations_of_smollm2(shared: pathlib.Path, smollm2_ranked: Ra
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("scorer", RANKS)
-def test_llmrank_importances_and_rows_of_smollm2(shared: pathlib.Path, smollm2_ranked: Ranked, scorer: str, chain: str) -> None:
+def test_llmrank_importances_and_rows_of_smollm2(
+    shared: pathlib.Path, smollm2_ranked: Ranked, scorer: str, chain: str
+) -> None:
     check_ranks(shared, "smollm2", smollm2_ranked, scorer, chain)

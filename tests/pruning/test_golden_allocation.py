@@ -33,7 +33,9 @@ NEUROAL = [
 ]
 
 
-def read(shared: pathlib.Path, model: str, variant: str) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
+def read(
+    shared: pathlib.Path, model: str, variant: str
+) -> tuple[dict[str, Any], Mapping[str, np.ndarray]]:
     """One golden's settings and arrays."""
     entries = json.loads((shared / FOLDER / "index.json").read_text())["entries"]
     entry = next(e for e in entries if (e["model"], e["variant"]) == (model, variant))
@@ -41,7 +43,9 @@ def read(shared: pathlib.Path, model: str, variant: str) -> tuple[dict[str, Any]
 
 
 def run(r: Reference, entry: Mapping[str, Any], **options: Any) -> tuple[Model, Outcome]:
-    method = METHODS[entry["method"]](**({"scope": "row"} if entry["method"] == "magnitude" else {}))
+    method = METHODS[entry["method"]](
+        **({"scope": "row"} if entry["method"] == "magnitude" else {})
+    )
     return prune(r.model, method, r.calibration, Request(entry["sparsity"], **options))
 
 
@@ -57,7 +61,9 @@ def asked(outcome: Outcome) -> np.ndarray:
 def test_owl(shared: pathlib.Path, name: str) -> None:
     (entry, want), r = read(shared, name, "owl-wanda-0.7"), tiny(shared, name)
     model, outcome = run(r, entry, allocation=ALLOCATIONS["owl"](m=5, lam=0.08, variant="official"))
-    np.testing.assert_allclose(100 * np.array(outcome.details["outliers"]), want["owl_outlier_percent"], rtol=1e-5)
+    np.testing.assert_allclose(
+        100 * np.array(outcome.details["outliers"]), want["owl_outlier_percent"], rtol=1e-5
+    )
     np.testing.assert_allclose(asked(outcome), want["dist_per_linear"], atol=1e-6)
     assert_perplexity(r, model, entry["ppl"], 1e-4)
 
@@ -67,7 +73,9 @@ def test_owl(shared: pathlib.Path, name: str) -> None:
 def test_alpha(shared: pathlib.Path, name: str, epsilon: str) -> None:
     """On tiny-opt at 0.3 the released code asks for 1.04 of the first block, which is all of it."""
     (entry, want), r = read(shared, name, f"alpha-wanda-0.7-eps{epsilon}"), tiny(shared, name)
-    model, outcome = run(r, entry, allocation=ALLOCATIONS["alpha"](epsilon=float(epsilon), variant="official"))
+    model, outcome = run(
+        r, entry, allocation=ALLOCATIONS["alpha"](epsilon=float(epsilon), variant="official")
+    )
     got = [x for block in outcome.details["alpha"] for x in block.values()]
     np.testing.assert_allclose(got, want["alpha_per_linear"], rtol=1e-4)
     np.testing.assert_allclose(asked(outcome), np.minimum(want["dist_per_linear"], 1), atol=1e-5)
@@ -77,7 +85,9 @@ def test_alpha(shared: pathlib.Path, name: str, epsilon: str) -> None:
 @pytest.mark.parametrize(("name", "variant"), NEUROAL)
 def test_neuroal(shared: pathlib.Path, name: str, variant: str) -> None:
     (entry, want), r = read(shared, name, variant), tiny(shared, name)
-    model, outcome = run(r, entry, allocation=ALLOCATIONS["neuroal"](step=entry["step"], variant="official"))
+    model, outcome = run(
+        r, entry, allocation=ALLOCATIONS["neuroal"](step=entry["step"], variant="official")
+    )
     d, exact = outcome.details, entry["method"] != "sparsegpt"
     rtol = 1e-3 if exact else NOISY[name]
     for step in ("block", "row"):
@@ -87,7 +97,11 @@ def test_neuroal(shared: pathlib.Path, name: str, variant: str) -> None:
             assert d[f"{step}_lambda"] == entry[f"best_lambda_{step}"] or not exact
     if exact:
         key = "block_dist_chosen" if entry["step"] == "block" else "linear_sparsity"
-        np.testing.assert_allclose(d["block_sparsity"] if entry["step"] == "block" else asked(outcome), want[key], atol=1e-3)
+        np.testing.assert_allclose(
+            d["block_sparsity"] if entry["step"] == "block" else asked(outcome),
+            want[key],
+            atol=1e-3,
+        )
     assert_perplexity(r, model, entry["ppl"], 2e-3)
 
 

@@ -12,7 +12,12 @@ from pruning.types import Request, prune
 from reference.golden import golden, index, tiny
 
 RUNS = [
-    *(f"flap-{m}-{s}-{r}" for m in ("IFV", "WIFV", "WIFN") for s in ("UL-UM", "UL-MM", "AL-MM", "AL-AM") for r in ("0.2", "0.5")),
+    *(
+        f"flap-{m}-{s}-{r}"
+        for m in ("IFV", "WIFV", "WIFN")
+        for s in ("UL-UM", "UL-MM", "AL-MM", "AL-AM")
+        for r in ("0.2", "0.5")
+    ),
     *(f"flap-WIFV-{s}-0.5-rh5" for s in ("UL-MM", "AL-MM")),
     "wanda_sp-0.2",
     "mag_sp-0.2",
@@ -23,21 +28,38 @@ def arguments(entry: dict[str, Any]) -> dict[str, Any]:
     if entry["method"] != "flap":
         return {}
     s = entry["settings"]
-    return {"metric": s["metrics"], "structure": s["structure"], "heads_removed": s["remove_heads"], "variant": "official"}
+    return {
+        "metric": s["metrics"],
+        "structure": s["structure"],
+        "heads_removed": s["remove_heads"],
+        "variant": "official",
+    }
 
 
 @pytest.mark.parametrize("variant", RUNS)
 def test_flap(shared: pathlib.Path, variant: str) -> None:
     """Metrics, kept units to the last one, biases, perplexity."""
-    r, want, entry = tiny(shared, "tiny-llama"), golden(shared, "tiny-llama", variant), index(shared)["tiny-llama", variant]
-    method = METHODS[{"mag_sp": "magnitude_sp"}.get(entry["method"], entry["method"])](**arguments(entry))
-    model, outcome = prune(r.model, method, r.calibration, Request(entry["settings"]["pruning_ratio"]))
+    r, want, entry = (
+        tiny(shared, "tiny-llama"),
+        golden(shared, "tiny-llama", variant),
+        index(shared)["tiny-llama", variant],
+    )
+    method = METHODS[{"mag_sp": "magnitude_sp"}.get(entry["method"], entry["method"])](
+        **arguments(entry)
+    )
+    model, outcome = prune(
+        r.model, method, r.calibration, Request(entry["settings"]["pruning_ratio"])
+    )
     for i, block in enumerate(model.blocks):
         assert outcome.details["kept_heads"][i] == np.flatnonzero(want["attn_mask"][i]).tolist()
         assert outcome.details["kept_neurons"][i] == np.flatnonzero(want["mlp_mask"][i]).tolist()
         if entry["method"] == "flap":
             for slot, prefix in (("o", "attn"), ("down", "mlp")):
-                np.testing.assert_allclose(outcome.scores[i][slot], want[f"{prefix}_metric_raw"][i], rtol=1e-4)
+                np.testing.assert_allclose(
+                    outcome.scores[i][slot], want[f"{prefix}_metric_raw"][i], rtol=1e-4
+                )
                 bias = getattr(block, slot).b
-                np.testing.assert_allclose(0 if bias is None else bias, want[f"{slot}_bias"][i], atol=1e-6)
+                np.testing.assert_allclose(
+                    0 if bias is None else bias, want[f"{slot}_bias"][i], atol=1e-6
+                )
     assert perplexity(model, r.evaluation, batch=8).value == pytest.approx(entry["ppl"], rel=1e-4)

@@ -20,12 +20,18 @@ def assert_golden(shared: pathlib.Path, name: str, variant: str, r: Reference) -
     """Order, every loss, perplexity."""
     want, entry = golden(shared, name, variant), index(shared)[name, variant]
     s = entry["settings"]
-    arguments = {"blocks": s["num_remove_blocks"], "early_barrier": s["early_barrier"], "latter_barrier": s["latter_barrier"]}
+    arguments = {
+        "blocks": s["num_remove_blocks"],
+        "early_barrier": s["early_barrier"],
+        "latter_barrier": s["latter_barrier"],
+    }
     model, outcome = removed(r, s["nsamples"], **arguments, variant="official")
     assert outcome.details["removal_order"] == want["removal_order"].tolist()
     losses = np.array(outcome.details["losses"], float)
     np.testing.assert_allclose(losses, want["candidate_loss"], rtol=1e-4, equal_nan=True)
-    assert outcome.kept_blocks == tuple(i for i in range(s["num_blocks"]) if i not in want["removal_order"])
+    assert outcome.kept_blocks == tuple(
+        i for i in range(s["num_blocks"]) if i not in want["removal_order"]
+    )
     assert perplexity(model, r.evaluation, batch=4).value == pytest.approx(entry["ppl"], rel=1e-4)
 
 
@@ -37,8 +43,13 @@ def test_tiny(shared: pathlib.Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 def test_the_default_removes_the_same(shared: pathlib.Path, name: str) -> None:
     _, outcome = removed(tiny(shared, name), 16, blocks=2)
-    assert outcome.details["removal_order"] == golden(shared, name, "sleb-remove2")["removal_order"].tolist()
+    assert (
+        outcome.details["removal_order"]
+        == golden(shared, name, "sleb-remove2")["removal_order"].tolist()
+    )
 
 
 def test_smollm2(shared: pathlib.Path, smollm2: pathlib.Path) -> None:
-    assert_golden(shared, "smollm2", "sleb-remove3", load(smollm2, shared / "golden/tokens/smollm2"))
+    assert_golden(
+        shared, "smollm2", "sleb-remove3", load(smollm2, shared / "golden/tokens/smollm2")
+    )

@@ -15,14 +15,25 @@ import pytest
 
 from eval.perplexity import perplexity
 from models.arch import Model
-from reference.golden import SPARSITY, Reference, assert_perplexity, bits, golden, load, pruned, tiny
+from reference.golden import (
+    SPARSITY,
+    Reference,
+    assert_perplexity,
+    bits,
+    golden,
+    load,
+    pruned,
+    tiny,
+)
 from reference.small import zeros
 
 NOISE = {"0.5": 5e-4, "0.7": 1.5e-3, "2of4": 1.4e-2, "4of8": 1.4e-2}
 TINY = pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
 
 
-def pairs(r: Reference, model: Model, want: Mapping[str, np.ndarray]) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
+def pairs(
+    r: Reference, model: Model, want: Mapping[str, np.ndarray]
+) -> Iterator[tuple[int, str, np.ndarray, np.ndarray]]:
     """(block, slot, our zeros, theirs) for every mask that is stored."""
     for i, (names, got) in enumerate(zip(r.names, zeros(model), strict=True)):
         for slot, linear in names.items():
@@ -48,21 +59,33 @@ def test_sparsegpt(shared: pathlib.Path, name: str, variant: str) -> None:
     check_sparsegpt(tiny(shared, name), golden(shared, name, f"sparsegpt-{variant}"), variant)
 
 
-def test_sparsegpt_of_the_first_block_of_smollm2(shared: pathlib.Path, smollm2: pathlib.Path) -> None:
+def test_sparsegpt_of_the_first_block_of_smollm2(
+    shared: pathlib.Path, smollm2: pathlib.Path
+) -> None:
     """Only there is a comparison strict: weights changed by a relative 1e-7 flip 1.3e-2 of the bits of down two blocks later."""
     r = load(smollm2, shared / "golden/tokens/smollm2")
-    first = dataclasses.replace(r, model=r.model._replace(blocks=r.model.blocks[:1]), names=r.names[:1])
+    first = dataclasses.replace(
+        r, model=r.model._replace(blocks=r.model.blocks[:1]), names=r.names[:1]
+    )
     want = golden(shared, "smollm2", "sparsegpt-0.5")
-    compared = {slot: np.mean(ours == theirs) for _, slot, ours, theirs in pairs(first, pruned(first, "sparsegpt", "0.5"), want)}
+    compared = {
+        slot: np.mean(ours == theirs)
+        for _, slot, ours, theirs in pairs(first, pruned(first, "sparsegpt", "0.5"), want)
+    }
     assert len(compared) == len(r.model.arch.slots)
-    assert all(share >= (0.997 if slot == "down" else 0.9998) for slot, share in compared.items()), compared
+    assert all(
+        share >= (0.997 if slot == "down" else 0.9998) for slot, share in compared.items()
+    ), compared
 
 
 @TINY
 def test_multiflow(shared: pathlib.Path, name: str) -> None:
     """Perplexity over all windows, to a relative 1e-4, and the two masks that are stored."""
     folder = shared / "golden/sparsellm_neuroal"
-    entries = {(e["model"], e["variant"]): e for e in json.loads((folder / "index.json").read_text())["entries"]}
+    entries = {
+        (e["model"], e["variant"]): e
+        for e in json.loads((folder / "index.json").read_text())["entries"]
+    }
     entry, r = entries[name, "uniform-multiflow-0.7"], tiny(shared, name)
     model, want = pruned(r, "multiflow", "0.7"), np.load(folder / entry["file"])
     got = perplexity(model, r.evaluation, batch=4).cross_entropy

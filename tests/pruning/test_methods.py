@@ -6,11 +6,11 @@ import typing
 import numpy as np
 import pytest
 
-from pruning.lift import scored
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
-from pruning.patterns import per_row
-from pruning.scores import magnitude
 from pruning.types import Layerwise, Pruner, Request, prune
+from pruning.weights.patterns import per_row
+from pruning.weights.per_linear import scored
+from pruning.weights.scores import magnitude
 from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros
 
@@ -40,7 +40,9 @@ def test_magnitude_has_one_threshold_a_matrix(family: str) -> None:
     pruned, _ = prune(m, METHODS["magnitude"](), tokens(), Request(0.6))
     for block, gone in zip(m.blocks, zeros(pruned), strict=True):
         for slot, zero in gone.items():
-            assert np.array_equal(zero, reference.removed_per_matrix(np.abs(weight(block, slot)), 0.6)), slot
+            assert np.array_equal(
+                zero, reference.removed_per_matrix(np.abs(weight(block, slot)), 0.6)
+            ), slot
 
 
 def test_magnitude_by_row_and_by_group() -> None:
@@ -50,7 +52,9 @@ def test_magnitude_by_row_and_by_group() -> None:
     for block, row, group in zip(m.blocks, zeros(by_row), zeros(by_group), strict=True):
         for slot in row:
             w = np.abs(weight(block, slot))
-            assert np.array_equal(row[slot], reference.removed_per_row(w, np.full(len(w), int(0.6 * w.shape[1])))), slot
+            assert np.array_equal(
+                row[slot], reference.removed_per_row(w, np.full(len(w), int(0.6 * w.shape[1])))
+            ), slot
             assert np.array_equal(group[slot], reference.removed_n_of_m(w, 3, 8)), slot
 
 
@@ -67,7 +71,9 @@ def test_wanda_looks_at_activations() -> None:
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
     m = model("opt")
-    whole, parts = (prune(m, METHODS["wanda"](), tokens(), Request(0.5, batch=b))[0] for b in (6, batch))
+    whole, parts = (
+        prune(m, METHODS["wanda"](), tokens(), Request(0.5, batch=b))[0] for b in (6, batch)
+    )
     assert same(whole.blocks, parts.blocks)
 
 

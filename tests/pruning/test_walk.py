@@ -27,7 +27,13 @@ def model() -> Model:
 
 
 def walked(
-    model: Model, tokens: np.ndarray, directory: Path, memory: Memory, *, key: Any, watched: bool = True
+    model: Model,
+    tokens: np.ndarray,
+    directory: Path,
+    memory: Memory,
+    *,
+    key: Any,
+    watched: bool = True,
 ) -> tuple[list, int]:
     """What a walk over the tokens records, and how many blocks it visited."""
     visited = []
@@ -39,12 +45,16 @@ def walked(
     directory.mkdir()
     request = Request(0.5, batch=2, journal=Journal(directory, {}, Sink(), memory, "model"))
     watch = {s.reads: second_moment for s in model.arch.slots} if watched else {}
-    found = fold(model, tokens, request, visit, watch=watch, propagate="dense", what="looking", key=key)
+    found = fold(
+        model, tokens, request, visit, watch=watch, propagate="dense", what="looking", key=key
+    )
     return found, len(visited)
 
 
 @pytest.mark.parametrize("watched", [True, False], ids=["of activations", "of weights"])
-def test_other_tokens_are_looked_at_only_where_tokens_matter(watched: bool, model: Model, tmp_path: Path) -> None:
+def test_other_tokens_are_looked_at_only_where_tokens_matter(
+    watched: bool, model: Model, tmp_path: Path
+) -> None:
     a, b = np.random.default_rng(0).integers(0, VOCAB, (2, 2, 8), np.int32)
     memory, depth = Memory(), len(model.blocks)
     first, visits = walked(model, a, tmp_path / "1", memory, key="k", watched=watched)
@@ -55,7 +65,10 @@ def test_other_tokens_are_looked_at_only_where_tokens_matter(watched: bool, mode
     other, visits = walked(model, b, tmp_path / "3", memory, key="k", watched=watched)
     assert visits == (depth if watched else 0)
     assert (
-        any((x != y).any() for x, y in zip(jax.tree.leaves(other), jax.tree.leaves(first), strict=True))
+        any(
+            (x != y).any()
+            for x, y in zip(jax.tree.leaves(other), jax.tree.leaves(first), strict=True)
+        )
         if watched
         else other == first
     )
@@ -64,4 +77,6 @@ def test_other_tokens_are_looked_at_only_where_tokens_matter(watched: bool, mode
 def test_walks_without_a_key_or_with_another_one_are_made(model: Model, tmp_path: Path) -> None:
     tokens, memory = np.random.default_rng(0).integers(0, VOCAB, (2, 8), np.int32), Memory()
     keys = [None, "k", None, ("k", 2)]
-    assert [walked(model, tokens, tmp_path / str(n), memory, key=key)[1] for n, key in enumerate(keys)] == [len(model.blocks)] * 4
+    assert [
+        walked(model, tokens, tmp_path / str(n), memory, key=key)[1] for n, key in enumerate(keys)
+    ] == [len(model.blocks)] * 4

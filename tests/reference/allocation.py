@@ -21,7 +21,10 @@ def outliers(m: Model, tokens: np.ndarray, threshold: float) -> list[float]:
     x, found = embed(m.arch, m.ends, tokens), []
     for block in m.blocks:
         x, taps = run_block(m, block, x)
-        scores = [wanda.score(weight(block, s.name), wanda.scaler_row(taps[s.reads])).ravel() for s in m.arch.slots]
+        scores = [
+            wanda.score(weight(block, s.name), wanda.scaler_row(taps[s.reads])).ravel()
+            for s in m.arch.slots
+        ]
         metric = np.concatenate(scores)
         found.append(float(np.mean(metric > threshold * metric.mean())))
     return found
@@ -59,7 +62,14 @@ def misalignment(m: Model, tokens: np.ndarray, sparsities: Sequence[float]) -> f
     return total
 
 
-def swaps(c: np.ndarray, metric: np.ndarray, variance: np.ndarray, kept: np.ndarray, cycles: int, released: bool) -> np.ndarray:
+def swaps(
+    c: np.ndarray,
+    metric: np.ndarray,
+    variance: np.ndarray,
+    kept: np.ndarray,
+    cycles: int,
+    released: bool,
+) -> np.ndarray:
     """DSnoT's mask of one row: what grows and what goes are taken from the two ends of two sorted lists."""
     e = c[~kept].sum()
     removed, now = np.flatnonzero(~kept), kept.copy()

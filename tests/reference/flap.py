@@ -8,7 +8,11 @@ def released(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     mean, fluctuation = np.zeros(x.shape[-1]), np.zeros(x.shape[-1])
     for n, sample in enumerate(x.astype(np.float64)):
         mean = mean * n / (n + 1) + sample.mean(axis=0) / (n + 1)
-        fluctuation = fluctuation * (n - 1) / n + ((sample - mean) ** 2).sum(axis=0) / (n + 1) if n else fluctuation * 0
+        fluctuation = (
+            fluctuation * (n - 1) / n + ((sample - mean) ** 2).sum(axis=0) / (n + 1)
+            if n
+            else fluctuation * 0
+        )
     return mean, fluctuation
 
 

@@ -12,11 +12,11 @@ import jax
 
 from calibration import states
 from launch import prune
-from launch.cli import run
-from launch.export import Echo
+from launch.flags.cli import run
+from launch.run.export import Echo
 from models.arch import Block
-from models.store import LazyBlocks
-from models.writer import Writer
+from models.checkpoint.reader import LazyBlocks
+from models.checkpoint.writer import Writer
 
 most = 0
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from eval.perplexity import perplexity
 from models.arch import Model
-from models.hf import linear_name
-from models.store import in_memory, open_checkpoint
+from models.checkpoint.reader import in_memory, open_checkpoint
+from models.families.hf import linear_name
 from pruning.methods import METHODS
 from pruning.types import Request, prune
 
@@ -21,7 +21,9 @@ WINDOWS = 8  # evaluated of each pruned model: cross-entropies are stored by win
 SPARSITY = {"0.5": (0.5, None), "0.7": (0.7, None), "2of4": (0.5, (2, 4)), "4of8": (0.5, (4, 8))}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # compared by identity, so that statistics can be cached
+@dataclasses.dataclass(
+    frozen=True, eq=False
+)  # compared by identity, so that statistics can be cached
 class Reference:
     """A model with its tokens, and the names that the goldens give its linears: a block's {slot: name}."""
 
@@ -36,8 +38,16 @@ def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
     """The model in float32, read once."""
     checkpoint = open_checkpoint(directory, jnp.float32)
     slots = [s.name for s in checkpoint.model.arch.slots]
-    names = tuple({s: linear_name(spec, s)[linear_name(spec, s).index("layers.") :] for s in slots} for spec in checkpoint.specs)
-    return Reference(in_memory(checkpoint.model), names, np.load(f"{tokens}_calib.npy"), np.load(f"{tokens}_eval.npy"))
+    names = tuple(
+        {s: linear_name(spec, s)[linear_name(spec, s).index("layers.") :] for s in slots}
+        for spec in checkpoint.specs
+    )
+    return Reference(
+        in_memory(checkpoint.model),
+        names,
+        np.load(f"{tokens}_calib.npy"),
+        np.load(f"{tokens}_eval.npy"),
+    )
 
 
 def tiny(shared: pathlib.Path, name: str) -> Reference:
@@ -48,7 +58,10 @@ def tiny(shared: pathlib.Path, name: str) -> Reference:
 @functools.cache
 def index(shared: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
     """The goldens' settings by model and variant."""
-    return {(r["model"], r["variant"]): r for r in json.loads((shared / "golden/index.json").read_text())["runs"]}
+    return {
+        (r["model"], r["variant"]): r
+        for r in json.loads((shared / "golden/index.json").read_text())["runs"]
+    }
 
 
 def golden(shared: pathlib.Path, model: str, variant: str) -> Mapping[str, np.ndarray]:
@@ -61,7 +74,9 @@ def bits(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.unpackbits(packed)[: int(np.prod(shape))].reshape(shape).astype(bool)
 
 
-def assert_perplexity(r: Reference, model: Model, window_ce: np.ndarray, rtol: float = 1e-3) -> None:
+def assert_perplexity(
+    r: Reference, model: Model, window_ce: np.ndarray, rtol: float = 1e-3
+) -> None:
     """Each window's perplexity within this relative tolerance."""
     got = perplexity(model, r.evaluation[:WINDOWS], batch=4).cross_entropy
     np.testing.assert_allclose(np.exp(got - window_ce[:WINDOWS]), 1, rtol=rtol)

@@ -57,7 +57,9 @@ def without_lowest(prev: np.ndarray, zeroed: float) -> np.ndarray:
     return out
 
 
-def row_scores(s: Settings, w: np.ndarray, a_in: np.ndarray, a_out: np.ndarray, prev: np.ndarray) -> np.ndarray:
+def row_scores(
+    s: Settings, w: np.ndarray, a_in: np.ndarray, a_out: np.ndarray, prev: np.ndarray
+) -> np.ndarray:
     """One linear's importance of rows, of sum one."""
     match s.name:
         case "norm":
@@ -68,7 +70,9 @@ def row_scores(s: Settings, w: np.ndarray, a_in: np.ndarray, a_out: np.ndarray, 
             found = np.array([sum(abs(row[j]) * a_in[j] for j in range(len(row))) for row in w])
         case "mpr":
             prev = without_lowest(prev, s.zeroed)
-            found = np.array([sum(abs(row[j]) * prev[j] for j in range(len(row))) for row in w]) * a_out
+            found = (
+                np.array([sum(abs(row[j]) * prev[j] for j in range(len(row))) for row in w]) * a_out
+            )
         case "wpr":
             m = handed_on(w, s.theta)
             found = s.gamma * np.array([row @ prev for row in m]) + (1 - s.gamma) * share(a_out)
@@ -89,7 +93,9 @@ def released(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
 
 def released_global_counts(pairs: Sequence[Pair], amount: float) -> list[int]:
     """How many rows of each linear are among the `ceil(amount * rows)` lowest of all."""
-    ranked = sorted((value, i) for i, scores in enumerate(x for pair in pairs for x in pair) for value in scores)
+    ranked = sorted(
+        (value, i) for i, scores in enumerate(x for pair in pairs for x in pair) for value in scores
+    )
     lowest = [i for _, i in ranked[: math.ceil(len(ranked) * amount)]]
     return [lowest.count(i) for i in range(2 * len(pairs))]
 
@@ -105,11 +111,17 @@ def _backward(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]
     for g in reversed(graphs):
         rho = rho if chained else np.full(d, 1 / d)
         f = len(g.a_mid)
-        sent = share(np.array([g.a_mid[k] * sum(abs(g.down[c, k]) * rho[c] for c in range(d)) for k in range(f)]))
+        sent = share(
+            np.array(
+                [g.a_mid[k] * sum(abs(g.down[c, k]) * rho[c] for c in range(d)) for k in range(f)]
+            )
+        )
         neurons = s.gamma * sent + (1 - s.gamma) * share(g.a_mid)
         found.append((neurons, s.gamma * share(g.a_down * rho) + (1 - s.gamma) * share(g.a_down)))
         m = handed_on(entering(g), s.theta)
-        rho = 0.5 * rho + 0.5 * share(np.array([sum(m[k, c] * neurons[k] for k in range(f)) for c in range(d)]))
+        rho = 0.5 * rho + 0.5 * share(
+            np.array([sum(m[k, c] * neurons[k] for k in range(f)) for c in range(d)])
+        )
     return found[::-1]
 
 

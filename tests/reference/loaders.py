@@ -19,7 +19,10 @@ def tokenize(text: str, special: bool = False) -> list[int]:
 def texts(count: int, longest: int, seed: int = 7) -> list[str]:
     """Documents of 0 to `longest` bytes, no two windows of them alike."""
     draw = random.Random(seed)
-    return ["".join(draw.choices("abcdefghij klmno\n", k=draw.randint(0, longest))) for _ in range(count)]
+    return [
+        "".join(draw.choices("abcdefghij klmno\n", k=draw.randint(0, longest)))
+        for _ in range(count)
+    ]
 
 
 def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np.ndarray:
@@ -33,7 +36,9 @@ def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np
     return np.array(rows)
 
 
-def paper_documents(documents: Sequence[str], samples: int, seed: int, length: int, special: bool) -> np.ndarray:
+def paper_documents(
+    documents: Sequence[str], samples: int, seed: int, length: int, special: bool
+) -> np.ndarray:
     """C4 in Wanda's loader."""
     random.seed(seed)
     rows = []

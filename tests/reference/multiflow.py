@@ -6,7 +6,14 @@ import numpy as np
 def score(w: np.ndarray, scaler: np.ndarray) -> np.ndarray:
     """|W_ij| * (mean over j of row i) * (mean over i of column j) of |W| ||X|| [out in]; scaler: squared norms of the inputs [in]."""
     rows, columns = w.shape
-    edge = [[abs(float(w[i, j])) * float(scaler[j]) ** 0.5 for j in range(columns)] for i in range(rows)]
+    edge = [
+        [abs(float(w[i, j])) * float(scaler[j]) ** 0.5 for j in range(columns)] for i in range(rows)
+    ]
     leaving = [sum(edge[i]) / columns for i in range(rows)]
     entering = [sum(edge[i][j] for i in range(rows)) / rows for j in range(columns)]
-    return np.array([[abs(float(w[i, j])) * leaving[i] * entering[j] for j in range(columns)] for i in range(rows)])
+    return np.array(
+        [
+            [abs(float(w[i, j])) * leaving[i] * entering[j] for j in range(columns)]
+            for i in range(rows)
+        ]
+    )

@@ -8,6 +8,10 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def code(page: str, language: str) -> list[str]:
     """The fenced blocks of a language in a page, named from the repository's root; there is at least one."""
-    found = re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        rf"^```{language}\n(.*?)^```$",
+        (ROOT / page).read_text(encoding="utf-8"),
+        re.DOTALL | re.MULTILINE,
+    )
     assert found, f"{page} has no {language}"
     return found

@@ -11,11 +11,11 @@ import sys
 import numpy as np
 
 from launch import prune
-from launch.cli import frozen
-from launch.export import Echo
-from launch.processes import start
+from launch.flags.cli import frozen
+from launch.run.export import Echo
+from launch.run.processes import start
 from models.arch import Block
-from models.tensors import WHOLE, LazyTensors
+from models.checkpoint.tensors import WHOLE, LazyTensors
 
 parts = set[float]()
 read = LazyTensors.read
@@ -43,13 +43,32 @@ def interrupted(config: prune.RunConfig) -> None:
     Echo.put = put  # type: ignore[method-assign]
 
 
-def main(model: str, output: str, runs: str, coordinator: str | None = None, count: str = "0", rank: str = "-1") -> None:
+def main(
+    model: str,
+    output: str,
+    runs: str,
+    coordinator: str | None = None,
+    count: str = "0",
+    rank: str = "-1",
+) -> None:
     """Do them all; tokens.npy beside the model's files are what calibrates and evaluates."""
-    start({"distributed": False, "coordinator": coordinator, "processes": int(count), "process": int(rank)})
+    start(
+        {
+            "distributed": False,
+            "coordinator": coordinator,
+            "processes": int(count),
+            "process": int(rank),
+        }
+    )
     LazyTensors.read = noted  # type: ignore[method-assign]
     tokens = f"{model}/tokens.npy"
     for name, flags in json.loads(runs).items():
-        common = [f"--model={model}", f"--output={output}/{name}", f"--calibration={tokens}", f"--eval_data={tokens}"]
+        common = [
+            f"--model={model}",
+            f"--output={output}/{name}",
+            f"--calibration={tokens}",
+            f"--eval_data={tokens}",
+        ]
         parts.clear()
         config = frozen(prune.RunConfig, prune.options().parse([*common, *flags]))
         if name == "again":

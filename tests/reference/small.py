@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models import hf
 from models.arch import Arch, Block, Model, embed
+from models.families import hf
 from pruning.types import Outcome
 from reference import wanda
 
@@ -82,13 +82,17 @@ def weight(block: Block, slot: str) -> np.ndarray:
 
 def zeros(model: Model) -> list[dict[str, np.ndarray]]:
     """Where each prunable linear is zero: a block's {slot: bool [out in]}."""
-    return [{s.name: weight(block, s.name) == 0 for s in model.arch.slots} for block in model.blocks]
+    return [
+        {s.name: weight(block, s.name) == 0 for s in model.arch.slots} for block in model.blocks
+    ]
 
 
 def same(a: Any, b: Any) -> bool:
     """Whether two trees of arrays have the same structure, types and bits."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
-    return jax.tree.structure(a) == jax.tree.structure(b) and all(x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs
+    )
 
 
 def kept(outcome: Outcome, block: int, slot: str, units: int) -> np.ndarray:
@@ -106,7 +110,11 @@ def without(block: Block, removed: Mapping[str, np.ndarray]) -> Block:
 
 
 def removed_by_wanda(
-    m: Model, block: Block, taps: Mapping[str, np.ndarray], fractions: Mapping[str, Any], pattern: tuple[int, int] | None = None
+    m: Model,
+    block: Block,
+    taps: Mapping[str, np.ndarray],
+    fractions: Mapping[str, Any],
+    pattern: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
     """Wanda's masks of a block from its dense taps: {slot: bool [out in]}, each row without its fraction () or [out], or n:m."""
     removed = {}
@@ -114,5 +122,9 @@ def removed_by_wanda(
         w = weight(block, slot.name)
         score = wanda.score(w, wanda.scaler_row(taps[slot.reads]))
         counts = (np.broadcast_to(fractions[slot.name], len(w)) * w.shape[1]).astype(int)
-        removed[slot.name] = wanda.removed_n_of_m(score, *pattern) if pattern else wanda.removed_per_row(score, counts)
+        removed[slot.name] = (
+            wanda.removed_n_of_m(score, *pattern)
+            if pattern
+            else wanda.removed_per_row(score, counts)
+        )
     return removed

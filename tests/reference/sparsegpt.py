@@ -40,7 +40,11 @@ def lowest_of_groups(score: np.ndarray, n: int) -> np.ndarray:
 
 
 def solve(
-    w: np.ndarray, h: np.ndarray, fraction: float | np.ndarray, pattern: tuple[int, int] | None = None, damp: float = 0.01
+    w: np.ndarray,
+    h: np.ndarray,
+    fraction: float | np.ndarray,
+    pattern: tuple[int, int] | None = None,
+    damp: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(W [out in], removed bool [out in]) of one linear whose inputs have H [in in]."""
     w, u = w.astype(np.float64), upper_factor(h, damp)
@@ -51,7 +55,9 @@ def solve(
         if i % width == 0:
             part = slice(i, i + width)
             score = w[:, part] ** 2 / np.diag(u)[part] ** 2
-            removed[:, part] = lowest_of_groups(score, pattern[0]) if pattern else chosen(score, i, fraction)
+            removed[:, part] = (
+                lowest_of_groups(score, pattern[0]) if pattern else chosen(score, i, fraction)
+            )
         error = np.where(removed[:, i], w[:, i], 0.0) / u[i, i]
         for j in range(i + 1, w.shape[1]):
             w[:, j] -= error * u[i, j]

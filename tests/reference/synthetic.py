@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from models import hf
+from models.families import hf
 
 # Two billion parameters: 39 blocks of 50.6 million, and 131 million in the embeddings that are the head too.
 LARGE = {
@@ -36,7 +36,9 @@ def write(directory: pathlib.Path, config: Mapping[str, Any], seed: int = 0) -> 
         for spec in jax.tree.leaves(part, is_leaf=hf.is_spec):
             # So that neither activations nor the residual stream grow much from block to block.
             scale = 0.0 if spec.init == "ones" else 0.3 / np.sqrt(spec.shape[-1])
-            draw = rng.standard_normal(spec.shape, np.float32) * np.float32(scale) + np.float32(spec.init == "ones")
+            draw = rng.standard_normal(spec.shape, np.float32) * np.float32(scale) + np.float32(
+                spec.init == "ones"
+            )
             tensors[spec.name] = draw.astype(np.float16)
         save_file(tensors, directory / file, metadata={"format": "pt"})
         where |= dict.fromkeys(tensors, file)

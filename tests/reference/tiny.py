@@ -10,23 +10,32 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from models import hf
 from models.arch import Model
-from models.forms import Form, Layout
-from models.writer import SHARD_BYTES, Writer
+from models.checkpoint.output_format import Form, Layout
+from models.checkpoint.writer import SHARD_BYTES, Writer
+from models.families import hf
 
 VOCAB, LENGTH = 96, 24
 _SIZES = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
-LLAMA = {"model_type": "llama", "intermediate_size": 40, "max_position_embeddings": 64, **_SIZES, **_TOKENS}
+LLAMA = {
+    "model_type": "llama",
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    **_SIZES,
+    **_TOKENS,
+}
 GQA = {**LLAMA, "num_key_value_heads": 2}
 BIASED = {**GQA, "attention_bias": True, "mlp_bias": True}
 MISTRAL = {**GQA, "model_type": "mistral", "sliding_window": 7}
 QWEN2 = {**GQA, "model_type": "qwen2"}
 OPT = {"model_type": "opt", "ffn_dim": 40, "max_position_embeddings": 64, **_SIZES, **_TOKENS}
 OPT_350M = {**OPT, "do_layer_norm_before": False, "word_embed_proj_dim": 16}
-SHORT = {**GQA, "max_position_embeddings": 16}  # shorter than the text: where dynamic scaling begins
+SHORT = {
+    **GQA,
+    "max_position_embeddings": 16,
+}  # shorter than the text: where dynamic scaling begins
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -48,7 +57,9 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> Model:
     rng = np.random.default_rng(seed)
 
     def draw(spec: hf.Spec) -> jax.Array:
-        return jnp.asarray((spec.init == "ones") + 0.2 * rng.standard_normal(spec.shape), jnp.float32)
+        return jnp.asarray(
+            (spec.init == "ones") + 0.2 * rng.standard_normal(spec.shape), jnp.float32
+        )
 
     arch, ends, blocks = hf.specs(config)
     return Model(arch, *jax.tree.map(draw, (ends, blocks), is_leaf=hf.is_spec))
@@ -57,13 +68,22 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> Model:
 def state_of(config: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
     """The model's arrays under their checkpoint names."""
     names = jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
-    return {s.name: np.asarray(x) for s, x in zip(names, jax.tree.leaves((model.ends, tuple(model.blocks))), strict=True)}
+    return {
+        s.name: np.asarray(x)
+        for s, x in zip(names, jax.tree.leaves((model.ends, tuple(model.blocks))), strict=True)
+    }
 
 
-def write(directory: pathlib.Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any] = GQA) -> pathlib.Path:
+def write(
+    directory: pathlib.Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any] = GQA
+) -> pathlib.Path:
     """A checkpoint of one safetensors file and a `config.json`, without the project's own writer."""
     directory.mkdir(exist_ok=True)
-    save_file({n: np.ascontiguousarray(v) for n, v in state.items()}, directory / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: np.ascontiguousarray(v) for n, v in state.items()},
+        directory / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     (directory / "config.json").write_text(json.dumps(config))
     return directory
 
@@ -87,4 +107,8 @@ def written(
 def assert_equal(got: Model, expected: Model) -> None:
     """Both models have the same architecture, and arrays equal bit for bit."""
     assert got.arch is expected.arch
-    jax.tree.map(np.testing.assert_array_equal, (got.ends, tuple(got.blocks)), (expected.ends, tuple(expected.blocks)))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        (got.ends, tuple(got.blocks)),
+        (expected.ends, tuple(expected.blocks)),
+    )

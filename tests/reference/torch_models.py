@@ -43,5 +43,11 @@ def greedy(model: Any, tokens: np.ndarray, new: int) -> np.ndarray:
     torch = pytest.importorskip("torch")
     model.generation_config.eos_token_id = None
     ids = torch.from_numpy(tokens.astype(np.int64))
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new, pad_token_id=0)
+    out = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=new,
+        pad_token_id=0,
+    )
     return out[:, tokens.shape[1] :].numpy()

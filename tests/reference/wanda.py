@@ -18,7 +18,9 @@ def scaler_row(samples: Iterable[np.ndarray]) -> np.ndarray:
 
 def score(w: np.ndarray, scaler: np.ndarray) -> np.ndarray:
     """|W_ij| * ||X_j|| [out in]."""
-    return np.array([[abs(float(entry)) * np.sqrt(scaler[j]) for j, entry in enumerate(row)] for row in w])
+    return np.array(
+        [[abs(float(entry)) * np.sqrt(scaler[j]) for j, entry in enumerate(row)] for row in w]
+    )
 
 
 def removed_per_row(score: np.ndarray, counts: np.ndarray) -> np.ndarray:

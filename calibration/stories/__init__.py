@@ -1,0 +1,1 @@
+"""Generate the embedded calibration text."""

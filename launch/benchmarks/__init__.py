@@ -1,0 +1,1 @@
+"""Benchmarks that launch.bench runs."""

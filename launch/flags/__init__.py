@@ -1,0 +1,1 @@
+"""Command-line flags: parsing, shared groups, method calls, protocols."""

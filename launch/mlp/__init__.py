@@ -1,0 +1,1 @@
+"""Data and reports of launch.mlprank."""

@@ -1,0 +1,52 @@
+"""What the dense and the pruned model say to the same two prompts: a figure hides a model that repeats itself, a text does not."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from calibration.states import roomy
+from calibration.tokenizer import TextTokenizer
+from launch.generate import continuation, ends_of, prompt_tokens
+from models.checkpoint.reader import Checkpoint
+from models.errors import InputError
+from models.generate import generate
+
+PROMPTS = (
+    "Once there was a kind girl named Lucy, who lived near the sea. One day",
+    "The three largest cities of Europe are London,",
+)
+NEW_TOKENS = 32
+
+
+def samples(
+    dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextTokenizer]
+) -> list[dict[str, str]]:
+    """[{prompt, dense, pruned}], greedy. Empty without a tokenizer of the model's, for a model that is not held whole here
+    (`calibration.states.roomy`), or one with too few positions.
+
+    The prompts are cut to the same number of tokens, so that one batch and one compilation serve both.
+    """
+    try:
+        encoded = [prompt_tokens(tokenizer(), prompt, dense) for prompt in PROMPTS]
+    except InputError:
+        return []
+    prompts = np.asarray([ids[: min(map(len, encoded))] for ids in encoded], np.int32)
+    room = (
+        getattr(dense.model.arch.config, "positions", prompts.shape[1] + NEW_TOKENS)
+        - prompts.shape[1]
+    )
+    itemsize = dense.model.ends.embed.dtype.itemsize
+    if room < NEW_TOKENS or not roomy(dense.parameters * itemsize):
+        return []
+    ends = ends_of(dense)
+    texts = [generate(c.model, prompts, NEW_TOKENS, eos=ends) for c in (dense, pruned)]
+    return [
+        {
+            "prompt": tokenizer().decode(ids),
+            **{
+                name: continuation(tokenizer(), ids, text[i], ends)
+                for name, text in zip(("dense", "pruned"), texts, strict=True)
+            },
+        }
+        for i, ids in enumerate(prompts.tolist())
+    ]

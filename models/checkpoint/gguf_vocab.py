@@ -1,0 +1,178 @@
+"""Tokenizers from a GGUF file's `tokenizer.ggml.*` metadata: byte-level BPE ("gpt2") and SentencePiece BPE ("llama")."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from models.errors import InputError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+# The format's token types that matter here.
+_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+
+# How each pre-tokenizer cuts text into words, one expression after the other: llama.cpp's names (src/llama-vocab.cpp), and the
+# expressions of the tokenizer.json files they stand for.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_WORDS: dict[str, tuple[str, ...]] = {
+    "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
+    "gpt-2": (_GPT2,),
+    **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", _GPT2)),
+    **dict.fromkeys(
+        ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "smaug-bpe"), (_LLAMA3,)
+    ),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen", "megrez"), (_LLAMA3.replace("{1,3}", ""),)),
+    "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
+    "tekken": (_TEKKEN,),
+}
+# A word that is itself a token is one, whatever the merges make of it; llama.cpp prepends BOS to these unless told otherwise.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+_SPACE = "▁"
+
+
+def build_tokenizer(metadata: Mapping[str, Any], path: pathlib.Path) -> "Tokenizer":
+    """The tokenizer that a GGUF file's metadata describes; `path` is for errors.
+
+    Raises InputError for a kind or a pre-tokenizer that is not known, and for a vocabulary that is missing or contradicts itself.
+    """
+    fields = {
+        key.removeprefix("tokenizer.ggml."): value
+        for key, value in metadata.items()
+        if key.startswith("tokenizer.ggml.")
+    }
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    kind, words = fields.get("model"), fields.get("pre", "default")
+    if kind not in builders:
+        raise InputError(
+            f"{path}: tokenizer kind {kind!r} is not known, only {', '.join(builders)}: use the original checkpoint"
+        )
+    if kind == "gpt2" and words not in _WORDS:
+        raise InputError(
+            f"{path}: pre-tokenizer {words!r} is not known, only {', '.join(_WORDS)}: use the original checkpoint"
+        )
+    try:
+        tokenizer = builders[kind](fields)
+        _add_special_tokens(tokenizer, fields)
+    except Exception as e:  # tokenizers raises bare Exceptions
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise InputError(
+            f"{path}: its tokenizer contradicts itself ({reason}): use the original checkpoint"
+        ) from e
+    return tokenizer
+
+
+def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    words = fields.get("pre", "default")
+    merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
+    tokenizer = Tokenizer(
+        models.BPE(_vocabulary(fields), merges, ignore_merges=words in _WHOLE_WORDS)
+    )
+    if words == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _WORDS[words]]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocabulary, unknown = _vocabulary(fields), fields["tokens"][fields.get("unknown_token_id", 0)]
+    merges = _merges(fields["tokens"], fields["scores"], fields["token_type"])
+    tokenizer = Tokenizer(
+        models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    )
+    prefix = fields.get("add_space_prefix", True)
+    spaces = normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = (
+        normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
+    )
+    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    return tokenizer
+
+
+def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
+    vocabulary = {token: i for i, token in enumerate(fields["tokens"])}
+    if len(vocabulary) != len(fields["tokens"]):
+        raise ValueError("a token occurs twice")
+    return vocabulary
+
+
+def _merges(
+    tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
+) -> list[tuple[str, str]]:
+    """The merge list that makes BPE join pairs in SentencePiece's order: first the pair that gives the token of highest score."""
+    score = {
+        t: s
+        for t, s, kind in zip(tokens, scores, types, strict=True)
+        if kind not in (_UNKNOWN, _CONTROL, _BYTE)
+    }
+    pairs = (
+        (t[:i], t[i:]) for t in score for i in range(1, len(t)) if t[:i] in score and t[i:] in score
+    )
+    return sorted(pairs, key=lambda pair: -score[pair[0] + pair[1]])
+
+
+def _add_special_tokens(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> None:
+    """Tokens that are matched whole in the text, and those that open or close every text."""
+    from tokenizers import AddedToken, processors
+
+    typed = list(zip(fields["tokens"], fields.get("token_type", ()), strict=False))
+    tokenizer.add_special_tokens(
+        [
+            AddedToken(t, normalized=False, special=True)
+            for t, k in typed
+            if k in (_UNKNOWN, _CONTROL)
+        ]
+    )
+    tokenizer.add_tokens(
+        [AddedToken(t, normalized=False, special=False) for t, k in typed if k == _USER_DEFINED]
+    )
+    around = {
+        name: fields["tokens"][fields[f"{name}_token_id"]]
+        for name in ("bos", "eos")
+        if f"{name}_token_id" in fields
+    }
+    usual = "bos" in around and (fields["model"] == "llama" or fields.get("pre") in _WHOLE_WORDS)
+    head = [around["bos"]] if fields.get("add_bos_token", usual) else []
+    tail = [around["eos"]] if fields.get("add_eos_token", False) else []
+    if head or tail:
+        first, second = [*head, "$A:0", *tail], [*head, "$B:1", *tail]
+        ids = [(token, tokenizer.token_to_id(token)) for token in {*head, *tail}]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=first, pair=first + second, special_tokens=ids
+        )
+
+
+def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The `tokenizer_config.json` that goes with the tokenizer: its special tokens by role, and its chat template."""
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+    }
+    tokens = metadata.get("tokenizer.ggml.tokens", [])
+    for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+        token = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None and token < len(tokens):
+            config[f"{role}_token"] = tokens[token]
+    if "tokenizer.chat_template" in metadata:
+        config["chat_template"] = metadata["tokenizer.chat_template"]
+    return config

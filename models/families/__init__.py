@@ -1,0 +1,1 @@
+"""Model families: configuration, forward pass, and tensor names of each."""

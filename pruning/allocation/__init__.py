@@ -1,0 +1,1 @@
+"""Allocators that spread a sparsity over the model."""

@@ -1,0 +1,76 @@
+"""OWL (Yin et al. 2024): blocks with more outliers keep more."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calibration.observers import SecondMoment, second_moment
+from models.arch import Arch, Block, Model
+from models.errors import InputError
+from pruning.budget import all_shapes, block_means, by_block, exact, spread, within
+from pruning.types import Allocation, Allocator, Layerwise, Request
+from pruning.walk import fold
+from pruning.weights import scores
+
+
+def outliers(metrics: list[jax.Array], m: jax.Array | float) -> jax.Array:
+    """The share of entries of all metrics [out in] that lie above `m` times their common mean (eq. 2), float32 []."""
+    size = sum(x.size for x in metrics)
+    mean = jnp.sum(jnp.stack([jnp.sum(x) for x in metrics])) / size
+    return jnp.sum(jnp.stack([jnp.sum(x > m * mean) for x in metrics]).astype(jnp.float32)) / size
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_block(arch: Arch, block: Block, stats: Mapping[str, SecondMoment], m: float) -> jax.Array:
+    return outliers([scores.wanda(getattr(block, s.name).w, stats[s.reads]) for s in arch.slots], m)
+
+
+def owl(
+    m: float = 5, lam: float = 0.08, variant: Literal["corrected", "official"] = "corrected"
+) -> Allocator:
+    """OWL (Yin et al. 2024): the block with most outliers, entries of |W| |x| far above their mean, loses least.
+
+    Args:
+      m: an entry is an outlier above m times its block's mean.
+      lam: blocks lose from about sparsity - lam to sparsity + lam.
+      variant: "official" rounds and clips (0.01 and 0.99 for what is out of bounds) as the released code does; "corrected", the
+        default, meets the sparsity to one unit and is otherwise the same.
+    """
+    if not (m > 0 and 0 <= lam < 1):
+        raise InputError(f"owl: m={m} must be positive, lam={lam} at least 0 and less than 1")
+
+    def allocate(
+        model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise
+    ) -> Allocation:
+        shapes = all_shapes(model)
+
+        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+            return block, float(_of_block(model.arch, block, stats, m))
+
+        watch = {s.reads: second_moment for s in model.arch.slots}
+        shares = fold(
+            model,
+            tokens,
+            request,
+            visit,
+            watch=watch,
+            propagate="dense",
+            what="counting outliers",
+            key=("outliers", m),
+        )
+        asked = spread(np.array(shares), request.sparsity, lam)
+        official = variant == "official"
+        budget = (
+            by_block(model, within(asked))
+            if official
+            else exact(by_block(model, asked), shapes, request.sparsity)
+        )
+        return Allocation(
+            budget, {"outliers": shares, "block_sparsity": block_means(budget, shapes)}
+        )
+
+    return allocate

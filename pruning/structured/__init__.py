@@ -1,0 +1,1 @@
+"""Methods that remove heads, neurons or blocks."""

@@ -1,0 +1,1 @@
+"""Methods that zero single weights of a linear."""

@@ -1,0 +1,212 @@
+"""The walk over the blocks against a plain loop that keeps every activation, and its costs: reads, passes, compilations."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from calibration import passes as fold
+from calibration.observers import batch_norms, second_moment
+from calibration.passes import batches, fold_blocks
+from models.arch import Block, Model, embed
+from models.errors import InputError
+from models.sharding import make_mesh
+from reference.small import FAMILIES, model, run_block, same, tokens
+
+
+class Counted(Sequence[Block]):
+    """Blocks that note which of them is read."""
+
+    def __init__(self, blocks: Sequence[Block]):
+        self.blocks, self.reads = blocks, []
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> Block:  # type: ignore[override]
+        self.reads.append(i)
+        return self.blocks[i]
+
+
+@jax.jit
+def halved(block: Block) -> Block:
+    """Some other block of the same shapes."""
+    return jax.tree.map(lambda w: w / 2, block)
+
+
+def activations(m: Model, windows: np.ndarray, replace: bool) -> Iterator[dict[str, np.ndarray]]:
+    """Each block's taps in float64, all windows at once; what comes after sees the block, or the halved one."""
+    x = embed(m.arch, m.ends, windows)
+    for block in m.blocks:
+        y, taps = run_block(m, block, x)
+        yield taps
+        x = run_block(m, halved(block), x)[0] if replace else y
+
+
+def collect(m: Model, windows: np.ndarray, replace: bool, **options: Any) -> list[dict[str, Any]]:
+    """Every block's statistics, as a visitor that replaces blocks by halved ones or leaves them sees them."""
+    found: list[dict[str, Any]] = []
+
+    def visit(i: int, block: Block, stats: Any) -> tuple[Block, int]:
+        assert i == len(found)
+        found.append(dict(stats))
+        return halved(block) if replace else block, i
+
+    assert fold_blocks(m, windows, visit, **options) == list(range(len(m.blocks)))  # the records
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "propagate"), [*((family, "pruned") for family in FAMILIES), ("llama", "dense")]
+)
+def test_statistics_are_those_of_the_activations(family: str, propagate: str) -> None:
+    """Inputs (taps) and outputs (slots) alike; a dense walk does not see that blocks were replaced, a pruned one does. The model
+    itself is left alone."""
+    m, windows = model(family), tokens()
+    before = jax.tree.map(np.array, (m.ends, m.blocks))
+    names = {*(s.reads for s in m.arch.slots), *(s.name for s in m.arch.slots)}
+    found = collect(
+        m,
+        windows,
+        replace=True,
+        watch=dict.fromkeys(names, second_moment),
+        propagate=propagate,
+        batch=3,
+    )
+    for stats, taps in zip(
+        found, activations(m, windows, replace=propagate == "pruned"), strict=True
+    ):
+        assert stats.keys() == names
+        for name, s in stats.items():
+            np.testing.assert_allclose(
+                s.total, (taps[name] ** 2).sum((0, 1)), rtol=1e-4, atol=1e-6, err_msg=name
+            )
+            assert float(s.samples) == len(windows)
+    assert same(before, jax.tree.map(np.array, (m.ends, m.blocks)))
+
+
+def test_propagation_makes_a_difference() -> None:
+    """The two expectations above are not the same one."""
+    dense, pruned = (
+        list(activations(model("llama"), tokens(), replace)) for replace in (False, True)
+    )
+    assert np.array_equal(dense[0]["attn_in"], pruned[0]["attn_in"])
+    assert not np.allclose(dense[1]["attn_in"], pruned[1]["attn_in"], rtol=1e-2)
+
+
+@pytest.mark.parametrize("batch", [4, 64])
+def test_batches_change_no_second_moment_but_norms_by_design(batch: int) -> None:
+    m, windows, watch = model("opt"), tokens(), {"mlp_in": second_moment, "mlp_mid": batch_norms}
+    one_block = m._replace(blocks=m.blocks[:1])
+    whole, parts = (
+        collect(one_block, windows, False, watch=watch, propagate="dense", batch=b)[0]
+        for b in (6, batch)
+    )
+    np.testing.assert_allclose(whole["mlp_in"].per_sample, parts["mlp_in"].per_sample, rtol=1e-5)
+    assert float(parts["mlp_mid"].batches) == -(-len(windows) // batch)
+    assert np.allclose(whole["mlp_mid"].mean, parts["mlp_mid"].mean, rtol=1e-2) == (
+        batch >= len(windows)
+    )
+
+
+@pytest.mark.parametrize("propagate", ["pruned", "dense"])
+def test_every_block_is_read_once_in_order_and_progress_is_told_after_each(propagate: str) -> None:
+    m, events = model("llama"), []
+    blocks = Counted(m.blocks)
+
+    def visit(i: int, block: Block, stats: Any) -> tuple[Block, None]:
+        events.append(i)
+        return block, None
+
+    options: dict[str, Any] = {"watch": {}, "propagate": propagate, "batch": 3}
+    fold_blocks(
+        m._replace(blocks=blocks),
+        tokens(),
+        visit,
+        advance=lambda: events.append("advance"),
+        **options,
+    )
+    assert blocks.reads == [0, 1, 2]
+    assert events == [0, "advance", 1, "advance", 2, "advance"]
+
+
+@pytest.mark.parametrize(("propagate", "passes"), [("pruned", 2 * 2), ("dense", 0)])
+def test_a_dense_walk_needs_no_second_pass(
+    propagate: str, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pruned walk runs all blocks but the last again, two micro-batches each."""
+    calls = []
+    monkeypatch.setattr(fold, "apply_block", lambda arch, block, x: calls.append(1) or x)
+    collect(model("llama"), tokens(), False, watch={}, propagate=propagate, batch=3)
+    assert len(calls) == passes
+
+
+def test_nothing_is_computed_where_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods without statistics walk without tokens: no embedding, no forward."""
+    m = model("llama")
+    monkeypatch.setattr(fold, "_observe", None)
+    monkeypatch.setattr(fold, "embed", None)
+    assert collect(m, tokens()[:0], False, watch={}, propagate="pruned") == [{}, {}, {}]
+
+
+def test_activations_that_overflow_are_bad_input() -> None:
+    """Before the visitor sees them: a score of NaN would silently remove the wrong weights."""
+    m = model("llama")
+    loud = m.blocks[1].replace(up=m.blocks[1].up.replace(w=m.blocks[1].up.w * 1e30))
+    m, seen = m._replace(blocks=(m.blocks[0], loud, m.blocks[2])), []
+    with pytest.raises(
+        InputError, match="the activations of block 1 are not finite: try --dtype=float32"
+    ):
+        fold_blocks(
+            m,
+            tokens(),
+            lambda i, block, _: (seen.append(i) or block, None),
+            watch={"mlp_mid": second_moment},
+            propagate="pruned",
+            batch=3,
+        )
+    assert seen == [0]
+
+
+def test_equal_blocks_compile_once() -> None:
+    """Three blocks, and a second walk, are one compilation for each micro-batch's shape (and one without output, for the last block)."""
+    m, options = (
+        model("llama"),
+        {"watch": {"mlp_in": second_moment}, "propagate": "dense", "batch": 4},
+    )
+    before = fold._observe._cache_size()
+    for _ in range(2):
+        collect(m, tokens(8, 9), False, **options)
+    assert fold._observe._cache_size() - before == 2
+
+
+def test_micro_batches_are_the_tokens_in_order() -> None:
+    windows = tokens(7)
+    parts = list(batches(windows, 3))
+    assert [p.shape[0] for p in parts] == [3, 3, 1]
+    assert np.array_equal(np.concatenate(parts), windows)
+
+
+def test_micro_batches_are_split_over_the_mesh() -> None:
+    """Where the number of windows allows it; a last batch of three stays whole on every device."""
+    parts = list(batches(tokens(11), 8, make_mesh("data=4,model=2")))
+    assert [p.sharding.shard_shape(p.shape) for p in parts] == [(2, 12), (3, 12)]
+
+
+def test_a_mesh_changes_no_statistic() -> None:
+    """tests/pruning/test_devices.py runs whole methods on several."""
+    m, windows, watch = (
+        model("llama-gqa"),
+        tokens(8),
+        {"attn_in": second_moment, "down": batch_norms},
+    )
+    one, many = (
+        collect(m, windows, False, watch=watch, propagate="pruned", batch=8, mesh=mesh)
+        for mesh in (None, make_mesh("data=4,model=2"))
+    )
+    for a, b in zip(one, many, strict=True):
+        assert len(jax.tree.leaves(b)[0].sharding.device_set) == 8
+        np.testing.assert_allclose(a["attn_in"].per_sample, b["attn_in"].per_sample, rtol=1e-5)
+        np.testing.assert_allclose(a["down"].mean, b["down"].mean, rtol=1e-5)

@@ -1,0 +1,154 @@
+"""The speed bench measures dense and pruned checkpoints in turn and writes its figures. No time is asserted."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from eval.size import entries
+from launch import bench
+from launch.benchmarks import speed as bench_speed
+from launch.flags.cli import run
+from models.checkpoint.writer import save
+from models.init import init_model
+
+CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, max_position_embeddings=24, architectures=["LlamaForCausalLM"])  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with a `dense` checkpoint and one of half the neurons, `narrow`."""
+    root = tmp_path_factory.mktemp("models")
+    for name, neurons in (("dense", 32), ("narrow", 16)):
+        config = CONFIG | {"intermediate_size": neurons}
+        save(root / name, init_model(config, jax.random.key(0)), config, root)
+    return root
+
+
+def call(models: Path, *args: str) -> int:
+    argv = [
+        "--what=speed",
+        f"--model={models / 'dense'}",
+        f"--pruned={models / 'narrow'}",
+        "--new_tokens=8",
+        *args,
+    ]
+    return run(bench.options(), bench.main, argv)
+
+
+def test_the_command_writes_its_figures(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        f"--json={tmp_path / 's.json'}",
+        f"--plot={tmp_path / 's.svg'}",
+        "--runs=2",
+        "--batch_sizes=1,2",
+        "--notorch",
+    ]
+    assert call(models, *argv) == 0
+    result = json.loads((tmp_path / "s.json").read_text())
+    assert (result["prompt_length"], result["new_tokens"]) == (16, 8)  # of 24 positions
+    assert result["peak_flops_per_second"] > 1e8
+    for batch in (1, 2):
+        rows = result["figures"][str(batch)]
+        assert list(rows) == [str(models / "dense"), str(models / "narrow")]
+        for name, row in rows.items():
+            check(row, batch)
+            assert row["parameters"] == count(32 if "dense" in name else 16)
+        dense, narrow = rows.values()
+        assert dense["speedup"] == {"prompt": 1, "generation": 1}
+        assert all(
+            narrow[what][part] < dense[what][part]
+            for what in ("flops", "bytes")
+            for part in ("prompt", "token")
+        )
+    out = capsys.readouterr().out
+    assert "prompts of 16 tokens" in out and "positions go" in out
+    svg = (tmp_path / "s.svg").read_text()
+    assert "narrow" in svg and "batch 2" in svg
+
+
+def count(neurons: int) -> int:
+    model = init_model(CONFIG | {"intermediate_size": neurons}, jax.random.key(0))
+    return entries((model.ends, model.blocks))
+
+
+def check(row: dict[str, Any], batch: int) -> None:
+    """Figures follow from each other; the compiled programs do about the work that the shapes ask for."""
+    assert all(len(s) == 2 and min(s) > 0 for s in row["seconds"].values())
+    assert row["tokens_per_second"]["prompt"] == pytest.approx(16 * batch / row["median"]["prompt"])
+    assert row["tokens_per_second"]["generation"] == pytest.approx(
+        7 * batch / row["median"]["generation"]
+    )
+    products = 2 * (row["parameters"] - 64 * 16) * batch  # the embedding is looked up
+    assert 0.9 * products < row["flops"]["token"] < 3 * products
+    assert 8 * products < row["flops"]["prompt"] < 48 * products
+    assert row["peak_memory_bytes"]["host"] > 1e7
+    assert 0 < row["share_of_peak"]["prompt"] < 1
+
+
+def test_against_pytorch(models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    assert (
+        call(
+            models,
+            f"--json={tmp_path / 's.json'}",
+            "--runs=1",
+            "--prompt_length=5",
+            f"--plot={tmp_path / 's.png'}",
+        )
+        == 0
+    )
+    rows = json.loads((tmp_path / "s.json").read_text())["figures"]["1"]
+    assert list(rows)[-1] == bench_speed.TORCH
+    assert rows[bench_speed.TORCH]["parameters"] == count(32)
+    assert "share_of_peak" not in rows[bench_speed.TORCH]
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--batch_sizes=1,x"], "--batch_sizes"),
+        (["--batch_sizes=0"], "--batch_sizes"),
+        (["--new_tokens=24"], "--new_tokens"),
+        (["--plot=figures.pdf"], "--plot"),
+        (["--mesh=data=1"], "--mesh"),
+        (["--pruned=nowhere/at/all"], "nowhere"),
+        (["--model="], "--model"),
+    ],
+)
+def test_bad_input_is_one_line(
+    models: Path, args: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(models, *args) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error:") and message in error and error.count("\n") == 1
+
+
+def test_a_broken_checkpoint_is_an_error_of_its_process(
+    models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = CONFIG | {"vocab_size": 32}
+    save(tmp_path / "nan", jax.tree.map(lambda x: x * np.nan, init_model(config, jax.random.key(0))._replace(arch=None))._replace(
+        arch=init_model(config, jax.random.key(0)).arch), config, tmp_path)  # fmt: skip
+    assert call(models, f"--pruned={tmp_path / 'nan'}", "--runs=1", "--notorch") == 2
+    assert "NaN" in capsys.readouterr().err
+
+
+def test_speedups_are_pair_by_pair() -> None:
+    task = bench_speed.Task(Path(), "float32", 2, 10, 5)
+    times = [bench_speed.Times(1.0, 2.0), bench_speed.Times(3.0, 6.0), bench_speed.Times(2.0, 4.0)]
+    found = {
+        "dense": {"times": times, "flops": {"prompt": 60.0, "token": 3.0}},
+        "half": {"times": [bench_speed.Times(t.prompt / 2, t.generation / 4) for t in times]},
+    }
+    dense, half = bench_speed.figures_of(found, task, peak=30.0).values()
+    assert half["speedup"] == {"prompt": 2.0, "generation": 4.0}
+    assert dense["tokens_per_second"] == {"prompt": 10.0, "generation": 2.0}
+    assert dense["share_of_peak"] == {"prompt": 1.0, "generation": 3 * 4 / 4 / 30}

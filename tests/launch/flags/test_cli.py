@@ -1,0 +1,102 @@
+"""Flags, flag files, help, and errors as one line with exit code 2."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.flags.cli import Flags, run
+from models.errors import InputError
+
+
+def make() -> Flags:
+    f = Flags("launch.example", "Does an example.\n\n    python -m launch.example")
+    f.group("Work")
+    f.string("name", None, "what it is called")
+    f.integer("count", 3, "how many", 1)
+    f.number("share", 0.5, "how much")
+    f.choice("kind", "a", ["a", "b"], "which")
+    f.boolean("fast", True, "hurry")
+    return f
+
+
+def test_values_have_their_types() -> None:
+    values = make().parse(["--name=x", "--count=7", "--share=0.25", "--kind=b", "--nofast"])
+    assert {k: values[k] for k in ("name", "count", "share", "kind", "fast")} == dict(
+        name="x", count=7, share=0.25, kind="b", fast=False
+    )
+
+
+def test_flag_files_nest_take_comments_and_lose_to_later_flags(tmp_path: Path) -> None:
+    inner, outer = tmp_path / "inner.flags", tmp_path / "outer.flags"
+    inner.write_text("# a comment\n--count=5\n--name=inner\n")
+    outer.write_text(f'--flagfile={inner}\n--name=outer(scorer="x", y=1)\n')
+    values = make().parse([f"--flagfile={outer}", "--count=9"])
+    assert values["name"] == 'outer(scorer="x", y=1)' and values["count"] == 9
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--zebra=1"],
+        ["--count=many"],
+        ["--count=0"],
+        ["--kind=c"],
+        ["stray"],
+        ["--flagfile=/no/such/file"],
+        ["--name"],
+    ],
+    ids=str,
+)
+def test_a_wrong_flag_is_an_input_error(argv: list[str]) -> None:
+    with pytest.raises(InputError):
+        make().parse(argv)
+
+
+def outcome(error: Exception | None, argv: list[str]) -> int:
+    def main(values: dict[str, Any]) -> None:
+        if error:
+            raise error
+
+    return run(make(), main, argv)
+
+
+def test_success_and_input_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(None, []) == 0
+    assert outcome(InputError("the file is\nbroken: mend it"), []) == 2
+    assert capsys.readouterr().err == "error: the file is broken: mend it\n"
+    assert outcome(None, ["--zebra"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and "zebra" in err and err.count("\n") == 1
+
+
+def test_debug_brings_the_traceback_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(InputError("bad"), ["--debug"]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" in err and err.endswith("error: bad\n")
+
+
+def test_a_defect_is_not_dressed_up_as_bad_input() -> None:
+    with pytest.raises(ZeroDivisionError):
+        outcome(ZeroDivisionError(), [])
+
+
+def test_help_shows_own_flags_in_groups_with_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    assert outcome(ZeroDivisionError(), ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert (
+        "Does an example" in out
+        and "Work:" in out
+        and "--count" in out
+        and "(default: 3)" in out
+        and "<a|b>" in out
+    )
+    assert "alsologtostderr" not in out and "pdb" not in out
+    assert len(out.splitlines()) < 30
+
+
+def test_given_types_back_what_differs_from_the_defaults() -> None:
+    f = make()
+    values = f.parse(["--name=x y", "--nofast", "--count=3"])
+    assert f.given(values) == ["--name=x y", "--nofast"]
+    assert make().parse(f.given(values)) == values

@@ -1,0 +1,194 @@
+"""The terminal: the table's figures, plain text in logs, bars on terminals, silence beside the main process."""
+
+import io
+import re
+from typing import Any
+
+import jax
+import pytest
+from rich.console import Console
+
+from launch.report import console as shown
+
+REPORT: dict[str, Any] = {
+    "model": "embedded:tiny-llama [bold]x",
+    "method": "wanda",
+    "settings": {"output": "/out/[red]pruned" + "x" * 120},
+    "sparsity": {"target": 0.5, "prunable": 0.4998, "total": 0.4},
+    "parameters": {"dense": 1_234_567, "pruned": 1_000_001},
+    "bytes": {"dense": 2**20, "pruned": 2**19},
+    "perplexity": {
+        "wikitext2": {"dense": 8.1, "pruned": float("inf")},
+        "a/[i]b.npy": {"dense": 2.0, "pruned": 3.0},
+    },
+    "seconds": {"load": 1.0, "calibrate_and_prune": 2.0},
+    "peak_memory_bytes": {"host": 1024, "device": None},
+    "warnings": ["damping was [raised] to 0.1"],
+}
+
+
+def terminal() -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=100)
+
+
+def log() -> Console:
+    return Console(file=io.StringIO(), force_terminal=False, width=100)
+
+
+def text_of(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def is_plain(text: str) -> bool:
+    return not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
+
+
+def test_closing_table_holds_the_figures() -> None:
+    console = log()
+    console.print(shown.closing_table(REPORT))
+    text = text_of(console)
+    for part in (
+        "8.100",
+        "inf",
+        "1.500x",
+        "49.98%",
+        "asked 50%",
+        "1,234,567",
+        "1,000,001",
+        "-19.00%",
+        "512.0 KiB",
+        "3.00 s",
+    ):
+        assert part in text, part
+
+
+def test_show_is_plain_in_a_log_and_takes_nothing_for_markup() -> None:
+    console = log()
+    shown.show(REPORT, console)
+    text = text_of(console)
+    assert is_plain(text)
+    for part in (
+        "tiny-llama [bold]x",
+        "a/[i]b.npy",
+        "warning: damping was [raised] to 0.1\n",
+        REPORT["settings"]["output"] + "\n",
+    ):
+        assert part in text, part
+
+
+def test_show_on_a_terminal_is_styled() -> None:
+    console = terminal()
+    shown.show(REPORT, console)
+    assert "\x1b[" in text_of(console)
+
+
+def test_show_needs_no_warnings_and_no_output() -> None:
+    console = log()
+    shown.show(REPORT | {"warnings": [], "settings": {}}, console)
+    assert "warning" not in text_of(console) and "pruned model" not in text_of(console)
+
+
+@pytest.mark.parametrize(("total", "lines"), [(1, 1), (4, 4), (10, 10), (32, 10), (80, 10)])
+def test_progress_in_a_log_is_few_plain_lines(total: int, lines: int) -> None:
+    console = log()
+    with shown.progress(console) as stage:
+        advance = stage("pruning [b]locks", total)
+        for _ in range(total):
+            advance()
+    text = text_of(console)
+    assert is_plain(text)
+    assert len(text.splitlines()) == lines
+    assert all(
+        line.startswith("pruning [b]locks: ") and line.endswith(" left")
+        for line in text.splitlines()
+    )
+    assert f"{total} of {total}" in text.splitlines()[-1]
+
+
+def test_progress_in_a_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    console, clock = log(), iter([0.0, 60.0, 120.0])
+    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
+    with shown.progress(console) as stage:
+        advance = stage("blocks", 3)
+        advance()
+        advance()
+    assert text_of(console).splitlines() == [
+        "blocks: 1 of 3, 1 min 00 s spent, 2 min 00 s left",
+        "blocks: 2 of 3, 2 min 00 s spent, 1 min 00 s left",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar() -> None:
+    console = terminal()
+    with shown.progress(console) as stage:
+        advance = stage("pruning [b]locks", 3)
+        for _ in range(3):
+            advance()
+    text = text_of(console)
+    assert "━" in text and "3/3" in text and "pruning [b]locks" in text
+    assert text.rstrip().endswith("\x1b[?25h"), "the cursor must be shown again"
+
+
+def test_progress_on_a_terminal_knows_the_time_left_of_slow_steps() -> None:
+    console, now = terminal(), [0.0]
+    console.get_time = lambda: now[0]
+    with shown.progress(console) as stage:
+        advance = stage("blocks", 4)
+        for _ in range(3):
+            now[0] += 100.0
+            advance()
+    assert "01:40" in text_of(console)
+
+
+def test_progress_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
+    with shown.progress() as stage:
+        advance = stage("blocks", 1)
+        advance()
+    captured = capfd.readouterr()
+    assert "1 of 1" in captured.err and not captured.out
+
+
+def test_only_the_main_process_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    for console in (log(), terminal()):
+        with shown.progress(console) as stage:
+            advance = stage("blocks", 2)
+            advance()
+        assert text_of(console) == ""
+
+
+def test_an_error_inside_ends_the_bar_and_passes_through() -> None:
+    console = terminal()
+    with pytest.raises(RuntimeError, match="inside"), shown.progress(console) as stage:
+        advance = stage("blocks", 2)
+        advance()
+        raise RuntimeError("inside")
+    assert "\x1b[?25h" in text_of(console)
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+@pytest.mark.parametrize("width", [40, 60, 80, 200])
+def test_a_wide_table_is_cut_to_fit_and_loses_nothing(width: int, labels: int) -> None:
+    heads = ["run", "how", *(f"a long heading, n{k}" for k in range(9))]
+    body = [[f"run{i}", f"[b]{i}", *(f"{i}{k}% ± 3.45%" for k in range(9))] for i in range(3)]
+    console = Console(file=io.StringIO(), width=width)
+    shown.show_wide("[title]", [heads, *body], console, labels=labels)
+    lines = text_of(console).splitlines()
+    assert lines[0].strip() == "[title]" and max(map(len, lines)) <= width
+    parts = sum(line.startswith("┏") for line in lines)
+    assert (parts == 1) == (width == 200)
+    for i, row in enumerate(body):
+        own = [line for line in lines if f"run{i}" in line]
+        assert (
+            len(own) == parts
+            and [cell for cell in row[2:] if sum(cell in line for line in own) != 1] == []
+        )
+        assert all(f"[b]{i}" in line for line in own) == (labels == 2 or parts == 1)
+
+
+def test_a_wide_table_folds_a_name_that_is_longer_than_the_line() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    shown.show_wide("", [["run", "figure"], ["m" * 100, "1.5"]], console)
+    text = text_of(console)
+    assert text.count("m") == 100 and "1.5" in text and max(map(len, text.splitlines())) <= 40

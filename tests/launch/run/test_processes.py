@@ -1,0 +1,187 @@
+"""One device, eight devices, and two processes of four devices each leave the same model."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from launch import prune
+from launch.flags.cli import run
+from models.checkpoint.writer import save
+from models.init import init_model
+
+TESTS = pathlib.Path(__file__).parents[1]
+CONFIG = {
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 24,
+    "initializer_range": 0.3,
+}
+RUNS = {
+    "magnitude": ["--method=magnitude", "--sparsity=0.5", "--allocation=alpha"],
+    "wanda": ["--method=wanda", "--sparsity=0.5", "--allocation=owl", "--refine=dsnot"],
+    "multiflow": ["--method=multiflow", "--sparsity=0.5"],
+    "sparsegpt": [
+        "--method=sparsegpt",
+        "--sparsity=0.5",
+        "--allocation=neuroal(samples=8)",
+        "--output_format=orbax",
+    ],
+    "sparsellm": ["--method=sparsellm(iterations=1)", "--sparsity=0.5"],
+    "llmrank": ['--method=llmrank(repair="refit")', "--sparsity=0.5"],
+    "flap": ["--method=flap", "--sparsity=0.3"],
+    "wanda_sp": ['--method=wanda_sp(repair="bias")', "--sparsity=0.4"],
+    "magnitude_sp": ["--method=magnitude_sp", "--sparsity=0.4"],
+    "sleb": ["--method=sleb(blocks=2)"],
+    "again": ["--method=wanda", "--sparsity=0.5"],
+    "rows": ["--method=wanda", "--sparsity=0.5"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A small model with tokens."""
+    folder = tmp_path_factory.mktemp("model")
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    save(folder, init_model(CONFIG, jax.random.key(0)), CONFIG, folder)
+    np.save(folder / "tokens.npy", np.random.default_rng(0).integers(0, 64, (16, 24)))
+    return folder
+
+
+def started(
+    devices: int, *arguments: str, main: Sequence[str] = (str(TESTS / "reference/runs.py"),)
+) -> "subprocess.Popen[str]":
+    """A process with so many CPU devices."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    paths = {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, *main, *arguments]
+    return subprocess.Popen(command, env=os.environ | paths | flags, **options)
+
+
+def port() -> str:
+    """A free one."""
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return f"localhost:{s.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def outputs(
+    model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, pathlib.Path]:
+    """What one device, eight, and two processes with four each made of the same runs."""
+    mesh = {
+        name: [
+            *flags,
+            f"--mesh=data={1 if name == 'rows' else 4},model={8 if name == 'rows' else 2}",
+        ]
+        for name, flags in RUNS.items()
+    }
+    where = {name: tmp_path_factory.mktemp(name) for name in ("one", "eight", "processes")}
+    one = started(1, str(model), str(where["one"]), json.dumps(RUNS))
+    eight = started(8, str(model), str(where["eight"]), json.dumps(mesh))
+    address = port()
+    two = [
+        started(4, str(model), str(where["processes"]), json.dumps(mesh), address, "2", str(rank))
+        for rank in (0, 1)
+    ]
+    said = [p.communicate(timeout=900)[0] for p in (one, eight, *two)]
+    assert [p.returncode for p in (one, eight, *two)] == [0, 0, 0, 0], "\n".join(said)
+    assert "the result will load as" in said[2] and "the result will load as" not in said[3], said[
+        3
+    ]  # the second process says nothing
+    for text in said[2:]:
+        assert "rows read in part: [0.5]" in text and "wanda read in part: []" in text, text
+    return where
+
+
+def test_interrupted_runs_went_on(outputs: dict[str, pathlib.Path]) -> None:
+    for where in outputs.values():
+        said = {
+            name: (where / name / "pruning_report.json").read_text() for name in ("again", "rows")
+        }
+        assert (
+            "the run was interrupted" in said["again"]
+            and "the run was interrupted" not in said["rows"]
+        )
+
+
+def test_processes_that_differ_are_refused(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    address, tokens = port(), model / "tokens.npy"
+    common = [
+        f"--model={model}",
+        f"--calibration={tokens}",
+        f"--eval_data={tokens}",
+        f"--output={tmp_path / 'out'}",
+    ]
+    common += ["--method=magnitude", f"--coordinator={address}", "--processes=2"]
+    two = [
+        started(4, *common, f"--process={k}", f"--sparsity=0.{5 + k}", main=["-m", "launch.prune"])
+        for k in (0, 1)
+    ]
+    said = [p.communicate(timeout=300)[0] for p in two]
+    assert [p.returncode for p in two] == [2, 2], "\n".join(said)
+    for text in said:
+        assert "error: process 1 differs from process 0 in what it was given" in text
+    assert "given: --sparsity;" in said[1] and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--processes=2"],
+        ["--process=1"],
+        ["--coordinator=localhost:1", "--processes=2", "--process=2"],
+    ],
+)
+def test_flags_that_do_not_go_together(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(prune.options(), prune.main, ["--model=embedded:tiny-llama", "--sparsity=0.5", *flags])
+        == 2
+    )
+    assert "--coordinator" in capsys.readouterr().err
+
+
+def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """The checkpoint's tensors."""
+    return {
+        name: x
+        for file in sorted(folder.glob("*.safetensors"))
+        for name, x in load_file(file).items()
+    }
+
+
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("where", ["eight", "processes"])
+def test_devices_and_processes_leave_the_same_model(
+    outputs: dict[str, pathlib.Path], where: str, name: str
+) -> None:
+    one, other = (outputs[w] / name for w in ("one", where))
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    for key, x in a.items():
+        assert np.array_equal(x == 0, b[key] == 0), key
+        np.testing.assert_allclose(b[key], x, atol=1e-3, err_msg=key)
+    alone, together = (
+        json.loads((f / "pruning_report.json").read_text())["perplexity"] for f in (one, other)
+    )
+    for data, found in alone.items():
+        for kind in ("dense", "pruned"):
+            assert together[data][kind] == pytest.approx(found[kind], rel=1e-5), kind

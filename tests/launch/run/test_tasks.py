@@ -1,0 +1,175 @@
+"""--tasks from end to end: the report of both models, the cache, an interrupted run, and errors before any work."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import pytest
+
+from launch import evaluate, prune
+from launch.flags.cli import run
+
+MODEL = "--model=embedded:tiny-llama"
+DATA = [
+    "--calibration_samples=4",
+    "--calibration_length=16",
+    "--calibration_batch=4",
+    "--eval_length=16",
+    "--eval_windows=2",
+]
+METHOD = ["--method=magnitude", "--sparsity=0.7", "--mesh=data=1"]
+
+
+@pytest.fixture(autouse=True)
+def _home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(prune, "samples", lambda *_: [])
+
+
+@pytest.fixture
+def task(tmp_path: pathlib.Path) -> pathlib.Path:
+    """A task of five stories and how they go on."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+    rows = [
+        {"text": f"Once there was a {x}. The {x} was", "ends": ["very happy.", "qq."], "end": 0}
+        for x in ("dog", "cat", "girl", "boy", "bird")
+    ]
+    (tmp_path / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "stories.yaml"
+    file.write_text(
+        "task: stories\ndataset_path: json\ndataset_kwargs: {data_files: {test: stories.jsonl}}\noutput_type: multiple_choice\n"
+        'test_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: end\ndoc_to_choice: "{{ends}}"\nmetadata: {version: 3}\n'
+    )
+    return file
+
+
+def call(argv: list[str]) -> int:
+    return run(prune.options(), prune.main, argv)
+
+
+def report_of(output: pathlib.Path) -> dict[str, Any]:
+    return json.loads((output / "pruning_report.json").read_text())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dense_and_pruned_in_one_report(
+    task: pathlib.Path,
+    tmp_path: pathlib.Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    argv = [MODEL, *DATA, *METHOD, f"--output={out}", f"--tasks={task}", "--limit=4"]
+    assert call(argv) == 0
+    r = report_of(out)
+    figures = r["tasks"]["stories"]
+    assert figures["dense"]["acc"] == 1.0 and 0 <= figures["pruned"]["acc"] <= 1
+    assert (
+        set(figures["dense"])
+        == set(figures["pruned"])
+        >= {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
+    )
+    facts = r["protocol"]["tasks"]["stories"]
+    assert facts["version"] == 3 and facts["documents"] == 4 and facts["num_fewshot"] == 0
+    assert (
+        facts["harness"].startswith("lm-eval 0.")
+        and f"--tasks={task}" in r["command"]
+        and "--limit=4" in r["command"]
+    )
+    said = capsys.readouterr()
+    assert "stories, acc" in said.out and said.err.count("log-likelihoods: 2 of 2") == 2
+    page = (out / "report.html").read_text()
+    assert "Accuracy, before and after" in page and facts["sha256"] in page
+
+    monkeypatch.setattr(
+        "eval.harness.log_likelihoods", fail
+    )  # both models are in the cache by their weights
+    file = tmp_path / "e.json"
+    for model, which in (("embedded:tiny-llama", "dense"), (str(out), "pruned")):
+        flags = [
+            f"--model={model}",
+            "--eval_length=16",
+            "--eval_windows=2",
+            f"--json={file}",
+            f"--tasks={task}",
+            "--limit=4",
+        ]
+        assert run(evaluate.options(), evaluate.main, flags) == 0
+        assert json.loads(file.read_text())["tasks"] == {"stories": {"dense": figures[which]}}
+    with pytest.raises(AssertionError, match="asked"):
+        run(evaluate.options(), evaluate.main, [*flags, "--notask_cache"])
+    with pytest.raises(AssertionError, match="asked"):
+        run(evaluate.options(), evaluate.main, [*flags, "--dtype=bfloat16"])
+
+
+def fail(*args: Any, **more: Any) -> None:
+    raise AssertionError("a model was asked")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_interrupted_run_does_not_ask_the_dense_model_again(
+    task: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+    argv = [
+        MODEL,
+        *DATA,
+        *METHOD,
+        f"--output={tmp_path / 'out'}",
+        f"--tasks={task}",
+        "--notask_cache",
+    ]
+    asked: list[object] = []
+    real = prune.evaluate_tasks
+
+    def count(*args: Any) -> Any:
+        asked.append(args[1].directory)
+        return real(*args)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(prune, "evaluate_tasks", count)
+        m.setattr(prune.export, "load_back", fail)
+        with pytest.raises(AssertionError):
+            call(argv)
+        assert len(asked) == 1
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(prune, "evaluate_tasks", count)
+        assert call(argv) == 0
+    assert len(asked) == 2 and asked[0] != asked[1], "the pruned model alone"
+    assert report_of(tmp_path / "out")["tasks"]["stories"]["dense"]["acc"] == 1.0
+
+
+@pytest.mark.parametrize(("name", "said"), [("zebra.yaml", "no such file"), ("", "pip install")])
+def test_errors_come_before_any_work(
+    name: str,
+    said: str,
+    tmp_path: pathlib.Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if name:
+        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+    else:  # without lm-eval
+        for module in [
+            m
+            for m in sys.modules
+            if m == "lm_eval" or m.startswith(("lm_eval.", "eval.tasks", "eval.harness"))
+        ]:
+            monkeypatch.delitem(sys.modules, module)
+        monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
+    monkeypatch.setattr(prune, "evaluate", fail)
+    assert (
+        call([MODEL, *DATA, *METHOD, f"--output={tmp_path / 'out'}", f"--tasks={name or 'piqa'}"])
+        == 2
+    )
+    err = capsys.readouterr().err.strip().splitlines()
+    assert err[-1].startswith("error: --tasks") and said in err[-1]
+    assert not (tmp_path / "out").exists()
+
+
+class Absent:
+    """An import system in which lm-eval is not installed."""
+
+    def find_spec(self, name: str, *rest: Any) -> None:
+        if name.split(".")[0] == "lm_eval":
+            raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")

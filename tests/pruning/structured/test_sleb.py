@@ -1,0 +1,384 @@
+"""SLEB: against a plain search that knows nothing of caches, with every budget of caches, stopping early or not, at its limits."""
+
+import functools
+import math
+import pathlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from eval.perplexity import perplexity
+from models import arch
+from models.arch import Model, embed, logits
+from models.checkpoint.reader import LazyBlocks, open_checkpoint
+from models.errors import InputError
+from models.families import hf
+from models.sharding import make_mesh
+from pruning.structured import sleb_runner as core
+from pruning.structured.sleb import sleb
+from pruning.types import Outcome, Request, prune
+from reference import small, tiny
+
+LENGTH, WINDOWS = 12, 6
+TOKENS = small.tokens(WINDOWS, LENGTH)
+GIB = 1 << 30
+STATE = 4 * LENGTH * 16 / GIB  # one window's hidden states
+families = pytest.mark.parametrize("family", ["llama", "opt"])
+
+
+@functools.cache
+def deep(family: str, blocks: int = 8) -> Model:
+    """A random model of many blocks, of different sizes so that they matter differently."""
+    arch, ends, specs = hf.specs(small.CONFIGS[family] | {"num_hidden_layers": blocks})
+    rng = np.random.default_rng(3)
+
+    def draw(spec: hf.Spec, scale: float = 0.3) -> jax.Array:
+        return jnp.asarray(
+            (spec.init == "ones") + scale * rng.standard_normal(spec.shape), jnp.float32
+        )
+
+    def tree(specs: Any, scale: float) -> Any:
+        return jax.tree.map(lambda s: draw(s, scale), specs, is_leaf=hf.is_spec)
+
+    return Model(
+        arch,
+        tree(ends, 0.3),
+        tuple(
+            tree(s, scale) for s, scale in zip(specs, rng.uniform(0.1, 0.35, blocks), strict=True)
+        ),
+    )
+
+
+def run(m: Model, n: int, batch: int = 2, **arguments: Any) -> tuple[Model, Outcome]:
+    return prune(m, sleb(n, **arguments), TOKENS, Request(0.0, batch=batch))
+
+
+def details(m: Model, n: int, batch: int = 2, **arguments: Any) -> dict[str, Any]:
+    return dict(run(m, n, batch, **arguments)[1].details)
+
+
+def loss(m: Model, blocks: Sequence[Any]) -> float:
+    """The released code's loss of the model with these blocks, from its logits, in float64."""
+    z = np.asarray(logits(m._replace(blocks=tuple(blocks)), TOKENS), np.float64)[:, :-1]
+    z -= z.max(axis=-1, keepdims=True)
+    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
+    return (
+        -float(np.take_along_axis(log_p, TOKENS[:, 1:, None], axis=2).mean(axis=1).sum()) * LENGTH
+    )
+
+
+def plain_search(
+    m: Model, n: int, early: int = 1, latter: int = 1
+) -> tuple[list[int], list[dict[int, float]], int]:
+    """Order, losses, and blocks times windows: every candidate is a tuple of blocks, run from the tokens to the end."""
+    alive, order, phases, work = list(range(len(m.blocks))), [], [], 0
+    for _ in range(n):
+        found = {}
+        for j in range(early, len(alive) - latter):
+            left = alive[:j] + alive[j + 1 :]
+            found[alive[j]] = loss(m, [m.blocks[i] for i in left])
+            work += len(left) * WINDOWS
+        order.append(min(found, key=lambda i: (found[i], i)))
+        alive.remove(order[-1])
+        phases.append(found)
+    return order, phases, work
+
+
+@families
+@pytest.mark.parametrize("barriers", [(1, 1), (0, 0), (2, 3)])
+def test_a_plain_search_agrees(family: str, barriers: tuple[int, int]) -> None:
+    m = deep(family)
+    order, phases, work = plain_search(m, 3, *barriers)
+    pruned, outcome = run(
+        m, 3, early_barrier=barriers[0], latter_barrier=barriers[1], variant="official"
+    )
+    d = outcome.details
+    assert d["removal_order"] == order
+    for got, want in zip(d["losses"], phases, strict=True):
+        assert [i for i, x in enumerate(got) if x is not None] == list(want)
+        np.testing.assert_allclose(
+            [x for x in got if x is not None], list(want.values()), rtol=1e-5
+        )
+    assert sum(d["block_evaluations"]["plain_search"]) == work > sum(d["block_evaluations"]["run"])
+    assert outcome.kept_blocks == tuple(i for i in range(8) if i not in order)
+    assert small.same(pruned.blocks, tuple(m.blocks[i] for i in outcome.kept_blocks))
+
+
+@families
+def test_a_block_switched_off_is_a_block_dropped(family: str) -> None:
+    """The loss of the last phase is the perplexity of what is written."""
+    pruned, outcome = run(deep(family), 2)
+    best = min(x for x in outcome.details["losses"][-1] if x is not None)
+    assert math.exp(best / LENGTH / WINDOWS) == pytest.approx(
+        perplexity(pruned, TOKENS).value, rel=1e-6
+    )
+
+
+ROOMS = [
+    (0.0, 0.0, 0.0),
+    (7 * WINDOWS * STATE, 0.0, 0.0),
+    (0.0, 5 * STATE, 0.0),
+    (3 * WINDOWS * STATE, 2 * WINDOWS * STATE, 0.0),
+    (STATE, GIB * STATE, 0.0),
+    (0.0, 0.0, 7 * WINDOWS * STATE),
+    (2 * STATE, 3 * STATE, 1.0),
+]
+
+
+@families
+@pytest.mark.parametrize("room", ROOMS)
+@pytest.mark.parametrize("variant", ["official", "corrected"])
+def test_no_result_depends_on_the_cache(
+    family: str, room: tuple[float, float, float], variant: str
+) -> None:
+    m = deep(family)
+    want = details(m, 4, variant=variant)
+    got = details(m, 4, variant=variant, device_gib=room[0], host_gib=room[1], disk_gib=room[2])
+    assert all(got[k] == want[k] for k in ("removal_order", "losses", "stopped_at"))
+    spent = [got["cache"][f"{tier}_bytes"] for tier in core.TIERS]
+    assert all(s <= r * GIB for s, r in zip(spent, room, strict=True)) and any(spent) == any(room)
+    runs = [sum(d["block_evaluations"]["run"]) for d in (want, got)]
+    plain = sum(got["block_evaluations"]["plain_search"])
+    assert runs[0] <= runs[1]
+    if variant == "official":
+        assert runs[0] < 0.55 * plain
+        assert (runs[1] == plain) == (not any(room))
+
+
+@pytest.mark.parametrize("search", ["greedy", "influence"])
+def test_a_checkpoint_that_does_not_fit_is_read_as_it_is_run(
+    search: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same result as with all blocks held; never more of them alive than the one at work and the one behind it."""
+    config = small.CONFIGS["llama"] | {"num_hidden_layers": 8}
+    tiny.write(tmp_path, tiny.state_of(config, deep("llama")), config)
+    m, refs, most = open_checkpoint(tmp_path).model, [], []  # type: Model, list[weakref.ref[Any]], list[int]
+    placed = LazyBlocks.placed
+
+    def counted(self: LazyBlocks, block: Any, mesh: Any = None) -> Any:
+        found = placed(self, block, mesh)
+        refs.append(weakref.ref(found.up.w))
+        most.append(sum(ref() is not None for ref in refs))
+        return found
+
+    monkeypatch.setattr(LazyBlocks, "placed", counted)
+    held, want = run(m, 3, search=search)
+    whole = sum(x.nbytes for x in jax.tree.leaves(deep("llama").blocks))
+    monkeypatch.setattr(core, "roomy", lambda size, shards: size < whole)
+    refs.clear(), most.clear()
+    streamed, got = run(m, 3, search=search)
+    reads = most[: -len(streamed.blocks)]  # the last ones are the result
+    assert max(reads) <= 2 and len(reads) >= 7
+    assert small.same(held.blocks, streamed.blocks) and got.kept_blocks == want.kept_blocks
+    assert want.details["cache"]["blocks_held"] and not got.details["cache"]["blocks_held"]
+    assert all(
+        got.details[k] == want.details[k]
+        for k in ("removal_order", "losses", "stopped_at", "influence")
+    )
+
+
+def test_states_of_candidates_spare_work_in_the_next_phase() -> None:
+    m = deep("llama")
+    states = 7 * WINDOWS * STATE  # of the surviving blocks alone
+    alone, both = (
+        details(m, 4, variant="official", device_gib=g, host_gib=0.0) for g in (states, 1.0)
+    )
+    assert both["cache"]["device_bytes"] > alone["cache"]["device_bytes"]
+    assert sum(both["block_evaluations"]["run"]) < sum(alone["block_evaluations"]["run"])
+
+
+@families
+def test_stopping_early_changes_nothing_but_the_work(family: str) -> None:
+    """The same order; the same loss where a candidate ran to its end, null and what it had passed where not."""
+    m = deep(family)  # with a head so sharp that losses differ by much, and by more windows
+    m = m._replace(ends=m.ends.replace(norm=jax.tree.map(lambda x: 8 * x, m.ends.norm)))
+    found = [
+        prune(m, sleb(4, variant=v), small.tokens(24, LENGTH), Request(0.0, batch=1))[1]
+        for v in ("official", "corrected")
+    ]
+    every, stopped = (dict(o.details) for o in found)
+    assert stopped["removal_order"] == every["removal_order"]
+    assert not any(x is not None for phase in every["stopped_at"] for x in phase)
+    ended = 0
+    for phase, (full, losses, passed) in enumerate(
+        zip(every["losses"], stopped["losses"], stopped["stopped_at"], strict=True)
+    ):
+        best = losses[stopped["removal_order"][phase]]
+        for a, b, bound in zip(full, losses, passed, strict=True):
+            assert (a is None) == (b is None and bound is None)
+            if b is not None:
+                assert a == b and bound is None
+            elif a is not None:
+                assert best <= bound <= a
+                ended += 1
+    assert ended > 0
+    assert sum(stopped["block_evaluations"]["run"]) < sum(every["block_evaluations"]["run"])
+
+
+def test_the_batch_does_not_matter() -> None:
+    a, b = (details(deep("opt"), 3, batch, variant="official") for batch in (4, 6))
+    assert a["removal_order"] == b["removal_order"]
+    np.testing.assert_allclose(*(np.array(d["losses"], float) for d in (a, b)), rtol=1e-5)
+
+
+def test_a_mesh_removes_the_same() -> None:
+    m, method = deep("llama"), sleb(3, variant="official")
+    one, many = (
+        prune(m, method, TOKENS, Request(0.0, batch=4, mesh=mesh))[1]
+        for mesh in (None, make_mesh("data=4,model=2"))
+    )
+    assert one.kept_blocks == many.kept_blocks
+    np.testing.assert_allclose(
+        *(np.array(o.details["losses"], float) for o in (one, many)), rtol=1e-5
+    )
+
+
+def test_one_program_serves_all_candidates() -> None:
+    arch._apply.clear_cache()
+    run(deep("llama"), 4)
+    assert arch._apply._cache_size() == 1
+
+
+def test_one_shot_by_perplexity_takes_the_lowest_of_the_first_phase() -> None:
+    m = deep("llama")
+    _, phases, _ = plain_search(m, 1)
+    for variant in ("official", "corrected"):
+        d = details(m, 3, batch=1, search="perplexity", variant=variant)
+        assert d["removal_order"] == sorted(phases[0], key=lambda i: phases[0][i])[:3]
+        assert len(d["losses"]) == 1
+
+
+@families
+def test_one_shot_by_influence_takes_the_blocks_that_turn_their_input_least(family: str) -> None:
+    m = deep(family)
+    xs = [embed(m.arch, m.ends, TOKENS)]
+    for block in m.blocks:
+        xs.append(m.arch.block(block, xs[-1])[0])
+    a, b = (np.asarray(x, np.float64) for x in (jnp.stack(xs[:-1]), jnp.stack(xs[1:])))
+    want = 1 - ((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).mean(
+        (1, 2)
+    )
+    d = details(m, 3, batch=4, search="influence")
+    np.testing.assert_allclose(d["influence"][1:-1], want[1:-1], atol=1e-6)
+    assert d["influence"][0] is None and d["influence"][-1] is None and d["losses"] == []
+    assert d["removal_order"] == [int(i) + 1 for i in np.argsort(want[1:-1])[:3]]
+
+
+@families
+@pytest.mark.parametrize("search", ["greedy", "perplexity", "influence"])
+def test_sublayers_leave_on_their_own(family: str, search: str) -> None:
+    m = deep(family, 4)
+    pruned, outcome = run(m, 5, units="sublayers", search=search, early_barrier=0, latter_barrier=0)
+    parts = outcome.details["removed_parts"]
+    assert len(parts) == 5 and len({tuple(p) for p in parts}) == 5
+    both = [i for i in range(4) if sum(p[0] == i for p in parts) == 2]
+    assert both and outcome.kept_blocks == tuple(i for i in range(4) if i not in both)
+    writers = [s.name for s in m.arch.slots if s.feeds == "next"]
+    blocks = [
+        b.replace(
+            **{w: jax.tree.map(jnp.zeros_like, getattr(b, w)) for w in writers if [i, w] in parts}
+        )
+        for i, b in enumerate(m.blocks)
+    ]
+    want = small.logits(m._replace(blocks=tuple(blocks)), TOKENS)
+    np.testing.assert_allclose(small.logits(pruned, TOKENS), want, atol=1e-5)
+    zero = sum(np.asarray(z).all() for block in small.zeros(pruned) for z in block.values())
+    assert zero == sum(
+        4 if w == writers[0] else len(m.arch.slots) - 4 for i, w in parts if i not in both
+    )
+    if search == "greedy":
+        last = outcome.details["losses"][-1][outcome.details["removal_order"][-1]]
+        assert last == pytest.approx(loss(m, blocks), rel=1e-5)
+
+
+def test_sublayers_need_a_residual_stream() -> None:
+    with pytest.raises(InputError, match="a norm follows"):
+        run(
+            tiny.random_model(tiny.OPT_350M | {"vocab_size": small.VOCAB}),
+            1,
+            units="sublayers",
+            early_barrier=0,
+        )
+
+
+@pytest.mark.parametrize("search", ["greedy", "perplexity"])
+def test_a_tie_goes_to_the_earliest(search: str) -> None:
+    """Three blocks that do nothing cost the same; the order they are tried in does not decide."""
+    m = deep("llama")
+    m = m._replace(
+        blocks=tuple(
+            core.silenced(b, ("o", "down")) if i in (2, 3, 4) else b for i, b in enumerate(m.blocks)
+        )
+    )
+    for variant in ("official", "corrected"):
+        d = details(
+            m, 2, search=search, variant=variant, batch=1, early_barrier=2, latter_barrier=3
+        )
+        assert (
+            d["removal_order"] == [2, 3] and len({x for x in d["losses"][0] if x is not None}) == 1
+        )
+
+
+def test_a_loss_that_is_not_finite_is_not_chosen() -> None:
+    """A block that overflows is chosen where it is a candidate; where it stays, nothing can be."""
+    m = deep("llama")
+    huge = jax.tree.map(lambda x: x * 1e38, m.blocks[7])
+    with pytest.raises(InputError, match="the loss is finite without 0 of 6 candidates, 1 must go"):
+        run(m._replace(blocks=(*m.blocks[:7], huge)), 1)
+    alone = m._replace(blocks=(*m.blocks[:2], huge, *m.blocks[3:]))
+    for variant in ("official", "corrected"):
+        _, outcome = run(alone, 1, variant=variant)
+        assert outcome.details["removal_order"] == [2]
+        assert outcome.details["losses"][0].count(None) == 7
+        assert "phase 1: the loss without 1, 3, 4, 5, 6 is not finite" in outcome.warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            {"blocks": 7},
+            "cannot remove 7 of 8 blocks with early_barrier=1 and latter_barrier=1: ask for 6 or fewer",
+        ),
+        ({"blocks": 8, "early_barrier": 0, "latter_barrier": 0}, "ask for 7 or fewer"),
+        ({"blocks": 1, "early_barrier": 5, "latter_barrier": 5}, "ask for 0 or fewer"),
+        ({"blocks": 13, "units": "sublayers"}, "cannot remove 13 of 16 sublayers"),
+        ({"blocks": -1}, "must not be negative"),
+        ({"early_barrier": -1}, "must not be negative"),
+        ({"device_gib": -1.0}, "must not be negative"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        prune(deep("llama"), sleb(**arguments), TOKENS, Request(0.0))
+
+
+def test_sparsity_is_a_fraction_of_the_blocks_unless_their_number_is_given() -> None:
+    m = deep("llama")
+    assert len(prune(m, sleb(), TOKENS, Request(0.25))[0].blocks) == 6
+    assert len(prune(m, sleb(blocks=1), TOKENS, Request(0.25))[0].blocks) == 7
+    assert small.same(prune(m, sleb(blocks=0), TOKENS, Request(0.25))[0].blocks, m.blocks)
+
+
+@pytest.mark.parametrize("device", [0, 1, 5, 21, 22, 60, 1000])
+@pytest.mark.parametrize("host", [0, 1, 6, 30, 1000])
+@pytest.mark.parametrize("disk", [0, 40])
+def test_the_plan_spends_no_more_than_there_is(device: int, host: int, disk: int) -> None:
+    there = (device, host, disk)
+    shared, own = core.plan(8, 3, there)
+    assert all(a + b <= room for a, b, room in zip(shared.bytes, own.bytes, there, strict=True))
+    assert shared.every <= 4
+    if sum(there) >= 21:
+        assert shared.every == 1 and sum(shared.bytes) == 21
+        assert shared.bytes[:2] == (
+            min(device, 21),
+            min(host, 21 - min(device, 21)),
+        )  # the fastest first
+    else:
+        assert own.every == 0
+    assert (own.every == 1) == (sum(there) - 21 >= 28 * 3)
