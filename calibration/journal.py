@@ -18,7 +18,7 @@ import jax
 import numpy as np
 
 from models.errors import InputError, damaged
-from models.processes import on_first, together
+from models.processes import barrier, run_on_primary
 from models.sharding import to_host
 
 INDEX = "journal.json"
@@ -36,7 +36,7 @@ class Sink(Protocol):
     def rewind(self, mark: Any) -> None: ...
 
 
-class Memory:
+class StepCache:
     """What steps gave, for other runs of this process that would compute the same: by all that it depends on. No run's values differ by it.
 
     Args:
@@ -71,7 +71,7 @@ class Memory:
         return value
 
 
-class Begun(NamedTuple):
+class ResumePoint(NamedTuple):
     """Where a walk stands: a record for each finished block, and the hidden states behind the last of them; None where none is."""
 
     records: list[Any]
@@ -88,12 +88,12 @@ def write_durably(path: pathlib.Path, data: bytes) -> None:
     os.replace(beside, path)
 
 
-def plain(value: Any) -> Any:
+def to_serialisable(value: Any) -> Any:
     """A value with its arrays on the host and its tuples as lists: as it comes back from a file."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): to_serialisable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
+        return [to_serialisable(v) for v in value]
     return to_host(value) if isinstance(value, jax.Array) else value
 
 
@@ -132,19 +132,19 @@ class Journal:
         directory: pathlib.Path,
         fingerprint: Mapping[str, Any],
         sink: Sink,
-        memory: Memory | None = None,
+        memory: StepCache | None = None,
         common: Hashable = None,
     ):
         self._directory, self._sink, self._memory, self._common = (
             directory,
             sink,
-            memory or Memory(0),
+            memory or StepCache(0),
             common,
         )
         self._step, self._steps, self._walk = 0, [], None  # type: tuple[int, list[str], dict[str, Any] | None]
         self._fingerprint = json.loads(json.dumps(fingerprint))
         self._saved, self._cost = time.monotonic(), 0.0
-        index = on_first(self._index)
+        index = run_on_primary(self._index)
         if index is None:
             self._commit([], None)
         else:
@@ -188,7 +188,7 @@ class Journal:
     def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
         """The value of the next step: read if it was finished before, else remembered of another run or computed, and written.
 
-        It consists of dicts with text for keys, lists, numbers, text, None and arrays, and comes back so (`plain`).
+        It consists of dicts with text for keys, lists, numbers, text, None and arrays, and comes back so (`to_serialisable`).
 
         Args:
           key: all that the value depends on, but for what the run's `common` says; None: only this run can use it.
@@ -197,7 +197,7 @@ class Journal:
             value = _unpack(self._directory / self._steps[self._step])
         else:
             known = self._known(key)
-            value = plain(compute()) if known is None else known
+            value = to_serialisable(compute()) if known is None else known
             self._finish(value)
         self._over(key, value)
         return value
@@ -212,13 +212,13 @@ class Journal:
 
     def _finish(self, value: Any) -> None:
         name = f"{self._step:03d}.msgpack"
-        on_first(lambda: write_durably(self._directory / name, _pack(value)))
+        run_on_primary(lambda: write_durably(self._directory / name, _pack(value)))
         self._commit([*self._steps, name], None)
 
     def _commit(self, steps: list[str], walk: dict[str, Any] | None) -> None:
         mark = self._sink.mark()
-        together("commit")  # whatever the others still read is not removed before they have
-        on_first(lambda: self._write_index(steps, walk, mark))
+        barrier("commit")  # whatever the others still read is not removed before they have
+        run_on_primary(lambda: self._write_index(steps, walk, mark))
         self._steps, self._walk = steps, walk
 
     def _write_index(self, steps: list[str], walk: dict[str, Any] | None, mark: Any) -> None:
@@ -242,7 +242,7 @@ class Journal:
 
     def begin(
         self, states: Sequence[jax.ShapeDtypeStruct | np.ndarray], key: Hashable = None
-    ) -> Begun:
+    ) -> ResumePoint:
         """Where the next step, a walk, stands.
 
         Args:
@@ -250,18 +250,18 @@ class Journal:
           key: as `step` has it.
         """
         if self._step < len(self._steps):
-            return Begun(_unpack(self._directory / self._steps[self._step]), None)
+            return ResumePoint(_unpack(self._directory / self._steps[self._step]), None)
         if (known := self._known(key)) is not None:
-            return Begun(list(known), None)
+            return ResumePoint(list(known), None)
         if not self._walk:
-            return Begun([], None)
+            return ResumePoint([], None)
         records = _unpack(self._directory / self._walk["records"])
         if not states:
-            return Begun(records, [])
+            return ResumePoint(records, [])
         from orbax.checkpoint import StandardCheckpointer
 
         with StandardCheckpointer() as checkpointer:
-            return Begun(
+            return ResumePoint(
                 records,
                 checkpointer.restore(
                     self._directory.absolute() / self._walk["states"], list(states)
@@ -273,7 +273,7 @@ class Journal:
     ) -> None:
         """Say that the walk has finished so many blocks. It is saved if saving does not cost more than `SHARE` of the time."""
         now = time.monotonic()
-        if not on_first(lambda: blocks == 1 or now - self._saved >= self._cost / SHARE):
+        if not run_on_primary(lambda: blocks == 1 or now - self._saved >= self._cost / SHARE):
             return
         name = f"{self._step:03d}-{blocks:03d}"
 
@@ -283,7 +283,7 @@ class Journal:
             )  # of a run that was killed while it saved
             write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
 
-        on_first(begin)
+        run_on_primary(begin)
         if states:
             from orbax.checkpoint import StandardCheckpointer
 

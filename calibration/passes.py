@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from calibration.journal import Begun, Journal, plain
+from calibration.journal import Journal, ResumePoint, to_serialisable
 from calibration.observers import Observer
-from calibration.states import States, Tier
+from calibration.states import Offload, States
 from models.arch import Arch, Block, Model, Taps, apply_block, embed
-from models.checkpoint.reader import ahead
+from models.checkpoint.reader import prefetch
 from models.errors import InputError
 from models.sharding import place, placement, split
 
@@ -58,16 +58,16 @@ def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterabl
 
 
 def _shapes(
-    model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, tier: Tier
+    model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, offload: Offload
 ) -> list[jax.ShapeDtypeStruct | np.ndarray]:
     """What the hidden states between two blocks are like, a micro-batch each: where they are not on the devices, arrays without memory."""
     found: list[jax.ShapeDtypeStruct | np.ndarray] = []
     for start in range(0, len(tokens), batch):
         part = tokens[start : start + batch]
         x = jax.eval_shape(
-            model.arch.embed, model.ends, jax.ShapeDtypeStruct(part.shape, part.dtype)
+            model.arch.embed, model.non_block, jax.ShapeDtypeStruct(part.shape, part.dtype)
         )
-        if tier == "device":
+        if offload == "device":
             found.append(
                 jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, mesh, "sample"))
             )
@@ -76,23 +76,23 @@ def _shapes(
     return found
 
 
-class Visited(NamedTuple):
+class BlockResult(NamedTuple):
     """What became of a block: the one that takes its place, what is to be remembered of it (`journal.plain`), and whether the visitor
     has made its inputs what the next block sees; else the new block is run over them."""
 
     block: Block
     record: Any = None
-    moved_on: bool = False
+    propagated: bool = False
 
 
 def walk_blocks(
     model: Model,
     tokens: np.ndarray,
-    visit: Callable[[int, Block, States, bool], Visited],
+    visit: Callable[[int, Block, States, bool], BlockResult],
     *,
     batch: int = 8,
     mesh: Mesh | None = None,
-    tier: Tier = "device",
+    offload: Offload = "device",
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
     key: Hashable = None,
@@ -106,28 +106,28 @@ def walk_blocks(
         run no block is visited.
     The others are `fold_blocks`'. Returns every block's record, in order.
     """
-    depth, ends = len(model.blocks), place(model.ends, mesh)
+    depth, non_block = len(model.blocks), place(model.non_block, mesh)
     records, saved = (
-        journal.begin(_shapes(model, tokens, batch, mesh, tier), key)
+        journal.begin(_shapes(model, tokens, batch, mesh, offload), key)
         if journal
-        else Begun([], None)
+        else ResumePoint([], None)
     )
     for _ in records:
         advance()
     fresh = (
-        (embed(model.arch, ends, t) for t in batches(tokens, batch, mesh))
+        (embed(model.arch, non_block, t) for t in batches(tokens, batch, mesh))
         if len(records) < depth
         else []
     )
-    xs = States(fresh if saved is None else saved, tier, mesh)
+    xs = States(fresh if saved is None else saved, offload, mesh)
     del saved
-    blocks = ahead(model.blocks, range(len(records), depth), mesh)
+    blocks = prefetch(model.blocks, range(len(records), depth), mesh)
     for i in range(len(records), depth):
         last = i == depth - 1
-        new, record, moved_on = visit(i, next(blocks), xs, last)
-        records.append(plain(record))
+        new, record, propagated = visit(i, next(blocks), xs, last)
+        records.append(to_serialisable(record))
         if not last:
-            if not moved_on:
+            if not propagated:
                 for j, x in enumerate(xs):
                     xs[j] = apply_block(model.arch, new, x)
             if journal:
@@ -188,7 +188,7 @@ def rehearse_fold(
     arch, static, blocks = model.arch, tuple(sorted(watch.items())), len(model.blocks)
     steps = -(-tokens.shape[0] // batch)
     part = jax.ShapeDtypeStruct((batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
-    x = run("embedding", functools.partial(embed, arch), model.ends, part, calls=steps)
+    x = run("embedding", functools.partial(embed, arch), model.non_block, part, calls=steps)
     if not static:
         return x, {}
     onward = propagate == "dense"
@@ -216,7 +216,7 @@ def fold_blocks(
     propagate: Literal["pruned", "dense"],
     batch: int = 8,
     mesh: Mesh | None = None,
-    tier: Tier = "device",
+    offload: Offload = "device",
     advance: Callable[[], None] = lambda: None,
     journal: Journal | None = None,
     key: Hashable = None,
@@ -226,7 +226,7 @@ def fold_blocks(
     Args:
       model: read one block at a time.
       tokens: int [samples length].
-      visit: (i, block, statistics) -> (the block that takes its place, the same one to leave it; a record of it, as `Visited` has it).
+      visit: (i, block, statistics) -> (the block that takes its place, the same one to leave it; a record of it, as `BlockResult` has it).
       watch: tap or slot name -> observer; a tap is a linear's input, a slot's name its output.
       propagate: what the next block sees: outputs of the visited ("pruned") block, as Wanda and SparseGPT do, or of the dense one,
         which then cost no second pass.
@@ -240,9 +240,9 @@ def fold_blocks(
     """
     dense = propagate == "dense"
 
-    def each(i: int, block: Block, xs: States, last: bool) -> Visited:
+    def each(i: int, block: Block, xs: States, last: bool) -> BlockResult:
         new, record = visit(i, block, observe(model.arch, watch, i, block, xs, dense and not last))
-        return Visited(new, record, moved_on=dense)
+        return BlockResult(new, record, propagated=dense)
 
     return walk_blocks(
         model,
@@ -250,7 +250,7 @@ def fold_blocks(
         each,
         batch=batch,
         mesh=mesh,
-        tier=tier,
+        offload=offload,
         advance=advance,
         journal=journal,
         key=key,

@@ -14,14 +14,14 @@ from jax.sharding import Mesh
 
 from models.sharding import split
 
-Tier = Literal["device", "host", "disk"]
-TIERS: tuple[Tier, ...] = get_args(Tier)  # the fastest first
+Offload = Literal["device", "host", "disk"]
+OFFLOADS: tuple[Offload, ...] = get_args(Offload)  # the fastest first
 
 
 SHARE = {"device": 0.25, "host": 0.5}  # of a memory that hidden states may take
 
 
-def memory() -> dict[str, int]:
+def available_memory() -> dict[str, int]:
     """Bytes of one device's memory, and of the host's; a device that is the host, as a CPU is, has none of its own."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return {
@@ -30,13 +30,13 @@ def memory() -> dict[str, int]:
     }
 
 
-def roomy(size: int, shards: int = 1) -> bool:
+def fits_in_memory(size: int, shards: int = 1) -> bool:
     """Whether a model of so many bytes, split over so many devices, may be held whole for a search, a check or a sample."""
-    there = memory()
+    there = available_memory()
     return size / shards <= there["device"] / 2 if there["device"] else size <= there["host"] / 8
 
 
-def tier_of(device: int, host: int, there: Mapping[str, int]) -> Tier:
+def choose_offload(device: int, host: int, there: Mapping[str, int]) -> Offload:
     """The fastest tier with room for hidden states that take so many bytes of each device, or of the host."""
     if not there["device"]:
         return "device" if host <= SHARE["host"] * there["host"] else "disk"
@@ -63,12 +63,12 @@ def scratch(owner: object) -> pathlib.Path:
     return directory
 
 
-def keep(x: jax.Array | np.ndarray, tier: Tier, path: pathlib.Path) -> Kept:
+def keep(x: jax.Array | np.ndarray, offload: Offload, path: pathlib.Path) -> Kept:
     """The array moved to a tier; `path` is the file where that is the disk."""
-    if tier == "device":
+    if offload == "device":
         return jax.numpy.asarray(x)
     value = np.asarray(x)
-    if tier == "host":
+    if offload == "host":
         return value
     np.save(path, value)
     return OnDisk(path, value.dtype, value.nbytes)
@@ -88,10 +88,13 @@ class States(Sequence[jax.Array]):
     """
 
     def __init__(
-        self, xs: Iterable[jax.Array | np.ndarray], tier: Tier = "device", mesh: Mesh | None = None
+        self,
+        xs: Iterable[jax.Array | np.ndarray],
+        offload: Offload = "device",
+        mesh: Mesh | None = None,
     ):
-        self._tier, self._mesh = tier, mesh
-        self._directory = scratch(self) if tier == "disk" else pathlib.Path()
+        self._tier, self._mesh = offload, mesh
+        self._directory = scratch(self) if offload == "disk" else pathlib.Path()
         self._kept: list[Kept] = []
         for x in xs:
             self.append(x)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from models.arch import Ends, Model, apply_block, embed
-from models.checkpoint.reader import ahead
+from models.arch import Model, NonBlockParams, apply_block, embed
+from models.checkpoint.reader import prefetch
 from models.sharding import split
 
 ACTIVATION_BYTES = (
@@ -17,17 +17,17 @@ ACTIVATION_BYTES = (
 
 
 def last_states(
-    model: Model, ends: Ends, batches: Sequence[np.ndarray], mesh: Mesh | None
+    model: Model, non_block: NonBlockParams, batches: Sequence[np.ndarray], mesh: Mesh | None
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Each batch's tokens int [b t] where they were put, and what leaves the last block for them [b t d], in the batches' order.
 
     Args:
       model: its blocks are read once for every ACTIVATION_BYTES of hidden states, or for every batch if one is larger.
-      ends: `model.ends` placed on `mesh`.
+      ends: `model.non_block` placed on `mesh`.
       batches: int [b t], of any shapes: each shape is compiled once.
       mesh: batches are split over its `data` axis.
     """
-    width = jax.eval_shape(model.arch.embed, ends, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    width = jax.eval_shape(model.arch.embed, non_block, jax.ShapeDtypeStruct((1, 1), jnp.int32))
     room = ACTIVATION_BYTES // (width.shape[-1] * width.dtype.itemsize)  # tokens
     first = 0
     while first < len(batches):
@@ -35,8 +35,8 @@ def last_states(
         while end < len(batches) and held + batches[end].size <= room:
             held, end = held + batches[end].size, end + 1
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
-        xs = [embed(model.arch, ends, t) for t in tokens]
-        for block in ahead(model.blocks, mesh=mesh):
+        xs = [embed(model.arch, non_block, t) for t in tokens]
+        for block in prefetch(model.blocks, mesh=mesh):
             xs = jax.block_until_ready(
                 [apply_block(model.arch, block, x) for x in xs]
             )  # no blocks gather that wait to be run

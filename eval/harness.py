@@ -43,13 +43,13 @@ class Vocabulary(NamedTuple):
     """A tokenizer, and what it does not say itself.
 
     `start` is the token that a text without context follows (BOS, or EOS where there is none), `start_text` its text (empty if that is
-    not known), and `ends` are the tokens that end a text.
+    not known), and `non_block` are the tokens that end a text.
     """
 
     tokenizer: Tokenizer
     start: int
     start_text: str
-    ends: tuple[int, ...]
+    non_block: tuple[int, ...]
 
 
 class HarnessModel(TemplateLM):
@@ -81,7 +81,7 @@ class HarnessModel(TemplateLM):
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return next(iter(self._vocabulary.ends), self._vocabulary.start)
+        return next(iter(self._vocabulary.non_block), self._vocabulary.start)
 
     @property
     def prefix_token_id(self) -> int:
@@ -171,8 +171,10 @@ class HarnessModel(TemplateLM):
         return self._kept("generate_until", requests, self._texts)
 
     def _texts(self, requests: list[Instance]) -> list[str]:
-        arch, ends, blocks = self._model
-        model = Model(arch, place(ends, self._mesh), tuple(place(b, self._mesh) for b in blocks))
+        arch, non_block, blocks = self._model
+        model = Model(
+            arch, place(non_block, self._mesh), tuple(place(b, self._mesh) for b in blocks)
+        )
         kinds: dict[str, list[int]] = {}
         for i, r in enumerate(requests):
             kinds.setdefault(digest(r.args[1]), []).append(i)
@@ -220,7 +222,7 @@ class HarnessModel(TemplateLM):
             temperature=settings.get("temperature", 0.0) if settings["do_sample"] else 0.0,
             top_p=settings.get("top_p", 1.0),
             key=jax.random.key(seed),
-            eos=self._vocabulary.ends or None,
+            eos=self._vocabulary.non_block or None,
             lengths=np.asarray([len(row) for row in rows]),
         )
         stops = handle_stop_sequences(list(settings["until"]), None)
@@ -229,5 +231,5 @@ class HarnessModel(TemplateLM):
         ]
 
     def _text(self, row: np.ndarray) -> str:
-        ended = np.flatnonzero(np.isin(row, self._vocabulary.ends))
+        ended = np.flatnonzero(np.isin(row, self._vocabulary.non_block))
         return self._vocabulary.tokenizer.decode(row[: ended[0] if ended.size else None].tolist())

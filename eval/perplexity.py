@@ -41,11 +41,11 @@ def perplexity(
       mesh: windows are split over its `data` axis.
     Returns a Perplexity; its value is inf or nan when the model's own output is.
     """
-    ends = place(model.ends, mesh)
+    non_block = place(model.non_block, mesh)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     found = [
-        to_host(cross_entropy(model.arch, ends, x, t)).astype(np.float64)
-        for t, x in last_states(model, ends, batches, mesh)
+        to_host(cross_entropy(model.arch, non_block, x, t)).astype(np.float64)
+        for t, x in last_states(model, non_block, batches, mesh)
     ]
     ce = np.concatenate(found)
     with np.errstate(over="ignore"):

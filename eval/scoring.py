@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eval.forward import last_states
-from models.arch import Ends, Model
+from models.arch import Model, NonBlockParams
 from models.errors import InputError
 from models.sharding import place, to_host
 
@@ -30,8 +30,8 @@ def bucket(n: int, least: int) -> int:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _scores(
-    head: Callable[[Ends, jax.Array], jax.Array],
-    ends: Ends,
+    head: Callable[[NonBlockParams, jax.Array], jax.Array],
+    non_block: NonBlockParams,
     x: jax.Array,
     row: jax.Array,
     column: jax.Array,
@@ -41,7 +41,7 @@ def _scores(
 
     def some(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         states, target = args
-        logits = head(ends, states[None])[0]
+        logits = head(non_block, states[None])[0]
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == target
 
@@ -93,11 +93,15 @@ def log_likelihoods(
         for row, text in zip(tokens, group, strict=False):
             row[: len(text)] = text
         batches.append(tokens)
-    ends, found, advance = place(model.ends, mesh), [(0.0, True)] * len(pairs), stage(len(batches))
-    for group, (_, x) in zip(groups, last_states(model, ends, batches, mesh), strict=True):
+    non_block, found, advance = (
+        place(model.non_block, mesh),
+        [(0.0, True)] * len(pairs),
+        stage(len(batches)),
+    )
+    for group, (_, x) in zip(groups, last_states(model, non_block, batches, mesh), strict=True):
         asked = [(r, i) for r, text in enumerate(group) for i in served[text]]
         for i, answer in zip(
-            [i for _, i in asked], _answers(model, ends, x, group, asked, pairs), strict=True
+            [i for _, i in asked], _answers(model, non_block, x, group, asked, pairs), strict=True
         ):
             found[i] = answer
         advance()
@@ -106,7 +110,7 @@ def log_likelihoods(
 
 def _answers(
     model: Model,
-    ends: Ends,
+    non_block: NonBlockParams,
     x: jax.Array,
     group: Sequence[Sequence[int]],
     asked: Sequence[tuple[int, int]],
@@ -120,7 +124,7 @@ def _answers(
     ]  # the state before a token predicts it
     padded = np.zeros((bucket(len(places), 2 * POSITIONS), 3), np.int32)
     padded[: len(places)] = np.asarray(places, np.int32).reshape(-1, 3)
-    log_p, best = (to_host(a) for a in _scores(model.arch.head, ends, x, *padded.T))
+    log_p, best = (to_host(a) for a in _scores(model.arch.head, non_block, x, *padded.T))
     bounds = np.cumsum([0, *(len(pairs[i][1]) for _, i in asked)])
     return [
         (float(log_p[a:b].sum(dtype=np.float64)), bool(best[a:b].all()))

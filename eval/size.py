@@ -31,7 +31,7 @@ def entries(tree: Any) -> int:
 
 def measure(model: Model) -> Size:
     """Count a model's parameters and the non-zero weights of its linears, reading each block once."""
-    total, nonzero = entries(model.ends), []
+    total, nonzero = entries(model.non_block), []
     for block in model.blocks:
         total += entries(block)
         nonzero.append(

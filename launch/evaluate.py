@@ -23,7 +23,7 @@ from launch.run.measure import (
 )
 from launch.run.processes import process_flags, start
 from launch.run.tasks import evaluate_tasks, read_tasks, task_flags
-from models.processes import first
+from models.processes import is_primary
 
 
 def options() -> Flags:
@@ -56,7 +56,7 @@ def main(values: dict[str, Any]) -> None:
     found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
     tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
     clock.lap("eval")
-    if not first():
+    if not is_primary():
         return
     followed = summary.followed({"protocol": stamp(values["protocol"], values)})
     heads = ("data set", "perplexity ± standard error", "tokens")

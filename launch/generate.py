@@ -58,10 +58,10 @@ def prompt_tokens(tokenizer: TextTokenizer, prompt: str, checkpoint: Checkpoint)
 
 
 def continuation(
-    tokenizer: TextTokenizer, prompt: list[int], new: np.ndarray, ends: list[int]
+    tokenizer: TextTokenizer, prompt: list[int], new: np.ndarray, non_block: list[int]
 ) -> str:
     """The text of new tokens int [t] after the prompt's, up to the first that ends it."""
-    stops = np.flatnonzero(np.isin(new, ends))
+    stops = np.flatnonzero(np.isin(new, non_block))
     return tokenizer.continuation(prompt, new[: stops[0] if stops.size else None].tolist())
 
 
@@ -86,8 +86,8 @@ def main(values: dict[str, Any]) -> None:
         raise InputError(
             f"{len(prompt)} tokens of --prompt and --new_tokens={new_tokens} are more than the model's {positions} positions"
         )
-    arch, ends, blocks = checkpoint.model
-    model = Model(arch, place(ends, mesh), tuple(place(b, mesh) for b in blocks))
+    arch, non_block, blocks = checkpoint.model
+    model = Model(arch, place(non_block, mesh), tuple(place(b, mesh) for b in blocks))
     new = generate(
         model,
         np.asarray([prompt]),

@@ -23,11 +23,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from calibration.states import memory
+from calibration.states import available_memory
 from eval.peak import flops_per_second
 from launch import prune
 from launch.flags.cli import Flags, frozen, run
-from launch.flags.common import DTYPES, tier_for, window_length
+from launch.flags.common import DTYPES, offload_for, window_length
 from launch.report import summary
 from launch.run.job import RunConfig, request_of
 from launch.run.measure import write_report
@@ -208,22 +208,22 @@ def memory_of(
 ) -> dict[str, Any]:
     """Bytes that stay all the run: on one device, on the host, on the disk; `x` are all hidden states between two blocks."""
     chip = HBM.get(topology.partition(":")[0], 0) << 30
-    there = memory() | ({"device": chip} if topology else {})
+    there = available_memory() | ({"device": chip} if topology else {})
     each, block = _bytes(x, mesh), max(_bytes(b) for b in model.blocks)
-    tier = tier_for(flag, x, mesh, there)
-    host = block + SHARD_BYTES + (_bytes(x) if tier == "host" else 0)
-    parameters = _bytes((model.ends, model.blocks))
+    offload = offload_for(flag, x, mesh, there)
+    host = block + SHARD_BYTES + (_bytes(x) if offload == "host" else 0)
+    parameters = _bytes((model.non_block, model.blocks))
     return {
-        "activations": tier,
+        "activations": offload,
         "device": {
-            "ends": _bytes(model.ends, mesh),
-            "hidden states": each if tier == "device" else 0,
+            "ends": _bytes(model.non_block, mesh),
+            "hidden states": each if offload == "device" else 0,
             "there is": there["device"],
         },
         "host": {"read ahead, and a shard being written": host, "there is": there["host"]},
         "disk": {
             "output, at most": parameters,
-            "hidden states": _bytes(x) * (2 if tier == "disk" else 1),
+            "hidden states": _bytes(x) * (2 if offload == "disk" else 1),
         },
     }
 
@@ -235,15 +235,15 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     devices = devices_of(topology)
     mesh = make_mesh(config.mesh, request.batch, devices)
     found = config_of(config.model)
-    arch, ends, blocks = hf.specs(found)
-    model = abstract(arch, ends, blocks, DTYPES[config.dtype])
+    arch, non_block, blocks = hf.specs(found)
+    model = abstract(arch, non_block, blocks, DTYPES[config.dtype])
     method.check(model, request)
-    model = Model(arch, specs_on(model.ends, mesh), specs_on(model.blocks, mesh))
+    model = Model(arch, specs_on(model.non_block, mesh), specs_on(model.blocks, mesh))
     samples, length = tokens_shape(config, found)
     tokens = specs_on(jax.ShapeDtypeStruct((samples, length), jnp.int32), mesh, "sample")
     compiler = Compiler(mesh)
     method.rehearse(model, tokens, request, compiler)
-    x = specs_on(jax.eval_shape(arch.embed, model.ends, tokens), mesh, "sample")
+    x = specs_on(jax.eval_shape(arch.embed, model.non_block, tokens), mesh, "sample")
     resident = memory_of(model, x, mesh, topology, config.activations)
     if config.calibration_draws > 1:
         resident["disk"]["a further draw's model, at most"] = resident["disk"]["output, at most"]
@@ -262,7 +262,9 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     result = {
         "model": config.model,
         "method": config.method,
-        "parameters": sum(math.prod(s.shape) for s in jax.tree.leaves((model.ends, model.blocks))),
+        "parameters": sum(
+            math.prod(s.shape) for s in jax.tree.leaves((model.non_block, model.blocks))
+        ),
         "devices": {"kind": devices[0].device_kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {
             "samples": samples,

@@ -212,8 +212,8 @@ def make_step(arch: Arch, optimizer: optax.GradientTransformation) -> Step:
 
 def train(s: Settings, config: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> Model:
     """Train a model from random parameters (float32), printing loss and speed on the way."""
-    arch, ends, blocks = init.init_model(config, jax.random.key(s.seed))
-    params, optimizer = (ends, blocks), make_optimizer(s)
+    arch, non_block, blocks = init.init_model(config, jax.random.key(s.seed))
+    params, optimizer = (non_block, blocks), make_optimizer(s)
     state, step = optimizer.init(params), make_step(arch, optimizer)
     start = time.monotonic()
     data = batches(tokenizer, "train", s.seed, (s.batch, s.length))

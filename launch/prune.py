@@ -19,9 +19,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from calibration.data import Tokens
-from calibration.journal import Journal, Memory, file_digest
-from calibration.states import Tier
-from calibration.states import memory as memory_there
+from calibration.journal import Journal, StepCache, file_digest
+from calibration.states import Offload
+from calibration.states import available_memory as memory_there
 from calibration.tokenizer import TextTokenizer
 from eval.size import peak_memory
 from launch.flags import cli
@@ -33,9 +33,9 @@ from launch.flags.common import (
     layout_flag,
     mask_flags,
     model_flags,
+    offload_for,
     open_model,
     output_path,
-    tier_for,
 )
 from launch.flags.protocols import protocol_flag, stamp
 from launch.report import console, figures
@@ -60,7 +60,7 @@ from models.arch import Model
 from models.checkpoint.output_format import preview
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.checkpoint.writer import Writer, write_json
-from models.processes import agree, first, on_first
+from models.processes import agree, is_primary, run_on_primary
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
@@ -235,7 +235,7 @@ def read_tokens(
     config: RunConfig,
     checkpoint: Checkpoint,
     tokenizer: Callable[[], TextTokenizer],
-    memory: Memory,
+    memory: StepCache,
 ) -> tuple[list[Tokens], dict[str, Tokens]]:
     """The tokens to calibrate on, a draw after the other, and those to evaluate on by data set; InputError for what cannot be read."""
 
@@ -254,7 +254,7 @@ def read_tokens(
     return drawn, data
 
 
-def read_inputs(config: RunConfig, method: Method, request: Request, memory: Memory) -> Inputs:
+def read_inputs(config: RunConfig, method: Method, request: Request, memory: StepCache) -> Inputs:
     """Open the model and read all tokens; InputError for what cannot be read, or does not go with the method."""
     checkpoint = open_model(config.model, config.dtype)
     method.check(checkpoint.model, request)
@@ -281,18 +281,18 @@ def measured(
 
 
 def journal_of(
-    directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, memory: Memory | None
+    directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, memory: StepCache | None
 ) -> Journal:
     """The journal of a run with this fingerprint; runs of one process that differ in VARIED alone share what they remember."""
     common = json.dumps({name: fact for name, fact in facts.items() if name not in VARIED})
     return Journal(directory, facts, writer, memory, common)
 
 
-def tier_of(config: RunConfig, model: Model, calibration: Tokens, mesh: Mesh | None) -> Tier:
+def tier_of(config: RunConfig, model: Model, calibration: Tokens, mesh: Mesh | None) -> Offload:
     """Where this run's hidden states lie."""
-    return tier_for(
+    return offload_for(
         config.activations,
-        jax.eval_shape(model.arch.embed, model.ends, calibration.ids),
+        jax.eval_shape(model.arch.embed, model.non_block, calibration.ids),
         mesh,
         memory_there(),
     )
@@ -326,12 +326,12 @@ def prune_further(
             )
 
         found.append(journal.step(repeat))
-        on_first(functools.partial(shutil.rmtree, place, ignore_errors=True))
+        run_on_primary(functools.partial(shutil.rmtree, place, ignore_errors=True))
         clock.lap("draws")
     return found
 
 
-def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
+def prune(config: RunConfig, memory: StepCache | None = None) -> dict[str, Any]:
     """One run: read, evaluate, prune, write, load back, evaluate again. Returns the report that stands in the output directory.
 
     Args:
@@ -342,7 +342,7 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
     )
     method, request = request_of(config)
     output = output_path(config.output)
-    inputs = read_inputs(config, method, request, memory or Memory(0))
+    inputs = read_inputs(config, method, request, memory or StepCache(0))
     checkpoint, tokenizer, calibration, _, data, zero_shot = inputs
     clock.lap("load")
     journal: Journal | None = None
@@ -367,10 +367,10 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         clock.lap("load")
         dense = journal.step(lambda: measured(config, inputs, checkpoint, request.mesh), "dense")
         clock.lap("eval")
-        echo = export.Echo(checkpoint.model, writer)
+        echo = export.RoundTripCheck(checkpoint.model, writer)
         with console.progress() as stage:
-            tier = tier_of(config, checkpoint.model, calibration, request.mesh)
-            request = dataclasses.replace(request, tier=tier, stage=stage, journal=journal)
+            offload = tier_of(config, checkpoint.model, calibration, request.mesh)
+            request = dataclasses.replace(request, offload=offload, stage=stage, journal=journal)
             outcome = method(checkpoint.model, calibration.ids, request, echo.put)
         clock.lap("calibrate_and_prune")
         further = prune_further(config, inputs, method, request, work, facts, journal, clock)
@@ -395,14 +395,14 @@ def prune(config: RunConfig, memory: Memory | None = None) -> dict[str, Any]:
         )
         result = describe(config, run, counts, writer.parameters)
         # After the peak memory was read: samples hold whole models.
-        result["samples"] = on_first(lambda: samples(checkpoint, written.loaded, tokenizer))
+        result["samples"] = run_on_primary(lambda: samples(checkpoint, written.loaded, tokenizer))
         clock.lap("eval")
         result["seconds"] = clock.seconds
         result["warnings"] += [
             "the run was interrupted: its seconds are those since it went on"
         ] * went_on
         result["warnings"] += [SHARED] * (memory is not None)
-        on_first(lambda: write_reports(directory, result))
+        run_on_primary(lambda: write_reports(directory, result))
     return result
 
 
@@ -423,7 +423,7 @@ def main(values: dict[str, Any]) -> None:
     """Run, then show the closing table."""
     start(values)
     result = prune(frozen(RunConfig, values))
-    if first():
+    if is_primary():
         console.show(result, Console())
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from calibration.journal import Memory
+from calibration.journal import StepCache
 from launch import prune
 from launch.flags import calls, cli
 from launch.flags.common import (
@@ -147,7 +147,7 @@ class Checked(NamedTuple):
     impossible: list[tuple[Trial, str]]
 
 
-def check(trials: Sequence[Trial], backend: str, memory: Memory) -> Checked:
+def check(trials: Sequence[Trial], backend: str, memory: StepCache) -> Checked:
     """Open the model, ask every method about its trials, and read all tokens, before any work.
 
     A combination that a method cannot follow is left out. InputError for what cannot be read, and for a method, sparsity, allocation or
@@ -178,7 +178,7 @@ def check(trials: Sequence[Trial], backend: str, memory: Memory) -> Checked:
 def sweep(values: dict[str, Any]) -> sweep_report.Board:
     """Run every trial that is not finished. Returns what became of all of them, as it stands in the output directory."""
     output, backend = output_path(values["output"]), values["backend"]
-    where = Where(parse_resources(values["resources"]), values["workers"], Memory())
+    where = Where(parse_resources(values["resources"]), values["workers"], StepCache())
     if backend != "local":
         jax.config.update("jax_platforms", "cpu")  # the accelerator of this host may be a trial's
     trials = grid(values, output)

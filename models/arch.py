@@ -1,6 +1,6 @@
 """What an architecture declares of itself, once, so that no pruning method has to know its name.
 
-A model is `Model(arch, ends, blocks)`: `ends` holds the parameters outside the blocks (embeddings, last norm, head), `blocks` is a
+A model is `Model(arch, ends, blocks)`: `non_block` holds the parameters outside the blocks (embeddings, last norm, head), `blocks` is a
 sequence of one pytree per decoder block, either a tuple in memory or a lazy view of a checkpoint (`models.checkpoint.reader`). Widths live in the
 arrays alone, so a block whose heads or neurons were cut needs no new configuration.
 """
@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from models.cache import Cache, Start
 
 Block = Any  # flax.struct dataclass: models.families.llama.Block or models.families.opt.Block
-Ends = Any  # flax.struct dataclass: models.families.llama.Ends or models.families.opt.Ends
+NonBlockParams = (
+    Any  # flax.struct dataclass: models.families.llama.Ends or models.families.opt.Ends
+)
 Taps = Mapping[
     str, jax.Array
 ]  # activations of one block call, each [b t c]; jit drops those that nobody reads
@@ -69,7 +71,7 @@ class Arch(NamedTuple):
     config: Any
     embed: Callable[..., jax.Array]
     block: Callable[[Block, jax.Array], tuple[jax.Array, Taps]]
-    head: Callable[[Ends, jax.Array], jax.Array]
+    head: Callable[[NonBlockParams, jax.Array], jax.Array]
     step: Callable[[Block, jax.Array, Cache, Start], tuple[jax.Array, Cache]]
     slots: tuple[Slot, ...]
     groups: tuple[Group, ...]
@@ -88,26 +90,28 @@ class Model(NamedTuple):
     """An architecture with its parameters: what methods read. `blocks` is a tuple, or a lazy sequence of a checkpoint's blocks."""
 
     arch: Arch
-    ends: Ends
+    non_block: NonBlockParams
     blocks: Sequence[Block]
 
 
 def logits(model: Model, tokens: jax.Array) -> jax.Array:
     """The model's float32 logits [b t vocab] for tokens int [b t]."""
-    x = model.arch.embed(model.ends, tokens)
+    x = model.arch.embed(model.non_block, tokens)
     for block in model.blocks:
         x, _ = model.arch.block(block, x)
-    return model.arch.head(model.ends, x)
+    return model.arch.head(model.non_block, x)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(function: Callable[..., jax.Array], ends: Ends, tokens: jax.Array) -> jax.Array:
-    return function(ends, tokens)
+def _embed(
+    function: Callable[..., jax.Array], non_block: NonBlockParams, tokens: jax.Array
+) -> jax.Array:
+    return function(non_block, tokens)
 
 
-def embed(arch: Arch, ends: Ends, tokens: jax.Array) -> jax.Array:
+def embed(arch: Arch, non_block: NonBlockParams, tokens: jax.Array) -> jax.Array:
     """`arch.embed`, compiled once for all ends of equal shapes."""
-    return _embed(arch.embed, ends, tokens)
+    return _embed(arch.embed, non_block, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -122,22 +126,27 @@ def apply_block(arch: Arch, block: Block, x: jax.Array) -> jax.Array:
     return _apply(arch.block, block, x)
 
 
-def cross_entropy(arch: Arch, ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
+def cross_entropy(
+    arch: Arch, non_block: NonBlockParams, x: jax.Array, tokens: jax.Array
+) -> jax.Array:
     """Mean cross-entropy of each window [b] in nats, float32, over its length-1 predicted positions.
 
     Args:
       x: what leaves the last block [b t d]; tokens: int [b t].
     """
-    return _cross_entropy(arch.head, ends, x, tokens)
+    return _cross_entropy(arch.head, non_block, x, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _cross_entropy(
-    head: Callable[[Ends, jax.Array], jax.Array], ends: Ends, x: jax.Array, tokens: jax.Array
+    head: Callable[[NonBlockParams, jax.Array], jax.Array],
+    non_block: NonBlockParams,
+    x: jax.Array,
+    tokens: jax.Array,
 ) -> jax.Array:
     def window(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, t = args
-        logits = head(ends, x[None, :-1])[0]
+        logits = head(non_block, x[None, :-1])[0]
         chosen = jnp.take_along_axis(logits, t[1:, None], axis=1)[:, 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
 

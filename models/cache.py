@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from models.layers import Rope, attention, rotate, rotate_from
 
 T = TypeVar("T")
-Mix = Callable[
+AttendFn = Callable[
     [jax.Array, jax.Array, jax.Array], tuple[jax.Array, T]
 ]  # q [b t n h], k, v [b t k h] -> ([b t n h], what is kept)
 Start = int | jax.Array  # position of the first new token: an int, or int [] traced

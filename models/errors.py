@@ -1,17 +1,53 @@
-"""The one exception for bad input: what a user can mend, as against a defect of ours."""
+"""The exception for bad input."""
 
 import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
 
 
 class InputError(ValueError):
-    """Bad input (a file, a flag, a checkpoint, data). The message is one line that says what is wrong and what to do.
+    """Report bad input that the user can mend: a setting, a file, a checkpoint, data.
 
-    Commands print it as `error: <message>` and exit with code 2; anything else that escapes is a defect and keeps its traceback.
+    Commands print the message as `error: <message>` and exit with code 2. Any other exception that
+    escapes is a defect of the program and keeps its traceback.
+
+    Library code names settings as arguments are named, never as flags. Inside `reason` and `remedy`
+    a setting stands in backticks, as in "leave `pattern` out"; a command shows it as a flag.
+
+    Attributes:
+      reason: What is wrong, a clause that continues "field=value" where there is a field.
+      remedy: What the user can do about it; empty if the reason says it.
+      field: Name of the setting at fault; empty if the input is not a setting.
+      value: The setting's value as the user gave it; None to leave it out of the message.
     """
+
+    def __init__(
+        self, reason: str, remedy: str = "", *, field: str = "", value: Any = None
+    ) -> None:
+        self.reason, self.remedy, self.field, self.value = reason, remedy, field, value
+        super().__init__(self.message())
+
+    def message(self, name: Callable[[str], str] = str) -> str:
+        """Return the message on one line.
+
+        Args:
+          name: Maps the name of a setting to what the reader knows it by, such as a flag.
+        """
+        subject = name(self.field) if self.field else ""
+        if self.field and self.value is not None:
+            subject += f"={self.value}"
+        text = " ".join(filter(None, (subject, self.reason)))
+        text += f": {self.remedy}" if self.remedy else ""
+        return re.sub(r"`(\w+)`", lambda match: name(match[1]), text)
 
 
 def damaged(path: pathlib.Path) -> InputError:
-    """What to raise for a file of an interrupted run that is not as it was left."""
+    """Return the error for a file of an unfinished run that is missing or changed.
+
+    Args:
+      path: The file.
+    """
     return InputError(
-        f"{path} of the unfinished run is damaged or gone: begin anew with --noresume"
+        f"{path} of the unfinished run is damaged or missing", "start over with --noresume"
     )

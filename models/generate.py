@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.arch import Arch, Block, Ends, Model
+from models.arch import Arch, Block, Model, NonBlockParams
 from models.cache import Cache, empty
 
 State = tuple[
@@ -29,7 +29,7 @@ class Choice(NamedTuple):
 
 def forward(
     arch: Arch,
-    ends: Ends,
+    non_block: NonBlockParams,
     blocks: Sequence[Block],
     tokens: jax.Array,
     caches: Sequence[Cache],
@@ -40,17 +40,17 @@ def forward(
 
     The logits are those of each row's token `last` (int [b]); None: of the last column's.
     """
-    x, kept = arch.embed(ends, tokens, start), []
+    x, kept = arch.embed(non_block, tokens, start), []
     for block, cache in zip(blocks, caches, strict=True):
         x, cache = arch.step(block, x, cache, start)
         kept.append(cache)
     x = x[:, -1:] if last is None else jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return arch.head(ends, x)[:, 0], tuple(kept)
+    return arch.head(non_block, x)[:, 0], tuple(kept)
 
 
 def _next(
     arch: Arch,
-    ends: Ends,
+    non_block: NonBlockParams,
     blocks: Sequence[Block],
     token: jax.Array,
     caches: tuple[Cache, ...],
@@ -58,13 +58,13 @@ def _next(
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
     """`forward` of one token int [b] for each row, at the position `start`: int [], or int [b] where each row has its own."""
     if start.ndim == 0:
-        return forward(arch, ends, blocks, token[:, None], caches, start)
+        return forward(arch, non_block, blocks, token[:, None], caches, start)
 
     def row(
         token: jax.Array, caches: tuple[Cache, ...], start: jax.Array
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
         alone = jax.tree.map(lambda x: x[None], caches)
-        logits, kept = forward(arch, ends, blocks, token[None, None], alone, start)
+        logits, kept = forward(arch, non_block, blocks, token[None, None], alone, start)
         return logits[0], jax.tree.map(lambda x: x[0], kept)
 
     return jax.vmap(row)(token, caches, start)
@@ -73,7 +73,7 @@ def _next(
 @functools.partial(jax.jit, static_argnums=(0, 4))
 def prefill(
     arch: Arch,
-    ends: Ends,
+    non_block: NonBlockParams,
     blocks: tuple[Block, ...],
     prompts: jax.Array,
     capacity: int,
@@ -84,7 +84,9 @@ def prefill(
     Of a row, `lengths` (int [b]; None: all) tokens are the prompt; what stands after them is written over before it is seen.
     """
     caches = [empty(b, arch.config.head_dim, prompts.shape[0], capacity) for b in blocks]
-    return forward(arch, ends, blocks, prompts, caches, 0, None if lengths is None else lengths - 1)
+    return forward(
+        arch, non_block, blocks, prompts, caches, 0, None if lengths is None else lengths - 1
+    )
 
 
 def nucleus(logits: jax.Array, choice: Choice) -> jax.Array:
@@ -114,7 +116,7 @@ def _pick(logits: jax.Array, choice: Choice | None, i: int | jax.Array) -> jax.A
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=4)
 def decode(
     arch: Arch,
-    ends: Ends,
+    non_block: NonBlockParams,
     blocks: tuple[Block, ...],
     logits: jax.Array,
     caches: tuple[Cache, ...],
@@ -140,7 +142,7 @@ def decode(
 
     def one(state: State) -> State:
         i, token, done, out, caches = state
-        logits, caches = _next(arch, ends, blocks, token, caches, start + i - 1)
+        logits, caches = _next(arch, non_block, blocks, token, caches, start + i - 1)
         token = jnp.where(done, fill, _pick(logits, choice, i))
         out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
         return i + 1, token, done | ended(token), out, caches
@@ -174,7 +176,7 @@ def generate(
     model with learned ones has.
     """
     prompts = jnp.asarray(prompts, jnp.int32)
-    arch, ends, blocks = model.arch, model.ends, tuple(model.blocks)
+    arch, non_block, blocks = model.arch, model.non_block, tuple(model.blocks)
     capacity = prompts.shape[1] + new_tokens
     if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or prompts.shape[1] < 1:
         raise ValueError(
@@ -192,8 +194,8 @@ def generate(
     ends_at = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
     start = jnp.asarray(prompts.shape[1] if lengths is None else lengths, jnp.int32)
     logits, caches = prefill(
-        arch, ends, blocks, prompts, capacity, None if lengths is None else start
+        arch, non_block, blocks, prompts, capacity, None if lengths is None else start
     )
     return np.asarray(
-        decode(arch, ends, blocks, logits, caches, start, new_tokens, choice, ends_at)[0]
+        decode(arch, non_block, blocks, logits, caches, start, new_tokens, choice, ends_at)[0]
     )

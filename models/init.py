@@ -36,9 +36,9 @@ def initializer(config: Mapping[str, Any], spec: hf.Spec) -> Callable[[jax.Array
 
 def init_model(config: Mapping[str, Any], key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Model:
     """A model with random parameters, see `initializer`."""
-    arch, ends, blocks = hf.specs(config)
-    leaves, tree = jax.tree.flatten((ends, blocks), is_leaf=hf.is_spec)
+    arch, non_block, blocks = hf.specs(config)
+    leaves, tree = jax.tree.flatten((non_block, blocks), is_leaf=hf.is_spec)
     keys = jax.random.split(key, len(leaves))
     arrays = [initializer(config, s)(k).astype(dtype) for s, k in zip(leaves, keys, strict=True)]
-    ends, blocks = jax.tree.unflatten(tree, arrays)
-    return Model(arch, ends, blocks)
+    non_block, blocks = jax.tree.unflatten(tree, arrays)
+    return Model(arch, non_block, blocks)

@@ -121,7 +121,9 @@ def _turns(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarr
     return np.cos(angle), np.sin(angle)
 
 
-def _turn(x: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray) -> jax.Array:
+def apply_rotary(
+    x: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
+) -> jax.Array:
     """x [b t n h] turned by angles whose cosines and sines are [t h/2]."""
     cos, sin = (jnp.asarray(f, x.dtype)[None, :, None, :] for f in (cos, sin))
     a, b = jnp.split(x, 2, axis=-1)
@@ -131,7 +133,7 @@ def _turn(x: jax.Array, cos: jax.Array | np.ndarray, sin: jax.Array | np.ndarray
 def rotate(rope: Rope, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rotary position embedding (Su et al. 2021) of q [b t n h] and k [b t k h], halves not interleaved, positions 0..t-1."""
     turns = _turns(rope, q.shape[-1], q.shape[1])
-    return _turn(q, *turns), _turn(k, *turns)
+    return apply_rotary(q, *turns), apply_rotary(k, *turns)
 
 
 @functools.lru_cache(maxsize=16)
@@ -159,7 +161,7 @@ def rotate_from(
             jax.lax.dynamic_slice_in_dim(cos, start, t),
             jax.lax.dynamic_slice_in_dim(sin, start, t),
         )
-    return _turn(q, *turns), _turn(k, *turns)
+    return apply_rotary(q, *turns), apply_rotary(k, *turns)
 
 
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> jax.Array:
@@ -195,6 +197,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, window: int | None) -> j
     return jnp.concatenate(out, axis=2).reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
-def heads(x: jax.Array, head_dim: int) -> jax.Array:
+def split_heads(x: jax.Array, head_dim: int) -> jax.Array:
     """[b t n*h] -> [b t n h]."""
     return x.reshape(*x.shape[:2], -1, head_dim)

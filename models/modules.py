@@ -41,10 +41,10 @@ class CausalLM(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Logits float32 [b t vocab] of tokens int [b t]."""
-        arch, ends, blocks = hf.specs(self.config)
+        arch, non_block, blocks = hf.specs(self.config)
         parts = [Parameters(b, self.config, name=f"blocks_{i}")() for i, b in enumerate(blocks)]
         return logits(
-            Model(arch, Parameters(ends, self.config, name="ends")(), tuple(parts)), tokens
+            Model(arch, Parameters(non_block, self.config, name="ends")(), tuple(parts)), tokens
         )
 
 
@@ -55,6 +55,6 @@ def variables(model: Model) -> dict[str, Any]:
         return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
     return {
-        "params": {"ends": flat(model.ends)}
+        "params": {"ends": flat(model.non_block)}
         | {f"blocks_{i}": flat(b) for i, b in enumerate(model.blocks)}
     }

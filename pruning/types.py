@@ -12,15 +12,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from calibration.journal import Journal, plain
+from calibration.journal import Journal, to_serialisable
 from calibration.observers import Observer
 from calibration.passes import Rehearse
-from calibration.states import Tier
+from calibration.states import Offload
 from models.arch import Arch, Block, Model
-from models.checkpoint.output_format import Leaves
+from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 
-Put = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
+BlockSink = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
 Mask = jax.Array  # bool, the shape of what it masks; True is kept
 Budget = tuple[
     Mapping[str, np.ndarray], ...
@@ -90,14 +90,14 @@ class Request:
     refine: "Refiner | None" = None
     batch: int = 8
     mesh: Mesh | None = None
-    tier: Tier = "device"
+    offload: Offload = "device"
     seed: int = 0
     stage: Callable[[str, int], Callable[[], None]] = lambda description, steps: lambda: None
     journal: Journal | None = None
 
     def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
         """`compute()`, as a durable step where there is a journal; what `Journal.step` says of its value holds without one too."""
-        return self.journal.step(compute, key) if self.journal else plain(compute())
+        return self.journal.step(compute, key) if self.journal else to_serialisable(compute())
 
 
 class Removed(NamedTuple):
@@ -145,7 +145,7 @@ class Allocation(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
-SAME = Leaves()  # every shape as it was
+SAME = ShapeChange()  # every shape as it was
 
 
 Rehearsal = Callable[[Model, jax.ShapeDtypeStruct, Request, Rehearse], None]
@@ -167,16 +167,18 @@ class Method:
         `run`; without those of an allocation.
     """
 
-    run: Callable[[Model, np.ndarray, Request, Put], Outcome]
-    leaves: Leaves = SAME
+    run: Callable[[Model, np.ndarray, Request, BlockSink], Outcome]
+    leaves: ShapeChange = SAME
     counts: bool = False
     check: Callable[[Model, Request], None] = lambda model, request: None
     rehearse: Rehearsal = nothing
 
-    def __call__(self, model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        """Prune: calibration windows int [samples length]; finished blocks go to `put` in order."""
+    def __call__(
+        self, model: Model, tokens: np.ndarray, request: Request, sink: BlockSink
+    ) -> Outcome:
+        """Prune: calibration windows int [samples length]; finished blocks go to `sink` in order."""
         self.check(model, request)
-        return self.run(model, tokens, request, put)
+        return self.run(model, tokens, request, sink)
 
 
 Allocator = Callable[[Model, np.ndarray, Request, Layerwise], Allocation]
@@ -185,7 +187,7 @@ Refiner = Callable[
 ]  # the pruner of each tap -> one that does more
 
 
-def gone(keep: np.ndarray) -> tuple[int, ...]:
+def dropped_indices(keep: np.ndarray) -> tuple[int, ...]:
     """The indices that a keep mask (bool [units]) drops."""
     return tuple(int(i) for i in np.flatnonzero(~keep))
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from calibration.journal import digest
 from calibration.observers import Observer
-from calibration.passes import Visit, Visited, fold_blocks, walk_blocks
+from calibration.passes import BlockResult, Visit, fold_blocks, walk_blocks
 from calibration.states import States
 from models.arch import Block, Model
 from pruning.types import Request
@@ -15,14 +15,19 @@ from pruning.types import Request
 
 def _options(model: Model, request: Request, what: str) -> dict[str, Any]:
     advance = request.stage(what, len(model.blocks))
-    return {"batch": request.batch, "mesh": request.mesh, "tier": request.tier, "advance": advance}
+    return {
+        "batch": request.batch,
+        "mesh": request.mesh,
+        "offload": request.offload,
+        "advance": advance,
+    }
 
 
 def walk(
     model: Model,
     tokens: np.ndarray,
     request: Request,
-    visit: Callable[[int, Block, States, bool], Visited],
+    visit: Callable[[int, Block, States, bool], BlockResult],
     what: str,
     *,
     durable: bool = True,

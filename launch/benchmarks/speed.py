@@ -67,22 +67,22 @@ def topiary(task: Task) -> tuple[Once, Facts]:
 
     from models.generate import decode, prefill
 
-    arch, ends, blocks = in_memory(open_checkpoint(task.directory, DTYPES[task.dtype]).model)
+    arch, non_block, blocks = in_memory(open_checkpoint(task.directory, DTYPES[task.dtype]).model)
     prompts = jnp.asarray(
         np.random.default_rng(0).integers(0, arch.config.vocab, (task.batch, task.prompt), np.int32)
     )
     start, nothing = jnp.int32(task.prompt), jnp.zeros((0,), jnp.int32)
-    lowered = prefill.lower(arch, ends, blocks, prompts, task.prompt + task.new_tokens)
+    lowered = prefill.lower(arch, non_block, blocks, prompts, task.prompt + task.new_tokens)
     first = lowered.compile()
     rest = decode.lower(
-        arch, ends, blocks, *lowered.out_info, start, task.new_tokens, None, nothing
+        arch, non_block, blocks, *lowered.out_info, start, task.new_tokens, None, nothing
     ).compile()
 
     def once() -> Times:
         begin = time.perf_counter()
-        state = jax.block_until_ready(first(ends, blocks, prompts))
+        state = jax.block_until_ready(first(non_block, blocks, prompts))
         middle = time.perf_counter()
-        jax.block_until_ready(rest(ends, blocks, *state, start, None, nothing))
+        jax.block_until_ready(rest(non_block, blocks, *state, start, None, nothing))
         return Times(middle - begin, time.perf_counter() - middle)
 
     # The loop of `decode` ends by what it finds, so XLA counts its body once: what a token costs.
@@ -91,7 +91,7 @@ def topiary(task: Task) -> tuple[Once, Facts]:
         name: {part: (c or {}).get(key) for part, c in costs.items()}
         for name, key in COUNTED.items()
     }
-    return once, {"parameters": entries((ends, blocks)), **counted}
+    return once, {"parameters": entries((non_block, blocks)), **counted}
 
 
 COUNTED = {"flops": "flops", "bytes": "bytes accessed"}

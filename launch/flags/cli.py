@@ -86,6 +86,10 @@ class Flags:
             for n in names
         }
 
+    def shown(self, name: str) -> str:
+        """Return a setting's name as the user knows it: a flag, where this command has one."""
+        return f"--{name}" if name in self.values else name
+
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of all flags by name; InputError for an unknown flag, a wrong value, or anything that is not a flag."""
         try:
@@ -186,7 +190,7 @@ def run(
     except InputError as e:
         if any(a in ("--debug", "--debug=true") for a in argv):
             traceback.print_exc()
-        print(f"error: {' '.join(str(e).split())}", file=sys.stderr)
+        print(f"error: {' '.join(e.message(options.shown).split())}", file=sys.stderr)
         return 2
     except Terminated:
         print("error: stopped by SIGTERM", file=sys.stderr)

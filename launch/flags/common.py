@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from calibration.states import TIERS, Tier, tier_of
+from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags import calls
 from launch.flags.cli import Flags
 from models.checkpoint import hub
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.errors import InputError
-from models.processes import several
+from models.processes import is_multiprocess
 from models.sharding import make_mesh
 from pruning.methods import REFINEMENTS
 
@@ -90,7 +90,7 @@ def calibration_flags(f: Flags) -> None:
     f.choice(
         "activations",
         "auto",
-        ["auto", *TIERS],
+        ["auto", *OFFLOADS],
         "where hidden states between two blocks are kept: on the devices, in host memory, or in files under TMPDIR; "
         "auto: the first with room",
     )
@@ -127,20 +127,20 @@ def mesh_of(spec: str, batch: int) -> Mesh | None:
     return None if mesh.size == 1 else mesh
 
 
-def tier_for(
+def offload_for(
     flag: str, x: jax.ShapeDtypeStruct, mesh: Mesh | None, there: Mapping[str, int]
-) -> Tier:
+) -> Offload:
     """Where --activations puts the hidden states x [samples length d] of all windows; "auto" goes by the memory that is there."""
-    if several():
+    if is_multiprocess():
         if flag not in ("auto", "device"):
             raise InputError(
                 f"--activations={flag} is for one process: with several, hidden states stay on the devices"
             )
         return "device"
     if flag != "auto":
-        return cast(Tier, flag)
+        return cast(Offload, flag)
     size = x.size * x.dtype.itemsize
-    return tier_of(size // (mesh.shape["data"] if mesh else 1), size, there)
+    return choose_offload(size // (mesh.shape["data"] if mesh else 1), size, there)
 
 
 def window_length(flag: int, config: Mapping[str, Any]) -> int:

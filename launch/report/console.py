@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from launch.report import summary
-from models.processes import first
+from models.processes import is_primary
 
 _LINES = 10  # most progress lines that a log gets
 
@@ -82,7 +82,7 @@ def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, label
 
 def note(text: str, console: Console | None = None) -> None:
     """A line for who watches, on `console` (default: standard error), from the main process only."""
-    if first():
+    if is_primary():
         (console or Console(stderr=True)).print(Text(text), soft_wrap=True)
 
 
@@ -97,7 +97,7 @@ def progress(console: Console | None = None) -> Iterator[Stage]:
     anything else gets at most ten plain lines a stage, without control characters. Only the main process shows anything.
     """
     console = console or Console(stderr=True)
-    if not first():
+    if not is_primary():
         yield lambda description, steps: lambda: None
     elif console.is_interactive:
         with _bar(console) as bar:

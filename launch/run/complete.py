@@ -10,7 +10,7 @@ from launch.run import export
 from models.checkpoint import orbax as pytrees
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer, write_json
-from models.processes import on_first
+from models.processes import run_on_primary
 from pruning.types import Outcome
 
 
@@ -18,7 +18,7 @@ def complete(
     directory: pathlib.Path,
     checkpoint: Checkpoint,
     writer: Writer,
-    echo: export.Echo,
+    echo: export.RoundTripCheck,
     outcome: Outcome,
     output_format: str,
     mesh: Mesh | None,
@@ -31,11 +31,13 @@ def complete(
     RuntimeError as `export.load_back` says.
     """
     model = checkpoint.model
-    form = writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
-    written = export.load_back(directory, form, echo, model.ends.embed.dtype, writer.parameters)
+    form = writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
+    written = export.load_back(
+        directory, form, echo, model.non_block.embed.dtype, writer.parameters
+    )
     if output_format == "orbax":
         pytrees.save(directory, written.loaded.model, mesh)
     counts = figures.count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
     record = export.pruning_record(checkpoint, outcome, counts.gone)
-    on_first(lambda: write_json(directory / "pruning.json", record))
+    run_on_primary(lambda: write_json(directory / "pruning.json", record))
     return written, counts

@@ -17,7 +17,7 @@ from models.checkpoint.output_format import Layout
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
 from models.errors import InputError
-from models.processes import on_first
+from models.processes import run_on_primary
 from pruning.types import Method, Request
 
 
@@ -61,7 +61,7 @@ def prune_on(
     """
     model, seed = checkpoint.model, tokens.protocol["seed"]
     # What an interrupted run had begun to make of its blocks.
-    on_first(functools.partial(shutil.rmtree, place / "model", ignore_errors=True))
+    run_on_primary(functools.partial(shutil.rmtree, place / "model", ignore_errors=True))
     writer = Writer(place / "model", checkpoint.config, layout, work=place / "blocks")
     journal = Journal(place / "journal", {**facts, "draw": tokens.protocol}, writer)
     with console.progress() as stage:
@@ -72,9 +72,9 @@ def prune_on(
             stage=lambda said, steps: stage(f"seed {seed}: {said}", steps),
         )
         outcome = method(model, tokens.ids, request, writer.put)
-    writer.finish(model.ends, checkpoint.directory, outcome.kept_blocks)
+    writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
     return record(
-        tokens, measure(open_checkpoint(place / "model", jnp.dtype(model.ends.embed.dtype)))
+        tokens, measure(open_checkpoint(place / "model", jnp.dtype(model.non_block.embed.dtype)))
     )
 
 

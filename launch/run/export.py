@@ -10,20 +10,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.states import roomy
+from calibration.states import fits_in_memory
 from models.arch import Block, Model, apply_block, embed
 from models.checkpoint.output_format import Form
 from models.checkpoint.reader import Checkpoint, open_checkpoint, weight_files
 from models.checkpoint.writer import Writer
 from models.families import hf
-from models.processes import on_first
+from models.processes import run_on_primary
 from models.sharding import local
 from pruning.types import Outcome
 
 REPORT = "pruning_report.json"
 
 
-class Echo:
+class RoundTripCheck:
     """A sink that writes each finished block and runs a fixed batch through it, to compare with the checkpoint loaded back. What the writer
     holds already has been through it."""
 
@@ -36,7 +36,7 @@ class Echo:
         self.tokens = jnp.asarray(np.arange(length) * 7919 % vocab, jnp.int32)[
             None, :
         ]  # a prime's multiples: many different tokens
-        self._x = embed(model.arch, model.ends, self.tokens)
+        self._x = embed(model.arch, model.non_block, self.tokens)
         for block in writer.stored():
             self._x = apply_block(model.arch, block, self._x)
 
@@ -48,14 +48,14 @@ class Echo:
 
     def logits(self) -> jax.Array:
         """The logits [1 length vocab] of what was put."""
-        return self._model.arch.head(self._model.ends, self._x)
+        return self._model.arch.head(self._model.non_block, self._x)
 
     def difference(self, loaded: Model) -> float:
         """Largest absolute difference of the logits on the fixed batch between what was put and a loaded model."""
-        x = embed(loaded.arch, loaded.ends, self.tokens)
+        x = embed(loaded.arch, loaded.non_block, self.tokens)
         for block in loaded.blocks:
             x = apply_block(loaded.arch, block, x)
-        return largest_difference(self.logits(), loaded.arch.head(loaded.ends, x))
+        return largest_difference(self.logits(), loaded.arch.head(loaded.non_block, x))
 
 
 def largest_difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> float:
@@ -94,7 +94,7 @@ class Written(NamedTuple):
 
 
 def load_back(
-    directory: pathlib.Path, form: Form, echo: Echo, dtype: jnp.dtype, parameters: int
+    directory: pathlib.Path, form: Form, echo: RoundTripCheck, dtype: jnp.dtype, parameters: int
 ) -> Written:
     """Open the written checkpoint as any user would, with our loader and with transformers where torch is there, and compare logits.
 
@@ -110,18 +110,18 @@ def load_back(
             f"the written checkpoint gives other logits than the pruned model (by {difference:.3g}); --output was not touched"
         )
     said = f"largest difference of the logits {difference:.2g}"
-    check = Check(*on_first(lambda: _by_transformers(directory, echo, allowed)))
+    check = Check(*run_on_primary(lambda: _by_transformers(directory, echo, allowed)))
     return Written(loaded, form, said, check, loaded.parameters - parameters)
 
 
-def _by_transformers(directory: pathlib.Path, echo: Echo, allowed: float) -> Check:
+def _by_transformers(directory: pathlib.Path, echo: RoundTripCheck, allowed: float) -> Check:
     """What transformers makes of the checkpoint. It is another program with versions of its own: that it fails is told, not raised.
 
     It holds the whole model; one that is too large for that is read from its files as it runs, which needs accelerate.
     """
     if not importlib.util.find_spec("torch"):
         return Check(True, "not checked: PyTorch is not installed", asked=False)
-    offload = not roomy(sum(f.stat().st_size for f in weight_files(directory)))
+    offload = not fits_in_memory(sum(f.stat().st_size for f in weight_files(directory)))
     if offload and not importlib.util.find_spec("accelerate"):
         return Check(
             True,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from calibration.states import roomy
+from calibration.states import fits_in_memory
 from calibration.tokenizer import TextTokenizer
 from launch.generate import continuation, ends_of, prompt_tokens
 from models.checkpoint.reader import Checkpoint
@@ -22,7 +22,7 @@ def samples(
     dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextTokenizer]
 ) -> list[dict[str, str]]:
     """[{prompt, dense, pruned}], greedy. Empty without a tokenizer of the model's, for a model that is not held whole here
-    (`calibration.states.roomy`), or one with too few positions.
+    (`calibration.states.fits_in_memory`), or one with too few positions.
 
     The prompts are cut to the same number of tokens, so that one batch and one compilation serve both.
     """
@@ -35,16 +35,16 @@ def samples(
         getattr(dense.model.arch.config, "positions", prompts.shape[1] + NEW_TOKENS)
         - prompts.shape[1]
     )
-    itemsize = dense.model.ends.embed.dtype.itemsize
-    if room < NEW_TOKENS or not roomy(dense.parameters * itemsize):
+    itemsize = dense.model.non_block.embed.dtype.itemsize
+    if room < NEW_TOKENS or not fits_in_memory(dense.parameters * itemsize):
         return []
-    ends = ends_of(dense)
-    texts = [generate(c.model, prompts, NEW_TOKENS, eos=ends) for c in (dense, pruned)]
+    non_block = ends_of(dense)
+    texts = [generate(c.model, prompts, NEW_TOKENS, eos=non_block) for c in (dense, pruned)]
     return [
         {
             "prompt": tokenizer().decode(ids),
             **{
-                name: continuation(tokenizer(), ids, text[i], ends)
+                name: continuation(tokenizer(), ids, text[i], non_block)
                 for name, text in zip(("dense", "pruned"), texts, strict=True)
             },
         }

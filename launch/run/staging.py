@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import filelock
 
 from models.errors import InputError
-from models.processes import first, on_first
+from models.processes import is_primary, run_on_primary
 
 UNFINISHED = "unfinished"  # within a staged directory: what an interrupted run goes on from
 
@@ -64,12 +64,12 @@ def staged(
     """
     partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
     with contextlib.ExitStack() as held:
-        on_first(lambda: _prepare(output, partial, marker, resume, held))
+        run_on_primary(lambda: _prepare(output, partial, marker, resume, held))
         try:
             yield partial
-            on_first(lambda: _replace(output, partial, old))
+            run_on_primary(lambda: _replace(output, partial, old))
         except BaseException as e:
-            if first() and not begun():
+            if is_primary() and not begun():
                 shutil.rmtree(partial, ignore_errors=True)
             if "No space left" in str(e):  # every library says it, each in a type of its own
                 raise InputError(

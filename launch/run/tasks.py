@@ -23,7 +23,7 @@ from launch.report import console
 from models.checkpoint.gguf import gguf_tokenizer_config
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.errors import InputError
-from models.processes import several
+from models.processes import is_multiprocess
 
 if TYPE_CHECKING:
     from eval.harness import Vocabulary
@@ -92,18 +92,18 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabula
     """
     from eval.harness import Vocabulary
 
-    ends, named = tuple(ends_of(checkpoint)), _tokenizer_config(checkpoint.directory)
+    non_block, named = tuple(ends_of(checkpoint)), _tokenizer_config(checkpoint.directory)
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
         text = token["content"] if isinstance(token, Mapping) else token
         if text and len(ids := tokenizer.encode(text, False)) == 1:
-            return Vocabulary(tokenizer, ids[0], text, ends)
+            return Vocabulary(tokenizer, ids[0], text, non_block)
     bos = checkpoint.config.get("bos_token_id")
-    if bos is None and not ends:
+    if bos is None and not non_block:
         raise InputError(
             f"{checkpoint.directory} names no token that begins or ends a text: add bos_token to tokenizer_config.json"
         )
-    return Vocabulary(tokenizer, ends[0] if bos is None else int(bos), "", ends)
+    return Vocabulary(tokenizer, non_block[0] if bos is None else int(bos), "", non_block)
 
 
 def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
 
 def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
     """All that a model's answers depend on beside the requests, JSON-able."""
-    directory, dtype = checkpoint.directory, checkpoint.model.ends.embed.dtype
+    directory, dtype = checkpoint.directory, checkpoint.model.non_block.embed.dtype
     patterns = ("*token*", "*.model", "vocab.*", "merges.txt")
     files = [
         *weight_files(directory),
@@ -126,7 +126,7 @@ def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
     return {
         "configuration": checkpoint.config,
         "files": {p.name: file_digest(p) for p in files},
-        "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.ends],
+        "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.non_block],
         "dtype": str(dtype),
         "device": [platform.machine(), jax.devices()[0].device_kind],
         "versions": {"topiary": __version__} | {p: importlib.metadata.version(p) for p in packages},
@@ -150,7 +150,7 @@ def evaluate_tasks(
     # Several processes must ask the model the same, so none may know more answers than the others.
     answers = (
         Answers(cache_directory(), identity(checkpoint, zero_shot))
-        if cache and not several()
+        if cache and not is_multiprocess()
         else None
     )
     longest = int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT))

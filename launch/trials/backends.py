@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from calibration.journal import Memory
+from calibration.journal import StepCache
 from launch.flags import calls, cli
 from launch.trials.trial import Job, Trial, Worker
 from models.errors import InputError
@@ -29,7 +29,7 @@ class Where(NamedTuple):
 
     resources: Mapping[str, Any]
     workers: int
-    memory: Memory
+    memory: StepCache
 
 
 Backend = Callable[[Sequence[Trial], Where], Ended]

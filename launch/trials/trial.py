@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from calibration.journal import Memory, write_durably
+from calibration.journal import StepCache, write_durably
 from launch import prune
 from launch.flags import calls
 from launch.run import export
@@ -102,9 +102,9 @@ class Worker:
       directory: that relative names of files are meant from.
     """
 
-    def __init__(self, directory: str = ".", memory: Memory | None = None):
+    def __init__(self, directory: str = ".", memory: StepCache | None = None):
         os.chdir(directory)
-        self._memory, self._run = memory or Memory(), 0
+        self._memory, self._run = memory or StepCache(), 0
 
     def run(self, trial: Trial) -> str | None:
         """Run a trial, unless it is finished; None, or why it failed, in a line. Whatever an ordinary exception can tell is a failure."""

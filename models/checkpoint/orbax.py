@@ -23,13 +23,13 @@ def _block(directory: pathlib.Path, i: int) -> pathlib.Path:
 
 
 def save(directory: pathlib.Path, model: Model, mesh: Mesh | None = None) -> None:
-    """Write `ends` and every block, one after the other, below a checkpoint's directory: each an Orbax checkpoint of its own.
+    """Write `non_block` and every block, one after the other, below a checkpoint's directory: each an Orbax checkpoint of its own.
 
     Args:
       mesh: of several processes, which all call this: each writes what its devices hold.
     """
     with StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute() / FOLDER / "ends", place(model.ends, mesh))
+        checkpointer.save(directory.absolute() / FOLDER / "ends", place(model.non_block, mesh))
         for i, block in enumerate(model.blocks):
             checkpointer.save(_block(directory, i), place(block, mesh))
             checkpointer.wait_until_finished()  # or several blocks were held
@@ -65,10 +65,10 @@ def load(directory: pathlib.Path, mesh: Mesh | None = None) -> Model:
     config = read_config(directory)
     if not (directory / FOLDER / "ends").is_dir():
         raise InputError(f"{directory} has no {FOLDER} folder: prune with --output_format=orbax")
-    arch, ends, blocks = hf.specs(config)
+    arch, non_block, blocks = hf.specs(config)
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     like = specs_on(
-        abstract(arch, ends, blocks, jnp.dtype(name))[1:],
+        abstract(arch, non_block, blocks, jnp.dtype(name))[1:],
         mesh or make_mesh("", 1, jax.local_devices()),
     )
     return Model(

@@ -33,7 +33,7 @@ class Shape(NamedTuple):
     neurons: int
 
 
-class Leaves(NamedTuple):
+class ShapeChange(NamedTuple):
     """What a method leaves, as far as is known before it runs: the groups that get narrower, whether by as much in every block, and
     whether the readers of these groups get biases."""
 
@@ -175,7 +175,7 @@ def form(
     return found or _of_our_own(config, shapes, biases)
 
 
-def preview(config: Mapping[str, Any], leaves: Leaves, layout: Layout) -> str:
+def preview(config: Mapping[str, Any], leaves: ShapeChange, layout: Layout) -> str:
     """What the result of a method will load as, said before the work begins. Raises InputError as `form` does."""
     arch, _, blocks = hf.specs(config)
     readers = {arch.group(name).reader.name for name in leaves.narrower} if leaves.biased else set()

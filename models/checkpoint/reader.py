@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from models.arch import Arch, Block, Ends, Model
+from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.formats import open_tensors
 from models.checkpoint.tensors import WHOLE, Tensors
 from models.errors import InputError
@@ -79,7 +79,7 @@ class LazyBlocks(ReadBlocks):
         return self.placed(self.fetch(i))
 
     def __iter__(self) -> Iterator[Block]:
-        return ahead(self)
+        return prefetch(self)
 
     def fetch(self, i: int, mesh: Mesh | None = None) -> Block:
         """Block i in host memory, in the type it is stored in; rows that the mesh gives to other processes alone are not read, but zero."""
@@ -90,7 +90,7 @@ class LazyBlocks(ReadBlocks):
         return _placed(block, self._dtype, mesh)
 
 
-def ahead(
+def prefetch(
     blocks: Sequence[Block], order: Sequence[int] | None = None, mesh: Mesh | None = None
 ) -> Iterator[Block]:
     """blocks[i] for every i of `order` (None: all of them), placed on the mesh; a checkpoint's next one is read into host memory while the
@@ -216,13 +216,15 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
         directory = path.parent
     else:
         config, tensors, directory = read_config(path), None, path
-    arch, ends, blocks = hf.specs(config)
+    arch, non_block, blocks = hf.specs(config)
     tensors = open_tensors(directory) if tensors is None else tensors
     if not any(n.startswith("model.") for n in tensors.shapes):
         tensors = _Renamed(tensors)
-    leaves = jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec)
+    leaves = jax.tree.leaves((non_block, blocks), is_leaf=hf.is_spec)
     check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
-    model = Model(arch, _placed(fetch(tensors, ends), dtype), LazyBlocks(tensors, blocks, dtype))
+    model = Model(
+        arch, _placed(fetch(tensors, non_block), dtype), LazyBlocks(tensors, blocks, dtype)
+    )
     size = sum(f.stat().st_size for f in weight_files(path))
     return Checkpoint(model, config, blocks, path, sum(math.prod(s.shape) for s in leaves), size)
 
@@ -243,7 +245,7 @@ def in_memory(model: Model) -> Model:
 
 
 def abstract(
-    arch: Arch, ends: Ends, blocks: Sequence[Block], dtype: jnp.dtype = jnp.float32
+    arch: Arch, non_block: NonBlockParams, blocks: Sequence[Block], dtype: jnp.dtype = jnp.float32
 ) -> Model:
     """A model of shapes alone, for `jax.eval_shape` and compilation without weights, from the specs of `models.families.hf.specs`."""
 
@@ -252,4 +254,4 @@ def abstract(
             lambda s: jax.ShapeDtypeStruct(s.shape, dtype), tree, is_leaf=hf.is_spec
         )
 
-    return Model(arch, shape(ends), tuple(shape(b) for b in blocks))
+    return Model(arch, shape(non_block), tuple(shape(b) for b in blocks))

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
-from models.arch import Block, Ends, Model, Slot
+from models.arch import Block, Model, NonBlockParams, Slot
 from models.checkpoint import output_format as forms
 from models.checkpoint.formats import load_tensor
 from models.errors import damaged
 from models.families import hf
 from models.layers import Linear
-from models.processes import on_first
+from models.processes import run_on_primary
 from models.sharding import to_host
 
 SHARD_BYTES = 1 << 30
@@ -114,7 +114,7 @@ class Writer:
 
     def _flush(self) -> None:
         if self._buffer:
-            self._sizes.append(on_first(self._save))
+            self._sizes.append(run_on_primary(self._save))
             self._shards.append({name: list(x.shape) for name, x in self._buffer.items()})
             self._buffer = {}
 
@@ -162,7 +162,7 @@ class Writer:
             )
 
     def finish(
-        self, ends: Ends, companions: pathlib.Path, kept: Sequence[int] | None = None
+        self, non_block: NonBlockParams, companions: pathlib.Path, kept: Sequence[int] | None = None
     ) -> forms.Form:
         """Write the ends, `config.json`, the class that our own types need, the shard index if there are several, and copy tokenizer and
         generation files.
@@ -172,10 +172,10 @@ class Writer:
         Returns the form that was chosen; where it has one shape for all blocks, narrower ones are padded with zeros, which changes no
         output.
         """
-        self._add(self._ends, ends)
+        self._add(self._ends, non_block)
         config = self._config if kept is None else hf.shallower(self._config, kept)
         form = forms.form(config, self._shapes, sorted(self._biases), self._layout)
-        dtype = jax.tree.leaves(ends)[0].dtype
+        dtype = jax.tree.leaves(non_block)[0].dtype
         config = forms.finished(form.config, str(dtype))
         wanted = {
             s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
@@ -194,7 +194,7 @@ class Writer:
             if self._passing:
                 shutil.rmtree(self._work)
 
-        on_first(complete)
+        run_on_primary(complete)
         return form
 
     def _make_files(self, wanted: Mapping[str, tuple[int, ...]], itemsize: int) -> None:
@@ -283,4 +283,4 @@ def save(
     writer = Writer(directory, config)
     for i, block in enumerate(model.blocks):
         writer.put(i, block)
-    writer.finish(model.ends, companions)
+    writer.finish(model.non_block, companions)

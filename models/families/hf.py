@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from models.arch import Arch, Block, Ends
+from models.arch import Arch, Block, NonBlockParams
 from models.errors import InputError
 from models.families import llama, opt
 from models.layers import ACTIVATIONS, Linear, Norm, Rope
@@ -278,10 +278,10 @@ def _linear(name: str, out: int, into: int, bias: bool) -> Linear:
     )
 
 
-def _llama_ends(c: llama.Config) -> llama.Ends:
+def _llama_ends(c: llama.Config) -> llama.NonBlockParams:
     head = None if c.tied else _linear("lm_head", c.vocab, c.dim, False)
     embed = _spec("model.embed_tokens.weight", (c.vocab, c.dim))
-    return llama.Ends(embed, Norm(_spec("model.norm.weight", (c.dim,), "ones")), head)
+    return llama.NonBlockParams(embed, Norm(_spec("model.norm.weight", (c.dim,), "ones")), head)
 
 
 # Slot -> the checkpoint's name of its module within a block.
@@ -320,9 +320,9 @@ def _opt_norm(c: opt.Config, name: str) -> Norm:
     )
 
 
-def _opt_ends(c: opt.Config) -> opt.Ends:
+def _opt_ends(c: opt.Config) -> opt.NonBlockParams:
     p, projected = "model.decoder.", c.word_dim != c.dim
-    return opt.Ends(
+    return opt.NonBlockParams(
         embed=_spec(p + "embed_tokens.weight", (c.vocab, c.word_dim)),
         positions=_spec(p + "embed_positions.weight", (c.positions + opt.POSITION_OFFSET, c.dim)),
         norm=_opt_norm(c, p + "final_layer_norm") if c.final_norm else None,
@@ -359,7 +359,7 @@ class Family(NamedTuple):
     neurons: str
     linears: Mapping[str, str]
     arch: Callable[[Mapping[str, Any]], Arch]
-    ends: Callable[[Any], Ends]
+    non_block: Callable[[Any], NonBlockParams]
     block: Callable[[Any, int], Block]
 
 
@@ -380,12 +380,12 @@ def family(config: Mapping[str, Any]) -> Family:
     return FAMILIES[kind_of(config)]
 
 
-def specs(config: Mapping[str, Any]) -> tuple[Arch, Ends, tuple[Block, ...]]:
+def specs(config: Mapping[str, Any]) -> tuple[Arch, NonBlockParams, tuple[Block, ...]]:
     """The architecture of a configuration, and its parameter trees with a Spec for every tensor."""
     own = family(config)
     arch = own.arch(config)
     count = Fields(config).count("num_hidden_layers")
-    return arch, own.ends(arch.config), tuple(own.block(arch.config, i) for i in range(count))
+    return arch, own.non_block(arch.config), tuple(own.block(arch.config, i) for i in range(count))
 
 
 def linear_name(block: Block, slot: str) -> str:

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
-from models.cache import Cache, Mix, Start, T, attend
+from models.cache import AttendFn, Cache, Start, T, attend
 from models.layers import (
     ACTIVATIONS,
     Linear,
     Norm,
     Rope,
     attention,
-    heads,
     linear,
     rms_norm,
     rotate,
+    split_heads,
 )
 
 
@@ -49,12 +49,12 @@ class Config:
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
-    def computed(self) -> "Computed":
+    def computed(self) -> "StaticConfig":
         """What of it the functions compute with."""
-        return Computed(self.head_dim, self.eps, self.act, self.rope)
+        return StaticConfig(self.head_dim, self.eps, self.act, self.rope)
 
 
-class Computed(NamedTuple):
+class StaticConfig(NamedTuple):
     """The settings that the functions of an architecture depend on; all else of its configuration is in the shapes."""
 
     head_dim: int
@@ -80,7 +80,7 @@ class Block:
 
 
 @struct.dataclass
-class Ends:
+class NonBlockParams:
     """Parameters outside the blocks. `head` is None when it is tied to the embedding."""
 
     embed: jax.Array  # [vocab d]
@@ -88,17 +88,19 @@ class Ends:
     head: Linear | None = None
 
 
-def _embed(ends: Ends, tokens: jax.Array, start: Start = 0) -> jax.Array:
-    return ends.embed[tokens]
+def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> jax.Array:
+    return non_block.embed[tokens]
 
 
-def _head(config: Computed, ends: Ends, x: jax.Array) -> jax.Array:
-    w = ends.embed if ends.head is None else ends.head.w
-    x = rms_norm(ends.norm, x, config.eps)
+def _head(config: StaticConfig, non_block: NonBlockParams, x: jax.Array) -> jax.Array:
+    w = non_block.embed if non_block.head is None else non_block.head.w
+    x = rms_norm(non_block.norm, x, config.eps)
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
+def _forward(
+    config: StaticConfig, p: Block, x: jax.Array, mix: AttendFn[T]
+) -> tuple[jax.Array, Taps, T]:
     """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
     t: dict[str, jax.Array] = {}
     t["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
@@ -107,7 +109,7 @@ def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax
         linear(p.k, t["attn_in"]),
         linear(p.v, t["attn_in"]),
     )
-    mixed, kept = mix(*(heads(t[name], config.head_dim) for name in "qkv"))
+    mixed, kept = mix(*(split_heads(t[name], config.head_dim) for name in "qkv"))
     t["attn_mid"] = mixed.reshape(*x.shape[:2], -1)
     t["o"] = linear(p.o, t["attn_mid"])
     x = x + t["o"]
@@ -118,7 +120,7 @@ def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax
     return x + t["down"], t, kept
 
 
-def _block(config: Computed, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
     x, taps, _ = _forward(
         config, p, x, lambda q, k, v: (attention(*rotate(config.rope, q, k), v, p.window), None)
     )
@@ -126,7 +128,7 @@ def _block(config: Computed, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
 
 
 def _step(
-    config: Computed, p: Block, x: jax.Array, cache: Cache, start: Start
+    config: StaticConfig, p: Block, x: jax.Array, cache: Cache, start: Start
 ) -> tuple[jax.Array, Cache]:
     x, _, cache = _forward(
         config, p, x, functools.partial(attend, cache, start, config.rope, p.window)
@@ -146,7 +148,7 @@ SLOTS = (
 
 
 @functools.cache
-def _functions(c: Computed) -> tuple[Callable[..., Any], ...]:
+def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
     """`block`, `head` and `step`, the same objects for equal settings: what is compiled for a model serves the one pruned from it."""
     return functools.partial(_block, c), functools.partial(_head, c), functools.partial(_step, c)
 

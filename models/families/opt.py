@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
-from models.cache import Cache, Mix, Start, T, attend
-from models.layers import ACTIVATIONS, Linear, Norm, attention, heads, layer_norm, linear
+from models.cache import AttendFn, Cache, Start, T, attend
+from models.layers import ACTIVATIONS, Linear, Norm, attention, layer_norm, linear, split_heads
 
 POSITION_OFFSET = (
     2  # the first two rows of the position table are never read: a relic of padding in fairseq
@@ -39,12 +39,12 @@ class Config:
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
-    def computed(self) -> "Computed":
+    def computed(self) -> "StaticConfig":
         """What of it the functions compute with."""
-        return Computed(self.head_dim, self.act, self.pre_norm)
+        return StaticConfig(self.head_dim, self.act, self.pre_norm)
 
 
-class Computed(NamedTuple):
+class StaticConfig(NamedTuple):
     """The settings that the functions of an architecture depend on; all else of its configuration is in the shapes."""
 
     head_dim: int
@@ -67,7 +67,7 @@ class Block:
 
 
 @struct.dataclass
-class Ends:
+class NonBlockParams:
     """Parameters outside the blocks. `norm` is None in post-norm models, the projections where word and hidden sizes agree."""
 
     embed: jax.Array  # [vocab word_dim]
@@ -78,28 +78,30 @@ class Ends:
     head: Linear | None = None
 
 
-def _embed(ends: Ends, tokens: jax.Array, start: Start = 0) -> jax.Array:
-    x = ends.embed[tokens]
-    if ends.project_in is not None:
-        x = linear(ends.project_in, x)
+def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> jax.Array:
+    x = non_block.embed[tokens]
+    if non_block.project_in is not None:
+        x = linear(non_block.project_in, x)
     return (
         x
-        + jax.lax.dynamic_slice_in_dim(ends.positions, POSITION_OFFSET + start, tokens.shape[1])[
-            None
-        ]
+        + jax.lax.dynamic_slice_in_dim(
+            non_block.positions, POSITION_OFFSET + start, tokens.shape[1]
+        )[None]
     )
 
 
-def _head(ends: Ends, x: jax.Array) -> jax.Array:
-    if ends.norm is not None:
-        x = layer_norm(ends.norm, x)
-    if ends.project_out is not None:
-        x = linear(ends.project_out, x)
-    w = ends.embed if ends.head is None else ends.head.w
+def _head(non_block: NonBlockParams, x: jax.Array) -> jax.Array:
+    if non_block.norm is not None:
+        x = layer_norm(non_block.norm, x)
+    if non_block.project_out is not None:
+        x = linear(non_block.project_out, x)
+    w = non_block.embed if non_block.head is None else non_block.head.w
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
-def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax.Array, Taps, T]:
+def _forward(
+    config: StaticConfig, p: Block, x: jax.Array, mix: AttendFn[T]
+) -> tuple[jax.Array, Taps, T]:
     """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
     t: dict[str, jax.Array] = {}
     t["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
@@ -108,7 +110,7 @@ def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax
         linear(p.k, t["attn_in"]),
         linear(p.v, t["attn_in"]),
     )
-    mixed, kept = mix(*(heads(t[name], config.head_dim) for name in "qkv"))
+    mixed, kept = mix(*(split_heads(t[name], config.head_dim) for name in "qkv"))
     t["attn_mid"] = mixed.reshape(*x.shape[:2], -1)
     t["o"] = linear(p.o, t["attn_mid"])
     x = x + t["o"]
@@ -121,13 +123,13 @@ def _forward(config: Computed, p: Block, x: jax.Array, mix: Mix[T]) -> tuple[jax
     return (x if config.pre_norm else layer_norm(p.mlp_norm, x)), t, kept
 
 
-def _block(config: Computed, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
     x, taps, _ = _forward(config, p, x, lambda q, k, v: (attention(q, k, v, None), None))
     return x, taps
 
 
 def _step(
-    config: Computed, p: Block, x: jax.Array, cache: Cache, start: Start
+    config: StaticConfig, p: Block, x: jax.Array, cache: Cache, start: Start
 ) -> tuple[jax.Array, Cache]:
     x, _, cache = _forward(config, p, x, functools.partial(attend, cache, start, None, None))
     return x, cache
@@ -144,7 +146,7 @@ SLOTS = (
 
 
 @functools.cache
-def _functions(c: Computed) -> tuple[Callable[..., Any], ...]:
+def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
     """`block` and `step`, the same objects for equal settings: what is compiled for a model serves the one pruned from it."""
     return functools.partial(_block, c), functools.partial(_step, c)
 

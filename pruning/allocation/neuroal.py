@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
-from calibration.passes import Visited, batches, observe
+from calibration.passes import BlockResult, batches, observe
 from calibration.states import States
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
@@ -108,7 +108,7 @@ def _aligned(
     scores, lost = [0.0] * len(budgets), [[] for _ in budgets]  # type: tuple[list[float], list[Norms]]
     streams: list[States] = []
 
-    def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
         if i == 0:
             streams.extend(xs.copy() for _ in budgets)
         for k, budget in enumerate(budgets):
@@ -126,7 +126,7 @@ def _aligned(
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return Visited(block, moved_on=True)
+        return BlockResult(block, propagated=True)
 
     search.walk(what, visit)
     return scores, lost
@@ -205,7 +205,7 @@ def _losses(
     streams: list[States] = []
     lost: list[Norms] = [[] for _ in budgets]
 
-    def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
         if i == 0:
             streams.extend(xs.copy() for _ in budgets)
         prepared, dense = _dense(search, i, block, xs, last)
@@ -213,10 +213,10 @@ def _losses(
         for k, new in enumerate(_trials(search, block, prepared, counts)):
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return Visited(block, moved_on=True)
+        return BlockResult(block, propagated=True)
 
     search.walk(what, visit)
-    ends = place(search.model.ends, request.mesh)
+    non_block = place(search.model.non_block, request.mesh)
     windows = list(batches(search.tokens, request.batch, request.mesh))
 
     def loss(xs: States) -> float:
@@ -224,7 +224,7 @@ def _losses(
             np.mean(
                 np.concatenate(
                     [
-                        to_host(cross_entropy(arch, ends, x, t))
+                        to_host(cross_entropy(arch, non_block, x, t))
                         for x, t in zip(xs, windows, strict=True)
                     ]
                 )
@@ -300,7 +300,7 @@ class _Step(NamedTuple):
     lost: Norms
 
 
-def _released(search: _Search, step: str) -> tuple[_Step, _Step]:
+def _official_search(search: _Search, step: str) -> tuple[_Step, _Step]:
     """The released search: of least misalignment, the first."""
     model, s = search.model, search.request.sparsity
     grid = [lam for lam in GRID if s < DENSEST or lam < GRID[-1]] if step != "row" else []
@@ -320,7 +320,7 @@ def _released(search: _Search, step: str) -> tuple[_Step, _Step]:
     return first, _Step(grid, scores, grid[k], budgets[k], lost[k])
 
 
-def _sound(search: _Search, step: str) -> tuple[_Step, _Step]:
+def _corrected_search(search: _Search, step: str) -> tuple[_Step, _Step]:
     """The search by loss: a coarse grid and the neighbourhood of its best for the blocks, a short grid for the rows."""
     model, s = search.model, search.request.sparsity
     found: dict[float, tuple[float, Budget, Norms]] = {}
@@ -386,7 +386,9 @@ def neuroal(
             )
         shapes = all_shapes(model)
         search = _Search(model, tokens[:samples], request, layerwise, shapes, [])
-        first, second = (_released if official else _sound)(search, step if followed else "block")
+        first, second = (_official_search if official else _corrected_search)(
+            search, step if followed else "block"
+        )
         warnings = (
             ()
             if followed or step == "block"

@@ -11,7 +11,7 @@ import numpy as np
 from calibration.observers import Observer, moments
 from calibration.passes import Rehearse
 from models.arch import Block, Model
-from models.checkpoint.output_format import Leaves
+from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.sharding import to_host
 from pruning.structured import remove as units
@@ -21,9 +21,9 @@ from pruning.structured.flap_core import (
     Structure,
     Units,
     input_feature_metrics,
-    released,
-    released_fluctuation,
-    sound,
+    official_fluctuation,
+    select_corrected,
+    select_official,
 )
 from pruning.structured.remove import (
     GROUPS,
@@ -39,7 +39,7 @@ from pruning.structured.remove import (
     without,
 )
 from pruning.structured.select import lowest, rounded
-from pruning.types import Method, Outcome, Put, Request, whole_units
+from pruning.types import BlockSink, Method, Outcome, Request, whole_units
 
 Scope = Literal["local", "global"]
 Channels = Callable[
@@ -133,16 +133,16 @@ def flap(
     def channels(w: jax.Array, stats: Any) -> jax.Array:
         return input_feature_metrics(w, stats)[metric]
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        observer = released_fluctuation if official else moments
+    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
+        observer = official_fluctuation if official else moments
         what, key = "measuring fluctuation", ("flap", metric, variant)
         heads, neurons, scores, means = _measured(
             model, tokens, request, observer, channels, what, key
         )
         if official and request.sparsity:
-            kept = released(heads, neurons, request.sparsity, structure, heads_removed)
+            kept = select_official(heads, neurons, request.sparsity, structure, heads_removed)
         else:  # the released code always removes something
-            kept = sound(
+            kept = select_corrected(
                 heads,
                 neurons,
                 request.sparsity,
@@ -151,19 +151,19 @@ def flap(
                 spread,
             )
         keeps = _keeps(kept, neurons.metric, round_to)
-        remove(model, tokens, request, put, keeps, how, means if how == "bias" else None)
+        remove(model, tokens, request, sink, keeps, how, means if how == "bias" else None)
         return outcome(model.arch, keeps, request, scores, f"{metric} of channels")
 
     def rehearse(
         model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
     ) -> None:
         units.rehearse(
-            model, tokens, request, run, released_fluctuation if official else moments, "dense"
+            model, tokens, request, run, official_fluctuation if official else moments, "dense"
         )
         if refit:
             units.rehearse(model, tokens, request, run, OBSERVED[how], "pruned", how)
 
-    leaves = Leaves(GROUPS, structure.startswith("UL"), bias)
+    leaves = ShapeChange(GROUPS, structure.startswith("UL"), bias)
     return Method(method, leaves, check=functools.partial(whole_units, "flap"), rehearse=rehearse)
 
 
@@ -214,7 +214,7 @@ def by_channels(
     """
     check_round_to(name, round_to)
 
-    def local(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def local(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         arch = model.arch
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
@@ -226,7 +226,7 @@ def by_channels(
                     [score], [keep], round_to if group.name == "neurons" else 0
                 )
             new = without(arch, repaired(arch, block, stats, kept, repair), kept)
-            put(i, new)
+            sink(i, new)
             return new, (kept, metrics)
 
         records = walk(
@@ -235,13 +235,13 @@ def by_channels(
         keeps, scores = zip(*records, strict=True)
         return outcome(arch, keeps, request, scores, label)
 
-    def over_all(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def over_all(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         heads, neurons, scores, _ = _measured(
             model, tokens, request, observer, channels, "measuring channels", name
         )
-        kept = sound(heads, neurons, request.sparsity, "AL-AM", 0)
+        kept = select_corrected(heads, neurons, request.sparsity, "AL-AM", 0)
         keeps = _keeps(kept, neurons.metric, round_to)
-        remove(model, tokens, request, put, keeps, repair)
+        remove(model, tokens, request, sink, keeps, repair)
         return outcome(model.arch, keeps, request, scores, label)
 
     def rehearse(
@@ -255,7 +255,7 @@ def by_channels(
             units.rehearse(model, tokens, request, run, observer, "dense")
             units.rehearse(model, tokens, request, run, OBSERVED[repair], "pruned", repair)
 
-    leaves = Leaves(GROUPS, scope == "local", repair != "none")
+    leaves = ShapeChange(GROUPS, scope == "local", repair != "none")
     run = local if scope == "local" else over_all
     return Method(run, leaves, check=functools.partial(whole_units, name), rehearse=rehearse)
 

@@ -43,7 +43,7 @@ def _fluctuation_update(state: Fluctuation, x: jax.Array) -> Fluctuation:
     return Fluctuation(second_moment.update(state.second, x), b, f)
 
 
-released_fluctuation = Observer(
+official_fluctuation = Observer(
     lambda c: Fluctuation(second_moment.init(c), jnp.zeros(c), jnp.zeros(c)), _fluctuation_update
 )
 
@@ -91,7 +91,7 @@ def _lowest_of_all(scores: Sequence[np.ndarray], count: int) -> Keeps:
     return np.split(lowest(np.concatenate(scores), count), np.cumsum([len(s) for s in scores])[:-1])
 
 
-def released(
+def select_official(
     heads: Units, neurons: Units, ratio: float, structure: Structure, heads_removed: int
 ) -> Kept:
     """What stays by the released code's counts. It squares the metric of attention, truncates a head's worth in neurons to a whole number,
@@ -123,7 +123,7 @@ def released(
     return Kept([s > threshold for s in h], [s > threshold for s in n])
 
 
-def sound(
+def select_corrected(
     heads: Units,
     neurons: Units,
     ratio: float,

@@ -12,15 +12,21 @@ import numpy as np
 from calibration.observers import Observer, batch_norms
 from calibration.passes import Rehearse, rehearse_fold
 from models.arch import Block, Model
-from models.checkpoint.output_format import Leaves
+from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.sharding import to_host
 from models.surgery import zero_rows
 from pruning.structured import remove as whole
 from pruning.structured import select
-from pruning.structured.llmrank_core import Centrality, Ffn, as_released, corrected, flow
+from pruning.structured.llmrank_core import (
+    Centrality,
+    Ffn,
+    corrected_centrality,
+    flow,
+    official_centrality,
+)
 from pruning.structured.remove import Keep, Repair, check_round_to, outcome, remove
-from pruning.types import Method, Outcome, Put, Removed, Request, gone, whole_units
+from pruning.types import BlockSink, Method, Outcome, Removed, Request, dropped_indices, whole_units
 from pruning.walk import fold
 
 ScorerName = Literal["wpr", "mpr", "norm", "activation", "wanda", "random"]
@@ -157,12 +163,12 @@ def _keep_neurons(
 
 
 def _zero_rows(
-    model: Model, keeps: Sequence[tuple[np.ndarray, np.ndarray]], put: Put
+    model: Model, keeps: Sequence[tuple[np.ndarray, np.ndarray]], sink: BlockSink
 ) -> list[dict[str, Removed]]:
     """Zero the rows of up and of down that do not stay."""
     _, up, down = _linears(model)
     for i, (block, keep) in enumerate(zip(model.blocks, keeps, strict=True)):
-        put(
+        sink(
             i,
             block.replace(
                 **{
@@ -171,7 +177,10 @@ def _zero_rows(
                 }
             ),
         )
-    return [{up: Removed(rows=gone(a)), down: Removed(rows=gone(b))} for a, b in keeps]
+    return [
+        {up: Removed(rows=dropped_indices(a)), down: Removed(rows=dropped_indices(b))}
+        for a, b in keeps
+    ]
 
 
 def llmrank(
@@ -207,7 +216,7 @@ def llmrank(
     gamma = (0.0 if official else 0.5) if gamma is None else gamma
     if not (0 <= gamma <= 1 and 0 <= theta <= 1):
         raise InputError(f"llmrank: gamma={gamma} and theta={theta} must lie between 0 and 1")
-    make = as_released if official else corrected
+    make = official_centrality if official else corrected_centrality
     centrality = make(scorer, gamma, theta, ZEROED if zero_pruned else 0.0, chain)
     backward = not official and scorer == "wpr"
 
@@ -217,14 +226,14 @@ def llmrank(
         )
     check_round_to("llmrank", round_to)
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         _, up, down = _linears(model)
         ranks = _importance(
             model, _statistics(model, tokens, request), centrality, backward, request.seed
         )
         if units == "rows":
             removed = _zero_rows(
-                model, _keep_rows(ranks, request.sparsity, scope, chain, official), put
+                model, _keep_rows(ranks, request.sparsity, scope, chain, official), sink
             )
             return Outcome(
                 asked=tuple(dict.fromkeys(r, request.sparsity) for r in removed),
@@ -233,7 +242,7 @@ def llmrank(
                 scores_label=f"importance of rows ({scorer})",
             )
         keeps = _keep_neurons([r for r, _ in ranks], request.sparsity, scope, round_to)
-        remove(model, tokens, request, put, keeps, repair)
+        remove(model, tokens, request, sink, keeps, repair)
         return outcome(
             model.arch,
             keeps,
@@ -243,7 +252,7 @@ def llmrank(
         )
 
     narrower = ("neurons",) if units == "neurons" else ()
-    leaves = Leaves(narrower, scope == "local", repair != "none")
+    leaves = ShapeChange(narrower, scope == "local", repair != "none")
 
     def rehearse(
         model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse

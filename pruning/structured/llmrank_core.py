@@ -205,7 +205,9 @@ def _norm_of_neuron(ffn: Ffn) -> jax.Array:
 
 
 @functools.cache
-def corrected(name: str, gamma: float, theta: float, zeroed: float, chained: bool) -> Centrality:
+def corrected_centrality(
+    name: str, gamma: float, theta: float, zeroed: float, chained: bool
+) -> Centrality:
     """One of SCORERS on the graph whose nodes are whole neurons (up and gate rows with their down column)."""
     known: dict[str, Centrality] = {
         "wpr": functools.partial(reverse_page_rank, gamma, theta, chained),
@@ -225,7 +227,9 @@ def corrected(name: str, gamma: float, theta: float, zeroed: float, chained: boo
 
 
 @functools.cache
-def as_released(name: str, gamma: float, theta: float, zeroed: float, chained: bool) -> Centrality:
+def official_centrality(
+    name: str, gamma: float, theta: float, zeroed: float, chained: bool
+) -> Centrality:
     """One of SCORERS on the released code's graph."""
     return functools.partial(official, scorer(name, gamma, theta, zeroed), chained)
 
@@ -237,7 +241,7 @@ def flow(
     """Importance along blocks of equal widths, as one scan.
 
     Args:
-      centrality: from `corrected` or `as_released`.
+      centrality: from `corrected_centrality` or `official_centrality`.
       backward: from the last block to the first.
       blocks: the arrays of all blocks stacked [blocks ...].
       carried: importance of the residual channels where the walk begins [d].

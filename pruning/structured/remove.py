@@ -16,7 +16,7 @@ from models.arch import Arch, Block, Group, Model
 from models.errors import InputError
 from models.surgery import cut, mask
 from pruning.structured import repair
-from pruning.types import Outcome, Put, Removed, Request, gone
+from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
 from pruning.walk import fold
 
 GROUPS = ("heads", "neurons")
@@ -150,7 +150,7 @@ def remove(
     model: Model,
     tokens: np.ndarray,
     request: Request,
-    put: Put,
+    sink: BlockSink,
     keeps: Sequence[Keep],
     how: Repair,
     known: Sequence[Mapping[str, np.ndarray]] | None = None,
@@ -166,7 +166,7 @@ def remove(
     def finish(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
         seen = {tap: Mean(mean) for tap, mean in known[i].items()} if known else stats
         block = without(model.arch, repaired(model.arch, block, seen, keeps[i], how), keeps[i])
-        put(i, block)
+        sink(i, block)
         return block, None
 
     walk(
@@ -195,10 +195,10 @@ def outcome(
         for name, stays in keep.items():
             group = arch.group(name)
             found[group.reader.name] = Removed(
-                columns=gone(np.repeat(stays, group.reader.width)), cut=True
+                columns=dropped_indices(np.repeat(stays, group.reader.width)), cut=True
             )
             found |= {
-                w.name: Removed(rows=gone(np.repeat(stays, w.width)), cut=True)
+                w.name: Removed(rows=dropped_indices(np.repeat(stays, w.width)), cut=True)
                 for w in group.writers
             }
         removed.append(found)

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from calibration.passes import Rehearse, rehearse_fold
-from calibration.states import TIERS
+from calibration.states import OFFLOADS
 from models.arch import Arch, Model, apply_block
 from models.errors import InputError
 from pruning.structured import sleb_core as sleb_loss
@@ -22,7 +22,7 @@ from pruning.structured.sleb_runner import (
     try_all,
     without,
 )
-from pruning.types import Method, Outcome, Put, Request, whole_units
+from pruning.types import BlockSink, Method, Outcome, Request, whole_units
 
 Kind = Literal["blocks", "sublayers"]
 Search = Literal["greedy", "perplexity", "influence"]
@@ -184,7 +184,7 @@ def _details(runner: Runner, trace: Trace, units: Sequence[Unit], kind: Kind) ->
             "blocks_held": runner.held,
             **{
                 f"{tier}_bytes": a + b
-                for tier, a, b in zip(TIERS, shared.most, own.most, strict=True)
+                for tier, a, b in zip(OFFLOADS, shared.most, own.most, strict=True)
             },
         },
     }
@@ -202,10 +202,12 @@ def _warnings(trace: Trace) -> Iterator[str]:
         yield f"{halves} blocks have one part zeroed in place: the file holds its zeros"
 
 
-def _put(model: Model, path: Path, put: Put) -> None:
+def _put(model: Model, path: Path, sink: BlockSink) -> None:
     """Hand over what is left, numbered anew; of a removed part every linear is zeroed, so that all of it counts as gone."""
     for new, (i, silent) in enumerate(path):
-        put(new, silenced(model.blocks[i], [name for w in silent for name in _part(model.arch, w)]))
+        sink(
+            new, silenced(model.blocks[i], [name for w in silent for name in _part(model.arch, w)])
+        )
 
 
 def _candidates(
@@ -264,7 +266,7 @@ def rehearse_search(
     picked = run(
         "logits of the next tokens",
         functools.partial(sleb_loss.chosen, arch),
-        model.ends,
+        model.non_block,
         x,
         part,
         calls=losses,
@@ -273,7 +275,7 @@ def rehearse_search(
     run(
         "part of a candidate's loss",
         add,
-        model.ends,
+        model.non_block,
         x,
         part,
         picked,
@@ -333,13 +335,13 @@ def sleb(
             )
         choice(model, request)
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         total, every = len(model.blocks), _units(model.arch, len(model.blocks), units)
         n, candidates = choice(model, request)
         asked = request.sparsity if blocks is None else n / len(every)
-        runner = Runner(model, tokens, request.batch, request.mesh, there, request.tier)
+        runner = Runner(model, tokens, request.batch, request.mesh, there, request.offload)
         trace = _search(runner, candidates, n, _rounds(search, n), variant == "corrected", request)
-        _put(model, trace.path, put)
+        _put(model, trace.path, sink)
         return Outcome(
             asked=tuple(
                 dict.fromkeys((s.name for s in model.arch.slots), asked) for _ in range(total)

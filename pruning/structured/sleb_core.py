@@ -10,59 +10,59 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from models.arch import Arch, Ends
+from models.arch import Arch, NonBlockParams
 
 PARTS = 16  # of the vocabulary
-Head = Callable[[Ends, jax.Array], jax.Array]
+Head = Callable[[NonBlockParams, jax.Array], jax.Array]
 
 
-def narrowed(ends: Ends, start: jax.Array, size: int) -> Ends:
+def narrowed(non_block: NonBlockParams, start: jax.Array, size: int) -> NonBlockParams:
     """The ends with a head for the tokens from `start` (int32 ()) on alone, `size` of them."""
 
     def part(x: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size)
 
     return (
-        ends.replace(embed=part(ends.embed))
-        if ends.head is None
-        else ends.replace(head=jax.tree.map(part, ends.head))
+        non_block.replace(embed=part(non_block.embed))
+        if non_block.head is None
+        else non_block.replace(head=jax.tree.map(part, non_block.head))
     )
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _chosen(head: Head, ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
+def _chosen(head: Head, non_block: NonBlockParams, x: jax.Array, tokens: jax.Array) -> jax.Array:
     def one(x: jax.Array, token: jax.Array) -> jax.Array:
-        return head(narrowed(ends, token, 1), x[None, None])[0, 0, 0]
+        return head(narrowed(non_block, token, 1), x[None, None])[0, 0, 0]
 
     return jax.vmap(jax.vmap(one))(x[:, :-1], tokens[:, 1:])
 
 
-def chosen(arch: Arch, ends: Ends, x: jax.Array, tokens: jax.Array) -> jax.Array:
+def chosen(arch: Arch, non_block: NonBlockParams, x: jax.Array, tokens: jax.Array) -> jax.Array:
     """The logit of each window's next tokens, float32 [b t-1]: where the sum of exponentials begins.
 
     Args:
       x: what leaves the last block [b t d]; tokens: int [b t].
     """
-    return _chosen(arch.head, ends, x, tokens)
+    return _chosen(arch.head, non_block, x, tokens)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add(
     head: Head,
-    ends: Ends,
+    non_block: NonBlockParams,
     x: jax.Array,
     tokens: jax.Array,
     chosen: jax.Array,
     sums: jax.Array,
     part: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    vocab = len(ends.embed if ends.head is None else ends.head.w)
+    vocab = len(non_block.embed if non_block.head is None else non_block.head.w)
     size = -(-vocab // PARTS)
     first = jnp.minimum(part * size, vocab)
     start = jnp.minimum(
         first, vocab - size
     )  # the last parts reach back, over tokens that are counted already
-    ids, own = start + jnp.arange(size), narrowed(ends, start, size)
+    ids, own = start + jnp.arange(size), narrowed(non_block, start, size)
 
     def window(args: tuple[jax.Array, ...]) -> jax.Array:
         x, tokens, sums = args
@@ -76,7 +76,7 @@ def _add(
 
 def add(
     arch: Arch,
-    ends: Ends,
+    non_block: NonBlockParams,
     x: jax.Array,
     tokens: jax.Array,
     chosen: jax.Array,
@@ -91,4 +91,4 @@ def add(
       sums: the logarithms of the sums of exponentials so far [b t-1]: at first `chosen`.
     A bound is not above the next one, bit for bit: every step of it is monotone in floating point too.
     """
-    return _add(arch.head, ends, x, tokens, chosen, sums, jnp.int32(part))
+    return _add(arch.head, non_block, x, tokens, chosen, sums, jnp.int32(part))

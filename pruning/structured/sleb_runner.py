@@ -16,10 +16,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from calibration.journal import digest
-from calibration.states import TIERS, Kept, OnDisk, States, Tier, fetch, keep, roomy, scratch
+from calibration.states import (
+    OFFLOADS,
+    Kept,
+    Offload,
+    OnDisk,
+    States,
+    fetch,
+    fits_in_memory,
+    keep,
+    scratch,
+)
 from models.arch import Arch, Block, Model, apply_block, embed
-from models.checkpoint.reader import LazyBlocks, ahead
-from models.processes import several
+from models.checkpoint.reader import LazyBlocks, prefetch
+from models.processes import is_multiprocess
 from models.sharding import place, split, to_host
 from pruning.structured.sleb_core import PARTS, add, chosen
 
@@ -94,8 +104,8 @@ class Store:
     def __init__(self, room: Room, directory: pathlib.Path):
         self.room, self._directory, self._files = room, directory, itertools.count()
         self._held: dict[tuple[int, Path], tuple[int, Kept]] = {}  # with the tier
-        self._used = [0] * len(TIERS)
-        self.most = [0] * len(TIERS)
+        self._used = [0] * len(OFFLOADS)
+        self.most = [0] * len(OFFLOADS)
 
     def get(self, m: int, path: Path) -> jax.Array | np.ndarray | None:
         """The states that the path leaves of micro-batch `m`, if they were kept."""
@@ -106,21 +116,25 @@ class Store:
         """Keep the states if the plan says so and there is room."""
         if not self.room.every or len(path) % self.room.every or (m, path) in self._held:
             return
-        for tier, limit in enumerate(self.room.bytes):
-            if self._used[tier] + x.nbytes <= limit:
+        for offload, limit in enumerate(self.room.bytes):
+            if self._used[offload] + x.nbytes <= limit:
                 self._held[m, path] = (
-                    tier,
-                    keep(x, TIERS[tier], self._directory / f"{id(self)}-{next(self._files)}.npy"),
+                    offload,
+                    keep(
+                        x,
+                        OFFLOADS[offload],
+                        self._directory / f"{id(self)}-{next(self._files)}.npy",
+                    ),
                 )
-                self._used[tier] += x.nbytes
-                self.most[tier] = max(self.most[tier], self._used[tier])
+                self._used[offload] += x.nbytes
+                self.most[offload] = max(self.most[offload], self._used[offload])
                 return
 
     def forget(self, piece: Piece) -> None:
         """Drop what has been through a piece that has left the model."""
         for key in [k for k in self._held if piece in k[1]]:
-            tier, x = self._held.pop(key)
-            self._used[tier] -= x.nbytes
+            offload, x = self._held.pop(key)
+            self._used[offload] -= x.nbytes
             if isinstance(x, OnDisk):
                 x.path.unlink()
 
@@ -156,15 +170,15 @@ class Runner:
         batch: int,
         mesh: Mesh | None,
         there: Sequence[int],
-        tier: Tier = "device",
+        offload: Offload = "device",
     ):
         self.arch: Arch = model.arch
-        self._tier, self._mesh = tier, mesh
-        self._ends, self.digest = place(model.ends, mesh), digest(tokens)
-        self.held = not isinstance(model.blocks, LazyBlocks) or roomy(
+        self._tier, self._mesh = offload, mesh
+        self._ends, self.digest = place(model.non_block, mesh), digest(tokens)
+        self.held = not isinstance(model.blocks, LazyBlocks) or fits_in_memory(
             model.blocks.nbytes, mesh.shape["model"] if mesh else 1
         )
-        self._blocks = list(ahead(model.blocks, mesh=mesh)) if self.held else model.blocks
+        self._blocks = list(prefetch(model.blocks, mesh=mesh)) if self.held else model.blocks
         self._tokens = [
             split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)
         ]
@@ -172,7 +186,7 @@ class Runner:
             model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
         )
         kept = (
-            (there[0], 0, 0) if several() else there
+            (there[0], 0, 0) if is_multiprocess() else there
         )  # what lies over several processes stays on their devices
         shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, kept)
         directory = scratch(self)
@@ -186,7 +200,7 @@ class Runner:
 
     def _along(self, path: Path) -> Iterator[Block]:
         """The blocks of the path's pieces."""
-        return ahead(self._blocks, [i for i, _ in path], self._mesh)
+        return prefetch(self._blocks, [i for i, _ in path], self._mesh)
 
     def _apply(self, piece: Piece, block: Block, x: jax.Array) -> jax.Array:
         self.evaluations += x.shape[0]

@@ -15,6 +15,7 @@ from models.errors import InputError
 from pruning.budget import all_shapes, uniform
 from pruning.types import (
     Allocation,
+    BlockSink,
     Budget,
     Layerwise,
     Mask,
@@ -22,7 +23,6 @@ from pruning.types import (
     Outcome,
     Pattern,
     Pruner,
-    Put,
     Request,
     as_it_is,
 )
@@ -217,7 +217,7 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
       unstructured: the pattern for runs without n:m.
     """
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         arch, rule = model.arch, rule_of(request, unstructured)
         own = pruner(rule)
         allocation = allocate(model, tokens, request, Layerwise(own, rule))
@@ -229,7 +229,7 @@ def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Me
             if counts := counts_of(arch, rule, block, budget[i]):
                 block, notes = solve_block(arch, pruners, block, stats, counts)
                 found = figures(i, notes)
-            put(i, block)
+            sink(i, block)
             return block, found
 
         found = fold(

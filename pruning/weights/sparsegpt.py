@@ -16,7 +16,7 @@ import numpy as np
 from calibration.observers import Gram, gram
 from models.arch import Model
 from pruning.linalg import inverse_factor
-from pruning.types import Mask, Method, Outcome, Pattern, Pruner, Put, Request
+from pruning.types import BlockSink, Mask, Method, Outcome, Pattern, Pruner, Request
 
 COLUMNS = 128  # columns decided on together: the paper's B
 STEPS = 4  # columns swept between two matrix products with the errors so far
@@ -177,8 +177,8 @@ def solve(
     quotas = [jnp.broadcast_to(n, (blocks,)) if n.ndim == 0 else n for n in counts]
     with jax.default_matmul_precision("highest"):
         new, kept = _sweep(w, u, quotas, _decide_each(keep, rows), inputs, size, group)
-    ends = np.cumsum(rows)[:-1]
-    parts = (jnp.split(x[:inputs].T, ends) for x in (new, kept))
+    non_block = np.cumsum(rows)[:-1]
+    parts = (jnp.split(x[:inputs].T, non_block) for x in (new, kept))
     return [(n.astype(w.dtype), k & ~f.dead[None, :]) for w, n, k in zip(ws, *parts, strict=True)]
 
 
@@ -207,8 +207,8 @@ def raised(details: Mapping[str, Any], damp: float) -> list[str]:
 def reporting(method: Method, damp: float) -> Method:
     """The method with these sentences among its warnings."""
 
-    def reported(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
-        outcome = method(model, tokens, request, put)
+    def reported(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
+        outcome = method(model, tokens, request, sink)
         return dataclasses.replace(
             outcome, warnings=(*outcome.warnings, *raised(outcome.details, damp))
         )

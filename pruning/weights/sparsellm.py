@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import gram
-from calibration.passes import Rehearse, Visited, observe, overflow, rehearse_fold
+from calibration.passes import BlockResult, Rehearse, observe, overflow, rehearse_fold
 from calibration.states import States
 from models.arch import Arch, Block, Model
 from models.errors import InputError
-from pruning.types import Allocation, Layerwise, Method, Outcome, Put, Request, not_refined
+from pruning.types import Allocation, BlockSink, Layerwise, Method, Outcome, Request, not_refined
 from pruning.walk import walk
 from pruning.weights import patterns, sparsegpt
 from pruning.weights.per_linear import (
@@ -28,8 +28,8 @@ from pruning.weights.per_linear import (
     rule_of,
     solve_block,
 )
-from pruning.weights.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, corrected
-from pruning.weights.sparsellm_official_core import Aux, as_released
+from pruning.weights.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, solve_corrected
+from pruning.weights.sparsellm_official_core import Aux, solve_official
 
 KNOWN = (
     "relu",
@@ -98,7 +98,7 @@ def _activations(arch: Arch, block: Block, x: jax.Array) -> dict[str, jax.Array]
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "c"))
-def _released(
+def _solve_official(
     arch: Arch,
     block: Block,
     t: Mapping[str, jax.Array],
@@ -109,7 +109,7 @@ def _released(
 ) -> Solved:
     n = _names(arch)
     aux = Aux(t[n.one], t[n.gate] if n.gate else None, t[n.inside])
-    return as_released(_ffn(arch, block), t[n.enters], t[n.two], aux, h1, h2, counts, c)
+    return solve_official(_ffn(arch, block), t[n.enters], t[n.two], aux, h1, h2, counts, c)
 
 
 @functools.partial(jax.jit, static_argnames="arch")
@@ -129,7 +129,7 @@ def _aims(arch: Arch, dense: Block, pruned: Block, x: jax.Array) -> tuple[jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "c"))
-def _sound(
+def _solve_corrected(
     arch: Arch,
     block: Block,
     x: tuple[jax.Array, ...],
@@ -137,7 +137,7 @@ def _sound(
     counts: Counts,
     c: Settings,
 ) -> Solved:
-    return corrected(_ffn(arch, block), x, y, counts, c)
+    return solve_corrected(_ffn(arch, block), x, y, counts, c)
 
 
 @jax.jit
@@ -167,7 +167,7 @@ class _Run(NamedTuple):
         together = {name: jnp.concatenate([p[name] for p in parts]) for name in parts[0]}
         once = i in ONCE and _names(self.arch).gate is not None
         c = self.settings._replace(iterations=1) if once else self.settings
-        return _released(self.arch, dense, together, h1, h2, counts, c)
+        return _solve_official(self.arch, dense, together, h1, h2, counts, c)
 
     def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solved:
         enters, leaves = [], []  # type: list[jax.Array], list[jax.Array]
@@ -177,7 +177,7 @@ class _Run(NamedTuple):
             ):
                 into.append(part)
         x, y = _together(enters), _together(leaves)
-        return _sound(self.arch, dense, x, y, counts, self.settings)
+        return _solve_corrected(self.arch, dense, x, y, counts, self.settings)
 
     def block(
         self, i: int, block: Block, xs: States, counts: Mapping[str, Any]
@@ -242,7 +242,7 @@ class _Run(NamedTuple):
                 run(f"{tap}: H", sparsegpt.hessian, stats[tap], calls=blocks)
                 for tap in (n.enters, n.inside)
             )
-            solve = functools.partial(_released, arch, c=settings)
+            solve = functools.partial(_solve_official, arch, c=settings)
             run(
                 "alternation",
                 lambda b, t, h1, h2: solve(b, t, h1, h2, counts),
@@ -257,7 +257,7 @@ class _Run(NamedTuple):
             every = [run("targets together", _stack, *[p] * steps, calls=blocks) for p in pair]
             run(
                 "alternation",
-                lambda b, x, y: _sound(arch, b, (x,), (y,), counts, settings),
+                lambda b, x, y: _solve_corrected(arch, b, (x,), (y,), counts, settings),
                 block,
                 *every,
                 calls=blocks,
@@ -351,7 +351,7 @@ def sparsellm(
         not_refined("sparsellm", model, request)
         fits(model, settings_of(model, request).rule)
 
-    def method(model: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         settings = settings_of(model, request)
         run = _Run(model.arch, settings, official)
         # Budgets are tried with SparseGPT, which the alternation starts from.
@@ -360,15 +360,15 @@ def sparsellm(
         )
         covered = len(model.blocks) // 2 if first_half else len(model.blocks)
 
-        def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+        def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
             found: dict[str, dict[str, float]] = {}
             losses: list[float] = []
             if i < covered and (
                 counts := counts_of(model.arch, settings.rule, block, allocation.budget[i])
             ):
                 block, found, losses = run.block(i, block, xs, counts)
-            put(i, block)
-            return Visited(block, record=(found, losses))
+            sink(i, block)
+            return BlockResult(block, record=(found, losses))
 
         records = walk(model, tokens, request, visit, "pruning")
         return _outcome(

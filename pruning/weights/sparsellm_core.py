@@ -66,7 +66,7 @@ class Penalties(NamedTuple):
 class Settings(NamedTuple):
     """What an alternation depends on besides arrays; hashable, a static argument.
 
-    act: the activation's name; rule: which entries go; damp: SparseGPT's, as a share of H's mean diagonal; ridge: `corrected`'s, likewise,
+    act: the activation's name; rule: which entries go; damp: SparseGPT's, as a share of H's mean diagonal; ridge: `solve_corrected`'s, likewise,
     added to H where weights are fitted; iterations: >= 1.
     """
 
@@ -232,7 +232,7 @@ def _start(
     )
 
 
-def corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Settings) -> Solved:
+def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Settings) -> Solved:
     """The alternation made sound: sums over tokens and Cholesky factors in place of pseudo-inverses.
 
     Iteration 0 is SparseGPT. Each further one sets p, z and s from the pruned part's own activations, fits W1 and Wg to z and s and

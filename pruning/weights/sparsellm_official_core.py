@@ -128,7 +128,7 @@ def _fit(state: _State, x_pinv: jax.Array, y: jax.Array) -> _State:
     return state._replace(ffn=ffn.with_writers(ws).with_two(two), h2=(2.0 / len(p)) * flat.T @ flat)
 
 
-def as_released(
+def solve_official(
     ffn: Ffn,
     x: jax.Array,
     y: jax.Array,

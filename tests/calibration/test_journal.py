@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from calibration.journal import Journal, Memory, digest, plain
+from calibration.journal import Journal, StepCache, digest, to_serialisable
 from models.errors import InputError
 from models.sharding import make_mesh, split
 
@@ -62,7 +62,7 @@ def test_a_step_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> Non
 
 
 def test_without_a_file_a_value_has_the_same_form() -> None:
-    assert_same(plain({1: (jnp.ones(2), 3)}), {"1": [np.ones(2, np.float32), 3]})
+    assert_same(to_serialisable({1: (jnp.ones(2), 3)}), {"1": [np.ones(2, np.float32), 3]})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -153,7 +153,7 @@ def test_damage_is_told(name: str, how: str, tmp_path: Path) -> None:
         file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(
         InputError,
-        match=rf"{name} of the unfinished run is damaged or gone: begin anew with --noresume",
+        match=rf"{name} of the unfinished run is damaged or missing: start over with --noresume",
     ):
         Journal(tmp_path, PRINT, Sink())
 
@@ -185,12 +185,14 @@ def test_a_run_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
     assert Journal(tmp_path, PRINT, Sink()).finished == 0
     (tmp_path / "journal.json").rename(tmp_path / "journal.json.new")
     (tmp_path / "000.msgpack").write_bytes(b"")
-    with pytest.raises(InputError, match=r"journal\.json of the unfinished run is damaged or gone"):
+    with pytest.raises(
+        InputError, match=r"journal\.json of the unfinished run is damaged or missing"
+    ):
         Journal(tmp_path, PRINT, Sink())
 
 
 def test_what_another_run_computed_is_not_computed_again(tmp_path: Path) -> None:
-    memory = Memory()
+    memory = StepCache()
     assert_same(
         Journal(tmp_path / "a", PRINT, Sink(), memory, "model").step(lambda: VALUE, "key"), VALUE
     )
@@ -207,7 +209,7 @@ def test_what_another_run_computed_is_not_computed_again(tmp_path: Path) -> None
 def test_what_depends_on_something_else_is_computed(
     common: str, key: str | None, tmp_path: Path
 ) -> None:
-    memory = Memory()
+    memory = StepCache()
     for k, run in enumerate(("a", "b")):
         Journal(tmp_path / run, PRINT, Sink(), memory, "model").step(
             lambda k=k: k, None if key is None else "key"
@@ -217,14 +219,14 @@ def test_what_depends_on_something_else_is_computed(
 
 def test_a_step_read_back_is_known_to_other_runs(tmp_path: Path) -> None:
     Journal(tmp_path / "a", PRINT, Sink()).step(lambda: VALUE)
-    memory = Memory()
+    memory = StepCache()
     assert_same(Journal(tmp_path / "a", PRINT, Sink(), memory).step(never, "key"), VALUE)
     assert_same(Journal(tmp_path / "b", PRINT, Sink(), memory).step(never, "key"), VALUE)
 
 
 def test_a_walk_that_another_run_finished_is_over_at_once(tmp_path: Path) -> None:
     """Also where this run was interrupted in the middle of it."""
-    memory = Memory()
+    memory = StepCache()
     Journal(tmp_path / "a", PRINT, Sink(), memory).complete([1, 2, 3], "walk")
     cut = Journal(tmp_path / "b", PRINT, Sink())
     cut.reach(1, [1], [jnp.ones(2)])
@@ -236,7 +238,7 @@ def test_a_walk_that_another_run_finished_is_over_at_once(tmp_path: Path) -> Non
 
 
 def test_memory_holds_no_more_than_it_may() -> None:
-    memory = Memory(limit=100)
+    memory = StepCache(limit=100)
     for name in "abc":
         memory.keep(name, {"x": np.zeros(10, np.float32)})
     assert memory.get("a") is None and memory.get("b") is not None and memory.get("c") is not None

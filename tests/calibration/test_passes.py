@@ -38,7 +38,7 @@ def halved(block: Block) -> Block:
 
 def activations(m: Model, windows: np.ndarray, replace: bool) -> Iterator[dict[str, np.ndarray]]:
     """Each block's taps in float64, all windows at once; what comes after sees the block, or the halved one."""
-    x = embed(m.arch, m.ends, windows)
+    x = embed(m.arch, m.non_block, windows)
     for block in m.blocks:
         y, taps = run_block(m, block, x)
         yield taps
@@ -65,7 +65,7 @@ def test_statistics_are_those_of_the_activations(family: str, propagate: str) ->
     """Inputs (taps) and outputs (slots) alike; a dense walk does not see that blocks were replaced, a pruned one does. The model
     itself is left alone."""
     m, windows = model(family), tokens()
-    before = jax.tree.map(np.array, (m.ends, m.blocks))
+    before = jax.tree.map(np.array, (m.non_block, m.blocks))
     names = {*(s.reads for s in m.arch.slots), *(s.name for s in m.arch.slots)}
     found = collect(
         m,
@@ -84,7 +84,7 @@ def test_statistics_are_those_of_the_activations(family: str, propagate: str) ->
                 s.total, (taps[name] ** 2).sum((0, 1)), rtol=1e-4, atol=1e-6, err_msg=name
             )
             assert float(s.samples) == len(windows)
-    assert same(before, jax.tree.map(np.array, (m.ends, m.blocks)))
+    assert same(before, jax.tree.map(np.array, (m.non_block, m.blocks)))
 
 
 def test_propagation_makes_a_difference() -> None:

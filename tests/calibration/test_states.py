@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from calibration.journal import Journal
-from calibration.passes import Visited, walk_blocks
-from calibration.states import TIERS, OnDisk, States, Tier, memory, tier_of
+from calibration.passes import BlockResult, walk_blocks
+from calibration.states import OFFLOADS, Offload, OnDisk, States, available_memory, choose_offload
 from models.arch import Block, apply_block
 from models.sharding import make_mesh, split
 from reference.small import model, tokens
@@ -31,10 +31,10 @@ def batches(dtype: str = "float32") -> list[jax.Array]:
 
 @pytest.mark.parametrize("mesh", ["", "data=2,model=2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("tier", TIERS)
-def test_what_was_kept_comes_back_on_the_devices(tier: Tier, dtype: str, mesh: str) -> None:
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_what_was_kept_comes_back_on_the_devices(offload: Offload, dtype: str, mesh: str) -> None:
     m, xs = make_mesh(mesh) if mesh else None, batches(dtype)
-    states = States(iter(xs), tier, m)
+    states = States(iter(xs), offload, m)
     states[1] = xs[1] + 1
     other = states.copy()
     other[0] = xs[0] * 2
@@ -49,7 +49,7 @@ def test_what_was_kept_comes_back_on_the_devices(tier: Tier, dtype: str, mesh: s
             np.testing.assert_array_equal(x, y)
             np.testing.assert_array_equal(np.asarray(saved), y)
             assert saved.dtype == (ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32)
-            assert isinstance(saved, jax.Array) == (tier == "device")
+            assert isinstance(saved, jax.Array) == (offload == "device")
 
 
 def test_files_go_with_the_states() -> None:
@@ -70,44 +70,44 @@ def test_between_two_blocks_nothing_is_on_the_devices() -> None:
 
     counts, before = [], states()
 
-    def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
         counts.append(states())
-        return Visited(block)
+        return BlockResult(block)
 
-    walk_blocks(m, windows, visit, batch=2, tier="disk")
+    walk_blocks(m, windows, visit, batch=2, offload="disk")
     assert max(counts) - before <= 1  # the one that was last run
 
 
 @pytest.mark.parametrize("moved_on", [False, True])
-@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("offload", OFFLOADS)
 def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(
-    tier: Tier, moved_on: bool, tmp_path: Path
+    offload: Offload, propagated: bool, tmp_path: Path
 ) -> None:
     m, windows = model("llama"), tokens()
 
-    def walk(stop: int | None, journal: Journal | None, tier: Tier) -> list[Any]:
-        def visit(i: int, block: Block, xs: States, last: bool) -> Visited:
+    def walk(stop: int | None, journal: Journal | None, offload: Offload) -> list[Any]:
+        def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
             if i == stop:
                 raise KeyboardInterrupt
             record = [np.asarray(x) for x in xs]
-            if moved_on:
+            if propagated:
                 for j, x in enumerate(xs):
                     xs[j] = apply_block(m.arch, block, x)
-            return Visited(block, record, moved_on)
+            return BlockResult(block, record, propagated)
 
-        return walk_blocks(m, windows, visit, batch=4, tier=tier, journal=journal)
+        return walk_blocks(m, windows, visit, batch=4, offload=offload, journal=journal)
 
     whole = walk(None, None, "device")
     with pytest.raises(KeyboardInterrupt):
-        walk(1, Journal(tmp_path, {}, Sink()), tier)
-    again = walk(None, Journal(tmp_path, {}, Sink()), tier)
+        walk(1, Journal(tmp_path, {}, Sink()), offload)
+    again = walk(None, Journal(tmp_path, {}, Sink()), offload)
     assert len(whole) == len(again) == len(m.blocks)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize(
-    ("device", "host", "there", "tier"),
+    ("device", "host", "there", "offload"),
     [
         (25, 200, {"device": 100, "host": 400}, "device"),
         (26, 200, {"device": 100, "host": 400}, "host"),
@@ -117,7 +117,7 @@ def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(
     ],
 )
 def test_states_go_to_the_fastest_memory_with_room(
-    device: int, host: int, there: dict[str, int], tier: Tier
+    device: int, host: int, there: dict[str, int], offload: Offload
 ) -> None:
-    assert tier_of(device, host, there) == tier
-    assert memory()["host"] > 1 << 28
+    assert choose_offload(device, host, there) == offload
+    assert available_memory()["host"] > 1 << 28

@@ -138,7 +138,7 @@ def test_order_batch_and_mesh_do_not_matter(checkpoint: Checkpoint, kind: str) -
     args = PAIRS if kind == "loglikelihood" else PROMPTS
     call: Callable[[HarnessModel], Any] = lambda lm: getattr(lm, kind)(requests(kind, args[::-1]))[
         ::-1
-    ]  # noqa: E731
+    ]
     expected = getattr(adapter(checkpoint), kind)(requests(kind, args))
     for settings in ({"batch": 3}, {"batch": 8, "mesh": make_mesh("data=4,model=2")}):
         got = call(adapter(checkpoint, **settings))

@@ -24,10 +24,10 @@ WINDOWS = tiny.tokens(batch=8)
 def by_numpy(model: Model, length: int = tiny.LENGTH) -> np.ndarray:
     """The mean cross-entropy of each window's first `length` tokens in float64, from the model's logits."""
     windows = WINDOWS[:, :length]
-    x = embed(model.arch, model.ends, WINDOWS)
+    x = embed(model.arch, model.non_block, WINDOWS)
     for block in model.blocks:
         x = apply_block(model.arch, block, x)
-    z = np.asarray(model.arch.head(model.ends, x), np.float64)[:, : length - 1]
+    z = np.asarray(model.arch.head(model.non_block, x), np.float64)[:, : length - 1]
     top = z.max(-1)
     total = top + np.log(np.exp(z - top[:, :, None]).sum(-1))
     chosen = np.take_along_axis(z, windows[:, 1:, None], -1)[:, :, 0]
@@ -56,8 +56,8 @@ def test_ragged_blocks_windows_of_two_and_other_integers() -> None:
 
 def test_a_model_that_knows_nothing_has_the_vocabulary_for_perplexity() -> None:
     model = tiny.random_model(tiny.GQA)
-    zero = model.ends.replace(head=jax.tree.map(np.zeros_like, model.ends.head))
-    assert perplexity(model._replace(ends=zero), WINDOWS).value == pytest.approx(tiny.VOCAB)
+    zero = model.non_block.replace(head=jax.tree.map(np.zeros_like, model.non_block.head))
+    assert perplexity(model._replace(non_block=zero), WINDOWS).value == pytest.approx(tiny.VOCAB)
 
 
 class Counted(Sequence[Block]):
@@ -106,8 +106,8 @@ def test_meshes_do_not_matter(name: str, mesh: str) -> None:
 def test_broken_models_give_nan_or_infinity(factor: float, value: float) -> None:
     """No exception, no warning: a method may break a model, and the report must say so."""
     model = tiny.random_model(tiny.GQA)
-    head = jax.tree.map(lambda w: w * factor, model.ends.head)
-    got = perplexity(model._replace(ends=model.ends.replace(head=head)), WINDOWS)
+    head = jax.tree.map(lambda w: w * factor, model.non_block.head)
+    got = perplexity(model._replace(non_block=model.non_block.replace(head=head)), WINDOWS)
     np.testing.assert_equal(got.value, value)
     assert (
         np.isnan(got.cross_entropy).all()

@@ -23,11 +23,11 @@ def test_parameters_and_nonzero_weights(name: str) -> None:
         return x * (rng.random(x.shape) < 0.6)
 
     model = model._replace(
-        ends=jax.tree.map(thin, model.ends), blocks=jax.tree.map(thin, model.blocks)
+        non_block=jax.tree.map(thin, model.non_block), blocks=jax.tree.map(thin, model.blocks)
     )
     size = measure(model)
     assert size.parameters == sum(
-        np.asarray(x).size for x in jax.tree.leaves((model.ends, model.blocks))
+        np.asarray(x).size for x in jax.tree.leaves((model.non_block, model.blocks))
     )
     assert size.nonzero == tuple(
         {s.name: np.count_nonzero(getattr(b, s.name).w) for s in model.arch.slots}
@@ -54,7 +54,7 @@ def test_a_checkpoint_on_disk(tmp_path: pathlib.Path) -> None:
     save(tmp_path / "out", model, tiny.OPT_350M, tmp_path)
     checkpoint = open_checkpoint(tmp_path / "out")
     assert measure(checkpoint.model) == measure(model)
-    assert entries((model.ends, model.blocks)) == checkpoint.parameters
+    assert entries((model.non_block, model.blocks)) == checkpoint.parameters
     assert set(measure(model).nonzero[0]) == {s.name for s in hf.specs(tiny.OPT_350M)[0].slots}
 
 

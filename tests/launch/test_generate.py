@@ -124,9 +124,9 @@ def test_pruning_reports_what_both_models_say(model: str, tmp_path: Path) -> Non
         checkpoint = open_checkpoint(directory)
         prompts = np.asarray([tokenizer(s["prompt"], special=True) for s in found])
         new = continue_tokens(checkpoint.model, prompts, samples.NEW_TOKENS)
-        ends = generate.ends_of(checkpoint)
+        non_block = generate.ends_of(checkpoint)
         for sample, ids, text in zip(found, prompts.tolist(), new, strict=True):
-            assert sample[name] == generate.continuation(tokenizer, ids, text, ends)
+            assert sample[name] == generate.continuation(tokenizer, ids, text, non_block)
     assert any(s["dense"] != s["pruned"] for s in found)
 
 

@@ -103,9 +103,9 @@ def test_the_work_of_a_block_is_its_matrices_and_its_attention(
         == 2 * tokens * (4 * width**2 + 3 * width * ffn) + 2 * 2 * tokens * length * width
     )
     assert block["collectives"], "a linear whose rows lie on two devices is not gathered"
-    _, ends, blocks = hf.specs(tiny.LLAMA)
+    _, non_block, blocks = hf.specs(tiny.LLAMA)
     parameters = sum(
-        math.prod(s.shape) for s in jax.tree.leaves((ends, blocks), is_leaf=hf.is_spec)
+        math.prod(s.shape) for s in jax.tree.leaves((non_block, blocks), is_leaf=hf.is_spec)
     )
     assert (
         result["parameters"] == parameters

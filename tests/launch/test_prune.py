@@ -409,7 +409,7 @@ def test_a_checkpoint_that_reads_back_differently_is_refused(
 ) -> None:
     from launch.run import export
 
-    monkeypatch.setattr(export.Echo, "difference", lambda self, loaded: 0.1)
+    monkeypatch.setattr(export.RoundTripCheck, "difference", lambda self, loaded: 0.1)
     with pytest.raises(RuntimeError, match="other logits"):
         call(args(inputs, "llama", tmp_path / "out", "--method=wanda", "--sparsity=0.5"))
     assert not (tmp_path / "out").exists()

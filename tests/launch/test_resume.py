@@ -299,7 +299,7 @@ def test_damage_is_one_line_and_nothing_else_is_lost(
     before = sorted(p for p in work.rglob("*"))
     assert call(args) == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "damaged or gone: begin anew with --noresume" in last
+    assert last.startswith("error: ") and "damaged or missing: start over with --noresume" in last
     assert sorted(p for p in work.rglob("*")) == before
     assert call([*args, "--noresume"]) == 0
 

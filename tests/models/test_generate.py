@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.arch import Arch, Block, Ends, Model, logits
+from models.arch import Arch, Block, Model, NonBlockParams, logits
 from models.cache import empty
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.families import hf
@@ -51,8 +51,10 @@ def ragged(config: dict[str, object]) -> Model:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _whole(arch: Arch, ends: Ends, blocks: tuple[Block, ...], tokens: np.ndarray) -> jax.Array:
-    return logits(Model(arch, ends, blocks), tokens)
+def _whole(
+    arch: Arch, non_block: NonBlockParams, blocks: tuple[Block, ...], tokens: np.ndarray
+) -> jax.Array:
+    return logits(Model(arch, non_block, blocks), tokens)
 
 
 def assert_same(got: np.ndarray, model: Model, tokens: np.ndarray) -> None:

@@ -34,17 +34,17 @@ def test_scales(config: dict[str, object]) -> None:
             assert abs(np.mean(p.w)) < 3 * expected / np.sqrt(p.w.size)
             assert not np.any(p.b)
         np.testing.assert_array_equal(block.mlp_norm.scale, 1)
-    assert np.std(model.ends.embed) == pytest.approx(0.05, rel=0.05)
-    if model.ends.norm is None:
-        assert np.std(model.ends.project_out.w) == pytest.approx(0.05, rel=0.05)
+    assert np.std(model.non_block.embed) == pytest.approx(0.05, rel=0.05)
+    if model.non_block.norm is None:
+        assert np.std(model.non_block.project_out.w) == pytest.approx(0.05, rel=0.05)
 
 
 def test_default_scale_type_and_seed() -> None:
     model = init_model(LLAMA, jax.random.key(0), jnp.bfloat16)
-    assert {x.dtype for x in jax.tree.leaves((model.ends, model.blocks))} == {
+    assert {x.dtype for x in jax.tree.leaves((model.non_block, model.blocks))} == {
         jnp.dtype(jnp.bfloat16)
     }
-    assert np.std(np.asarray(model.ends.embed, np.float32)) == pytest.approx(0.02, rel=0.05)
+    assert np.std(np.asarray(model.non_block.embed, np.float32)) == pytest.approx(0.02, rel=0.05)
     again, other = (init_model(LLAMA, jax.random.key(seed), jnp.bfloat16) for seed in (0, 1))
     jax.tree.map(np.testing.assert_array_equal, again.blocks, model.blocks)
     assert np.any(other.blocks[0].q.w != model.blocks[0].q.w)

@@ -13,11 +13,11 @@ from models.layers import (
     Norm,
     Rope,
     attention,
-    heads,
     layer_norm,
     linear,
     rms_norm,
     rotate,
+    split_heads,
 )
 
 RNG = np.random.default_rng(0)
@@ -130,7 +130,7 @@ def test_attention_does_not_see_what_comes_after() -> None:
 
 def test_heads_are_consecutive_columns() -> None:
     x = normal(2, 3, 12)
-    split = heads(x, 4)
+    split = split_heads(x, 4)
     assert split.shape == (2, 3, 3, 4)
     np.testing.assert_array_equal(split[:, :, 1], x[:, :, 4:8])
 

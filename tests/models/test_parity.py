@@ -113,12 +113,12 @@ def test_every_setting_shows_in_the_logits(tmp_path: pathlib.Path) -> None:
 
 def assert_same_block_by_block(directory: pathlib.Path, tokens: np.ndarray) -> None:
     """Through the compiled parts that evaluation and pruning use."""
-    arch, ends, blocks = open_checkpoint(directory).model
-    x = embed(arch, ends, tokens)
+    arch, non_block, blocks = open_checkpoint(directory).model
+    x = embed(arch, non_block, tokens)
     for i in range(len(blocks)):
         x = apply_block(arch, blocks[i], x)
     expected = torch_models.logits(torch_models.load(directory), tokens)
-    np.testing.assert_allclose(np.asarray(arch.head(ends, x)), expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(arch.head(non_block, x)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tiny-llama", "tiny-llama-gqa", "tiny-opt"])

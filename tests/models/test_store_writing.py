@@ -41,10 +41,10 @@ def assert_transformers_agrees(directory: pathlib.Path, model: Model) -> None:
 @pytest.mark.parametrize("name", tiny.EVERY)
 def test_round_trip_is_exact(name: str, dtype: str, tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.EVERY[name])
-    ends, blocks = jax.tree.map(lambda x: x.astype(dtype), (model.ends, model.blocks))
-    save(tmp_path / "out", Model(model.arch, ends, blocks), tiny.EVERY[name], tmp_path)
+    non_block, blocks = jax.tree.map(lambda x: x.astype(dtype), (model.non_block, model.blocks))
+    save(tmp_path / "out", Model(model.arch, non_block, blocks), tiny.EVERY[name], tmp_path)
     checkpoint = open_checkpoint(tmp_path / "out", jnp.dtype(dtype))
-    tiny.assert_equal(checkpoint.model, Model(model.arch, ends, blocks))
+    tiny.assert_equal(checkpoint.model, Model(model.arch, non_block, blocks))
     assert checkpoint.config["dtype"] == checkpoint.config["torch_dtype"] == dtype
     assert {str(x.dtype) for x in load_file(tmp_path / "out" / "model.safetensors").values()} == {
         dtype
@@ -65,10 +65,12 @@ def test_transformers_loads_what_is_saved(name: str, tmp_path: pathlib.Path) -> 
 
 def test_transformers_loads_bfloat16(tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.GQA)
-    ends, blocks = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (model.ends, model.blocks))
-    save(tmp_path / "out", Model(model.arch, ends, blocks), tiny.GQA, tmp_path)
-    ends, blocks = jax.tree.map(lambda x: x.astype(jnp.float32), (ends, blocks))
-    assert_transformers_agrees(tmp_path / "out", Model(model.arch, ends, blocks))
+    non_block, blocks = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16), (model.non_block, model.blocks)
+    )
+    save(tmp_path / "out", Model(model.arch, non_block, blocks), tiny.GQA, tmp_path)
+    non_block, blocks = jax.tree.map(lambda x: x.astype(jnp.float32), (non_block, blocks))
+    assert_transformers_agrees(tmp_path / "out", Model(model.arch, non_block, blocks))
 
 
 @pytest.mark.parametrize("name", ["biased", "opt"])
@@ -84,7 +86,7 @@ def test_fewer_neurons_are_a_smaller_model(name: str, tmp_path: pathlib.Path) ->
     assert (
         writer.parameters
         == checkpoint.parameters
-        == sum(x.size for x in jax.tree.leaves((model.ends, model.blocks)))
+        == sum(x.size for x in jax.tree.leaves((model.non_block, model.blocks)))
     )
     jax.tree.map(np.testing.assert_array_equal, tuple(checkpoint.model.blocks), model.blocks)
     assert_transformers_agrees(tmp_path / "out", model)
@@ -109,7 +111,7 @@ def test_ragged_blocks_are_padded(
     )
     assert (
         writer.parameters
-        == sum(x.size for x in jax.tree.leaves((model.ends, model.blocks)))
+        == sum(x.size for x in jax.tree.leaves((model.non_block, model.blocks)))
         < checkpoint.parameters
     )
     check_index(tmp_path / "out", 1 if shard_bytes == SHARD_BYTES else None)
@@ -280,7 +282,7 @@ def test_added_biases_load_as_stock_llama(name: str, tmp_path: pathlib.Path) -> 
     checkpoint = open_checkpoint(tmp_path / "out")
     assert checkpoint.config["model_type"] == "llama" and checkpoint.config["attention_bias"]
     assert writer.parameters == sum(
-        leaf.size for leaf in jax.tree.leaves((model.ends, model.blocks))
+        leaf.size for leaf in jax.tree.leaves((model.non_block, model.blocks))
     )
     np.testing.assert_allclose(
         logits(checkpoint.model, tiny.tokens()), logits(model, tiny.tokens()), atol=1e-5
@@ -319,7 +321,7 @@ def test_blocks_that_are_left_out_take_their_settings_along(
     writer = Writer(tmp_path / "out", config)
     for i, block in enumerate(less.blocks):
         writer.put(i, block)
-    writer.finish(less.ends, tmp_path, kept)
+    writer.finish(less.non_block, tmp_path, kept)
     loaded = open_checkpoint(tmp_path / "out")
     assert [getattr(b, "window", None) for b in loaded.model.blocks] == [
         getattr(b, "window", None) for b in less.blocks
@@ -327,7 +329,7 @@ def test_blocks_that_are_left_out_take_their_settings_along(
     assert loaded.config["num_hidden_layers"] == 3
     jax.tree.map(
         np.testing.assert_array_equal,
-        (loaded.model.ends, tuple(loaded.model.blocks)),
-        (less.ends, less.blocks),
+        (loaded.model.non_block, tuple(loaded.model.blocks)),
+        (less.non_block, less.blocks),
     )
     assert_transformers_agrees(tmp_path / "out", less)

@@ -216,9 +216,9 @@ def test_the_same_seed_gives_the_same_bits_and_the_model_is_left_alone(
     case: Case, family: str
 ) -> None:
     m = model(family)
-    before = jax.tree.map(np.array, (m.ends, m.blocks))
+    before = jax.tree.map(np.array, (m.non_block, m.blocks))
     assert same(fresh(case, m, 0.5)[0].blocks, run(case, family)[0].blocks)
-    assert same(jax.tree.map(np.array, (m.ends, m.blocks)), before)
+    assert same(jax.tree.map(np.array, (m.non_block, m.blocks)), before)
 
 
 @every_case
@@ -307,12 +307,12 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
 
 @every_case
 def test_every_block_goes_to_the_sink_once_and_in_order(case: Case) -> None:
-    put: list[int] = []
+    sink: list[int] = []
     METHODS[case.name](**dict(case.arguments))(
-        model("llama"), tokens(), Request(0.5), lambda i, block: put.append(i)
+        model("llama"), tokens(), Request(0.5), lambda i, block: sink.append(i)
     )
-    assert put == list(range(len(run(case, "llama")[0].blocks)))
-    assert len(put) == 3 or case in BLOCKS
+    assert sink == list(range(len(run(case, "llama")[0].blocks)))
+    assert len(sink) == 3 or case in BLOCKS
 
 
 @every_case

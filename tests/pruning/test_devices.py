@@ -124,7 +124,7 @@ def block(seed: int) -> core.Ffn:
 
 
 @every_way
-@pytest.mark.parametrize("make", [core.as_released, core.corrected])
+@pytest.mark.parametrize("make", [core.official_centrality, core.corrected_centrality])
 @pytest.mark.parametrize("name", core.SCORERS)
 def test_centralities(name: str, make: Callable[..., core.Centrality], way: str) -> None:
     """Eight blocks, each on its device, from the same importance that comes in."""

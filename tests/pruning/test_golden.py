@@ -17,7 +17,7 @@ from calibration.passes import fold_blocks
 from models.arch import Block
 from pruning.structured import llmrank as wiring
 from pruning.structured.llmrank import llmrank
-from pruning.structured.llmrank_core import as_released
+from pruning.structured.llmrank_core import official_centrality
 from pruning.types import Request, prune
 from pruning.weights import scores
 from pruning.weights.patterns import n_of_m, per_row
@@ -216,7 +216,7 @@ def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: 
     stored = masks if "importance" in masks else golden(shared, name, other)
     want = by_block(stored["importance"], r.stats, ("a_up", "a_down"))
     s = {"gamma": 0.0, "theta": 0.5, "zero_pruned": False, **RANKS[scorer]}
-    centrality = as_released(
+    centrality = official_centrality(
         s["scorer"], s["gamma"], s["theta"], wiring.ZEROED * s["zero_pruned"], CHAINS[chain]
     )
     got = wiring._importance(r.reference.model, r.stats, centrality, False, 0)

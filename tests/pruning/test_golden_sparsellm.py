@@ -55,11 +55,11 @@ def linears(spec: Block, slots: tuple[Any, ...]) -> dict[str, str]:
 
 def unit(name: str, want: Mapping[str, np.ndarray]) -> tuple[Model, list[dict[str, str]]]:
     """The model whose parameters the golden holds, and its blocks' linears."""
-    arch, ends, blocks = hf.specs(UNITS[name])
+    arch, non_block, blocks = hf.specs(UNITS[name])
     names = [linears(spec, arch.slots) for spec in blocks]
     params = jax.tree.map(
         lambda s: jnp.asarray(want[f"init/{s.name}"], jnp.float32),
-        (ends, blocks),
+        (non_block, blocks),
         is_leaf=hf.is_spec,
     )
     return Model(arch, *params), names

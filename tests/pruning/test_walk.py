@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from calibration.journal import Journal, Memory
+from calibration.journal import Journal, StepCache
 from calibration.observers import second_moment
 from models.arch import Model
 from models.init import init_model
@@ -30,7 +30,7 @@ def walked(
     model: Model,
     tokens: np.ndarray,
     directory: Path,
-    memory: Memory,
+    memory: StepCache,
     *,
     key: Any,
     watched: bool = True,
@@ -56,7 +56,7 @@ def test_other_tokens_are_looked_at_only_where_tokens_matter(
     watched: bool, model: Model, tmp_path: Path
 ) -> None:
     a, b = np.random.default_rng(0).integers(0, VOCAB, (2, 2, 8), np.int32)
-    memory, depth = Memory(), len(model.blocks)
+    memory, depth = StepCache(), len(model.blocks)
     first, visits = walked(model, a, tmp_path / "1", memory, key="k", watched=watched)
     assert visits == depth
     again, visits = walked(model, a, tmp_path / "2", memory, key="k", watched=watched)
@@ -75,7 +75,7 @@ def test_other_tokens_are_looked_at_only_where_tokens_matter(
 
 
 def test_walks_without_a_key_or_with_another_one_are_made(model: Model, tmp_path: Path) -> None:
-    tokens, memory = np.random.default_rng(0).integers(0, VOCAB, (2, 8), np.int32), Memory()
+    tokens, memory = np.random.default_rng(0).integers(0, VOCAB, (2, 8), np.int32), StepCache()
     keys = [None, "k", None, ("k", 2)]
     assert [
         walked(model, tokens, tmp_path / str(n), memory, key=key)[1] for n, key in enumerate(keys)

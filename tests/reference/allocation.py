@@ -18,7 +18,7 @@ def spread(values: Sequence[float], sparsity: float, lam: float) -> np.ndarray:
 
 def outliers(m: Model, tokens: np.ndarray, threshold: float) -> list[float]:
     """OWL's share of each block of the dense model."""
-    x, found = embed(m.arch, m.ends, tokens), []
+    x, found = embed(m.arch, m.non_block, tokens), []
     for block in m.blocks:
         x, taps = run_block(m, block, x)
         scores = [
@@ -51,7 +51,7 @@ def exponent(w: np.ndarray, released: bool) -> float:
 
 def misalignment(m: Model, tokens: np.ndarray, sparsities: Sequence[float]) -> float:
     """NeuroAL's score of block sparsities, with Wanda's masks: each block run dense and masked on what the masked ones before it give."""
-    x, total = embed(m.arch, m.ends, tokens), 0.0
+    x, total = embed(m.arch, m.non_block, tokens), 0.0
     for block, sparsity in zip(m.blocks, sparsities, strict=True):
         _, dense = run_block(m, block, x)
         removed = removed_by_wanda(m, block, dense, {s.name: sparsity for s in m.arch.slots})

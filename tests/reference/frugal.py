@@ -13,7 +13,7 @@ import jax
 from calibration import states
 from launch import prune
 from launch.flags.cli import run
-from launch.run.export import Echo
+from launch.run.export import RoundTripCheck
 from models.arch import Block
 from models.checkpoint.reader import LazyBlocks
 from models.checkpoint.writer import Writer
@@ -29,20 +29,20 @@ def count() -> None:
 
 def main(room: str, *flags: str) -> int:
     """A block is there when it is read, and beside the one it replaces when it is put."""
-    states.memory = lambda: {"device": 0, "host": 8 * int(room)}
+    states.available_memory = lambda: {"device": 0, "host": 8 * int(room)}
     prune.Writer = functools.partial(Writer, shard_bytes=int(room))  # type: ignore[misc, assignment]
-    placed, put = LazyBlocks.placed, Echo.put
+    placed, put = LazyBlocks.placed, RoundTripCheck.put
 
     def noted_placed(self: LazyBlocks, *args: Any) -> Block:
         block = placed(self, *args)
         count()
         return block
 
-    def noted_put(self: Echo, i: int, block: Block) -> None:
+    def noted_put(self: RoundTripCheck, i: int, block: Block) -> None:
         count()
         put(self, i, block)
 
-    LazyBlocks.placed, Echo.put = noted_placed, noted_put  # type: ignore[method-assign]
+    LazyBlocks.placed, RoundTripCheck.put = noted_placed, noted_put  # type: ignore[method-assign]
     code = run(prune.options(), prune.main, flags)
     print(json.dumps({"most": most}))
     return code

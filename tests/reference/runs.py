@@ -12,7 +12,7 @@ import numpy as np
 
 from launch import prune
 from launch.flags.cli import frozen
-from launch.run.export import Echo
+from launch.run.export import RoundTripCheck
 from launch.run.processes import start
 from models.arch import Block
 from models.checkpoint.tensors import WHOLE, LazyTensors
@@ -30,17 +30,17 @@ def noted(self: LazyTensors, name: str, rows: slice = WHOLE) -> np.ndarray:
 
 def interrupted(config: prune.RunConfig) -> None:
     """The run up to its third block."""
-    put = Echo.put
+    sink = RoundTripCheck.put
 
-    def stopping(self: Echo, i: int, block: Block) -> None:
+    def stopping(self: RoundTripCheck, i: int, block: Block) -> None:
         if i == 2:
             raise KeyboardInterrupt
-        put(self, i, block)
+        sink(self, i, block)
 
-    Echo.put = stopping  # type: ignore[method-assign]
+    RoundTripCheck.put = stopping  # type: ignore[method-assign]
     with contextlib.suppress(KeyboardInterrupt):
         prune.prune(config)
-    Echo.put = put  # type: ignore[method-assign]
+    RoundTripCheck.put = sink  # type: ignore[method-assign]
 
 
 def main(

@@ -41,14 +41,14 @@ FAMILIES = tuple(CONFIGS)
 @functools.cache
 def model(family: str, seed: int = 0, dtype: str = "float32") -> Model:
     """The random model, drawn on the host; norms and biases are random too, so that forgetting one of them shows."""
-    arch, ends, blocks = hf.specs(CONFIGS[family])
+    arch, non_block, blocks = hf.specs(CONFIGS[family])
     rng = np.random.default_rng(seed)
 
     def draw(spec: hf.Spec) -> jax.Array:
         mean, std = {"normal": (0, 0.3), "ones": (1, 0.1), "zeros": (0, 0.1)}[spec.init]
         return jnp.asarray(rng.normal(mean, std, spec.shape), dtype)
 
-    return Model(arch, *jax.tree.map(draw, (ends, blocks), is_leaf=hf.is_spec))
+    return Model(arch, *jax.tree.map(draw, (non_block, blocks), is_leaf=hf.is_spec))
 
 
 @functools.cache
@@ -64,10 +64,10 @@ def run_block(model: Model, block: Block, x: jax.Array) -> tuple[jax.Array, dict
 
 def logits(model: Model, tokens: np.ndarray) -> np.ndarray:
     """The model's logits [b t vocab]."""
-    x = embed(model.arch, model.ends, tokens)
+    x = embed(model.arch, model.non_block, tokens)
     for block in model.blocks:
         x, _ = _taps(model.arch)(block, x)
-    return np.asarray(model.arch.head(model.ends, x))
+    return np.asarray(model.arch.head(model.non_block, x))
 
 
 def tokens(samples: int = 6, length: int = 12, seed: int = 0) -> np.ndarray:

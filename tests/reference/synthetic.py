@@ -28,8 +28,8 @@ LARGE = {
 def write(directory: pathlib.Path, config: Mapping[str, Any], seed: int = 0) -> pathlib.Path:
     """A float16 checkpoint with a shard for the ends and one for each block, one of which is in memory at a time; and tokens.npy."""
     directory.mkdir(parents=True, exist_ok=True)
-    rng, (_, ends, blocks) = np.random.default_rng(seed), hf.specs(config)
-    parts, where, total = [ends, *blocks], dict[str, str](), 0
+    rng, (_, non_block, blocks) = np.random.default_rng(seed), hf.specs(config)
+    parts, where, total = [non_block, *blocks], dict[str, str](), 0
     for k, part in enumerate(parts):
         file = f"model-{k + 1:05d}-of-{len(parts):05d}.safetensors"
         tensors = {}

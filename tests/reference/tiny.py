@@ -61,8 +61,8 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> Model:
             (spec.init == "ones") + 0.2 * rng.standard_normal(spec.shape), jnp.float32
         )
 
-    arch, ends, blocks = hf.specs(config)
-    return Model(arch, *jax.tree.map(draw, (ends, blocks), is_leaf=hf.is_spec))
+    arch, non_block, blocks = hf.specs(config)
+    return Model(arch, *jax.tree.map(draw, (non_block, blocks), is_leaf=hf.is_spec))
 
 
 def state_of(config: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def state_of(config: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
     names = jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
     return {
         s.name: np.asarray(x)
-        for s, x in zip(names, jax.tree.leaves((model.ends, tuple(model.blocks))), strict=True)
+        for s, x in zip(names, jax.tree.leaves((model.non_block, tuple(model.blocks))), strict=True)
     }
 
 
@@ -101,7 +101,7 @@ def written(
     writer = Writer(directory, config, layout, shard_bytes)
     for i, block in enumerate(model.blocks):
         writer.put(i, block)
-    return writer, writer.finish(model.ends, companions)
+    return writer, writer.finish(model.non_block, companions)
 
 
 def assert_equal(got: Model, expected: Model) -> None:
@@ -109,6 +109,6 @@ def assert_equal(got: Model, expected: Model) -> None:
     assert got.arch is expected.arch
     jax.tree.map(
         np.testing.assert_array_equal,
-        (got.ends, tuple(got.blocks)),
-        (expected.ends, tuple(expected.blocks)),
+        (got.non_block, tuple(got.blocks)),
+        (expected.non_block, tuple(expected.blocks)),
     )

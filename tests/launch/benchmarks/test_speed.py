@@ -75,7 +75,7 @@ def test_the_command_writes_its_figures(
 
 def count(neurons: int) -> int:
     model = init_model(CONFIG | {"intermediate_size": neurons}, jax.random.key(0))
-    return entries((model.ends, model.blocks))
+    return entries((model.non_block, model.blocks))
 
 
 def check(row: dict[str, Any], batch: int) -> None:

@@ -60,7 +60,7 @@ def test_a_protocol_is_the_flags_of_its_row(name: str) -> None:
         p.evaluation.replace(",", ", "),
         str(p.window),
     ]
-    page = (Path(__file__).parents[2] / "docs" / "protocols.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[3] / "docs" / "protocols.md").read_text(encoding="utf-8")
     assert any([c.strip(" `") for c in line.split("|")[1:8]] == cells for line in page.splitlines())
 
 

@@ -47,7 +47,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model with the tokenizer of an embedded one, so that windows can be drawn from text."""
     root = tmp_path_factory.mktemp("inputs")
     save(root / "llama", init_model(LLAMA, jax.random.key(1)), LLAMA, root)
-    embedded = Path(__file__).parents[2] / "models" / "embedded" / "tiny-llama"
+    embedded = Path(__file__).parents[3] / "models" / "embedded" / "tiny-llama"
     for file in embedded.glob("tokenizer*"):
         shutil.copy(file, root / "llama")
     np.save(root / "tokens.npy", np.random.default_rng(0).integers(0, 1024, (4, 16), np.int32))

@@ -19,7 +19,7 @@ from launch.flags.cli import run
 from models.checkpoint.writer import save
 from models.init import init_model
 
-TESTS = pathlib.Path(__file__).parents[1]
+TESTS = pathlib.Path(__file__).parents[2]
 CONFIG = {
     "model_type": "llama",
     "vocab_size": 64,

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from calibration.journal import Memory
+from calibration.journal import StepCache
 from launch import sweep
 from launch.flags.cli import Terminated, run, termination_deferred
 from launch.run import export
@@ -25,7 +25,7 @@ from models.checkpoint.writer import save
 from models.errors import InputError
 from models.init import init_model
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 LLAMA = dict(
     model_type="llama",
     vocab_size=64,
@@ -77,7 +77,7 @@ def made(inputs: Path, output: Path, *more: str) -> list[Trial]:
 
 
 def where(workers: int = 0, **resources: Any) -> Where:
-    return Where(resources, workers, Memory())
+    return Where(resources, workers, StepCache())
 
 
 @pytest.fixture(scope="module")

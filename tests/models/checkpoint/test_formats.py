@@ -37,12 +37,12 @@ def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
             "mlp.down_proj.weight": (DIM, HIDDEN),
         }
         block |= {"input_layernorm.weight": (DIM,), "post_attention_layernorm.weight": (DIM,)}
-        ends = {
+        non_block = {
             "model.embed_tokens.weight": (VOCAB, DIM),
             "model.norm.weight": (DIM,),
             "lm_head.weight": (VOCAB, DIM),
         }
-        return ends | {f"model.layers.0.{n}": s for n, s in block.items()}
+        return non_block | {f"model.layers.0.{n}": s for n, s in block.items()}
     linears = {"fc1": (HIDDEN, DIM), "fc2": (DIM, HIDDEN)} | {
         f"self_attn.{n}_proj": (DIM, DIM) for n in ("q", "k", "v", "out")
     }
@@ -54,17 +54,17 @@ def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
         for n in ("self_attn", "final")
         for kind in ("weight", "bias")
     }
-    ends = {
+    non_block = {
         "embed_tokens.weight": (VOCAB, 4),
         "embed_positions.weight": (10, DIM),
         "project_in.weight": (DIM, 4),
     }
-    ends |= {
+    non_block |= {
         "project_out.weight": (4, DIM),
         "final_layer_norm.weight": (DIM,),
         "final_layer_norm.bias": (DIM,),
     }
-    return {f"model.decoder.{n}": s for n, s in ends.items()} | {
+    return {f"model.decoder.{n}": s for n, s in non_block.items()} | {
         f"model.decoder.layers.0.{n}": s for n, s in block.items()
     }
 

@@ -54,9 +54,13 @@ def random_state(tied: bool = False, biases: tuple[str, ...] = ()) -> dict[str, 
 
 def gguf_name(name: str) -> str:
     """llama.cpp's name of a Hugging Face tensor."""
-    ends = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    non_block = {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+    }
     module, kind = name.rsplit(".", 1)
-    if module in ends:
+    if module in non_block:
         return f"{ends[module]}.{kind}"
     _, _, block, part = module.split(".", 3)
     return f"blk.{block}.{NAMES[part]}.{kind}"

@@ -12,7 +12,15 @@ import pytest
 
 from models import arch
 from models.arch import Model, apply_block, embed, logits
-from models.checkpoint.output_format import Form, Layout, Leaves, Shape, finished, form, preview
+from models.checkpoint.output_format import (
+    Form,
+    Layout,
+    Shape,
+    ShapeChange,
+    finished,
+    form,
+    preview,
+)
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 from models.families import hf
@@ -142,13 +150,13 @@ def test_padding_makes_it_stock(case: Case, tmp_path: pathlib.Path) -> None:
 def test_what_is_compiled_for_a_model_serves_the_one_pruned_from_it(tmp_path: pathlib.Path) -> None:
     """Blocks that kept their shapes, though the configuration is another."""
     model = pruned(GQA, [3, 2], [40, 21])
-    x = embed(model.arch, model.ends, tiny.tokens())
+    x = embed(model.arch, model.non_block, tiny.tokens())
     apply_block(model.arch, model.blocks[0], x)
     compiled = arch._apply._cache_size(), arch._embed._cache_size()
     write(tmp_path / "out", model, GQA)
     again = open_checkpoint(tmp_path / "out").model
     assert again.arch is not model.arch
-    apply_block(again.arch, again.blocks[0], embed(again.arch, again.ends, tiny.tokens()))
+    apply_block(again.arch, again.blocks[0], embed(again.arch, again.non_block, tiny.tokens()))
     assert (arch._apply._cache_size(), arch._embed._cache_size()) == compiled
 
 
@@ -193,25 +201,25 @@ def test_without_consent_transformers_refuses_a_class_that_ships_with_it(
 @pytest.mark.parametrize("config", [MISTRAL, SLIDING], ids=["mistral", "qwen2"])
 def test_padded_biases_beside_a_sliding_window_are_refused(config: Mapping[str, Any]) -> None:
     with pytest.raises(InputError, match="sliding window with biases"):
-        preview(config, Leaves(BOTH, alike=False, biased=True), "padded")
+        preview(config, ShapeChange(BOTH, alike=False, biased=True), "padded")
 
 
 PREVIEWS = [
-    (GQA, Leaves(), "auto", "stock llama"),
-    (GQA, Leaves(("neurons",)), "auto", "stock llama"),
-    (GQA, Leaves(BOTH, True, True), "auto", "stock llama, or another stock type"),
-    (GQA, Leaves(BOTH, False, True), "auto", "topiary_llama"),
-    (GQA, Leaves(BOTH, False, True), "padded", "stock llama"),
-    (MISTRAL, Leaves(("neurons",), True, True), "auto", "topiary_mistral"),
-    (OPT, Leaves(BOTH), "auto", "topiary_opt"),
-    (OPT, Leaves(("neurons",), True, True), "auto", "stock opt"),
-    (OPT, Leaves(BOTH, False), "padded", "stock opt"),
+    (GQA, ShapeChange(), "auto", "stock llama"),
+    (GQA, ShapeChange(("neurons",)), "auto", "stock llama"),
+    (GQA, ShapeChange(BOTH, True, True), "auto", "stock llama, or another stock type"),
+    (GQA, ShapeChange(BOTH, False, True), "auto", "topiary_llama"),
+    (GQA, ShapeChange(BOTH, False, True), "padded", "stock llama"),
+    (MISTRAL, ShapeChange(("neurons",), True, True), "auto", "topiary_mistral"),
+    (OPT, ShapeChange(BOTH), "auto", "topiary_opt"),
+    (OPT, ShapeChange(("neurons",), True, True), "auto", "stock opt"),
+    (OPT, ShapeChange(BOTH, False), "padded", "stock opt"),
 ]
 
 
 @pytest.mark.parametrize(("config", "leaves", "layout", "said"), PREVIEWS, ids=str)
 def test_what_is_said_before_the_work(
-    config: Mapping[str, Any], leaves: Leaves, layout: Layout, said: str
+    config: Mapping[str, Any], leaves: ShapeChange, layout: Layout, said: str
 ) -> None:
     assert preview(config, leaves, layout).startswith(said)
 

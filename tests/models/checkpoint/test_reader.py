@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from models.checkpoint import reader as store
-from models.checkpoint.reader import LazyBlocks, ahead, in_memory, open_checkpoint
+from models.checkpoint.reader import LazyBlocks, in_memory, open_checkpoint, prefetch
 from models.errors import InputError
 from models.families import hf
 from reference import tiny
@@ -48,7 +48,7 @@ def test_the_type_in_memory_is_the_one_asked_for(tmp_path: pathlib.Path) -> None
         half.blocks[1].up.w, state[UP].astype(np.float16).astype(np.float32)
     )
     brief = open_checkpoint(tiny.write(tmp_path, state), jnp.bfloat16).model
-    assert {x.dtype for x in jax.tree.leaves((brief.ends, tuple(brief.blocks)))} == {
+    assert {x.dtype for x in jax.tree.leaves((brief.non_block, tuple(brief.blocks)))} == {
         jnp.dtype(jnp.bfloat16)
     }
     np.testing.assert_array_equal(
@@ -144,7 +144,7 @@ def test_the_next_block_is_read_while_one_is_worked_on(
     tmp_path: pathlib.Path, counting: Counting
 ) -> None:
     checkpoint = open_checkpoint(tmp_path)
-    blocks = ahead(checkpoint.model.blocks)
+    blocks = prefetch(checkpoint.model.blocks)
     first = next(blocks).up.w
     for _ in range(500):
         if any(".layers.1." in name for name in counting.reads):
@@ -157,11 +157,11 @@ def test_the_next_block_is_read_while_one_is_worked_on(
     gc.collect()
     assert weak() is None, "a block that its user has let go of is held"
     assert next(blocks, None) is None
-    assert list(ahead(checkpoint.model.blocks, [])) == []
+    assert list(prefetch(checkpoint.model.blocks, [])) == []
     want = [checkpoint.model.blocks[i].up.w for i in (1, 0, 1)]
     jax.tree.map(
         np.testing.assert_array_equal,
-        [b.up.w for b in ahead(checkpoint.model.blocks, [1, 0, 1])],
+        [b.up.w for b in prefetch(checkpoint.model.blocks, [1, 0, 1])],
         want,
     )
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from models.arch import Block, Ends, Model, logits
+from models.arch import Block, Model, NonBlockParams, logits
 from models.checkpoint.reader import abstract
 from models.errors import InputError
 from models.families import hf
@@ -26,13 +26,16 @@ def test_published_models_have_their_parameters_and_logits(name: str) -> None:
     config, parameters = MODELS[name]
     model = abstract(*hf.specs(config), jnp.bfloat16)
     assert (
-        sum(math.prod(x.shape) for x in jax.tree.leaves((model.ends, model.blocks))) == parameters
+        sum(math.prod(x.shape) for x in jax.tree.leaves((model.non_block, model.blocks)))
+        == parameters
     )
 
-    def run(ends: Ends, blocks: tuple[Block, ...], tokens: jax.Array) -> jax.Array:
-        return logits(Model(model.arch, ends, blocks), tokens)
+    def run(non_block: NonBlockParams, blocks: tuple[Block, ...], tokens: jax.Array) -> jax.Array:
+        return logits(Model(model.arch, non_block, blocks), tokens)
 
-    out = jax.eval_shape(run, model.ends, model.blocks, jax.ShapeDtypeStruct((1, 16), jnp.int32))
+    out = jax.eval_shape(
+        run, model.non_block, model.blocks, jax.ShapeDtypeStruct((1, 16), jnp.int32)
+    )
     assert (out.shape, out.dtype) == ((1, 16, config["vocab_size"]), jnp.float32)
 
 

@@ -20,9 +20,9 @@ from pruning.structured import repair
 from pruning.structured.flap_core import (
     Units,
     input_feature_metrics,
-    released,
-    released_fluctuation,
-    sound,
+    official_fluctuation,
+    select_corrected,
+    select_official,
 )
 from pruning.types import Outcome, Request, prune
 from reference import flap as reference
@@ -45,7 +45,7 @@ def folded(observer: Any, sizes: tuple[int, ...]) -> Any:
 
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 4)])
 def test_released_statistics_are_the_loops_however_batched(sizes: tuple[int, ...]) -> None:
-    state = folded(released_fluctuation, sizes)
+    state = folded(official_fluctuation, sizes)
     mean, fluctuation = reference.released(X)
     np.testing.assert_allclose(state.mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.fluctuation, fluctuation, rtol=1e-4, atol=1e-6)
@@ -73,7 +73,7 @@ def units() -> tuple[Units, Units]:
 def test_the_corrected_choice_removes_the_share_of_parameters(structure: Any, ratio: float) -> None:
     """To half a head, or half a neuron where neurons make up for the heads; of each kind something stays in every block."""
     heads, neurons = units()
-    kept = sound(heads, neurons, ratio, structure, 3)
+    kept = select_corrected(heads, neurons, ratio, structure, 3)
     removed = sum(
         (~k).sum() * u.cost for u, ks in zip((heads, neurons), kept, strict=True) for k in ks
     )
@@ -90,13 +90,15 @@ def test_the_released_choice_by_hand() -> None:
         Units([np.array([1.0, 2.0])], 1, 8.0),
         Units([np.array([3.0, 1.0, 2.0])], 1, 3.0),
     )
-    assert [k.tolist() for k in released(heads, neurons, 0.5, "UL-UM", 0).heads] == [[False, True]]
-    assert [k.tolist() for k in released(heads, neurons, 0.4, "UL-UM", 0).neurons] == [
+    assert [k.tolist() for k in select_official(heads, neurons, 0.5, "UL-UM", 0).heads] == [
+        [False, True]
+    ]
+    assert [k.tolist() for k in select_official(heads, neurons, 0.4, "UL-UM", 0).neurons] == [
         [True, False, True]
     ]
     # Of 25 parameters 0.5 are 12.5; one head is 8, which leaves 4.5 for one neuron of 3.
     for structure in ("UL-MM", "AL-MM"):
-        kept = released(heads, neurons, 0.5, structure, 1)
+        kept = select_official(heads, neurons, 0.5, structure, 1)
         assert kept.heads[0].tolist() == [False, True] and kept.neurons[0].tolist() == [
             True,
             False,
@@ -104,7 +106,7 @@ def test_the_released_choice_by_hand() -> None:
         ]
     # Standardised: heads -0.7, 0.7; neurons 1, -1, 0. From above worth 1, 3, 4, 6, 7 of 7: at 0.5 the third (3.5 is as near to 3 as to 4:
     # the first of both, the head 0.7) is the last not to stay.
-    kept = released(heads, neurons, 0.5, "AL-AM", 0)
+    kept = select_official(heads, neurons, 0.5, "AL-AM", 0)
     assert kept.heads[0].tolist() == [False, False] and kept.neurons[0].tolist() == [
         True,
         False,
@@ -118,7 +120,7 @@ def test_bias_repair_keeps_the_mean_output(name: str, family: str) -> None:
     m = model(family)
     group = m.arch.group(name)
     tap = next(s.reads for s in m.arch.slots if s.name == group.reader.name)
-    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.ends, tokens()))
+    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
     x, p = taps[tap].reshape(-1, taps[tap].shape[-1]), getattr(m.blocks[0], group.reader.name)
     keep = RNG.random(x.shape[1]) < 0.6
     new = repair.bias(p, jnp.asarray(x.mean(0), jnp.float32), jnp.asarray(keep))
@@ -253,7 +255,7 @@ def test_repairs_help_on_the_calibration_tokens(name: str, family: str) -> None:
 def test_the_baselines_take_sums_over_channels(name: str, family: str) -> None:
     """The first block, whose inputs are the dense model's."""
     m, (_, outcome) = model(family), run(family, 0.5, name)
-    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.ends, tokens()))
+    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
     for group, key in (("heads", "kept_heads"), ("neurons", "kept_neurons")):
         reader = m.arch.group(group).reader
         w = weight(m.blocks[0], reader.name)

@@ -35,7 +35,7 @@ NAMES = {
 def graphs(m: Model, family: str, batch: int) -> list[Graph]:
     """Weights and norms of activations of every feed-forward part, from the blocks' taps."""
     (up, gates, down), found = NAMES[family], []
-    x = embed(m.arch, m.ends, tokens())
+    x = embed(m.arch, m.non_block, tokens())
     for block in m.blocks:
         x, taps = run_block(m, block, x)
 

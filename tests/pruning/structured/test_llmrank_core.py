@@ -24,7 +24,7 @@ SETTINGS = {
     "activation": Settings("activation"),
     "wanda": Settings("wanda"),
 }
-GRAPHS = {"released": core.as_released, "whole": core.corrected}
+GRAPHS = {"released": core.official_centrality, "whole": core.corrected_centrality}
 
 
 def graph(seed: int, gates: int = 1) -> Graph:
@@ -264,7 +264,7 @@ def test_weights_may_be_bfloat16(kind: str) -> None:
     )
 
 
-@pytest.mark.parametrize("make", [core.as_released, core.corrected])
+@pytest.mark.parametrize("make", [core.official_centrality, core.corrected_centrality])
 def test_equal_arguments_are_one_static_argument(make: Callable[..., Centrality]) -> None:
     """A fresh function would compile again."""
     assert make("wpr", 0.5, 0.5, 0.0, True) is make("wpr", 0.5, 0.5, 0.0, True)

@@ -34,7 +34,7 @@ families = pytest.mark.parametrize("family", ["llama", "opt"])
 @functools.cache
 def deep(family: str, blocks: int = 8) -> Model:
     """A random model of many blocks, of different sizes so that they matter differently."""
-    arch, ends, specs = hf.specs(small.CONFIGS[family] | {"num_hidden_layers": blocks})
+    arch, non_block, specs = hf.specs(small.CONFIGS[family] | {"num_hidden_layers": blocks})
     rng = np.random.default_rng(3)
 
     def draw(spec: hf.Spec, scale: float = 0.3) -> jax.Array:
@@ -47,7 +47,7 @@ def deep(family: str, blocks: int = 8) -> Model:
 
     return Model(
         arch,
-        tree(ends, 0.3),
+        tree(non_block, 0.3),
         tuple(
             tree(s, scale) for s, scale in zip(specs, rng.uniform(0.1, 0.35, blocks), strict=True)
         ),
@@ -140,7 +140,7 @@ def test_no_result_depends_on_the_cache(
     want = details(m, 4, variant=variant)
     got = details(m, 4, variant=variant, device_gib=room[0], host_gib=room[1], disk_gib=room[2])
     assert all(got[k] == want[k] for k in ("removal_order", "losses", "stopped_at"))
-    spent = [got["cache"][f"{tier}_bytes"] for tier in core.TIERS]
+    spent = [got["cache"][f"{tier}_bytes"] for offload in core.TIERS]
     assert all(s <= r * GIB for s, r in zip(spent, room, strict=True)) and any(spent) == any(room)
     runs = [sum(d["block_evaluations"]["run"]) for d in (want, got)]
     plain = sum(got["block_evaluations"]["plain_search"])
@@ -196,7 +196,9 @@ def test_states_of_candidates_spare_work_in_the_next_phase() -> None:
 def test_stopping_early_changes_nothing_but_the_work(family: str) -> None:
     """The same order; the same loss where a candidate ran to its end, null and what it had passed where not."""
     m = deep(family)  # with a head so sharp that losses differ by much, and by more windows
-    m = m._replace(ends=m.ends.replace(norm=jax.tree.map(lambda x: 8 * x, m.ends.norm)))
+    m = m._replace(
+        non_block=m.non_block.replace(norm=jax.tree.map(lambda x: 8 * x, m.non_block.norm))
+    )
     found = [
         prune(m, sleb(4, variant=v), small.tokens(24, LENGTH), Request(0.0, batch=1))[1]
         for v in ("official", "corrected")
@@ -256,7 +258,7 @@ def test_one_shot_by_perplexity_takes_the_lowest_of_the_first_phase() -> None:
 @families
 def test_one_shot_by_influence_takes_the_blocks_that_turn_their_input_least(family: str) -> None:
     m = deep(family)
-    xs = [embed(m.arch, m.ends, TOKENS)]
+    xs = [embed(m.arch, m.non_block, TOKENS)]
     for block in m.blocks:
         xs.append(m.arch.block(block, xs[-1])[0])
     a, b = (np.asarray(x, np.float64) for x in (jnp.stack(xs[:-1]), jnp.stack(xs[1:])))

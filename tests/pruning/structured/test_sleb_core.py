@@ -25,13 +25,13 @@ def model(name: str, vocab: int) -> Model:
 
 def bounds(m: Model, tokens: np.ndarray) -> np.ndarray:
     """Every bound of every window [PARTS b]."""
-    x = m.arch.embed(m.ends, tokens)
+    x = m.arch.embed(m.non_block, tokens)
     for block in m.blocks:
         x, _ = m.arch.block(block, x)
-    picked = sums = chosen(m.arch, m.ends, x, tokens)
+    picked = sums = chosen(m.arch, m.non_block, x, tokens)
     found = []
     for part in range(PARTS):
-        sums, bound = add(m.arch, m.ends, x, tokens, picked, sums, part)
+        sums, bound = add(m.arch, m.non_block, x, tokens, picked, sums, part)
         found.append(np.asarray(bound))
     return np.array(found)
 
@@ -61,7 +61,9 @@ def test_bounds_never_fall_by_a_bit() -> None:
     """Where later parts add next to nothing, rounding decides: logits of every size."""
     m = model("untied", 4096)
     scale = jnp.asarray(np.random.default_rng(0).uniform(0, 300, (4096, 1)), jnp.float32)
-    m = m._replace(ends=m.ends.replace(head=m.ends.head.replace(w=m.ends.head.w * scale)))
+    m = m._replace(
+        non_block=m.non_block.replace(head=m.non_block.head.replace(w=m.non_block.head.w * scale))
+    )
     found = bounds(m, np.random.default_rng(1).integers(0, 4096, (4, 64)).astype(np.int32))
     assert (
         np.all(np.diff(found, axis=0) >= 0)
@@ -72,7 +74,9 @@ def test_bounds_never_fall_by_a_bit() -> None:
 
 def test_what_is_not_finite_is_seen_at_once() -> None:
     m = model("llama", small.VOCAB)
-    broken = m._replace(ends=m.ends.replace(norm=jax.tree.map(lambda x: x * jnp.nan, m.ends.norm)))
+    broken = m._replace(
+        non_block=m.non_block.replace(norm=jax.tree.map(lambda x: x * jnp.nan, m.non_block.norm))
+    )
     assert np.all(np.isnan(bounds(broken, TOKENS)))
 
 
@@ -81,9 +85,11 @@ def test_a_narrowed_head_gives_a_slice_of_the_logits() -> None:
         m = model(name, 40)
         x = jnp.asarray(
             np.random.default_rng(2).standard_normal(
-                (2, 5, m.arch.embed(m.ends, TOKENS % 40).shape[-1])
+                (2, 5, m.arch.embed(m.non_block, TOKENS % 40).shape[-1])
             ),
             jnp.float32,
         )
-        got = m.arch.head(narrowed(m.ends, jnp.int32(7), 9), x)
-        np.testing.assert_allclose(got, m.arch.head(m.ends, x)[..., 7:16], rtol=1e-5, atol=1e-6)
+        got = m.arch.head(narrowed(m.non_block, jnp.int32(7), 9), x)
+        np.testing.assert_allclose(
+            got, m.arch.head(m.non_block, x)[..., 7:16], rtol=1e-5, atol=1e-6
+        )

@@ -114,7 +114,7 @@ def test_the_released_code_leaves_the_feed_forward_part_alone() -> None:
 def test_expected_outputs_come_nearer() -> None:
     """What the first block's linears lack of their mean output on the calibration tokens shrinks."""
     m = model("opt")
-    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.ends, tokens()))
+    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
 
     def lack(refine: Any) -> float:
         block = prune(m, METHODS["wanda"](), tokens(), Request(0.5, refine=refine))[0].blocks[0]

@@ -48,7 +48,7 @@ def in_numpy(
     m: Model, budget: Budget, pattern: tuple[int, int] | None
 ) -> list[dict[str, np.ndarray]]:
     """Wanda's masks by the book: a block's dense activations decide, its pruned output goes on."""
-    x, found = embed(m.arch, m.ends, tokens()), []
+    x, found = embed(m.arch, m.non_block, tokens()), []
     for block, fractions in zip(m.blocks, budget, strict=True):
         _, taps = run_block(m, block, x)
         found.append(removed_by_wanda(m, block, taps, fractions, pattern))
@@ -100,7 +100,7 @@ def test_what_stays_is_untouched() -> None:
     """Kept weights, biases and norms to the bit; only the linears of the slots are others."""
     m = model("opt")
     pruned, _ = prune(m, per_linear(wanda, per_row), tokens(), Request(0.5))
-    assert pruned.ends is m.ends
+    assert pruned.non_block is m.non_block
     for new, old, gone in zip(pruned.blocks, m.blocks, zeros(pruned), strict=True):
         assert same((new.attn_norm, new.mlp_norm), (old.attn_norm, old.mlp_norm))
         for slot, zero in gone.items():
@@ -168,7 +168,7 @@ def test_every_linear_gets_the_statistics_of_its_own_input(family: str) -> None:
     m = model(family)
     method = per_linear(lambda pattern: Pruner(second_moment, returned_input), per_row)
     pruned, _ = prune(m, method, tokens(), Request(0.5))
-    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.ends, tokens()))
+    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
     for slot in m.arch.slots:
         want = reference.scaler_row(taps[slot.reads]) + 1000.0 * (
             len(reference.scaler_row(taps[slot.reads])) // 2

@@ -13,7 +13,7 @@ from models.arch import Model
 from models.errors import InputError
 from pruning import linalg as inverse
 from pruning.methods import METHODS
-from pruning.types import Mask, Method, Outcome, Pattern, Put, Request, prune
+from pruning.types import BlockSink, Mask, Method, Outcome, Pattern, Request, prune
 from pruning.weights import per_linear as lift
 from pruning.weights import sparsegpt
 from pruning.weights.patterns import n_of_m, per_column_block, per_matrix
@@ -238,7 +238,7 @@ def test_a_raise_is_a_warning() -> None:
     """One for each block and input that needed it; what the method said before stays."""
     details = {"damping": [{"attn": 0.01, "mlp": 0.1}, {}, {"attn": 0.010001}]}
 
-    def method(m: Model, tokens: np.ndarray, request: Request, put: Put) -> Outcome:
+    def method(m: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
         return Outcome((), details=details, warnings=("before",))
 
     outcome = sparsegpt.reporting(Method(method), 0.01)(

@@ -143,7 +143,7 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
 
     def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solved:
         c = settings._replace(ridge=ridge, iterations=iterations)
-        return core.corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
+        return core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
 
     loose, held = solved(0.01), solved(1.0)
     assert min(loose.losses[1:]) < loose.losses[0] and min(held.losses[1:]) < held.losses[0]
@@ -189,7 +189,7 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
         if s.name not in sparsellm._names(m.arch).slots
     }
     behind = m.blocks[0].replace(**attention)
-    h = embed(m.arch, m.ends, tokens(8))
+    h = embed(m.arch, m.non_block, tokens(8))
     x, y = sparsellm._aims(m.arch, m.blocks[0], behind, h)
     again = float(core.squared_error(part(pruned), x, y, m.arch.config.act)) / y.size
     assert again == pytest.approx(min(losses[0]), rel=1e-4)
