@@ -78,7 +78,7 @@ def test_between_two_blocks_nothing_is_on_the_devices() -> None:
     assert max(counts) - before <= 1  # the one that was last run
 
 
-@pytest.mark.parametrize("moved_on", [False, True])
+@pytest.mark.parametrize("propagated", [False, True])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(
     offload: Offload, propagated: bool, tmp_path: Path

@@ -140,7 +140,7 @@ def test_no_result_depends_on_the_cache(
     want = details(m, 4, variant=variant)
     got = details(m, 4, variant=variant, device_gib=room[0], host_gib=room[1], disk_gib=room[2])
     assert all(got[k] == want[k] for k in ("removal_order", "losses", "stopped_at"))
-    spent = [got["cache"][f"{tier}_bytes"] for offload in core.TIERS]
+    spent = [got["cache"][f"{tier}_bytes"] for tier in core.OFFLOADS]
     assert all(s <= r * GIB for s, r in zip(spent, room, strict=True)) and any(spent) == any(room)
     runs = [sum(d["block_evaluations"]["run"]) for d in (want, got)]
     plain = sum(got["block_evaluations"]["plain_search"])
