@@ -5,7 +5,6 @@ sequence of one pytree per decoder block, either a tuple in memory or a lazy vie
 arrays alone, so a block whose heads or neurons were cut needs no new configuration.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from models.cache import Cache, Start
+from models.programs import program
 
 Block = Any  # flax.struct dataclass: models.families.llama.Block or models.families.opt.Block
 NonBlockParams = (
@@ -102,7 +102,7 @@ def logits(model: Model, tokens: jax.Array) -> jax.Array:
     return model.arch.head(model.non_block, x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("embedding", static=(0,))
 def _embed(
     function: Callable[..., jax.Array], non_block: NonBlockParams, tokens: jax.Array
 ) -> jax.Array:
@@ -114,16 +114,16 @@ def embed(arch: Arch, non_block: NonBlockParams, tokens: jax.Array) -> jax.Array
     return _embed(arch.embed, non_block, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("block", static=(0,))
 def _apply(
     function: Callable[..., tuple[jax.Array, Taps]], block: Block, x: jax.Array
 ) -> jax.Array:
     return function(block, x)[0]
 
 
-def apply_block(arch: Arch, block: Block, x: jax.Array) -> jax.Array:
+def apply_block(arch: Arch, block: Block, x: jax.Array, name: str = "") -> jax.Array:
     """`arch.block` without its taps, compiled once for all blocks of equal shapes."""
-    return _apply(arch.block, block, x)
+    return _apply(arch.block, block, x, name=name)
 
 
 def cross_entropy(
@@ -137,7 +137,7 @@ def cross_entropy(
     return _cross_entropy(arch.head, non_block, x, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("cross-entropy", static=(0,))
 def _cross_entropy(
     head: Callable[[NonBlockParams, jax.Array], jax.Array],
     non_block: NonBlockParams,

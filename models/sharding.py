@@ -17,6 +17,7 @@ from jax.sharding import (
 )
 
 from models.errors import InputError
+from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
 LOGICAL = {"sample": "data", "out": "model"}  # calibration windows; output rows of a linear
@@ -90,8 +91,19 @@ def _put(x: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(held.shape, sharding, lambda part: held[part])
 
 
-def split(x: Any, mesh: Mesh | None, logical: str) -> jax.Array:
+def _planned(recorder: Recorder, x: Any, mesh: Mesh | None, logical: str) -> DeviceArray:
+    """Place the shape of an array as `split` and `place` place the array itself."""
+    if isinstance(x, DeviceArray) and x.place == "device":
+        return x
+    if mesh is None or mesh.size == 1 or (logical == "out" and len(x.shape) != 2):
+        return recorder.place(x)
+    return recorder.place(x, placement(x.shape, mesh, logical))
+
+
+def split(x: Any, mesh: Mesh | None, logical: str) -> Any:
     """`x` where `placement` says."""
+    if recorder := planner():
+        return _planned(recorder, x, mesh, logical)
     if mesh is None or mesh.size == 1:
         return jax.numpy.asarray(x)
     return _put(x, placement(x.shape, mesh, logical))
@@ -102,6 +114,11 @@ def to_host(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
+
+
+def tree_to_host(tree: Any) -> Any:
+    """Return a tree with every array in host memory, as `to_host` gives it."""
+    return jax.tree.map(to_host, tree)
 
 
 def own_rows(shape: Sequence[int], mesh: Mesh | None) -> slice:
@@ -126,6 +143,8 @@ def local(params: Any) -> Any:
 
 def place(params: Any, mesh: Mesh | None) -> Any:
     """Parameters on the mesh: the output rows of matrices split over `model`, vectors on every device."""
+    if recorder := planner():
+        return jax.tree.map(lambda w: _planned(recorder, w, mesh, "out"), params)
     if mesh is None or mesh.size == 1:
         return params
     whole = NamedSharding(mesh, PartitionSpec())

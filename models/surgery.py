@@ -2,11 +2,13 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Block, Group, Member
 from models.layers import Linear
+from models.programs import program
 
 
 def _entries(member: Member, units: np.ndarray) -> np.ndarray:
@@ -21,27 +23,45 @@ def _stays(size: int, gone: np.ndarray) -> np.ndarray:
     return stays
 
 
+@program("rows zeroed")
+def _zero_rows(p: Linear, stays: jax.Array) -> Linear:
+    """Zero the output rows where `stays` (bool [out]) is False, biases included."""
+    b = None if p.b is None else jnp.where(stays, p.b, 0)
+    return Linear(jnp.where(stays[:, None], p.w, 0), b)
+
+
+@program("columns zeroed")
+def _zero_columns(p: Linear, stays: jax.Array) -> Linear:
+    """Zero the input columns where `stays` (bool [in]) is False."""
+    return Linear(jnp.where(stays[None, :], p.w, 0), p.b)
+
+
+@program("units cut", static=(2,))
+def _take_entries(p: Linear, at: jax.Array, axis: int) -> Linear:
+    """Keep the rows (axis 0, biases included) or columns (axis 1) at these indices."""
+    b = p.b if axis == 1 or p.b is None else jnp.take(p.b, at, axis=0)
+    return Linear(jnp.take(p.w, at, axis=axis), b)
+
+
 def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
-    """The linear with the output rows (int [r]) zero, and their biases."""
-    stays = _stays(p.w.shape[0], rows)
-    return Linear(
-        jnp.where(stays[:, None], p.w, 0), None if p.b is None else jnp.where(stays, p.b, 0)
-    )
+    """Zero output rows of a linear, biases included.
+
+    Args:
+      p: The linear.
+      rows: Indices, int [r].
+    """
+    return _zero_rows(p, _stays(p.w.shape[0], rows))
 
 
 def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
     at = _entries(member, units)
-    return (
-        zero_rows(p, at)
-        if member.axis == 0
-        else Linear(jnp.where(_stays(p.w.shape[1], at)[None, :], p.w, 0), p.b)
-    )
+    if member.axis == 0:
+        return zero_rows(p, at)
+    return _zero_columns(p, _stays(p.w.shape[1], at))
 
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:
-    at = _entries(member, units)
-    b = p.b if member.axis == 1 or p.b is None else jnp.take(p.b, at, axis=0)
-    return Linear(jnp.take(p.w, at, axis=member.axis), b)
+    return _take_entries(p, _entries(member, units), member.axis)
 
 
 def units(block: Block, group: Group) -> int:

@@ -61,7 +61,7 @@ def gguf_name(name: str) -> str:
     }
     module, kind = name.rsplit(".", 1)
     if module in non_block:
-        return f"{ends[module]}.{kind}"
+        return f"{non_block[module]}.{kind}"
     _, _, block, part = module.split(".", 3)
     return f"blk.{block}.{NAMES[part]}.{kind}"
 
