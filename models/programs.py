@@ -75,7 +75,8 @@ class DeviceArray(jax.ShapeDtypeStruct):
     """Shape of an array in a planned run, on the devices or kept off them.
 
     The recorder counts its bytes for as long as it is referenced. Host code that asks for its
-    values gets numbers rising from 1 to 2: enough for decisions that do not change the work.
+    values gets numbers rising from 1 to 2, slightly lower each time: a search that stops early, or
+    looks around its best trial, then does the most it can, so that a plan is an upper bound.
     """
 
     _recorder: "Recorder"
@@ -113,10 +114,10 @@ class DeviceArray(jax.ShapeDtypeStruct):
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         size = math.prod(self.shape)
         rising = 1 + np.arange(size, dtype=np.float32).reshape(self.shape) / max(size, 1)
-        return np.asarray(rising, dtype or self.dtype)
+        return np.asarray(rising * self._recorder.falling(), dtype or self.dtype)
 
     def __float__(self) -> float:
-        return 1.0
+        return self._recorder.falling()
 
     def __bool__(self) -> bool:
         return True
@@ -142,6 +143,7 @@ class Recorder:
         self.alive: dict[Place, int] = dict.fromkeys(PLACES, 0)
         # The most of them at once; on the device with the memory of the program at work.
         self.peak: dict[Place, int] = dict.fromkeys(PLACES, 0)
+        self._asked = 0
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._costs: dict[Any, Cost] = {}
         self._compiled: dict[Any, _Compiled] = {}
@@ -156,6 +158,11 @@ class Recorder:
         """Every program by name and shapes, in the order of first calls."""
         return list(self._costs.values())
 
+    @property
+    def functions(self) -> set[str]:
+        """Names of the functions behind the programs, as JAX logs them."""
+        return {key[0].__name__ for key in self._costs}
+
     def place(self, x: Any, sharding: Sharding | None = None) -> DeviceArray:
         """Return the planned array of x's shape; every device holds all of it by default."""
         assert self._replicated is not None
@@ -165,6 +172,11 @@ class Recorder:
         """Return a planned array of x's shape in host memory or in a file."""
         return DeviceArray(self, x.shape, x.dtype, None, place)
 
+    def falling(self) -> float:
+        """Return a factor just below the one of the call before."""
+        self._asked += 1
+        return 1 / (1 + 1e-6 * self._asked)
+
     def add(self, place: Place, size: int) -> None:
         """Count bytes that a planned array takes, or gives back."""
         self.alive[place] += size
@@ -172,7 +184,7 @@ class Recorder:
 
     def _shape(self, x: Any) -> jax.ShapeDtypeStruct:
         sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
-        dtype = jax.dtypes.canonicalize_dtype(np.result_type(x))
+        dtype = jax.dtypes.canonicalize_dtype(_dtype(x))
         return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=sharding or self._replicated)
 
     def call(self, program: "Program", name: str, args: Sequence[Any]) -> Any:
@@ -189,7 +201,7 @@ class Recorder:
         dynamic = [a for k, a in enumerate(args) if k not in program.static]
         leaves, structure = jax.tree.flatten(dynamic)
         fixed = tuple(args[k] for k in program.static)
-        shapes = tuple((np.shape(x), str(np.result_type(x)), _spec(x)) for x in leaves)
+        shapes = tuple((np.shape(x), str(_dtype(x)), _spec(x)) for x in leaves)
         key = (program, name, fixed, structure, shapes)
         if not self.plans:
             cost = self._costs.get(key) or Cost(name, 0, 0.0)
@@ -216,6 +228,10 @@ class _Compiled(NamedTuple):
     cost: Cost
     argument_bytes: int
     result: Any
+
+
+def _dtype(x: Any) -> Any:
+    return x.dtype if hasattr(x, "dtype") else np.result_type(x)
 
 
 def _spec(x: Any) -> str:

@@ -1,1 +1,50 @@
-"""The pruning methods, as small pure parts that compose. `pruning.methods` is the table of contents."""
+"""Prune language models after training.
+
+The names below are the public API; each is imported when it is first used.
+
+    model = pruning.open_model("embedded:tiny-llama")
+    pruned = pruning.prune(model, "wanda", sparsity=0.5)
+    print(pruning.perplexity(model), pruning.perplexity(pruned))
+    pruning.save(pruned, "out/wanda")
+
+Every method, allocation and refinement is also here under its name: `pruning.wanda()`,
+`pruning.flap(structure="AL-AM")`, `pruning.owl()`, `pruning.dsnot()`.
+"""
+
+import importlib
+from typing import Any
+
+_MODULES = {
+    "LanguageModel": "pruning.api",
+    "open_model": "pruning.api",
+    "perplexity": "pruning.api",
+    "prune": "pruning.api",
+    "save": "pruning.api",
+    "Runtime": "calibration.runtime",
+    "Request": "pruning.types",
+    "Outcome": "pruning.types",
+    "METHODS": "pruning.methods",
+    "ALLOCATIONS": "pruning.methods",
+    "REFINEMENTS": "pruning.methods",
+}
+_MAKERS = (
+    *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "llmrank"),
+    *("flap", "wanda_sp", "magnitude_sp", "sleb", "owl", "alpha", "neuroal", "dsnot"),
+)
+__all__ = (*_MODULES, *_MAKERS)
+
+
+def __getattr__(name: str) -> Any:
+    """Return a public name, imported on first use."""
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
+    if name in _MAKERS:
+        methods = importlib.import_module("pruning.methods")
+        for table in (methods.METHODS, methods.ALLOCATIONS, methods.REFINEMENTS):
+            if name in table:
+                return table[name]
+    raise AttributeError(f"module 'pruning' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

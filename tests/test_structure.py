@@ -13,6 +13,7 @@ SEES = {  # which packages a package may import from
     "eval": {"models", "eval"},
     "launch": {"models", "calibration", "pruning", "eval", "launch"},
 }
+PUBLIC = {"pruning/api.py": {"eval"}}  # the public face measures models, too
 FILES = sorted(f for package in SEES for f in (ROOT / package).rglob("*.py"))
 
 

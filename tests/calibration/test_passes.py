@@ -1,19 +1,24 @@
 """The walk over the blocks against a plain loop that keeps every activation, and its costs: reads, passes, compilations."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
-from calibration import passes as fold
+from calibration import passes
+from calibration.journal import Journal, StepCache
 from calibration.observers import batch_norms, second_moment
-from calibration.passes import batches, fold_blocks
+from calibration.passes import calibrate_blocks, micro_batches
+from calibration.runtime import Runtime
 from models.arch import Block, Model, embed
 from models.errors import InputError
+from models.init import init_model
 from models.sharding import make_mesh
-from reference.small import FAMILIES, model, run_block, same, tokens
+from reference.small import CONFIGS, FAMILIES, VOCAB, model, run_block, same, tokens
 
 
 class Counted(Sequence[Block]):
@@ -45,8 +50,15 @@ def activations(m: Model, windows: np.ndarray, replace: bool) -> Iterator[dict[s
         x = run_block(m, halved(block), x)[0] if replace else y
 
 
-def collect(m: Model, windows: np.ndarray, replace: bool, **options: Any) -> list[dict[str, Any]]:
-    """Every block's statistics, as a visitor that replaces blocks by halved ones or leaves them sees them."""
+def collect(
+    m: Model,
+    windows: np.ndarray,
+    replace: bool,
+    batch: int = 8,
+    mesh: Mesh | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Return every block's statistics; the visitor replaces blocks by halved ones, or leaves them."""
     found: list[dict[str, Any]] = []
 
     def visit(i: int, block: Block, stats: Any) -> tuple[Block, int]:
@@ -54,7 +66,9 @@ def collect(m: Model, windows: np.ndarray, replace: bool, **options: Any) -> lis
         found.append(dict(stats))
         return halved(block) if replace else block, i
 
-    assert fold_blocks(m, windows, visit, **options) == list(range(len(m.blocks)))  # the records
+    runtime = Runtime(batch, mesh)
+    records = calibrate_blocks(m, windows, runtime, visit, name="collecting", **options)
+    assert records == list(range(len(m.blocks)))
     return found
 
 
@@ -120,35 +134,41 @@ def test_every_block_is_read_once_in_order_and_progress_is_told_after_each(propa
         events.append(i)
         return block, None
 
-    options: dict[str, Any] = {"watch": {}, "propagate": propagate, "batch": 3}
-    fold_blocks(
+    def progress(name: str, steps: int) -> Callable[[], None]:
+        assert (name, steps) == ("visiting", 3)
+        return lambda: events.append("advance")
+
+    calibrate_blocks(
         m._replace(blocks=blocks),
         tokens(),
+        Runtime(3, progress=progress),
         visit,
-        advance=lambda: events.append("advance"),
-        **options,
+        watch={},
+        propagate=propagate,
+        name="visiting",
     )
     assert blocks.reads == [0, 1, 2]
     assert events == [0, "advance", 1, "advance", 2, "advance"]
 
 
-@pytest.mark.parametrize(("propagate", "passes"), [("pruned", 2 * 2), ("dense", 0)])
+@pytest.mark.parametrize(("propagate", "reruns"), [("pruned", 2 * 2), ("dense", 0)])
 def test_a_dense_walk_needs_no_second_pass(
-    propagate: str, passes: int, monkeypatch: pytest.MonkeyPatch
+    propagate: str, reruns: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pruned walk runs all blocks but the last again, two micro-batches each."""
     calls = []
-    monkeypatch.setattr(fold, "apply_block", lambda arch, block, x: calls.append(1) or x)
-    collect(model("llama"), tokens(), False, watch={}, propagate=propagate, batch=3)
-    assert len(calls) == passes
+    monkeypatch.setattr(passes, "apply_block", lambda arch, block, x, name: calls.append(1) or x)
+    watch = {"mlp_in": second_moment}
+    collect(model("llama"), tokens(), False, watch=watch, propagate=propagate, batch=3)
+    assert len(calls) == reruns
 
 
 def test_nothing_is_computed_where_nothing_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods without statistics walk without tokens: no embedding, no forward."""
     m = model("llama")
-    monkeypatch.setattr(fold, "_observe", None)
-    monkeypatch.setattr(fold, "embed", None)
-    assert collect(m, tokens()[:0], False, watch={}, propagate="pruned") == [{}, {}, {}]
+    monkeypatch.setattr(passes, "_observe", None)
+    monkeypatch.setattr(passes, "embed", None)
+    assert collect(m, tokens(), False, watch={}, propagate="pruned") == [{}, {}, {}]
 
 
 def test_activations_that_overflow_are_bad_input() -> None:
@@ -157,15 +177,16 @@ def test_activations_that_overflow_are_bad_input() -> None:
     loud = m.blocks[1].replace(up=m.blocks[1].up.replace(w=m.blocks[1].up.w * 1e30))
     m, seen = m._replace(blocks=(m.blocks[0], loud, m.blocks[2])), []
     with pytest.raises(
-        InputError, match="the activations of block 1 are not finite: try --dtype=float32"
+        InputError, match="the activations of block 1 are not finite: try dtype=float32"
     ):
-        fold_blocks(
+        calibrate_blocks(
             m,
             tokens(),
+            Runtime(3),
             lambda i, block, _: (seen.append(i) or block, None),
             watch={"mlp_mid": second_moment},
             propagate="pruned",
-            batch=3,
+            name="watching",
         )
     assert seen == [0]
 
@@ -176,22 +197,22 @@ def test_equal_blocks_compile_once() -> None:
         model("llama"),
         {"watch": {"mlp_in": second_moment}, "propagate": "dense", "batch": 4},
     )
-    before = fold._observe._cache_size()
+    before = passes._observe.jitted._cache_size()
     for _ in range(2):
         collect(m, tokens(8, 9), False, **options)
-    assert fold._observe._cache_size() - before == 2
+    assert passes._observe.jitted._cache_size() - before == 2
 
 
 def test_micro_batches_are_the_tokens_in_order() -> None:
     windows = tokens(7)
-    parts = list(batches(windows, 3))
+    parts = list(micro_batches(windows, 3))
     assert [p.shape[0] for p in parts] == [3, 3, 1]
     assert np.array_equal(np.concatenate(parts), windows)
 
 
 def test_micro_batches_are_split_over_the_mesh() -> None:
     """Where the number of windows allows it; a last batch of three stays whole on every device."""
-    parts = list(batches(tokens(11), 8, make_mesh("data=4,model=2")))
+    parts = list(micro_batches(tokens(11), 8, make_mesh("data=4,model=2")))
     assert [p.sharding.shard_shape(p.shape) for p in parts] == [(2, 12), (3, 12)]
 
 
@@ -210,3 +231,78 @@ def test_a_mesh_changes_no_statistic() -> None:
         assert len(jax.tree.leaves(b)[0].sharding.device_set) == 8
         np.testing.assert_allclose(a["attn_in"].per_sample, b["attn_in"].per_sample, rtol=1e-5)
         np.testing.assert_allclose(a["down"].mean, b["down"].mean, rtol=1e-5)
+
+
+class Sink:
+    def mark(self) -> None: ...
+    def rewind(self, mark: Any) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def random_llama() -> Model:
+    return init_model(CONFIGS["llama"], jax.random.key(0))
+
+
+def visited_blocks(
+    model: Model,
+    tokens: np.ndarray,
+    directory: Path,
+    memory: StepCache,
+    *,
+    key: Any,
+    watched: bool = True,
+) -> tuple[list, int]:
+    """What a walk over the tokens records, and how many blocks it visited."""
+    visited = []
+
+    def visit(i: int, block: Any, stats: Any) -> tuple[Any, Any]:
+        visited.append(i)
+        return block, {name: s.total for name, s in stats.items()} or {"block": i}
+
+    directory.mkdir()
+    runtime = Runtime(2, journal=Journal(directory, {}, Sink(), memory, "model"))
+    watch = {s.reads: second_moment for s in model.arch.slots} if watched else {}
+    records = calibrate_blocks(
+        model, tokens, runtime, visit, watch=watch, propagate="dense", name="looking", key=key
+    )
+    return records, len(visited)
+
+
+@pytest.mark.parametrize("watched", [True, False], ids=["of activations", "of weights"])
+def test_other_tokens_are_visited_only_where_tokens_matter(
+    watched: bool, random_llama: Model, tmp_path: Path
+) -> None:
+    a, b = np.random.default_rng(0).integers(0, VOCAB, (2, 2, 8), np.int32)
+    memory, depth = StepCache(), len(random_llama.blocks)
+    first, visits = visited_blocks(
+        random_llama, a, tmp_path / "1", memory, key="k", watched=watched
+    )
+    assert visits == depth
+    again, visits = visited_blocks(
+        random_llama, a, tmp_path / "2", memory, key="k", watched=watched
+    )
+    assert visits == 0
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    other, visits = visited_blocks(
+        random_llama, b, tmp_path / "3", memory, key="k", watched=watched
+    )
+    assert visits == (depth if watched else 0)
+    assert (
+        any(
+            (x != y).any()
+            for x, y in zip(jax.tree.leaves(other), jax.tree.leaves(first), strict=True)
+        )
+        if watched
+        else other == first
+    )
+
+
+def test_a_pass_without_a_key_or_with_another_one_is_made_again(
+    random_llama: Model, tmp_path: Path
+) -> None:
+    tokens, memory = np.random.default_rng(0).integers(0, VOCAB, (2, 8), np.int32), StepCache()
+    keys = [None, "k", None, ("k", 2)]
+    assert [
+        visited_blocks(random_llama, tokens, tmp_path / str(n), memory, key=key)[1]
+        for n, key in enumerate(keys)
+    ] == [len(random_llama.blocks)] * 4

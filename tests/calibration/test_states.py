@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from calibration.journal import Journal
-from calibration.passes import BlockResult, walk_blocks
+from calibration.passes import BlockResult, visit_blocks
+from calibration.runtime import Runtime
 from calibration.states import OFFLOADS, Offload, OnDisk, States, available_memory, choose_offload
 from models.arch import Block, apply_block
 from models.sharding import make_mesh, split
@@ -74,7 +75,7 @@ def test_between_two_blocks_nothing_is_on_the_devices() -> None:
         counts.append(states())
         return BlockResult(block)
 
-    walk_blocks(m, windows, visit, batch=2, offload="disk")
+    visit_blocks(m, windows, Runtime(2, offload="disk"), visit, name="counting")
     assert max(counts) - before <= 1  # the one that was last run
 
 
@@ -95,7 +96,9 @@ def test_a_walk_is_the_same_and_goes_on_wherever_its_states_are(
                     xs[j] = apply_block(m.arch, block, x)
             return BlockResult(block, record, propagated)
 
-        return walk_blocks(m, windows, visit, batch=4, offload=offload, journal=journal)
+        return visit_blocks(
+            m, windows, Runtime(4, None, offload, journal=journal), visit, name="walking"
+        )
 
     whole = walk(None, None, "device")
     with pytest.raises(KeyboardInterrupt):

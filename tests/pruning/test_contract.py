@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from models.arch import Model
 from models.errors import InputError
 from pruning.methods import METHODS
@@ -71,11 +72,12 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-def fresh(case: Case, m: Model, sparsity: float, **options: Any) -> tuple[Model, Outcome]:
-    """A run on its own."""
-    return prune(
-        m, METHODS[case.name](**dict(case.arguments)), tokens(), Request(sparsity, **options)
-    )
+def fresh(
+    case: Case, m: Model, sparsity: float, runtime: Runtime = Runtime(), **options: Any
+) -> tuple[Model, Outcome]:
+    """Run the case on its own."""
+    method = METHODS[case.name](**dict(case.arguments))
+    return prune(m, method, tokens(), Request(sparsity, **options), runtime)
 
 
 @functools.cache
@@ -282,7 +284,7 @@ def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> N
 
 @pytest.mark.parametrize("case", UNITS, ids=str)
 def test_patterns_of_units_are_bad_input(case: Case) -> None:
-    with pytest.raises(InputError, match="--pattern=2:4 is for weight methods"):
+    with pytest.raises(InputError, match="pattern=2:4 is for weight methods"):
         fresh(case, model("llama"), 0.5, pattern=(2, 4))
 
 
@@ -291,7 +293,7 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
     """One for each block, in every walk over the blocks; in searches one for each trial."""
     told: dict[str, list[int]] = {}
 
-    def stage(what: str, steps: int) -> Callable[[], None]:
+    def progress(what: str, steps: int) -> Callable[[], None]:
         told[what] = [steps, 0]
 
         def advance() -> None:
@@ -299,7 +301,7 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
 
         return advance
 
-    fresh(case, model("llama"), 0.5, stage=stage)
+    fresh(case, model("llama"), 0.5, Runtime(progress=progress))
     assert told and all(n == taken and (n == 3 or case in BLOCKS) for n, taken in told.values()), (
         told
     )
@@ -308,8 +310,8 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
 @every_case
 def test_every_block_goes_to_the_sink_once_and_in_order(case: Case) -> None:
     sink: list[int] = []
-    METHODS[case.name](**dict(case.arguments))(
-        model("llama"), tokens(), Request(0.5), lambda i, block: sink.append(i)
+    METHODS[case.name](**dict(case.arguments)).run(
+        model("llama"), tokens(), Request(0.5), Runtime(), lambda i, block: sink.append(i)
     )
     assert sink == list(range(len(run(case, "llama")[0].blocks)))
     assert len(sink) == 3 or case in BLOCKS

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from calibration.observers import SecondMoment, second_moment
+from calibration.runtime import Runtime
 from models.sharding import make_mesh
 from pruning.methods import METHODS
 from pruning.structured import llmrank_core as core
@@ -166,7 +167,7 @@ def test_a_mesh_leaves_the_same_masks(case: str, family: str, mesh: str) -> None
     """And the same removed units; the blocks of methods that write into them are where the mesh has them."""
     name, arguments = CASES[case]
     runs = [
-        prune(model(family), METHODS[name](**arguments), tokens(8), Request(0.5, mesh=m))
+        prune(model(family), METHODS[name](**arguments), tokens(8), Request(0.5), Runtime(mesh=m))
         for m in (None, make_mesh(mesh))
     ]
     (one, outcome), (many, outcome_many) = runs

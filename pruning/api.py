@@ -1,0 +1,184 @@
+"""The public API: open a model, prune it, measure it, save it."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from calibration.data import calibration_tokens, evaluation_tokens
+from calibration.runtime import Runtime
+from calibration.tokenizer import TextTokenizer, load_tokenizer
+from eval.perplexity import perplexity as window_perplexity
+from models.arch import Model
+from models.checkpoint.hub import resolve
+from models.checkpoint.reader import Checkpoint, open_checkpoint
+from models.checkpoint.writer import Writer
+from models.errors import InputError
+from pruning import types
+from pruning.methods import METHODS
+from pruning.types import Allocator, Method, Outcome, Refiner, Request
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model with the checkpoint that it comes from.
+
+    Attributes:
+      model: Architecture and parameters; blocks are read from the checkpoint when they are indexed,
+        or lie in memory after pruning.
+      checkpoint: The dense checkpoint: configuration, tokenizer, directory.
+      outcome: What was removed; None for a dense model.
+    """
+
+    model: Model
+    checkpoint: Checkpoint
+    outcome: Outcome | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of parameters."""
+        if self.outcome is None:
+            return self.checkpoint.parameters
+        from eval.size import measure
+
+        return measure(self.model).parameters
+
+    def _tokenizer(self) -> Callable[[], TextTokenizer]:
+        return functools.partial(load_tokenizer, self.checkpoint.directory)
+
+
+def open_model(name: str, dtype: str = "float32") -> LanguageModel:
+    """Open a model; weights are read when they are needed.
+
+    Args:
+      name: A Hugging Face directory, a hub id, a `.gguf` file, or `embedded:tiny-llama`,
+        `embedded:tiny-opt`.
+      dtype: Type of the parameters in memory: "float32", "bfloat16" or "float16".
+
+    Raises:
+      InputError: There is no such model, or it cannot be read.
+    """
+    checkpoint = open_checkpoint(resolve(name), jnp.dtype(dtype))
+    return LanguageModel(checkpoint.model, checkpoint)
+
+
+def _tokens(model: LanguageModel, source: Any, read: Callable[..., Any], **options: Any) -> Any:
+    """Return int windows [samples length]: `source` itself, or what `read` gives for its name."""
+    if not isinstance(source, str):
+        return np.asarray(source)
+    vocab = model.model.arch.config.vocab
+    return read(source, model._tokenizer(), vocab=vocab, **options).ids
+
+
+def prune(
+    model: LanguageModel,
+    method: str | Method,
+    calibration: str | np.ndarray = "embedded",
+    *,
+    sparsity: float = 0.0,
+    pattern: tuple[int, int] | None = None,
+    allocation: Allocator | None = None,
+    refine: Refiner | None = None,
+    samples: int = 32,
+    length: int = 256,
+    seed: int = 0,
+    runtime: Runtime = Runtime(),  # noqa: B008, frozen
+) -> LanguageModel:
+    """Prune a model in memory.
+
+    Args:
+      model: The dense model, never changed.
+      method: Name of a method with its default settings, or a method such as
+        `pruning.flap(structure="AL-AM")`.
+      calibration: Source of the calibration text, as `--calibration` names it, or int windows
+        [samples length].
+      sparsity: Fraction to remove, 0 <= s < 1; a pattern sets its own.
+      pattern: (n, m) for n zeros in every m consecutive inputs.
+      allocation: Spreads the sparsity over the model, such as `pruning.owl()`.
+      refine: Improves the masks, such as `pruning.dsnot()`.
+      samples: Windows to draw from a source.
+      length: Tokens in a window.
+      seed: Seed of the draw, and of what is random in a method.
+      runtime: Micro-batch, devices, progress; no result depends on it.
+
+    Returns:
+      The pruned model, with its outcome.
+
+    Raises:
+      InputError: A setting is wrong, or the method cannot follow it on this model.
+    """
+    if isinstance(method, str):
+        if method not in METHODS:
+            raise InputError(
+                "is no pruning method",
+                f"choose of {', '.join(METHODS)}",
+                field="method",
+                value=method,
+            )
+        method = METHODS[method]()
+    if pattern:
+        sparsity = pattern[0] / pattern[1]
+    if not 0 <= sparsity < 1:
+        raise InputError("must be at least 0 and below 1", field="sparsity", value=sparsity)
+    windows = _tokens(
+        model, calibration, calibration_tokens, samples=samples, length=length, seed=seed
+    )
+    request = Request(sparsity, pattern, allocation, refine, seed)
+    pruned, outcome = types.prune(model.model, method, windows, request, runtime)
+    return LanguageModel(pruned, model.checkpoint, outcome)
+
+
+def perplexity(
+    model: LanguageModel,
+    data: str | np.ndarray = "embedded",
+    *,
+    length: int = 256,
+    windows: int = 0,
+    batch: int = 8,
+) -> float:
+    """Return the perplexity, exp of the mean over windows of the mean cross-entropy in nats.
+
+    Args:
+      model: Dense or pruned.
+      data: Source of the text, as `--eval_data` names it, or int windows [windows length].
+      length: Tokens in a window.
+      windows: Most windows; 0 for all.
+      batch: Windows in one micro-batch.
+    """
+    tokens = _tokens(model, data, evaluation_tokens, length=length, windows=windows)
+    return window_perplexity(model.model, tokens, batch=batch).value
+
+
+def save(model: LanguageModel, directory: str | os.PathLike[str]) -> pathlib.Path:
+    """Write a checkpoint that `transformers` loads; the directory is complete, or not there.
+
+    Args:
+      model: Dense or pruned.
+      directory: New directory.
+
+    Returns:
+      The directory.
+
+    Raises:
+      InputError: The directory exists and holds files.
+    """
+    target = pathlib.Path(directory)
+    if target.exists() and any(target.iterdir()):
+        raise InputError(f"{target} holds files already", "choose a new directory")
+    unfinished = target.with_name(f"{target.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    writer = Writer(unfinished, model.checkpoint.config)
+    for i, block in enumerate(model.model.blocks):
+        writer.put(i, block)
+    kept_blocks = model.outcome.kept_blocks if model.outcome else None
+    writer.finish(model.model.non_block, model.checkpoint.directory, kept_blocks)
+    if target.exists():
+        target.rmdir()
+    unfinished.rename(target)
+    return target
