@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from calibration.journal import StepCache
+from calibration.step_cache import StepCache
 from launch import prune, sweep
 from launch.flags.cli import Terminated, run
 from launch.run import export

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from calibration.journal import Journal, StepCache
+from calibration.journal import Journal
 from calibration.observers import second_moment
+from calibration.step_cache import StepCache
 from models.arch import Model
 from models.init import init_model
 from pruning.types import Request
