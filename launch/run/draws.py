@@ -10,7 +10,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.data import Tokens, taken_whole
+from calibration.data import Tokens, is_token_file
 from calibration.journal import Journal
 from launch.report import console
 from models.checkpoint.output_format import Layout
@@ -23,7 +23,7 @@ from pruning.types import Method, Request
 
 def check_draws(count: int, source: str) -> None:
     """InputError for more than one draw from a source that is not drawn from."""
-    if count > 1 and taken_whole(source):
+    if count > 1 and is_token_file(source):
         raise InputError(
             f"--calibration_draws={count}: {source} is taken whole, so that every draw would be the same: "
             "leave it out, or give text to draw windows from"

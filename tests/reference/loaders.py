@@ -1,23 +1,40 @@
-"""The data recipes of the published pruning code, ported for the tests: the `random` module's own functions, call for call.
+"""The data recipes of SparseGPT (`datautils.py`) and Wanda (`lib/data.py`), ported for the tests.
 
-SparseGPT `datautils.py` and Wanda `lib/data.py`, with one token a byte for a tokenizer.
+They call the functions of the module `random` in the official order. The tokenizer has one token a
+byte. `calibrate` and `evaluate` load the same data through `calibration.data`.
 """
 
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from calibration.data import Tokens, calibration_tokens, evaluation_tokens
 
 BOS, VOCAB = 256, 257
 
 
 def tokenize(text: str, special: bool = False) -> list[int]:
-    """One token a byte, and a BOS where special tokens are asked for."""
-    return [BOS] * special + list(text.encode())
+    """Return one token a byte, after a BOS if special tokens are asked for."""
+    ids = list(text.encode())
+    return [BOS, *ids] if special else ids
+
+
+def calibrate(source: object, **changes: Any) -> Tokens:
+    """Load a few windows to calibrate on; `changes` replace the defaults."""
+    settings = {"samples": 5, "length": 32, "seed": 0, "vocab": VOCAB} | changes
+    return calibration_tokens(str(source), lambda: tokenize, **settings)
+
+
+def evaluate(source: object, **changes: Any) -> Tokens:
+    """Load all windows to evaluate on; `changes` replace the defaults."""
+    settings = {"length": 32, "windows": 0, "vocab": VOCAB} | changes
+    return evaluation_tokens(str(source), lambda: tokenize, **settings)
 
 
 def texts(count: int, longest: int, seed: int = 7) -> list[str]:
-    """Documents of 0 to `longest` bytes, no two windows of them alike."""
+    """Make documents of 0 to `longest` bytes, without two equal windows."""
     draw = random.Random(seed)
     return [
         "".join(draw.choices("abcdefghij klmno\n", k=draw.randint(0, longest)))
@@ -26,7 +43,7 @@ def texts(count: int, longest: int, seed: int = 7) -> list[str]:
 
 
 def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np.ndarray:
-    """WikiText-2 and PTB in SparseGPT's and Wanda's loaders."""
+    """Draw windows as the loaders of SparseGPT and Wanda draw them from WikiText-2 and PTB."""
     random.seed(seed)
     rows = []
     for _ in range(samples):
@@ -39,7 +56,7 @@ def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np
 def paper_documents(
     documents: Sequence[str], samples: int, seed: int, length: int, special: bool
 ) -> np.ndarray:
-    """C4 in Wanda's loader."""
+    """Draw windows as Wanda's loader draws them from C4."""
     random.seed(seed)
     rows = []
     for _ in range(samples):
@@ -55,5 +72,5 @@ def paper_documents(
 
 
 def paper_windows(ids: Sequence[int], length: int) -> np.ndarray:
-    """The evaluation loop: window i is tokens i * length to (i + 1) * length, for every whole one."""
+    """Cut windows as the evaluation loop: window i is tokens i * length to (i + 1) * length."""
     return np.array([ids[i * length : (i + 1) * length] for i in range(len(ids) // length)])
