@@ -12,7 +12,7 @@ import numpy as np
 
 from calibration.data import Tokens, is_token_file
 from calibration.journal import Journal
-from launch.report import console
+from launch.report import console, seeds
 from models.checkpoint.output_format import Layout
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
@@ -96,8 +96,7 @@ def spread(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         x = np.asarray(values, np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             return {
-                "mean": float(x.mean()),
-                "std": float(x.std(ddof=1)),
+                **seeds.spread(values)._asdict(),
                 "min": float(x.min()),
                 "max": float(x.max()),
             }

@@ -5,9 +5,9 @@ import pytest
 import tokenizers
 
 from calibration.data import evaluation_tokens
+from calibration.stories.tokens import train_tokenizer
 from calibration.tokenizer import load_tokenizer
 from eval.perplexity import perplexity
-from launch.pretrain import train_tokenizer
 from models import hub, store
 from models.arch import Model, logits
 
