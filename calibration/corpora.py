@@ -102,8 +102,8 @@ HUB = {
             "validation",
             join=" ",
             file="en/c4-validation.00000-of-00008.json.gz",
-            max_texts=1100,
-            max_windows=256,
+            max_texts=1100,  # joined into one stream, from which the papers
+            max_windows=256,  # read this many windows of 2048 tokens
         ),
     ),
     "ptb": HubDataset(
@@ -159,7 +159,7 @@ def load_hub(name: str, purpose: Purpose) -> Corpus:
     Raises:
       InputError: The data set cannot be reached, or the hub no longer has the file.
     """
-    import datasets
+    import datasets  # here, because its import takes seconds that local files need not pay
 
     source = HUB[name]
     part = source.calibration if purpose == "calibration" else source.evaluation
@@ -175,6 +175,7 @@ def load_hub(name: str, purpose: Purpose) -> Corpus:
             field=SETTINGS[purpose],
             value=name,
         ) from e
+    # The papers tokenize hub texts with the tokenizer's defaults, BOS included.
     texts = rows[source.column]
     if part.max_texts is not None:
         texts = list(itertools.islice(texts, part.max_texts))
@@ -261,7 +262,7 @@ def _read_jsonl(file: _File) -> list[str]:
     texts = []
     wanted = f'write every line as {{"{COLUMN}": "..."}}'
     for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():
+        if not line.strip():  # such as behind the last newline
             continue
         try:
             row = json.loads(line)
@@ -280,6 +281,7 @@ def _read_parquet(file: _File) -> list[str]:
 
     try:
         with pq.ParquetFile(file.path) as table:
+            # One column alone: the others of a crawl can be larger than the text.
             names = table.schema_arrow.names
             column = table.read(columns=[COLUMN])[COLUMN] if COLUMN in names else None
     except (pa.ArrowException, OSError) as e:

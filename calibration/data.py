@@ -66,8 +66,10 @@ def calibration_tokens(
     if is_token_file(source):
         ids = _read_npy(source, "calibration")
         return _checked(ids, vocab, "calibration", {"source": source, "seed": seed})
+    # Stories are random by themselves: windows in order need no further draw.
     if source == "embedded":
         return _story_windows("calibration", seed, tokenizer(), (samples, length), vocab)
+    # The corpus first: a wrong source is refused before the tokenizer is read.
     corpus = load_corpus(source, "calibration")
     encode = tokenizer()
     special = corpus.special_tokens
@@ -117,10 +119,12 @@ def evaluation_tokens(
             )
         return _checked(ids[: windows or None], vocab, "evaluation", {"source": source})
     if source == "embedded":
+        # The seed is fixed, so that every model is evaluated on the same stories.
         shape = (windows or EMBEDDED_EVAL_WINDOWS, length)
         return _story_windows("evaluation", 0, tokenizer(), shape, vocab)
     corpus = load_corpus(source, "evaluation")
     stream = tokenizer()(corpus.join.join(corpus.texts), corpus.special_tokens)
+    # The protocol's own limit holds unless fewer windows are asked for.
     most = min((limit for limit in (windows, corpus.max_windows) if limit), default=0)
     ids = consecutive_windows(stream, length, most, source)
     cut = _cut_record("consecutive windows", corpus.join, corpus.special_tokens)
@@ -195,6 +199,7 @@ def _checked(ids: np.ndarray, vocab: int, purpose: Purpose, protocol: dict[str, 
             f"has token id {wrong} outside the model's vocabulary (0 to {vocab - 1})",
             "use this model's own tokenizer",
         )
+    # Little-endian, so that the digest does not depend on the machine.
     ids = np.ascontiguousarray(ids, np.dtype("<i4"))
     samples, length = ids.shape
     digest = hashlib.sha256(ids.tobytes()).hexdigest()

@@ -210,6 +210,7 @@ class Journal:
             value = _unpack(self._directory / self._steps[self._position])
         else:
             cached = self._cached(key)
+            # Converted here, so that this run continues with the value that a resumed one reads.
             value = to_serialisable(compute()) if cached is None else cached
             self._write_step(value)
         self._end_step(key, value)
@@ -305,6 +306,7 @@ class Journal:
 
     def _commit(self, steps: list[str], partial: _PartialPass | None) -> None:
         """Make the steps and the partial pass count from here on."""
+        # The sink first: an index must never name blocks that are not on disk.
         mark = self._sink.mark()
         # Writing the index removes files that another process may still be reading.
         barrier("commit")
@@ -323,6 +325,7 @@ class Journal:
             "sizes": {name: _size(self._directory / name) for name in used},
         }
         write_durably(self._directory / INDEX, json.dumps(index).encode())
+        # Only now: until the index was replaced, the files of the one before still counted.
         for path in self._directory.iterdir():
             if path.name not in (*used, INDEX):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

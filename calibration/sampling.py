@@ -72,6 +72,7 @@ def document_windows(
     draw = random.Random(seed)
     lengths_of_short: dict[int, int] = {}  # document -> its tokens; a short one is encoded once
     windows = []
+    # Document and place are drawn in turn, as in the official loop: the order decides the windows.
     for _ in range(samples):
         ids = _draw_document(documents, encode, length, draw, lengths_of_short, source)
         start = draw.randint(0, len(ids) - length - 1)

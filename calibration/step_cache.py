@@ -31,6 +31,7 @@ class StepCache:
 
     def keep(self, key: Hashable, value: Any) -> None:
         """Keep a value. Nobody may change it from here on."""
+        # Arrays alone decide: text and numbers are small beside them.
         size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(value))
         # A value beyond the limit would push out all others and still not fit.
         if size > self._limit:

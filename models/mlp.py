@@ -69,6 +69,7 @@ def mask(params: Params, keeps: Sequence[jax.Array]) -> Params:
 
 def _mask_rows(layer: Linear, keep: jax.Array) -> Linear:
     """Set rows [in] and biases of a linear to zero where `keep` [out] is false."""
+    # The bias too: with a row of zeros alone, a unit would still fire.
     b = None if layer.b is None else jnp.where(keep, layer.b, 0)
     return Linear(jnp.where(keep[:, None], layer.w, 0), b)
 
