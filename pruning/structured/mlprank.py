@@ -43,7 +43,7 @@ def wpr(gamma: float = 0.9, theta: float = 0.5) -> Scorer:
     # gamma = 0, would leave the activations alone.
     for name, share in (("gamma", gamma), ("theta", theta)):
         if not 0 <= share <= 1:
-            raise InputError("must lie between 0 and 1", field=name, value=share)
+            raise InputError("of wpr must lie between 0 and 1", field=name, value=share)
     return scorer("wpr", gamma, theta)
 
 
@@ -57,7 +57,9 @@ def mpr(zeroed: float = 0.0) -> Scorer:
       InputError: The fraction is outside its range.
     """
     if not 0 <= zeroed < 1:
-        raise InputError("must lie between 0 and 1, 1 excluded", field="zeroed", value=zeroed)
+        raise InputError(
+            "of mpr must lie between 0 and 1, 1 excluded", field="zeroed", value=zeroed
+        )
     return scorer("mpr", zeroed=zeroed)
 
 
