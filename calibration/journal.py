@@ -180,7 +180,7 @@ class Journal:
             changes = ", ".join(_describe_change(name, before, now) for name in changed)
             raise InputError(
                 f"an unfinished run in {self._directory} had another {changes}",
-                "repeat its command to continue it, or set `resume` to false to start over",
+                "repeat its command to continue it, or start over with `noresume`",
             )
         for name, size in sizes.items():
             if _size(self._directory / name) != size:

@@ -132,7 +132,7 @@ def test_saves_take_a_tenth_of_the_time(tmp_path: Path, monkeypatch: pytest.Monk
         (
             {"--sparsity": 0.6},
             r"had another --sparsity \(0.5, now 0.6\): repeat its command to continue it, "
-            r"or set resume to false",
+            r"or start over with noresume",
         ),
         ({"weights": {"a": "c" * 64}}, r"had another weights: repeat"),
         ({"--pattern": "2:4"}, r'--pattern \(null, now "2:4"\)'),
