@@ -20,14 +20,13 @@ from models.errors import InputError
 from reference.loaders import (
     BOS,
     VOCAB,
-    calibrate,
-    evaluate,
     paper_documents,
     paper_stream,
     paper_windows,
     texts,
     tokenize,
 )
+from reference.windows import calibrate, evaluate
 
 
 class Hub:

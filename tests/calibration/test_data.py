@@ -14,7 +14,8 @@ from calibration.data import Tokens, calibration_tokens, evaluation_tokens
 from calibration.stories import generator as stories
 from calibration.tokenizer import Tokenizer
 from models.errors import InputError
-from reference.loaders import VOCAB, calibrate, evaluate, texts, tokenize
+from reference.loaders import VOCAB, texts, tokenize
+from reference.windows import calibrate, evaluate
 
 
 def no_tokenizer() -> Tokenizer:
