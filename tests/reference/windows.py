@@ -1,4 +1,4 @@
-"""Short windows loaded through `calibration.data` with the byte tokenizer of `reference.loaders`."""
+"""Short windows from `calibration.data`, with the byte tokenizer of `reference.loaders`."""
 
 from typing import Any
 
