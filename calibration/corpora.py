@@ -1,4 +1,4 @@
-"""Where text comes from: WikiText-2, C4 and PTB from the hub exactly as the papers read them, and local files."""
+"""Read text: WikiText-2, C4 and PTB from the hub as the papers read them, and local files."""
 
 import itertools
 import json
@@ -8,130 +8,192 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 Purpose = Literal["calibration", "evaluation"]
+SETTINGS: dict[Purpose, str] = {  # the setting that names a source, for error messages
+    "calibration": "calibration",
+    "evaluation": "eval_data",
+}
 SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
-FIELD = "text"  # of a .jsonl line, of a .parquet table
+COLUMN = "text"  # field of a .jsonl line and column of a .parquet table that hold the documents
 
 
 class Corpus(NamedTuple):
-    """Texts and how to read windows from them."""
+    """Texts, and the protocol for reading windows from them.
+
+    Attributes:
+      texts: The texts.
+      join: Text between two of them where they are read as one stream.
+      stamp: Fields of the report that identify the data.
+      by_document: True if calibration draws a text and then a window in it; False if it draws
+        windows of the stream.
+      special_tokens: True to tokenize with the tokenizer's own BOS and EOS.
+      max_windows: Most windows that the protocol evaluates; 0 for all.
+    """
 
     texts: Sequence[str]
-    join: str  # put between the texts where they are read as one stream
-    stamp: dict[str, Any]  # which data this is, for the report
-    by_document: bool = (
-        False  # calibration draws a text, then a window in it; else a window of the stream
-    )
-    special_tokens: bool = False  # tokenize with the tokenizer's own BOS and EOS
-    most_windows: int = 0  # the protocol evaluates no more than these (0 = all)
+    join: str
+    stamp: dict[str, Any]
+    by_document: bool = False
+    special_tokens: bool = False
+    max_windows: int = 0
 
 
-class HubText(NamedTuple):
-    """What one purpose takes of a hub data set."""
+class HubPart(NamedTuple):
+    """The part of a hub data set that one purpose reads.
+
+    Attributes:
+      split: Name of the split.
+      join: As in `Corpus`.
+      file: Path of the only file to read in the repository; None for the whole split.
+      by_document: As in `Corpus`.
+      max_texts: Number of texts to read from the start; None for all.
+      max_windows: As in `Corpus`.
+    """
 
     split: str
     join: str
     file: str | None = None
     by_document: bool = False
-    most_texts: int | None = None
-    most_windows: int = 0
+    max_texts: int | None = None
+    max_windows: int = 0
 
 
-class HubSet(NamedTuple):
-    """A data set of the hub, at a fixed revision."""
+class HubDataset(NamedTuple):
+    """A data set of the hub, at a fixed revision.
+
+    Attributes:
+      dataset: Its id.
+      config: Its configuration; None if it needs none.
+      revision: A commit or a branch.
+      column: Column of the texts.
+      calibration: The part to calibrate on.
+      evaluation: The part to evaluate on.
+    """
 
     dataset: str
     config: str | None
     revision: str
-    field: str
-    calibration: HubText
-    evaluation: HubText
+    column: str
+    calibration: HubPart
+    evaluation: HubPart
 
 
-# `get_loaders` of SparseGPT (datautils.py) and Wanda (lib/data.py). The hub has moved since: the ids have owners now, C4 needs no
-# config beside its file, and PTB, once a loading script, is read from the hub's own conversion of it.
+# The recipes are those of `get_loaders` of SparseGPT (datautils.py) and Wanda (lib/data.py). The
+# hub has changed since: ids have owners now, C4 needs no configuration beside its file, and PTB
+# was a loading script, which is no longer run, so the hub's own conversion is read instead.
 HUB = {
-    "wikitext2": HubSet(
+    "wikitext2": HubDataset(
         "Salesforce/wikitext",
         "wikitext-2-raw-v1",
         "b08601e04326c79dfdd32d625aee71d232d685c3",
         "text",
-        HubText("train", join=" "),
-        HubText("test", join="\n\n"),
+        HubPart("train", join=" "),
+        HubPart("test", join="\n\n"),
     ),
-    "c4": HubSet(
+    "c4": HubDataset(
         "allenai/c4",
         None,
         "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         "text",
-        HubText("train", join=" ", file="en/c4-train.00000-of-01024.json.gz", by_document=True),
-        HubText(
+        HubPart("train", join=" ", file="en/c4-train.00000-of-01024.json.gz", by_document=True),
+        HubPart(
             "validation",
             join=" ",
             file="en/c4-validation.00000-of-00008.json.gz",
-            most_texts=1100,
-            most_windows=256,
+            max_texts=1100,  # joined into one stream, from which the papers
+            max_windows=256,  # read this many windows of 2048 tokens
         ),
     ),
-    "ptb": HubSet(
+    "ptb": HubDataset(
         "ptb-text-only/ptb_text_only",
         None,
         "refs/convert/parquet",
         "sentence",
-        HubText("train", join=" ", file="penn_treebank/train/0000.parquet"),
-        HubText("test", join=" ", file="penn_treebank/test/0000.parquet"),
+        HubPart("train", join=" ", file="penn_treebank/train/0000.parquet"),
+        HubPart("test", join=" ", file="penn_treebank/test/0000.parquet"),
     ),
 }
 
 
+class _File(NamedTuple):
+    """A local file, and the setting that names it."""
+
+    path: pathlib.Path
+    setting: str
+
+    def error(self, reason: str, remedy: str) -> InputError:
+        """Return the error for a file that cannot be used."""
+        return InputError(reason, remedy, field=self.setting, value=self.path)
+
+
 def load_corpus(source: str, purpose: Purpose) -> Corpus:
-    """The texts of a data set's name or a file's path. Raises InputError when there is no such source or it cannot be read."""
-    return (
-        load_hub(source, purpose)
-        if source in HUB
-        else load_file(pathlib.Path(source).expanduser(), purpose)
-    )
+    """Load the texts of a source.
+
+    Args:
+      source: Name of a hub data set, or path of a local file.
+      purpose: What the texts are for; it decides the split and how texts are joined.
+
+    Returns:
+      The texts and the protocol for reading windows from them.
+
+    Raises:
+      InputError: The source does not exist or cannot be read.
+    """
+    if source in HUB:
+        return load_hub(source, purpose)
+    return load_file(pathlib.Path(source).expanduser(), purpose)
 
 
 def load_hub(name: str, purpose: Purpose) -> Corpus:
-    """A data set of `HUB` through `datasets.load_dataset`: downloaded, or from its cache.
+    """Load a data set of `HUB`: download it, or read it from the cache of `datasets`.
 
-    Raises InputError when it cannot be had: no network, no such file any more.
+    Args:
+      name: Key of `HUB`.
+      purpose: As for `load_corpus`.
+
+    Returns:
+      As `load_corpus` returns.
+
+    Raises:
+      InputError: The data set cannot be reached, or the hub no longer has the file.
     """
-    import datasets
+    import datasets  # here, because its import takes seconds that local files need not pay
 
     source = HUB[name]
     part = source.calibration if purpose == "calibration" else source.evaluation
-    which = {"revision": source.revision, "split": part.split}
+    version = {"revision": source.revision, "split": part.split}
     files = {part.split: part.file} if part.file else None
     try:
         with _quiet_retries():
-            rows = datasets.load_dataset(source.dataset, source.config, data_files=files, **which)
+            rows = datasets.load_dataset(source.dataset, source.config, data_files=files, **version)
     except Exception as e:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(
-            f"the data set {name} ({source.dataset}) cannot be reached: {reason}; "
-            "connect to the hub, or give a local .txt, .jsonl, .parquet or .npy file instead"
+            f"cannot be reached ({source.dataset}: {first_line(e)})",
+            "connect to the hub, or give a local .txt, .jsonl, .parquet or .npy file instead",
+            field=SETTINGS[purpose],
+            value=name,
         ) from e
-    texts = rows[source.field]
-    if part.most_texts is not None:
-        texts = list(itertools.islice(texts, part.most_texts))
-    stamp = {"dataset": source.dataset, "config": source.config, "file": part.file, **which}
+    # The papers tokenize hub texts with the tokenizer's defaults, BOS included.
+    texts = rows[source.column]
+    if part.max_texts is not None:
+        texts = list(itertools.islice(texts, part.max_texts))
+    stamp = {"dataset": source.dataset, "config": source.config, "file": part.file, **version}
     return Corpus(
         texts,
         part.join,
         stamp,
         part.by_document,
         special_tokens=True,
-        most_windows=part.most_windows,
+        max_windows=part.max_windows,
     )
 
 
 @contextmanager
 def _quiet_retries() -> Iterator[None]:
-    """The hub client logs every retry; offline that buries the one line that says what is wrong."""
+    """Silence the warnings of the hub client."""
+    # It logs every retry. Offline that buries the one line that says what is wrong.
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -142,83 +204,97 @@ def _quiet_retries() -> Iterator[None]:
 
 
 def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
-    """A local text file, by its suffix.
+    """Load a local text file, by its suffix.
 
-    - `.txt`: one text, as it is.
-    - `.raw`: WikiText's own format, read into the rows that `wikitext2` has and joined in the same way.
-    - `.jsonl` (field `text`), `.parquet` (column `text`): documents, drawn from as C4 for calibration, joined by a blank line for
-      evaluation.
+    - `.txt`: One text, unchanged.
+    - `.raw`: WikiText's own format, split into the rows of `wikitext2` and joined as these are.
+    - `.jsonl` (field `text`) and `.parquet` (column `text`): Documents. Calibration draws from
+      them as from C4; evaluation joins them by a blank line.
 
-    Raises InputError when there is no such file or it cannot be read, with the line where there is one.
+    Args:
+      path: The file.
+      purpose: As for `load_corpus`.
+
+    Returns:
+      As `load_corpus` returns.
+
+    Raises:
+      InputError: The file does not exist, has another suffix, or cannot be read.
     """
+    file = _File(path, SETTINGS[purpose])
     if path.suffix not in SUFFIXES:
-        known = ", ".join(["embedded", *HUB]), ", ".join([".npy", *SUFFIXES])
-        raise InputError(
-            f"there is no data source {str(path)!r}: give one of {known[0]}, or a file {known[1]}"
-        )
+        names = ", ".join(["embedded", *HUB])
+        suffixes = ", ".join([".npy", *SUFFIXES])
+        raise file.error("is no known data source", f"give one of {names}, or a file {suffixes}")
     if not path.is_file():
-        raise InputError(f"{path}: there is no such file, check the path")
+        raise file.error("does not exist", "check the path")
     stamp = {"dataset": path.name}
     match path.suffix:
         case ".txt":
-            return Corpus([_read_text(path)], "", stamp)
+            return Corpus([_read_text(file)], "", stamp)
         case ".raw":
-            return Corpus(
-                _wikitext_rows(_read_text(path)), " " if purpose == "calibration" else "\n\n", stamp
-            )
+            join = " " if purpose == "calibration" else "\n\n"
+            return Corpus(_wikitext_rows(_read_text(file)), join, stamp)
         case ".jsonl":
-            return Corpus(_read_jsonl(path), "\n\n", stamp, by_document=True)
+            return Corpus(_read_jsonl(file), "\n\n", stamp, by_document=True)
         case _:
-            return Corpus(_read_parquet(path), "\n\n", stamp, by_document=True)
+            return Corpus(_read_parquet(file), "\n\n", stamp, by_document=True)
 
 
-def _read_text(path: pathlib.Path) -> str:
+def _read_text(file: _File) -> str:
+    """Read a UTF-8 file."""
     try:
-        return path.read_bytes().decode("utf-8")  # not read_text, which would turn \r\n into \n
+        # Not read_text, which would turn \r\n into \n.
+        return file.path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as e:
-        raise InputError(f"{path} is not UTF-8 text (byte {e.start}): convert it to UTF-8") from e
+        raise file.error(f"is not UTF-8 text (byte {e.start})", "convert it to UTF-8") from e
 
 
 def _wikitext_rows(text: str) -> list[str]:
-    """The rows of the hub's WikiText: a line with its newline, a blank line as the empty string."""
-    lines = text.removesuffix("\n").split(
-        "\n"
-    )  # not splitlines, which also splits at U+2028 and the like
+    """Split WikiText into the hub's rows: lines with their newline, blank lines as empty text."""
+    # Not splitlines, which also splits at U+2028 and others.
+    lines = text.removesuffix("\n").split("\n")
     return [f"{line}\n" if line.strip() else "" for line in lines]
 
 
-def _read_jsonl(path: pathlib.Path) -> list[str]:
-    texts, wanted = [], f'every line must be like {{"{FIELD}": "..."}}'
-    for number, line in enumerate(_read_text(path).split("\n"), start=1):
-        if not line.strip():
+def _read_jsonl(file: _File) -> list[str]:
+    """Read the documents of a `.jsonl` file."""
+    texts = []
+    wanted = f'write every line as {{"{COLUMN}": "..."}}'
+    for number, line in enumerate(_read_text(file).split("\n"), start=1):
+        if not line.strip():  # such as behind the last newline
             continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as e:
-            raise InputError(f"{path} line {number} is not JSON ({e.msg}): {wanted}") from e
-        if not isinstance(row, dict) or not isinstance(row.get(FIELD), str):
-            raise InputError(f"{path} line {number} has no string in a field {FIELD!r}: {wanted}")
-        texts.append(row[FIELD])
+            raise file.error(f"is not JSON in line {number} ({e.msg})", wanted) from e
+        if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
+            raise file.error(f"has no string in field {COLUMN!r} of line {number}", wanted)
+        texts.append(row[COLUMN])
     return texts
 
 
-def _read_parquet(path: pathlib.Path) -> list[str]:
+def _read_parquet(file: _File) -> list[str]:
+    """Read the documents of a `.parquet` file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            names = file.schema_arrow.names
-            column = file.read(columns=[FIELD])[FIELD] if FIELD in names else None
+        with pq.ParquetFile(file.path) as table:
+            # One column alone: the others of a crawl can be larger than the text.
+            names = table.schema_arrow.names
+            column = table.read(columns=[COLUMN])[COLUMN] if COLUMN in names else None
     except (pa.ArrowException, OSError) as e:
-        raise InputError(
-            f"{path} cannot be read as parquet ({str(e).splitlines()[0]}): write it again"
-        ) from e
+        raise file.error(f"cannot be read as parquet ({first_line(e)})", "write it again") from e
     if column is None:
-        raise InputError(
-            f"{path} has no column {FIELD!r} (it has {', '.join(names)}): rename the one that holds the documents"
+        raise file.error(
+            f"has no column {COLUMN!r} (it has {', '.join(names)})",
+            "rename the column that holds the documents",
         )
     texts = column.to_pylist()
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"{path}: column {FIELD!r} must hold a string in every row, without nulls")
+        raise file.error(
+            f"has a row without a string in column {COLUMN!r}",
+            "fill or remove that row",
+        )
     return texts

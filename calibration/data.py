@@ -1,6 +1,8 @@
-"""Tokens to calibrate on and to evaluate on, from a hub data set, a local file, or stories that ship with the project.
+"""Load the tokens to calibrate on and to evaluate on.
 
-Windows follow the published protocols (see `sampling` and `corpora`), and every result says how to get it again.
+Sources are hub data sets, local files, and generated stories that ship with the project. Windows
+follow the published protocols (see `sampling` and `corpora`), and every result records how to get
+it again.
 """
 
 import hashlib
@@ -11,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from calibration.corpora import load_corpus
+from calibration.corpora import SETTINGS, Purpose, load_corpus
 from calibration.sampling import consecutive_windows, document_windows, random_windows
 from calibration.stories import generator as stories
 from calibration.tokenizer import Tokenizer
@@ -21,10 +23,15 @@ EMBEDDED_EVAL_WINDOWS = 64  # the stories never end, so "all windows" of `embedd
 
 
 class Tokens(NamedTuple):
-    """Token windows and where they come from."""
+    """Windows of tokens, and their origin.
 
-    ids: np.ndarray  # int32 [samples, length]
-    protocol: dict[str, Any]  # JSON-able; "sha256" is of the bytes of `ids`
+    Attributes:
+      ids: Token ids, int32 [samples length].
+      protocol: JSON-able record of the origin. Its "sha256" is that of the bytes of `ids`.
+    """
+
+    ids: np.ndarray
+    protocol: dict[str, Any]
 
 
 def calibration_tokens(
@@ -36,147 +43,176 @@ def calibration_tokens(
     seed: int,
     vocab: int,
 ) -> Tokens:
-    """`samples` windows of `length` tokens, drawn by `seed`.
+    """Load windows to calibrate on.
 
-    Sources: `wikitext2`, `c4`, `ptb` (hub), `embedded` (generated stories, in order), a `.txt`, `.raw`, `.jsonl` or `.parquet`
-    file, or a `.npy` file of tokens [samples, length], which is taken whole and as it is: only that calls no `tokenizer`.
+    Args:
+      source: `wikitext2`, `c4` or `ptb` of the hub; `embedded` for generated stories, in order; a
+        `.txt`, `.raw`, `.jsonl` or `.parquet` file; or a `.npy` file of tokens [samples length],
+        which is used whole and unchanged.
+      tokenizer: Returns the model's tokenizer; not called for a `.npy` file.
+      samples: Number of windows.
+      length: Tokens in a window.
+      seed: Decides the windows.
+      vocab: Tokens of the model's vocabulary.
 
-    Raises InputError: no such source, text that cannot be read or is too short, ids outside [0, `vocab`).
+    Returns:
+      The windows.
+
+    Raises:
+      InputError: The source does not exist, cannot be read or is too short, or an id is outside
+        the vocabulary.
     """
-    _at_least(1, calibration_samples=samples, calibration_length=length)
-    if taken_whole(source):
-        return _tokens(_read_npy(source), vocab, {"source": source, "seed": seed})
+    _check_least(1, calibration_samples=samples, calibration_length=length)
+    if is_token_file(source):
+        ids = _read_npy(source, "calibration")
+        return _checked(ids, vocab, "calibration", {"source": source, "seed": seed})
+    # Stories are random by themselves: windows in order need no further draw.
     if source == "embedded":
-        ids = _story_tokens("calibration", seed, tokenizer(), samples * length).reshape(
-            samples, length
-        )
-        return _tokens(
-            ids,
-            vocab,
-            {
-                "source": source,
-                "seed": seed,
-                "split": "calibration",
-                **_how("consecutive windows", "", False),
-            },
-        )
-    corpus, encode = load_corpus(source, "calibration"), tokenizer()
+        return _story_windows("calibration", seed, tokenizer(), (samples, length), vocab)
+    # The corpus first: a wrong source is refused before the tokenizer is read.
+    corpus = load_corpus(source, "calibration")
+    encode = tokenizer()
     special = corpus.special_tokens
     if corpus.by_document:
         ids = document_windows(
             corpus.texts, lambda text: encode(text, special), samples, length, seed, source
         )
-        how = _how("random windows of random documents", None, special)
+        cut = _cut_record("random windows of random documents", None, special)
     else:
-        ids = random_windows(
-            encode(corpus.join.join(corpus.texts), special), samples, length, seed, source
-        )
-        how = _how("random windows", corpus.join, special)
-    return _tokens(ids, vocab, {"source": source, "seed": seed, **corpus.stamp, **how})
+        stream = encode(corpus.join.join(corpus.texts), special)
+        ids = random_windows(stream, samples, length, seed, source)
+        cut = _cut_record("random windows", corpus.join, special)
+    protocol = {"source": source, "seed": seed, **corpus.stamp, **cut}
+    return _checked(ids, vocab, "calibration", protocol)
 
 
 def evaluation_tokens(
     source: str, tokenizer: Callable[[], Tokenizer], *, length: int, windows: int, vocab: int
 ) -> Tokens:
-    """Consecutive windows of `length` tokens, the tail dropped, no BOS added to a window; at most `windows` of them (0 = all).
+    """Load consecutive windows to evaluate on, without a BOS and without the incomplete tail.
 
-    Sources as for `calibration_tokens`. Of `embedded`, all means 64 windows; of `c4`, the protocol's 256. A row of a `.npy` file
-    is a window, whatever `length` says.
+    Args:
+      source: As for `calibration_tokens`. A row of a `.npy` file is a window, whatever `length`
+        says.
+      tokenizer: As for `calibration_tokens`.
+      length: Tokens in a window.
+      windows: Most windows to load; 0 loads all, which means 64 of `embedded` and the protocol's
+        256 of `c4`.
+      vocab: As for `calibration_tokens`.
 
-    Raises InputError: no such source, text that cannot be read or is too short, ids outside [0, `vocab`).
+    Returns:
+      The windows.
+
+    Raises:
+      InputError: As for `calibration_tokens`.
     """
-    _at_least(2, eval_length=length)
-    _at_least(0, eval_windows=windows)
-    if taken_whole(source):
-        ids = _read_npy(source)
+    _check_least(2, eval_length=length)
+    _check_least(0, eval_windows=windows)
+    if is_token_file(source):
+        ids = _read_npy(source, "evaluation")
         if ids.shape[1] < 2:
-            raise InputError(
-                f"{source} has windows of one token, which leaves nothing to predict: give windows of two or more"
+            raise _source_error(
+                source,
+                "evaluation",
+                "has windows of one token, which leaves nothing to predict",
+                "give windows of two tokens or more",
             )
-        return _tokens(ids[: windows or None], vocab, {"source": source})
+        return _checked(ids[: windows or None], vocab, "evaluation", {"source": source})
     if source == "embedded":
-        windows = windows or EMBEDDED_EVAL_WINDOWS
-        ids = _story_tokens("evaluation", 0, tokenizer(), windows * length).reshape(windows, length)
-        return _tokens(
-            ids,
-            vocab,
-            {
-                "source": source,
-                "seed": 0,
-                "split": "evaluation",
-                **_how("consecutive windows", "", False),
-            },
-        )
-    corpus, encode = load_corpus(source, "evaluation"), tokenizer()
-    most = min((limit for limit in (windows, corpus.most_windows) if limit), default=0)
-    ids = consecutive_windows(
-        encode(corpus.join.join(corpus.texts), corpus.special_tokens), length, most, source
-    )
-    return _tokens(
-        ids,
-        vocab,
-        {
-            "source": source,
-            **corpus.stamp,
-            **_how("consecutive windows", corpus.join, corpus.special_tokens),
-        },
-    )
+        # The seed is fixed, so that every model is evaluated on the same stories.
+        shape = (windows or EMBEDDED_EVAL_WINDOWS, length)
+        return _story_windows("evaluation", 0, tokenizer(), shape, vocab)
+    corpus = load_corpus(source, "evaluation")
+    stream = tokenizer()(corpus.join.join(corpus.texts), corpus.special_tokens)
+    # The protocol's own limit holds unless fewer windows are asked for.
+    most = min((limit for limit in (windows, corpus.max_windows) if limit), default=0)
+    ids = consecutive_windows(stream, length, most, source)
+    cut = _cut_record("consecutive windows", corpus.join, corpus.special_tokens)
+    return _checked(ids, vocab, "evaluation", {"source": source, **corpus.stamp, **cut})
 
 
-def _story_tokens(split: stories.Split, seed: int, encode: Tokenizer, count: int) -> np.ndarray:
-    """The first `count` tokens of the stories, each tokenized by itself: a window does not depend on how many follow it."""
-    ids = itertools.chain.from_iterable(encode(story) for story in stories.stream(split, seed))
-    return np.fromiter(itertools.islice(ids, count), np.int32, count)
-
-
-def taken_whole(source: str) -> bool:
-    """Whether a source is taken whole and as it is, so that no seed changes it."""
+def is_token_file(source: str) -> bool:
+    """Return True if a source is a file of tokens, which is used whole, whatever the seed."""
     return pathlib.Path(source).suffix == ".npy"
 
 
-def _read_npy(source: str) -> np.ndarray:
-    """Integer tokens [samples, length] of a `.npy` file; never a pickle."""
+def _story_windows(
+    purpose: Purpose, seed: int, encode: Tokenizer, shape: tuple[int, int], vocab: int
+) -> Tokens:
+    """Cut consecutive windows [samples length] from the generated stories."""
+    count = shape[0] * shape[1]
+    # Each story is tokenized by itself: a window must not depend on how many follow it.
+    ids = itertools.chain.from_iterable(encode(story) for story in stories.stream(purpose, seed))
+    windows = np.fromiter(itertools.islice(ids, count), np.int32, count).reshape(shape)
+    cut = _cut_record("consecutive windows", "", False)
+    protocol = {"source": "embedded", "seed": seed, "split": purpose, **cut}
+    return _checked(windows, vocab, purpose, protocol)
+
+
+def _read_npy(source: str, purpose: Purpose) -> np.ndarray:
+    """Read integer tokens [samples length] from a `.npy` file, never from a pickle."""
     try:
-        with (
-            pathlib.Path(source).expanduser().open("rb") as file
-        ):  # not np.load, which also takes archives
+        # Not np.load, which also reads archives.
+        with pathlib.Path(source).expanduser().open("rb") as file:
             ids = np.lib.format.read_array(file, allow_pickle=False)
     except FileNotFoundError as e:
-        raise InputError(f"{source}: there is no such file, check the path") from e
-    except Exception as e:  # numpy lets through ValueError, tokenize.TokenError, and MemoryError for a header that lies
-        raise InputError(
-            f"{source} is not a readable .npy file: write it with numpy.save, integers [samples, length]"
+        raise _source_error(source, purpose, "does not exist", "check the path") from e
+    # numpy lets through ValueError, tokenize.TokenError, and MemoryError for a wrong header.
+    except Exception as e:
+        raise _source_error(
+            source,
+            purpose,
+            "is not a readable .npy file",
+            "write it with numpy.save, integers [samples, length]",
         ) from e
     if ids.dtype.kind not in "iu":
-        raise InputError(
-            f"{source} holds {ids.dtype}, and tokens are integers: save an integer array [samples, length]"
+        raise _source_error(
+            source,
+            purpose,
+            f"holds {ids.dtype}, and tokens are integers",
+            "save an integer array [samples, length]",
         )
     if ids.ndim != 2 or ids.size == 0:
-        raise InputError(
-            f"{source} has shape {list(ids.shape)}, and tokens are [samples, length], neither of them 0"
+        raise _source_error(
+            source,
+            purpose,
+            f"has shape {list(ids.shape)}, and tokens are [samples, length]",
+            "save a matrix with at least one window and one token",
         )
     return ids
 
 
-def _how(cut: str, join: str | None, special_tokens: bool) -> dict[str, Any]:
-    """How windows were made of texts. `join` is None where each text stays by itself."""
+def _cut_record(cut: str, join: str | None, special_tokens: bool) -> dict[str, Any]:
+    """Record how windows were cut from texts; `join` is None if each text stays by itself."""
     return {"cut": cut, "join": join, "special_tokens": special_tokens}
 
 
-def _tokens(ids: np.ndarray, vocab: int, stamp: dict[str, Any]) -> Tokens:
-    """Check the range, in the integers' own width, then stamp."""
+def _checked(ids: np.ndarray, vocab: int, purpose: Purpose, protocol: dict[str, Any]) -> Tokens:
+    """Check that ids [samples length] are in the vocabulary, and complete their record."""
+    # In the integers' own width: a cast to int32 could wrap a wrong id into the vocabulary.
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocab:
         wrong = low if low < 0 else high
-        outside = f"token id {wrong} is outside the model's vocabulary (0 to {vocab - 1})"
-        raise InputError(f"{stamp['source']}: {outside}: use this model's own tokenizer")
+        raise _source_error(
+            protocol["source"],
+            purpose,
+            f"has token id {wrong} outside the model's vocabulary (0 to {vocab - 1})",
+            "use this model's own tokenizer",
+        )
+    # Little-endian, so that the digest does not depend on the machine.
     ids = np.ascontiguousarray(ids, np.dtype("<i4"))
     samples, length = ids.shape
     digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    return Tokens(ids, {**stamp, "sha256": digest, "samples": samples, "length": length})
+    return Tokens(ids, {**protocol, "sha256": digest, "samples": samples, "length": length})
 
 
-def _at_least(least: int, **flags: int) -> None:
-    for flag, value in flags.items():
+def _source_error(source: str, purpose: Purpose, reason: str, remedy: str) -> InputError:
+    """Return the error for a source that cannot be used."""
+    return InputError(reason, remedy, field=SETTINGS[purpose], value=source)
+
+
+def _check_least(least: int, **settings: int) -> None:
+    """Check that settings are not below their least value."""
+    for name, value in settings.items():
         if value < least:
-            raise InputError(f"--{flag}={value} is too small: give {least} or more")
+            raise InputError("is too small", f"give {least} or more", field=name, value=value)

@@ -1,7 +1,8 @@
-"""How windows are cut from text: the three ways of the published protocols. Windows are int32 [samples, length].
+"""Cut windows of tokens from text, in the three ways of the published protocols.
 
-The draws are those of `get_loaders` in the released code of SparseGPT (Frantar and Alistarh 2023, `datautils.py`) and Wanda
-(Sun et al. 2024, `lib/data.py`), call for call: `random.Random(seed)` draws what the module draws after `random.seed(seed)`.
+Windows are int32 [samples length]. The draws are those of `get_loaders` in the official code of
+SparseGPT (Frantar and Alistarh 2023, `datautils.py`) and Wanda (Sun et al. 2024, `lib/data.py`),
+call for call: `random.Random(seed)` draws what the module `random` draws after `random.seed(seed)`.
 """
 
 import random
@@ -11,44 +12,69 @@ import numpy as np
 
 from models.errors import InputError
 
-Encode = Callable[[str], Sequence[int]]
+Encode = Callable[[str], Sequence[int]]  # text -> its token ids
 
 
 def random_windows(
     ids: Sequence[int], samples: int, length: int, seed: int, source: str
 ) -> np.ndarray:
-    """`samples` windows at random places of one stream of tokens (WikiText-2, PTB). They may overlap.
+    """Cut windows at random places of one stream of tokens, as for WikiText-2 and PTB.
 
-    Raises InputError, which names `source`, when the stream has no more than `length` tokens.
+    Args:
+      ids: The stream.
+      samples: Number of windows; they may overlap.
+      length: Tokens in a window.
+      seed: Decides the places.
+      source: Name of the stream, for error messages.
+
+    Returns:
+      Windows int32 [samples length].
+
+    Raises:
+      InputError: The stream has at most `length` tokens.
     """
-    last = len(ids) - length - 1  # the published code never draws the very last window
-    if last < 0:
-        need = f"drawing a window of {length} needs {length + 1}"
+    last_start = len(ids) - length - 1  # the official code never draws the very last window
+    if last_start < 0:
         raise InputError(
-            f"{source} has {len(ids)} tokens, and {need}: give more text or lower --calibration_length"
+            f"has {len(ids)} tokens, and drawing a window of {length} needs {length + 1}",
+            "give more text or lower `calibration_length`",
+            field="calibration",
+            value=source,
         )
-    draw, stream = random.Random(seed), np.asarray(ids, np.int32)
-    starts = [draw.randint(0, last) for _ in range(samples)]
-    return np.stack([stream[i : i + length] for i in starts])
+    draw = random.Random(seed)
+    stream = np.asarray(ids, np.int32)
+    starts = [draw.randint(0, last_start) for _ in range(samples)]
+    return np.stack([stream[start : start + length] for start in starts])
 
 
 def document_windows(
     documents: Sequence[str], encode: Encode, samples: int, length: int, seed: int, source: str
 ) -> np.ndarray:
-    """`samples` windows, each at a random place of a random document of more than `length` tokens (C4).
+    """Cut each window at a random place of a random document that is long enough, as for C4.
 
-    Documents are drawn until one is long enough, so only what is drawn is tokenized. SparseGPT also takes a document of exactly
-    `length` tokens, and then fails on it; Wanda's `>` holds here.
+    Documents are drawn until one has more than `length` tokens, so only drawn documents are
+    tokenized.
 
-    Raises InputError, which names `source`, when no document is long enough.
+    Args:
+      documents: Texts to draw from.
+      encode: Text -> token ids.
+      samples: Number of windows.
+      length: Tokens in a window.
+      seed: Decides documents and places.
+      source: Name of the documents, for error messages.
+
+    Returns:
+      Windows int32 [samples length].
+
+    Raises:
+      InputError: No document has more than `length` tokens.
     """
-    draw, short = (
-        random.Random(seed),
-        dict[int, int](),
-    )  # short: the tokens of each document that was too short
+    draw = random.Random(seed)
+    lengths_of_short: dict[int, int] = {}  # document -> its tokens; a short one is encoded once
     windows = []
+    # Document and place are drawn in turn, as in the official loop: the order decides the windows.
     for _ in range(samples):
-        ids = _draw_document(documents, encode, length, draw, short, source)
+        ids = _draw_document(documents, encode, length, draw, lengths_of_short, source)
         start = draw.randint(0, len(ids) - length - 1)
         windows.append(ids[start : start + length])
     return np.array(windows, np.int32)
@@ -59,33 +85,54 @@ def _draw_document(
     encode: Encode,
     length: int,
     draw: random.Random,
-    short: dict[int, int],
+    lengths_of_short: dict[int, int],
     source: str,
 ) -> Sequence[int]:
-    while len(short) < len(documents):
+    """Draw documents until one has more than `length` tokens, and return its tokens."""
+    while len(lengths_of_short) < len(documents):
         i = draw.randint(0, len(documents) - 1)
-        if i in short:
+        if i in lengths_of_short:
             continue
         ids = encode(documents[i])
+        # SparseGPT also takes a document of exactly `length` tokens, and then fails on it. Wanda
+        # asks for more.
         if len(ids) > length:
             return ids
-        short[i] = len(ids)
-    longest = max(short.values(), default=0)
+        lengths_of_short[i] = len(ids)
+    longest = max(lengths_of_short.values(), default=0)
     raise InputError(
-        f"none of the {len(documents)} documents of {source} has more than {length} tokens (the longest has {longest}): "
-        "give longer documents or lower --calibration_length"
+        f"has {len(documents)} documents, none of more than {length} tokens "
+        f"(the longest has {longest})",
+        "give longer documents or lower `calibration_length`",
+        field="calibration",
+        value=source,
     )
 
 
-def consecutive_windows(ids: Sequence[int], length: int, most: int, source: str) -> np.ndarray:
-    """The stream cut into windows one after the other, the incomplete tail dropped; no more than `most` of them (0 = all).
+def consecutive_windows(
+    ids: Sequence[int], length: int, max_windows: int, source: str
+) -> np.ndarray:
+    """Cut a stream of tokens into windows, one behind the other, and drop the incomplete tail.
 
-    Raises InputError, which names `source`, when there is not one whole window.
+    Args:
+      ids: The stream.
+      length: Tokens in a window.
+      max_windows: Most windows to cut; 0 cuts all.
+      source: Name of the stream, for error messages.
+
+    Returns:
+      Windows int32 [samples length].
+
+    Raises:
+      InputError: The stream has fewer than `length` tokens.
     """
     count = len(ids) // length
     if count == 0:
         raise InputError(
-            f"{source} has {len(ids)} tokens, less than a window of {length}: give more text or lower --eval_length"
+            f"has {len(ids)} tokens, less than a window of {length}",
+            "give more text or lower `eval_length`",
+            field="eval_data",
+            value=source,
         )
-    count = min(count, most) if most else count
+    count = min(count, max_windows) if max_windows else count
     return np.asarray(ids[: count * length], np.int32).reshape(count, length)

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from models.checkpoint.gguf import gguf_tokenizer
-from models.errors import InputError
+from models.errors import InputError, first_line
 
 if TYPE_CHECKING:
     import tokenizers
 
-# Any one of these lets transformers build the tokenizer of a checkpoint that has no tokenizer.json.
-SLOW_FILES = (
+# Without a tokenizer.json, transformers can build the tokenizer from any one of these.
+OLDER_FILES = (
     "tokenizer.model",
     "spiece.model",
     "sentencepiece.bpe.model",
@@ -22,61 +22,97 @@ SLOW_FILES = (
 
 
 class Tokenizer(Protocol):
-    """Text to token ids. With `special`, plus what this tokenizer puts around every text by default (BOS, EOS, or nothing)."""
+    """A function from text to token ids."""
 
-    def __call__(self, text: str, special: bool = False) -> list[int]: ...
+    def __call__(self, text: str, special: bool = False) -> list[int]:
+        """Tokenize a text.
+
+        Args:
+          text: The text.
+          special: Add the special tokens that this tokenizer puts around every text by default:
+            BOS, EOS, both or none.
+
+        Returns:
+          Token ids.
+        """
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class TextTokenizer:
-    """A Tokenizer that also knows the way back: `decode` gives the text of token ids, special tokens left out."""
+    """A `Tokenizer` that can also decode.
+
+    Attributes:
+      encode: (text, special) -> token ids, as `Tokenizer` defines them.
+      decode: Token ids -> text, without special tokens.
+    """
 
     encode: Callable[[str, bool], list[int]]
     decode: Callable[[Sequence[int]], str]
 
     def __call__(self, text: str, special: bool = False) -> list[int]:
-        """The token ids of a text, see Tokenizer."""
+        """Tokenize a text; see `Tokenizer`."""
         return self.encode(text, special)
 
     def continuation(self, prompt: Sequence[int], new: Sequence[int]) -> str:
-        """The text that tokens `new` add to tokens `prompt`: decoded together, as a first token alone may lose its leading space."""
+        """Return the text that new tokens add to a prompt.
+
+        Args:
+          prompt: Token ids of the prompt.
+          new: Token ids behind it.
+
+        Returns:
+          Text of `new`.
+        """
+        # Decoded together: alone, a first token can lose its leading space.
         return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
 
 
 def load_tokenizer(model: pathlib.Path) -> TextTokenizer:
-    """The tokenizer in a checkpoint's directory, or in a `.gguf` file.
+    """Load the tokenizer of a checkpoint.
 
-    `tokenizer.json` is read by the `tokenizers` library, which imports in under a tenth of a second; only without one is
-    `transformers.AutoTokenizer` asked, for the older formats. A truncation or padding stored in the file is switched off, as
-    `transformers` does too.
+    Truncation and padding that the files ask for are switched off.
 
-    Raises InputError when there is no tokenizer, or one that cannot be read.
+    Args:
+      model: A checkpoint's directory, or a `.gguf` file.
+
+    Returns:
+      The tokenizer.
+
+    Raises:
+      InputError: The checkpoint has no tokenizer, or one that cannot be read.
     """
     if model.is_file():
         return _from_backend(gguf_tokenizer(model))
+    # The `tokenizers` library imports in under 0.1 s, transformers takes seconds: older formats
+    # alone need it.
     if (model / "tokenizer.json").is_file():
         return _from_json(model / "tokenizer.json")
-    if any((model / name).is_file() for name in SLOW_FILES):
+    if any((model / name).is_file() for name in OLDER_FILES):
         return _from_transformers(model)
-    expected = ", ".join(SLOW_FILES)
     raise InputError(
-        f"{model} has no tokenizer: put tokenizer.json (or {expected}) there, or give all data as .npy tokens"
+        f"{model} has no tokenizer",
+        f"put tokenizer.json (or {', '.join(OLDER_FILES)}) there, or give all data as .npy tokens",
     )
 
 
 def _from_json(file: pathlib.Path) -> TextTokenizer:
+    """Load a `tokenizer.json`."""
     import tokenizers
 
     try:
         backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise InputError(
-            f"{file} cannot be read as a tokenizer ({_first_line(e)}): copy it again from the original model"
+            f"{file} cannot be read as a tokenizer ({first_line(e)})",
+            "copy it again from the original model",
         ) from e
     return _from_backend(backend)
 
 
 def _from_backend(backend: "tokenizers.Tokenizer") -> TextTokenizer:
+    """Wrap a tokenizer of the `tokenizers` library."""
+    # Stored limits would cut the long texts that windows are taken from; transformers ignores them.
     backend.no_truncation()
     backend.no_padding()
     return TextTokenizer(
@@ -86,24 +122,21 @@ def _from_backend(backend: "tokenizers.Tokenizer") -> TextTokenizer:
 
 
 def _from_transformers(directory: pathlib.Path) -> TextTokenizer:
+    """Load a tokenizer of an older format."""
     import transformers
 
     try:
         backend: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
-    except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format and by what is missing
-        hint = "put the model's tokenizer.json there, or pip install sentencepiece"
+    except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format
         raise InputError(
-            f"transformers cannot read the tokenizer in {directory} ({_first_line(e)}): {hint}"
+            f"transformers cannot read the tokenizer in {directory} ({first_line(e)})",
+            "put the model's tokenizer.json there, or pip install sentencepiece",
         ) from e
 
     return TextTokenizer(
-        # Not verbose: a warning that the text is longer than the model's context means nothing here, windows are cut from it.
+        # Not verbose: a text may be longer than the context, windows are cut from it.
         lambda text, special: backend(text, add_special_tokens=special, verbose=False)["input_ids"],
         lambda ids: backend.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         ),
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

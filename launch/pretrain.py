@@ -1,53 +1,43 @@
-"""Train a small language model on generated stories: how `embedded:tiny-llama` and `embedded:tiny-opt` were made.
+"""Train a small language model on generated stories.
 
     python -m launch.pretrain --flagfile=configs/pretrain-llama.flags
 
-The result is a Hugging Face checkpoint with its own tokenizer. The same settings give the same bytes on the same machine.
+This made `embedded:tiny-llama` and `embedded:tiny-opt`. The result is a Hugging Face checkpoint
+with its own tokenizer. The same settings give the same bytes on the same machine.
 """
 
 import dataclasses
 import itertools
-import json
-import math
 import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import tokenizers
 
 from calibration.data import evaluation_tokens
-from calibration.stories import generator as stories
+from calibration.stories.tokens import LEAST_VOCABULARY, batches, save_tokenizer, train_tokenizer
 from eval.perplexity import perplexity
 from launch.flags import cli
 from launch.run.staging import check_free, staged
 from models import init
-from models.arch import Arch, Model, logits
+from models.arch import Arch, Block, Model, NonBlockParams, logits
 from models.checkpoint import writer
 from models.errors import InputError
 from models.families import hf
 
-PAD, END = (
-    "<pad>",
-    "</s>",
-)  # tokens 0 and 1; as in OPT, the tokenizer puts END before a text, so it parts stories and ends them
-LEAST_VOCABULARY = 258  # every byte and the two special tokens
-TOKENIZER_STORIES = 4000  # enough that every word of the grammar occurs
-STORIES_A_READ = 256  # how many stories are tokenized at a time
-
-Params = Any  # (ends, blocks) of a Model
+Params = tuple[NonBlockParams, Sequence[Block]]
 Step = Callable[[Params, optax.OptState, jax.Array], tuple[Params, optax.OptState, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Everything a run depends on, as the flags of the same names say."""
+    """All settings that a run depends on, named as their flags."""
 
     family: str
     hidden: int
@@ -69,80 +59,38 @@ class Settings:
 
 
 def options() -> cli.Flags:
-    """The command's flags, with the defaults of `Settings`' fields."""
+    """Return the flags of `launch.pretrain`."""
     f = cli.Flags("launch.pretrain", str(__doc__))
     f.string("output", None, "directory of the trained model")
-    f.integer("seed", 0, "of the parameters, and of the stories to learn from")
+    f.integer("seed", 0, "seed of the parameters and of the stories to train on")
     f.integer("log_every", 100, "steps between two lines of progress", least=1)
     f.group("Model")
     f.choice("family", "llama", ("llama", "opt"), "architecture")
     f.integer("hidden", 128, "channels of the residual stream", least=1)
     f.integer("blocks", 6, "decoder blocks", least=1)
     f.integer("heads", 4, "query heads of a block", least=1)
-    f.integer("kv_heads", 0, "key-value heads of a block of llama; 0: as many as query heads")
+    f.integer("kv_heads", 0, "key-value heads of a block, llama only; 0: as many as query heads")
     f.integer("ffn", 352, "neurons of a block's feed-forward part", least=1)
     f.integer("vocabulary", 1024, "most tokens of the tokenizer", least=LEAST_VOCABULARY)
-    f.integer("length", 256, "tokens of a window, and most positions of the model", least=2)
+    f.integer("length", 256, "tokens in a window, and positions of the model", least=2)
     f.group("Training")
     f.integer("steps", 1500, "optimizer steps", least=1)
-    f.integer("warmup", 100, "steps in which the rate rises, fewer than steps")
-    f.integer("batch", 8, "windows a step", least=1)
-    f.number("learning_rate", 3e-3, "AdamW's highest rate; a cosine takes it down to a tenth")
-    f.number("weight_decay", 0.1, "AdamW's decay of matrices; norms and biases do not decay")
+    f.integer("warmup", 100, "steps in which the learning rate rises; fewer than steps")
+    f.integer("batch", 8, "windows in a step", least=1)
+    f.number("learning_rate", 3e-3, "highest rate of AdamW; it falls to a tenth as a cosine")
+    f.number("weight_decay", 0.1, "weight decay of matrices; norms and biases do not decay")
     f.number("clip", 1.0, "greatest norm of the gradient")
-    f.integer("eval_windows", 64, "windows of the closing perplexity", least=1)
+    f.integer("eval_windows", 64, "windows of the perplexity at the end", least=1)
     return f
 
 
-def train_tokenizer(vocabulary: int, seed: int) -> tokenizers.Tokenizer:
-    """Byte-level BPE (Radford et al. 2019, section 2.2) of at most `vocabulary` tokens, learnt from train stories."""
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"{END} $A", special_tokens=[(END, 1)]
-    )
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[PAD, END],
-        initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(
-        itertools.islice(stories.stream("train", seed), TOKENIZER_STORIES), trainer
-    )
-    return tokenizer
-
-
-def save_tokenizer(tokenizer: tokenizers.Tokenizer, directory: pathlib.Path, length: int) -> None:
-    """Write `tokenizer.json` and the `tokenizer_config.json` by which `transformers.AutoTokenizer` reads it."""
-    tokenizer.save(str(directory / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "pad_token": PAD,
-        "model_max_length": length,
-        "clean_up_tokenization_spaces": False,
-    }
-    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-
-
-def batches(
-    tokenizer: tokenizers.Tokenizer, split: stories.Split, seed: int, shape: tuple[int, int]
-) -> Iterator[np.ndarray]:
-    """Endless int32 tokens [batch length]: the split's stories, END before each, in one row after the other without a gap."""
-    source, left = stories.stream(split, seed), np.zeros(0, np.int32)
-    while True:
-        read = tokenizer.encode_batch_fast(list(itertools.islice(source, STORIES_A_READ)))
-        tokens = np.concatenate([left, *(np.array(story.ids, np.int32) for story in read)])
-        whole = len(tokens) - len(tokens) % math.prod(shape)
-        yield from tokens[:whole].reshape(-1, *shape)
-        left = tokens[whole:]
-
-
 def model_config(s: Settings, vocabulary: int) -> dict[str, Any]:
-    """The Hugging Face configuration of a model to train, for `models.families.hf` and for the checkpoint's `config.json`."""
+    """Return the Hugging Face configuration of the model to train.
+
+    Args:
+      s: Settings.
+      vocabulary: Tokens of the tokenizer.
+    """
     shared = {
         "vocab_size": vocabulary,
         "hidden_size": s.hidden,
@@ -178,13 +126,21 @@ def model_config(s: Settings, vocabulary: int) -> dict[str, Any]:
 
 
 def loss(model: Model, tokens: jax.Array) -> jax.Array:
-    """Mean cross-entropy, in nats, over the length-1 predicted positions of tokens int [batch length]."""
+    """Compute the mean cross-entropy over the length-1 predicted positions.
+
+    Args:
+      model: The model.
+      tokens: Token ids, int [batch length].
+
+    Returns:
+      The mean in nats, [].
+    """
     predicted = logits(model, tokens)[:, :-1]
     return optax.softmax_cross_entropy_with_integer_labels(predicted, tokens[:, 1:]).mean()
 
 
 def make_optimizer(s: Settings) -> optax.GradientTransformation:
-    """AdamW on clipped gradients, linear warm-up, cosine decay to a tenth; matrices alone decay, not norms and biases."""
+    """Return AdamW on clipped gradients, with linear warm-up and cosine decay to a tenth."""
     rate = optax.warmup_cosine_decay_schedule(
         0.0, s.learning_rate, s.warmup, s.steps, end_value=s.learning_rate / 10
     )
@@ -192,13 +148,23 @@ def make_optimizer(s: Settings) -> optax.GradientTransformation:
         rate,
         b2=0.99,
         weight_decay=s.weight_decay,
+        # Norms and biases do not decay.
         mask=lambda p: jax.tree.map(lambda a: a.ndim > 1, p),
     )
     return optax.chain(optax.clip_by_global_norm(s.clip), adamw)
 
 
 def make_step(arch: Arch, optimizer: optax.GradientTransformation) -> Step:
-    """The jitted step (params, state, tokens [batch length]) -> (params, state, loss before the step)."""
+    """Return the jitted training step.
+
+    Args:
+      arch: The model's architecture.
+      optimizer: The optimizer.
+
+    Returns:
+      A function (params, state, tokens int [batch length]) -> (params, state, loss before the
+      step); it donates params and state.
+    """
 
     def step(
         params: Params, state: optax.OptState, tokens: jax.Array
@@ -211,24 +177,42 @@ def make_step(arch: Arch, optimizer: optax.GradientTransformation) -> Step:
 
 
 def train(s: Settings, config: dict[str, Any], tokenizer: tokenizers.Tokenizer) -> Model:
-    """Train a model from random parameters (float32), printing loss and speed on the way."""
+    """Train a model from random parameters, and print loss and speed on the way.
+
+    Args:
+      s: Settings.
+      config: Hugging Face configuration of the model.
+      tokenizer: The tokenizer.
+
+    Returns:
+      The trained model, float32.
+    """
     arch, non_block, blocks = init.init_model(config, jax.random.key(s.seed))
-    params, optimizer = (non_block, blocks), make_optimizer(s)
-    state, step = optimizer.init(params), make_step(arch, optimizer)
+    params: Params = (non_block, blocks)
+    optimizer = make_optimizer(s)
+    state = optimizer.init(params)
+    step = make_step(arch, optimizer)
     start = time.monotonic()
     data = batches(tokenizer, "train", s.seed, (s.batch, s.length))
     for i, tokens in enumerate(itertools.islice(data, s.steps), 1):
         params, state, value = step(params, state, jnp.asarray(tokens))
         if i == 1 or i % s.log_every == 0 or i == s.steps:
-            print(
-                f"step {i}/{s.steps}  loss {value:.4f}  {(time.monotonic() - start) / i:.3f} s/step",
-                flush=True,
-            )
+            pace = (time.monotonic() - start) / i
+            print(f"step {i}/{s.steps}  loss {value:.4f}  {pace:.3f} s/step", flush=True)
     return Model(arch, *params)
 
 
-def held_out(model: Model, tokenizer: tokenizers.Tokenizer, s: Settings) -> float:
-    """Perplexity on `embedded` evaluation data, as `launch.evaluate` measures it."""
+def held_out_perplexity(model: Model, tokenizer: tokenizers.Tokenizer, s: Settings) -> float:
+    """Measure perplexity on the `embedded` evaluation data, as `launch.evaluate` does.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer.
+      s: Settings.
+
+    Returns:
+      The perplexity.
+    """
 
     def encode(text: str, special: bool = False) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=special).ids
@@ -241,47 +225,76 @@ def held_out(model: Model, tokenizer: tokenizers.Tokenizer, s: Settings) -> floa
 
 
 def check(s: Settings, output: pathlib.Path) -> None:
-    """InputError for what no flag can check by itself."""
+    """Check the settings that no flag can check by itself.
+
+    Args:
+      s: Settings.
+      output: Directory of the checkpoint.
+
+    Raises:
+      InputError: The output is in use, a number is out of range, or settings disagree.
+    """
     check_free(output, "config.json")
     if s.warmup >= s.steps:
         raise InputError(
-            f"--warmup={s.warmup} leaves none of the {s.steps} steps to train: make it smaller"
+            f"leaves none of the {s.steps} steps to train",
+            "make it smaller",
+            field="warmup",
+            value=s.warmup,
         )
     if s.family == "opt" and s.kv_heads:
         raise InputError(
-            "--kv_heads is for --family=llama: every head of OPT has its own keys and values, leave it out"
+            "is for `family`=llama",
+            "leave it out, as every head of OPT has its own keys and values",
+            field="kv_heads",
+            value=s.kv_heads,
         )
-    if not (s.learning_rate > 0 and s.weight_decay >= 0 and s.clip > 0):
-        raise InputError(
-            "--learning_rate and --clip must be positive, and --weight_decay positive or 0"
-        )
-    hf.specs(model_config(s, s.vocabulary))
+    for name in ("learning_rate", "clip"):
+        if not getattr(s, name) > 0:
+            raise InputError("must be positive", field=name, value=getattr(s, name))
+    if not s.weight_decay >= 0:
+        raise InputError("must be positive or 0", field="weight_decay", value=s.weight_decay)
+    hf.specs(model_config(s, s.vocabulary))  # raises for widths that no model can have
 
 
 def pretrain(s: Settings, output: pathlib.Path) -> float:
-    """Train tokenizer and model, write the checkpoint (float16), which appears at `output` only when complete.
+    """Train tokenizer and model, and write the checkpoint in float16.
 
-    Returns the perplexity of the stored parameters on the evaluation split. InputError when `output` is taken or settings disagree.
+    Args:
+      s: Settings.
+      output: Directory of the checkpoint, which appears when it is complete.
+
+    Returns:
+      Perplexity of the stored parameters on the evaluation split.
+
+    Raises:
+      InputError: As `check` raises.
     """
     check(s, output)
     tokenizer = train_tokenizer(s.vocabulary, s.seed)
     config = model_config(s, tokenizer.get_vocab_size())
     model = train(s, config, tokenizer)
-    stored = Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float16), model[1:]))
-    result = held_out(
-        Model(model.arch, *jax.tree.map(lambda a: a.astype(jnp.float32), stored[1:])), tokenizer, s
+    # The perplexity is that of the rounded parameters, which users will load.
+    stored = _cast(model, jnp.float16)
+    perplexity_at_end = held_out_perplexity(_cast(stored, jnp.float32), tokenizer, s)
+    print(
+        f"perplexity on {s.eval_windows} windows of the evaluation split: {perplexity_at_end:.4f}"
     )
-    print(f"perplexity on {s.eval_windows} windows of the evaluation split: {result:.4f}")
     with staged(output, "config.json") as directory, tempfile.TemporaryDirectory() as companions:
         save_tokenizer(tokenizer, pathlib.Path(companions), s.length)
         writer.save(directory, stored, config, pathlib.Path(companions))
-    return result
+    return perplexity_at_end
+
+
+def _cast(model: Model, dtype: Any) -> Model:
+    """Convert all parameters to a type."""
+    return Model(model.arch, *jax.tree.map(lambda a: a.astype(dtype), model[1:]))
 
 
 def main(values: dict[str, Any]) -> None:
-    """Run with the parsed flags."""
+    """Run the command with the values of its flags."""
     if values["output"] is None:
-        raise InputError("--output is missing: name the directory to write the model to")
+        raise InputError("is missing", "name the directory to write the model to", field="output")
     pretrain(cli.frozen(Settings, values), pathlib.Path(values["output"]).expanduser())
 
 

@@ -19,10 +19,11 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from calibration.data import Tokens
-from calibration.journal import Journal, StepCache, file_digest
+from calibration.journal import Journal, file_digest
 from calibration.runtime import Runtime
 from calibration.states import Offload
 from calibration.states import available_memory as memory_there
+from calibration.step_cache import StepCache
 from calibration.tokenizer import TextTokenizer
 from eval.size import peak_memory
 from launch.flags import cli
@@ -242,14 +243,14 @@ def read_tokens(
 
     def draw(seed: int) -> Tokens:
         source = (config.calibration, config.calibration_samples, config.calibration_length, seed)
-        return memory.of(
+        return memory.get_or_compute(
             (config.model, *source), lambda: read_calibration(*source, checkpoint, tokenizer)
         )
 
     drawn = [draw(config.seed + k) for k in range(config.calibration_draws)]
     draws.check_different(drawn, config.calibration)
     sources = (config.eval_data, config.eval_length, config.eval_windows)
-    data = memory.of(
+    data = memory.get_or_compute(
         (config.model, *sources), lambda: read_evaluation(*sources, checkpoint, tokenizer)
     )
     return drawn, data

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from calibration.journal import StepCache
+from calibration.step_cache import StepCache
 from launch import prune
 from launch.flags import calls, cli
 from launch.flags.common import (

@@ -51,3 +51,8 @@ def damaged(path: pathlib.Path) -> InputError:
     return InputError(
         f"{path} of the unfinished run is damaged or missing", "start over with --noresume"
     )
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message, or its type's name if it has no message."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,1 +1,1 @@
-"""Generate the embedded calibration text."""
+"""Generated stories, the embedded calibration text."""

@@ -1,11 +1,12 @@
-"""Endless children's stories from a small grammar: text the embedded models learn, calibrate and are judged on, with no download.
+"""Generate endless children's stories from a small grammar.
 
-A story is about a hero and a companion and holds one or two plots. Its sentences depend on one another over dozens of words:
-names, pronouns, colours, numbers, hiding places and the order of a walk come back later, so a small transformer has structure to
-learn and loses something when it is pruned.
+The embedded models are trained, calibrated and evaluated on them, without a download. A story is
+about a hero and a companion and has one or two episodes. Its sentences depend on one another over
+dozens of words: names, pronouns, colours, numbers, hiding places and the order of a walk come back
+later. So a small transformer has structure to learn, and pruning can hurt it.
 
-Every split reads the same sequence of stories and keeps the ones whose checksum falls into its own residue classes: a text
-belongs to exactly one split, whatever the seed.
+Every split reads the same sequence of stories and keeps those whose checksum is in its own residue
+classes. A text therefore belongs to exactly one split, whatever the seed.
 """
 
 import itertools
@@ -14,66 +15,80 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 from calibration.stories import words
-from calibration.stories.plots import PLOTS, Draw, Person, with_article
+from calibration.stories.episodes import EPISODES, Draw, Person, with_article
 
 Split = Literal["train", "calibration", "evaluation"]
 
+# A split's residues of the checksum modulo _CLASSES.
 _RESIDUES: dict[Split, tuple[int, ...]] = {"train": (0, 1), "calibration": (2,), "evaluation": (3,)}
 _CLASSES = 4
 
 
 class _Detail(NamedTuple):
-    """Something told in passing, and the sentence that comes back to it at the end."""
+    """A sentence with a detail, and a sentence that recalls it at the end of the story."""
 
-    told: str
-    recalled: str
+    mention: str
+    recall: str
 
 
 def _person(draw: Draw, he: str, role: str, taken: str = "") -> Person:
-    """Somebody of the gender `he` ("he", "she" or "" for either) whose name is not taken."""
-    he = he or draw.pick(("he", "she"))
-    name = draw.pick(
-        [name for name in (words.BOYS if he == "he" else words.GIRLS) if name != taken]
-    )
-    return Person(name, he, *(("his", "him") if he == "he" else ("her", "her")), role)
+    """Choose a person.
+
+    Args:
+      draw: Random choices.
+      he: "he" or "she"; empty to choose one.
+      role: The person's role.
+      taken: A name that the person may not have.
+    """
+    he = he or draw.choice(("he", "she"))
+    names = words.BOYS if he == "he" else words.GIRLS
+    name = draw.choice([name for name in names if name != taken])
+    his, him = ("his", "him") if he == "he" else ("her", "her")
+    return Person(name, he, his, him, role)
 
 
 def _clothes(draw: Draw, hero: Person, friend: Person) -> _Detail:
-    wearer = draw.pick((hero, friend))
-    garment = f"{draw.pick(words.COLOURS)} {draw.pick(words.GARMENTS)}"
+    """Describe a garment."""
+    wearer = draw.choice((hero, friend))
+    garment = f"{draw.choice(words.COLOURS)} {draw.choice(words.GARMENTS)}"
     return _Detail(
         f"{wearer} wore {with_article(garment)}.", f"At bedtime {wearer} took off the {garment}."
     )
 
 
 def _creatures(draw: Draw, hero: Person, friend: Person) -> _Detail:
-    seer, other = draw.several((hero, friend), 2)
-    number, colour = words.NUMBERS[draw.between(2, 12)], draw.pick(words.COLOURS)
-    seen = f"{number} {colour} {draw.pick(words.CREATURES)} {draw.pick(words.OUTDOORS)}"
+    """Describe animals that one of the two saw."""
+    seer, other = draw.sample((hero, friend), 2)
+    number, colour = words.NUMBERS[draw.integer(2, 12)], draw.choice(words.COLOURS)
+    seen = f"{number} {colour} {draw.choice(words.CREATURES)} {draw.choice(words.OUTDOORS)}"
     return _Detail(f"{seer} saw {seen}.", f"{other} could not believe that {seer} had seen {seen}.")
 
 
 def _meal(draw: Draw, hero: Person, friend: Person) -> _Detail:
-    (one, two), drink = draw.several(words.FOODS, 2), draw.pick(words.DRINKS)
+    """Describe a meal."""
+    (first, second), drink = draw.sample(words.FOODS, 2), draw.choice(words.DRINKS)
     return _Detail(
-        f"They ate {one} with {two} and drank {drink}.",
-        f"For supper there was {drink} again, and {one} with {two}.",
+        f"They ate {first} with {second} and drank {drink}.",
+        f"For supper there was {drink} again, and {first} with {second}.",
     )
 
 
 def _sky(draw: Draw, hero: Person, friend: Person) -> _Detail:
-    (one, two), season = draw.several(words.SKIES, 2), draw.pick(words.SEASONS)
+    """Describe the weather."""
+    (first, second), season = draw.sample(words.SKIES, 2), draw.choice(words.SEASONS)
     return _Detail(
-        f"It was a {one} and {two} {season} day.",
-        f"It had been the best {season} day, though it was {one} and {two}.",
+        f"It was a {first} and {second} {season} day.",
+        f"It had been the best {season} day, though it was {first} and {second}.",
     )
 
 
 def _dream(draw: Draw, hero: Person, friend: Person) -> _Detail:
-    one, two = draw.several(words.TRADES, 2)
+    """Describe the trades that the two want to learn."""
+    first, second = draw.sample(words.TRADES, 2)
     return _Detail(
-        f"{hero} wanted to be a {one} some day, and {friend} wanted to be a {two}.",
-        f"{hero} fell asleep and was a {one} in {hero.his} dream. {friend} dreamed of being a {two}.",
+        f"{hero} wanted to be a {first} some day, and {friend} wanted to be a {second}.",
+        f"{hero} fell asleep and was a {first} in {hero.his} dream."
+        f" {friend} dreamed of being a {second}.",
     )
 
 
@@ -81,20 +96,24 @@ _DETAILS = (_clothes, _creatures, _meal, _sky, _dream)
 
 
 def _opening(draw: Draw, hero: Person, friend: Person, home: str) -> str:
+    """Introduce the two."""
     child = f"{hero.role} {'boy' if hero.he == 'he' else 'girl'}"
-    time = draw.pick(("One morning", "One day", "One afternoon", "One Sunday"))
-    return draw.pick(
+    time = draw.choice(("One morning", "One day", "One afternoon", "One Sunday"))
+    return draw.choice(
         (
-            f"Once there was {with_article(child)} named {hero}. {hero.he.capitalize()} lived {home}."
+            f"Once there was {with_article(child)} named {hero}."
+            f" {hero.he.capitalize()} lived {home}."
             f" {time} {hero} went out with {hero.his} {friend.role} {friend}.",
-            f"{hero} was {with_article(child)} who lived {home}. {time} {hero.his} {friend.role} {friend} came to play.",
+            f"{hero} was {with_article(child)} who lived {home}."
+            f" {time} {hero.his} {friend.role} {friend} came to play.",
         )
     )
 
 
 def _ending(draw: Draw, hero: Person, friend: Person, home: str) -> str:
+    """Write the last sentence."""
     child = f"{hero.role} {'boy' if hero.he == 'he' else 'girl'}"
-    return draw.pick(
+    return draw.choice(
         (
             f'"You are the best {friend.role} in the world," {hero} said to {friend}.',
             f"Everyone {home.replace(' a ', ' the ')} said that {hero} was a very {child}.",
@@ -105,13 +124,15 @@ def _ending(draw: Draw, hero: Person, friend: Person, home: str) -> str:
 
 
 def _story(draw: Draw) -> str:
-    """A paragraph a plot, each with a detail, and an ending that comes back to one of the details."""
-    hero = _person(draw, "", draw.pick(words.TRAITS))
-    role, he = draw.pick(words.ROLES)
-    friend, home = _person(draw, he, role, taken=hero.name), draw.pick(words.HOMES)
-    plots = draw.several(PLOTS, draw.between(1, 2))
-    details = [detail(draw, hero, friend) for detail in draw.several(_DETAILS, len(plots))]
-    bridge = draw.pick(
+    """Write a story: one paragraph an episode, then an ending that recalls one of their details."""
+    # The order of the draws is part of the text: the embedded models were trained on it.
+    hero = _person(draw, "", draw.choice(words.TRAITS))
+    role, he = draw.choice(words.ROLES)
+    friend = _person(draw, he, role, taken=hero.name)
+    home = draw.choice(words.HOMES)
+    episodes = draw.sample(EPISODES, draw.integer(1, 2))
+    details = [describe(draw, hero, friend) for describe in draw.sample(_DETAILS, len(episodes))]
+    bridge = draw.choice(
         (
             "But the day was not over.",
             "The next day was even better.",
@@ -121,23 +142,29 @@ def _story(draw: Draw) -> str:
     )
     starts = (_opening(draw, hero, friend, home), bridge)
     paragraphs = [
-        " ".join([start, detail.told, *plot(draw, hero, friend)])
-        for start, detail, plot in zip(starts, details, plots, strict=False)
+        " ".join([start, detail.mention, *episode(draw, hero, friend)])
+        for start, detail, episode in zip(starts, details, episodes, strict=False)
     ]
-    return (
-        "\n".join(
-            [*paragraphs, f"{draw.pick(details).recalled} {_ending(draw, hero, friend, home)}"]
-        )
-        + "\n"
-    )
+    recalled = draw.choice(details).recall
+    return "\n".join([*paragraphs, f"{recalled} {_ending(draw, hero, friend, home)}"]) + "\n"
 
 
 def stream(split: Split, seed: int = 0) -> Iterator[str]:
-    """Endless stories of one split: each is two or three paragraphs of plain ASCII, a line each, and ends with a newline.
+    """Generate the stories of one split, without end.
 
-    The same split and seed give the same stories on every platform and Python version. No story is in two splits, whatever the
-    seeds; within a split different seeds give different stories.
+    No story is in two splits, whatever the seeds; within a split different seeds give different
+    stories.
+
+    Args:
+      split: The split.
+      seed: Decides the stories, the same on every platform and Python version.
+
+    Returns:
+      Stories of two or three paragraphs of plain ASCII, one paragraph a line, each story with a
+      newline at its end.
     """
-    residues, draw = _RESIDUES[split], Draw(seed)
+    # Not a generator function: an unknown split is refused at the call, not at the first story.
+    residues = _RESIDUES[split]
+    draw = Draw(seed)
     stories = (_story(draw) for _ in itertools.count())
     return (story for story in stories if zlib.crc32(story.encode()) % _CLASSES in residues)

@@ -1,4 +1,4 @@
-"""The words of the stories in `calibration/stories/generator.py`: about 650 different ones, and which of them belong together."""
+"""Words of the stories in `generator.py`: about 650, and the combinations in which they occur."""
 
 GIRLS = (
     "Mia",
@@ -44,7 +44,13 @@ BOYS = (
     "Peter",
     "Simon",
 )
-ROLES = (("friend", ""), ("cousin", ""), ("neighbour", ""), ("brother", "he"), ("sister", "she"))
+ROLES = (  # relation to the hero, and "he" or "she" where it decides that
+    ("friend", ""),
+    ("cousin", ""),
+    ("neighbour", ""),
+    ("brother", "he"),
+    ("sister", "she"),
+)
 TRAITS = (
     "brave",
     "kind",
@@ -140,7 +146,7 @@ NUMBERS = (
     "eleven",
     "twelve",
 )
-GATHERED = (
+GATHERED = (  # one, several, where they lie
     ("apple", "apples", "under the old tree"),
     ("plum", "plums", "under the old tree"),
     ("shell", "shells", "on the beach"),
@@ -177,7 +183,7 @@ ANIMALS = (  # animal, what it eats, its home, what it does for the hero in retu
     ("horse", "bundle of hay", "stable", "pulled their heavy cart"),
     ("frog", "fly", "pond", "jumped over a lily"),
 )
-ELDERS = (
+ELDERS = (  # elder, pronoun
     ("the baker", "he"),
     ("the farmer", "he"),
     ("the teacher", "she"),
@@ -207,7 +213,7 @@ WAYS = (  # out, back
     ("into the valley", "out of the valley"),
 )
 SIGHTS = ("castle", "waterfall", "lighthouse", "fair", "harbour", "circus", "ruin", "windmill")
-WARES = (
+WARES = (  # ware, seller
     ("loaf of bread", "baker"),
     ("cake", "baker"),
     ("fish", "fisherman"),
@@ -258,58 +264,60 @@ GARMENTS = (
     "pair of socks",
 )
 CREATURES = (
-    *(
-        "geese",
-        "deer",
-        "butterflies",
-        "spiders",
-        "snails",
-        "lizards",
-        "owls",
-        "cows",
-        "pigs",
-        "ants",
-        "bees",
-        "crows",
-    ),
-    *("foxes", "turtles", "swans", "donkeys"),
+    "geese",
+    "deer",
+    "butterflies",
+    "spiders",
+    "snails",
+    "lizards",
+    "owls",
+    "cows",
+    "pigs",
+    "ants",
+    "bees",
+    "crows",
+    "foxes",
+    "turtles",
+    "swans",
+    "donkeys",
 )
 OUTDOORS = (
-    *(
-        "beside the fence",
-        "on the roof",
-        "by the roadside",
-        "under a bridge",
-        "on a rock",
-        "at the crossing",
-        "in the mud",
-    ),
-    *(
-        "near the church",
-        "along the wall",
-        "above the clouds",
-        "in the tall grass",
-        "between two trees",
-        "around the fountain",
-    ),
-    *("behind the bakery", "at the bus stop", "inside a barrel"),
+    "beside the fence",
+    "on the roof",
+    "by the roadside",
+    "under a bridge",
+    "on a rock",
+    "at the crossing",
+    "in the mud",
+    "near the church",
+    "along the wall",
+    "above the clouds",
+    "in the tall grass",
+    "between two trees",
+    "around the fountain",
+    "behind the bakery",
+    "at the bus stop",
+    "inside a barrel",
 )
 FOODS = (
-    *(
-        "rice",
-        "beans",
-        "carrots",
-        "potatoes",
-        "cheese",
-        "noodles",
-        "eggs",
-        "mushrooms",
-        "tomatoes",
-        "pancakes",
-        "toast",
-        "jam",
-    ),
-    *("butter", "honey", "nuts", "raisins", "cherries", "onions"),
+    "rice",
+    "beans",
+    "carrots",
+    "potatoes",
+    "cheese",
+    "noodles",
+    "eggs",
+    "mushrooms",
+    "tomatoes",
+    "pancakes",
+    "toast",
+    "jam",
+    "butter",
+    "honey",
+    "nuts",
+    "raisins",
+    "cherries",
+    "onions",
 )
 DRINKS = ("milk", "water", "tea", "cocoa", "lemonade", "apple juice")
 TRADES = (

@@ -1,1 +1,1 @@
-"""Data and reports of launch.mlprank."""
+"""Data and report of `launch.mlprank`."""

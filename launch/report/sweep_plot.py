@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from launch.mlp.report import COLOURS, MARKERS
 from launch.report import plots, summary
+from launch.report.svg import COLOURS, MARKERS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,10 +12,10 @@ from rich.console import Console
 from rich.text import Text
 
 from calibration.journal import write_durably
-from launch.mlp.report import Spread, spread
 from launch.report import html as report
 from launch.report import summary, sweep_plot
 from launch.report.console import show_wide
+from launch.report.seeds import Spread, spread
 from launch.report.sweep_plot import Point
 from launch.trials.trial import Trial
 

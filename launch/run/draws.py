@@ -10,10 +10,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.data import Tokens, taken_whole
+from calibration.data import Tokens, is_token_file
 from calibration.journal import Journal
 from calibration.runtime import Runtime
-from launch.report import console
+from launch.report import console, seeds
 from models.checkpoint.output_format import Layout
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
@@ -24,7 +24,7 @@ from pruning.types import Method, Request
 
 def check_draws(count: int, source: str) -> None:
     """InputError for more than one draw from a source that is not drawn from."""
-    if count > 1 and taken_whole(source):
+    if count > 1 and is_token_file(source):
         raise InputError(
             f"--calibration_draws={count}: {source} is taken whole, so that every draw would be the same: "
             "leave it out, or give text to draw windows from"
@@ -98,8 +98,7 @@ def spread(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         x = np.asarray(values, np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             return {
-                "mean": float(x.mean()),
-                "std": float(x.std(ddof=1)),
+                **seeds.spread(values)._asdict(),
                 "min": float(x.min()),
                 "max": float(x.max()),
             }

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from calibration.journal import StepCache
+from calibration.step_cache import StepCache
 from launch.flags import calls, cli
 from launch.trials.trial import Job, Trial, Worker
 from models.errors import InputError

@@ -12,7 +12,8 @@ from typing import Any
 
 import jax
 
-from calibration.journal import StepCache, write_durably
+from calibration.journal import write_durably
+from calibration.step_cache import StepCache
 from launch import prune
 from launch.flags import calls
 from launch.run import export

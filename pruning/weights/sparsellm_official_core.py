@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from models.layers import ACTIVATIONS, Linear, linear
 from pruning.weights import sparsegpt_core as sparsegpt
@@ -63,17 +62,12 @@ def _prune(
 
 
 def _descend(loss: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int) -> jax.Array:
-    """Plain gradient descent at RATE."""
-    optimizer = optax.sgd(RATE)
+    """Take plain gradient steps at RATE."""
 
-    def step(
-        carry: tuple[jax.Array, optax.OptState], _: None
-    ) -> tuple[tuple[jax.Array, optax.OptState], None]:
-        x, state = carry
-        updates, state = optimizer.update(jax.grad(loss)(x), state)
-        return (jnp.asarray(optax.apply_updates(x, updates)), state), None
+    def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return x - RATE * jax.grad(loss)(x), None
 
-    return jax.lax.scan(step, (start, optimizer.init(start)), None, steps)[0][0]
+    return jax.lax.scan(step, start, None, steps)[0]
 
 
 def _half(

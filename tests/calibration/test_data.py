@@ -1,4 +1,4 @@
-"""Tokens as they are, generated stories, and what holds for every source."""
+"""Token files, generated stories, and rules that hold for every source."""
 
 import hashlib
 import io
@@ -6,7 +6,6 @@ import json
 import pathlib
 import random
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,35 +15,28 @@ from calibration.stories import generator as stories
 from calibration.tokenizer import Tokenizer
 from models.errors import InputError
 from reference.loaders import VOCAB, texts, tokenize
+from reference.windows import calibrate, evaluate
 
 
 def no_tokenizer() -> Tokenizer:
+    """Fail: a token file needs no tokenizer."""
     raise AssertionError("tokens need no tokenizer")
 
 
-def calibrate(source: object, **changes: Any) -> Tokens:
-    settings = {"samples": 5, "length": 32, "seed": 0, "vocab": VOCAB} | changes
-    return calibration_tokens(str(source), lambda: tokenize, **settings)
-
-
-def evaluate(source: object, **changes: Any) -> Tokens:
-    settings = {"length": 32, "windows": 0, "vocab": VOCAB} | changes
-    return evaluation_tokens(str(source), lambda: tokenize, **settings)
-
-
 @pytest.mark.parametrize("suffix", [".txt", ".raw", ".jsonl", ".parquet", ".npy"])
-def test_missing_file(tmp_path: pathlib.Path, suffix: str) -> None:
+def test_a_missing_file_is_refused(tmp_path: pathlib.Path, suffix: str) -> None:
     for read in (calibrate, evaluate):
-        with pytest.raises(InputError, match=r"none\.\w+: there is no such file"):
+        with pytest.raises(InputError, match=r"none\.\w+ does not exist"):
             read(tmp_path / f"none{suffix}")
 
 
 @pytest.mark.parametrize("source", ["wikitext", "c4.gz", "", "some/dir", "tokens.npz"])
-def test_unknown_source_lists_the_known(source: str) -> None:
+def test_an_unknown_source_lists_the_known_ones(source: str) -> None:
     for read in (calibrate, evaluate):
         with pytest.raises(
             InputError,
-            match=r"no data source .*: give one of embedded, wikitext2, c4, ptb, or a file \.npy, \.txt",
+            match=r"is no known data source: give one of embedded, wikitext2, c4, ptb, "
+            r"or a file \.npy, \.txt",
         ):
             read(source)
 
@@ -59,11 +51,11 @@ def test_home_directory_is_expanded(
     assert evaluate("~/tokens.npy").ids.shape == (2, 8)
 
 
-# --- Tokens as they are.
+# --- Token files.
 
 
 @pytest.mark.parametrize("dtype", ["<i4", ">i4", "<i8", "<u2", "|u1"])
-def test_npy_is_taken_as_it_is(tmp_path: pathlib.Path, dtype: str) -> None:
+def test_a_token_file_is_used_unchanged(tmp_path: pathlib.Path, dtype: str) -> None:
     ids = np.random.default_rng(0).integers(0, 200, (6, 40)).astype(dtype)
     np.save(tmp_path / "tokens.npy", np.asfortranarray(ids))
     path, settings = str(tmp_path / "tokens.npy"), {"length": 8, "vocab": 200}
@@ -90,18 +82,18 @@ def test_npy_is_taken_as_it_is(tmp_path: pathlib.Path, dtype: str) -> None:
         (np.zeros((2, 0), np.int32), r"has shape \[2, 0\]"),
         (
             np.full((2, 8), VOCAB),
-            rf"token id {VOCAB} is outside the model's vocabulary \(0 to {VOCAB - 1}\)",
+            rf"token id {VOCAB} outside the model's vocabulary \(0 to {VOCAB - 1}\)",
         ),
-        (np.array([[3, -1]]), "token id -1 is outside"),
-        (
-            np.array([[2**32 + 5]] * 2).reshape(1, 2),
-            f"token id {2**32 + 5} is outside",
-        ),  # would be 5 in int32
-        (np.array([[2**64 - 1, 0]], np.uint64), f"token id {2**64 - 1} is outside"),
+        (np.array([[3, -1]]), "token id -1 outside"),
+        # It would be 5 in int32.
+        (np.array([[2**32 + 5]] * 2).reshape(1, 2), f"token id {2**32 + 5} outside"),
+        (np.array([[2**64 - 1, 0]], np.uint64), f"token id {2**64 - 1} outside"),
         (np.array([[{}, {}]], object), r"is not a readable \.npy file"),
     ],
 )
-def test_npy_of_the_wrong_kind(tmp_path: pathlib.Path, array: np.ndarray, message: str) -> None:
+def test_a_token_file_of_the_wrong_kind_is_refused(
+    tmp_path: pathlib.Path, array: np.ndarray, message: str
+) -> None:
     np.save(tmp_path / "tokens.npy", array)
     for read in (calibrate, evaluate):
         with pytest.raises(InputError, match=message):
@@ -109,7 +101,7 @@ def test_npy_of_the_wrong_kind(tmp_path: pathlib.Path, array: np.ndarray, messag
 
 
 def header(samples: int, length: int) -> bytes:
-    """The start of a `.npy` file that promises int32 [samples, length]."""
+    """Return the start of a `.npy` file that promises int32 [samples length]."""
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         file, {"descr": "<i4", "fortran_order": False, "shape": (samples, length)}
@@ -129,13 +121,13 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN)
-def test_npy_that_is_not_one(tmp_path: pathlib.Path, content: bytes) -> None:
+def test_a_file_that_is_not_npy_is_refused(tmp_path: pathlib.Path, content: bytes) -> None:
     (tmp_path / "x.npy").write_bytes(content)
     with pytest.raises(InputError, match=r"x\.npy is not a readable \.npy file"):
         calibrate(tmp_path / "x.npy")
 
 
-def test_npy_that_is_an_archive(tmp_path: pathlib.Path) -> None:
+def test_an_archive_named_npy_is_refused(tmp_path: pathlib.Path) -> None:
     np.savez(tmp_path / "x.npz", a=np.zeros((2, 8), np.int32))
     (tmp_path / "x.npz").rename(tmp_path / "x.npy")
     with pytest.raises(InputError, match=r"not a readable \.npy file"):
@@ -149,14 +141,12 @@ def test_one_token_windows_cannot_be_evaluated(tmp_path: pathlib.Path) -> None:
     assert calibrate(tmp_path / "x.npy").ids.shape == (4, 1)
 
 
-# --- Stories, and what holds for every source.
+# --- Stories, and every source.
 
 
 def test_embedded_is_the_stories_in_order() -> None:
-    ours, other = (
-        calibrate("embedded", samples=6, length=50, seed=3),
-        stories.stream("calibration", 3),
-    )
+    ours = calibrate("embedded", samples=6, length=50, seed=3)
+    other = stories.stream("calibration", 3)
     text = "".join(next(other) for _ in range(10))
     np.testing.assert_array_equal(ours.ids.ravel(), tokenize(text)[:300])
     np.testing.assert_array_equal(
@@ -164,7 +154,7 @@ def test_embedded_is_the_stories_in_order() -> None:
     )
 
 
-def test_embedded_evaluation() -> None:
+def test_embedded_evaluation_has_64_windows_unless_more_are_asked_for() -> None:
     ours, other = evaluate("embedded"), stories.stream("evaluation")
     text = "".join(next(other) for _ in range(30))
     assert ours.ids.shape == (64, 32)
@@ -173,7 +163,7 @@ def test_embedded_evaluation() -> None:
     assert evaluate("embedded", windows=100).ids.shape == (100, 32)
 
 
-def test_seed_decides_everything(tmp_path: pathlib.Path) -> None:
+def test_the_seed_decides_every_draw(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_text("".join(texts(50, 50)))
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"text": text}) + "\n" for text in texts(50, 50))
@@ -185,14 +175,14 @@ def test_seed_decides_everything(tmp_path: pathlib.Path) -> None:
         assert not np.array_equal(one.ids, two.ids)
 
 
-def test_global_random_state_is_left_alone(tmp_path: pathlib.Path) -> None:
+def test_the_global_random_state_does_not_change(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_text("".join(texts(50, 50)))
     state = random.getstate()
     calibrate(tmp_path / "a.txt")
     assert random.getstate() == state
 
 
-def test_protocol_says_what_was_done(tmp_path: pathlib.Path) -> None:
+def test_the_protocol_records_how_windows_were_made(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(50, 50)))
     ours = calibrate(path, seed=9)
@@ -217,26 +207,27 @@ def test_protocol_says_what_was_done(tmp_path: pathlib.Path) -> None:
     assert "seed" not in windows.protocol
 
 
-def test_a_tokenizer_of_another_model_is_found_out(tmp_path: pathlib.Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "a.txt").write_text("abcdefgh" * 10)
     with pytest.raises(
         InputError,
-        match=r"a\.txt: token id 104 is outside the model's vocabulary \(0 to 99\): use this model's own tok",
+        match=r"a\.txt has token id 104 outside the model's vocabulary \(0 to 99\): "
+        r"use this model's own tok",
     ):
         evaluate(tmp_path / "a.txt", vocab=100)
 
 
 @pytest.mark.parametrize(
-    ("read", "setting", "flag"),
+    ("read", "setting", "message"),
     [
-        (calibrate, {"samples": 0}, "--calibration_samples=0"),
-        (calibrate, {"length": 0}, "--calibration_length=0"),
-        (evaluate, {"length": 1}, "--eval_length=1"),
-        (evaluate, {"windows": -1}, "--eval_windows=-1"),
+        (calibrate, {"samples": 0}, "calibration_samples=0"),
+        (calibrate, {"length": 0}, "calibration_length=0"),
+        (evaluate, {"length": 1}, "eval_length=1"),
+        (evaluate, {"windows": -1}, "eval_windows=-1"),
     ],
 )
-def test_sizes_that_make_no_sense(
-    read: Callable[..., Tokens], setting: dict[str, int], flag: str
+def test_sizes_below_the_least_are_refused(
+    read: Callable[..., Tokens], setting: dict[str, int], message: str
 ) -> None:
-    with pytest.raises(InputError, match=f"{flag} is too small"):
+    with pytest.raises(InputError, match=f"^{message} is too small"):
         read("embedded", **setting)

@@ -1,4 +1,4 @@
-"""Finished steps survive: what is read back is what was computed, a step is computed once, and damage is told."""
+"""The journal: a finished step is computed once and read back unchanged; damage is reported."""
 
 import json
 from pathlib import Path
@@ -10,15 +10,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from calibration.journal import Journal, StepCache, digest, to_serialisable
+from calibration.journal import Journal, digest, to_serialisable
+from calibration.step_cache import StepCache
 from models.errors import InputError
 from models.sharding import make_mesh, split
 
-PRINT = {"--sparsity": 0.5, "weights": {"a": "b" * 64}}
+FINGERPRINT = {"--sparsity": 0.5, "weights": {"a": "b" * 64}}
 
 
 class Sink:
-    """Counts; rewinds."""
+    """A sink that counts blocks."""
 
     def __init__(self) -> None:
         self.at = 0
@@ -31,6 +32,7 @@ class Sink:
 
 
 def never() -> Any:
+    """Fail: a finished step must not be computed again."""
     raise AssertionError("the step was finished")
 
 
@@ -43,6 +45,7 @@ VALUE = {
 
 
 def assert_same(a: Any, b: Any) -> None:
+    """Compare two values by structure, types and numbers."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         assert type(x) is type(y)
@@ -50,24 +53,26 @@ def assert_same(a: Any, b: Any) -> None:
 
 
 def test_a_step_is_computed_once_and_comes_back_as_it_was(tmp_path: Path) -> None:
-    first = Journal(tmp_path, PRINT, Sink())
+    first = Journal(tmp_path, FINGERPRINT, Sink())
     assert first.finished == 0
     assert_same(first.step(lambda: VALUE), VALUE)
     assert first.step(lambda: (1, jnp.ones(2)))[0] == 1
-    again = Journal(tmp_path, PRINT, Sink())
+    again = Journal(tmp_path, FINGERPRINT, Sink())
     assert again.finished == 2
     assert_same(again.step(never), VALUE)
     assert_same(again.step(never), [1, np.ones(2, np.float32)])
     assert again.step(lambda: "third") == "third"
 
 
-def test_without_a_file_a_value_has_the_same_form() -> None:
+def test_a_serialisable_value_has_the_form_that_a_file_returns() -> None:
     assert_same(to_serialisable({1: (jnp.ones(2), 3)}), {"1": [np.ones(2, np.float32), 3]})
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("mesh", ["", "data=4,model=2"])
-def test_a_walk_goes_on_with_the_states_it_had(dtype: str, mesh: str, tmp_path: Path) -> None:
+def test_an_interrupted_pass_resumes_with_the_states_it_had(
+    dtype: str, mesh: str, tmp_path: Path
+) -> None:
     m = make_mesh(mesh) if mesh else None
     states = [
         split(jax.random.normal(jax.random.key(i), (n, 3, 5)).astype(dtype), m, "sample")
@@ -75,36 +80,36 @@ def test_a_walk_goes_on_with_the_states_it_had(dtype: str, mesh: str, tmp_path: 
     ]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in states]
     sink = Sink()
-    first = Journal(tmp_path, PRINT, sink)
+    first = Journal(tmp_path, FINGERPRINT, sink)
     assert first.begin(like) == ([], None)
     sink.at = 1
     first.reach(1, [{"x": 1.5}], states)
-    again = Journal(tmp_path, PRINT, other := Sink())
+    again = Journal(tmp_path, FINGERPRINT, other := Sink())
     assert other.at == 1 and again.finished == 1
-    records, found = again.begin(like)
+    records, restored = again.begin(like)
     assert records == [{"x": 1.5}]
-    for x, y in zip(found or [], states, strict=True):
+    for x, y in zip(restored or [], states, strict=True):
         assert x.dtype == y.dtype == ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
         np.testing.assert_array_equal(np.asarray(x), np.asarray(y))
     again.complete([{"x": 1.5}, None])
-    last = Journal(tmp_path, PRINT, Sink())
+    last = Journal(tmp_path, FINGERPRINT, Sink())
     assert last.begin(like) == ([{"x": 1.5}, None], None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["000.msgpack", "journal.json"]
 
 
-def test_a_walk_without_states(tmp_path: Path) -> None:
-    first = Journal(tmp_path, PRINT, Sink())
+def test_a_pass_without_states_resumes_with_its_records(tmp_path: Path) -> None:
+    first = Journal(tmp_path, FINGERPRINT, Sink())
     first.begin([])
     first.reach(1, ["a"], [])
-    assert Journal(tmp_path, PRINT, Sink()).begin([]) == (["a"], [])
+    assert Journal(tmp_path, FINGERPRINT, Sink()).begin([]) == (["a"], [])
 
 
-def test_saving_takes_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first block is saved at once, the others when ten times the cost of saving has gone by."""
+def test_saves_take_a_tenth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first block is saved at once, others after ten times the seconds of the last save."""
     now = 0.0
     monkeypatch.setattr("calibration.journal.time.monotonic", lambda: now)
-    journal, saved = Journal(tmp_path, PRINT, Sink()), []
+    journal, saved = Journal(tmp_path, FINGERPRINT, Sink()), []
     commit = journal._commit
 
     def slow(*args: Any) -> None:
@@ -122,46 +127,47 @@ def test_saving_takes_a_share_of_the_time(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (
             {"--sparsity": 0.6},
-            r"had another --sparsity \(0.5, now 0.6\): repeat its command to go on, or begin anew with --noresume",
+            r"had another --sparsity \(0.5, now 0.6\): repeat its command to continue it, "
+            r"or start over with noresume",
         ),
         ({"weights": {"a": "c" * 64}}, r"had another weights: repeat"),
         ({"--pattern": "2:4"}, r'--pattern \(null, now "2:4"\)'),
     ],
 )
-def test_another_run_is_refused_and_told_apart(
-    change: dict[str, Any], said: str, tmp_path: Path
+def test_another_run_is_refused_with_the_setting_that_differs(
+    change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    Journal(tmp_path, PRINT, Sink()).step(lambda: 1)
-    with pytest.raises(InputError, match=said):
-        Journal(tmp_path, PRINT | change, Sink())
-    assert Journal(tmp_path, PRINT, Sink()).step(never) == 1
+    Journal(tmp_path, FINGERPRINT, Sink()).step(lambda: 1)
+    with pytest.raises(InputError, match=message):
+        Journal(tmp_path, FINGERPRINT | change, Sink())
+    assert Journal(tmp_path, FINGERPRINT, Sink()).step(never) == 1
 
 
 @pytest.mark.parametrize("name", ["journal.json", "000.msgpack", "001-001.msgpack", "001-001"])
-@pytest.mark.parametrize("how", ["gone", "cut short"])
-def test_damage_is_told(name: str, how: str, tmp_path: Path) -> None:
-    journal = Journal(tmp_path, PRINT, Sink())
+@pytest.mark.parametrize("damage", ["missing", "cut short"])
+def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None:
+    journal = Journal(tmp_path, FINGERPRINT, Sink())
     journal.step(lambda: 1)
     journal.begin([jax.ShapeDtypeStruct((2,), np.float32)])
     journal.reach(1, [None], [jnp.ones(2)])
     path = tmp_path / name
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-3])
+        file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(
         InputError,
-        match=rf"{name} of the unfinished run is damaged or missing: start over with --noresume",
+        match=rf"{name} of the unfinished run is damaged or missing: start over with (--)?noresume",
     ):
-        Journal(tmp_path, PRINT, Sink())
+        Journal(tmp_path, FINGERPRINT, Sink())
 
 
-def test_the_index_is_whole_or_the_one_before(
+def test_a_failed_write_leaves_the_index_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    journal = Journal(tmp_path, PRINT, Sink())
+    journal = Journal(tmp_path, FINGERPRINT, Sink())
     journal.step(lambda: "first")
 
     def fail(*_: Any) -> None:
@@ -171,7 +177,7 @@ def test_the_index_is_whole_or_the_one_before(
         m.setattr("os.replace", fail)
         with pytest.raises(OSError, match="No space"):
             journal.step(lambda: "second")
-    again = Journal(tmp_path, PRINT, Sink())
+    again = Journal(tmp_path, FINGERPRINT, Sink())
     assert again.step(never) == "first" and again.step(lambda: "new") == "new"
     assert json.loads((tmp_path / "journal.json").read_text())["steps"] == [
         "000.msgpack",
@@ -179,77 +185,77 @@ def test_the_index_is_whole_or_the_one_before(
     ]
 
 
-def test_a_run_killed_in_its_first_write_begins_anew(tmp_path: Path) -> None:
-    """Nothing counts yet, so nothing is lost; with anything else there, the index is gone."""
+def test_a_run_killed_in_its_first_write_starts_over(tmp_path: Path) -> None:
+    """Nothing was finished yet. Any other file means that the index is missing."""
     (tmp_path / "journal.json.new").write_text('{"finger')
-    assert Journal(tmp_path, PRINT, Sink()).finished == 0
+    assert Journal(tmp_path, FINGERPRINT, Sink()).finished == 0
     (tmp_path / "journal.json").rename(tmp_path / "journal.json.new")
     (tmp_path / "000.msgpack").write_bytes(b"")
     with pytest.raises(
         InputError, match=r"journal\.json of the unfinished run is damaged or missing"
     ):
-        Journal(tmp_path, PRINT, Sink())
+        Journal(tmp_path, FINGERPRINT, Sink())
 
 
-def test_what_another_run_computed_is_not_computed_again(tmp_path: Path) -> None:
-    memory = StepCache()
+def test_a_value_that_another_run_computed_is_reused(tmp_path: Path) -> None:
+    cache = StepCache()
     assert_same(
-        Journal(tmp_path / "a", PRINT, Sink(), memory, "model").step(lambda: VALUE, "key"), VALUE
+        Journal(tmp_path / "a", FINGERPRINT, Sink(), cache, "model").step(lambda: VALUE, "key"),
+        VALUE,
     )
-    assert_same(Journal(tmp_path / "b", PRINT, Sink(), memory, "model").step(never, "key"), VALUE)
-    assert memory.reused == 1
     assert_same(
-        Journal(tmp_path / "b", PRINT, Sink()).step(never), VALUE
-    )  # it is as durable as one's own
+        Journal(tmp_path / "b", FINGERPRINT, Sink(), cache, "model").step(never, "key"), VALUE
+    )
+    assert cache.reused == 1
+    # It is also on disk for the run that reused it.
+    assert_same(Journal(tmp_path / "b", FINGERPRINT, Sink()).step(never), VALUE)
 
 
 @pytest.mark.parametrize(
-    ("common", "key"), [("another model", "key"), ("model", "another key"), ("model", None)]
+    ("context", "key"), [("another model", "key"), ("model", "another key"), ("model", None)]
 )
-def test_what_depends_on_something_else_is_computed(
-    common: str, key: str | None, tmp_path: Path
+def test_a_value_with_other_dependencies_is_computed(
+    context: str, key: str | None, tmp_path: Path
 ) -> None:
-    memory = StepCache()
+    cache = StepCache()
     for k, run in enumerate(("a", "b")):
-        Journal(tmp_path / run, PRINT, Sink(), memory, "model").step(
+        Journal(tmp_path / run, FINGERPRINT, Sink(), cache, "model").step(
             lambda k=k: k, None if key is None else "key"
         )
-    assert Journal(tmp_path / "c", PRINT, Sink(), memory, common).step(lambda: 7, key) == 7
+    assert Journal(tmp_path / "c", FINGERPRINT, Sink(), cache, context).step(lambda: 7, key) == 7
 
 
-def test_a_step_read_back_is_known_to_other_runs(tmp_path: Path) -> None:
-    Journal(tmp_path / "a", PRINT, Sink()).step(lambda: VALUE)
-    memory = StepCache()
-    assert_same(Journal(tmp_path / "a", PRINT, Sink(), memory).step(never, "key"), VALUE)
-    assert_same(Journal(tmp_path / "b", PRINT, Sink(), memory).step(never, "key"), VALUE)
+def test_a_step_read_from_disk_is_reused_by_other_runs(tmp_path: Path) -> None:
+    Journal(tmp_path / "a", FINGERPRINT, Sink()).step(lambda: VALUE)
+    cache = StepCache()
+    assert_same(Journal(tmp_path / "a", FINGERPRINT, Sink(), cache).step(never, "key"), VALUE)
+    assert_same(Journal(tmp_path / "b", FINGERPRINT, Sink(), cache).step(never, "key"), VALUE)
 
 
-def test_a_walk_that_another_run_finished_is_over_at_once(tmp_path: Path) -> None:
-    """Also where this run was interrupted in the middle of it."""
-    memory = StepCache()
-    Journal(tmp_path / "a", PRINT, Sink(), memory).complete([1, 2, 3], "walk")
-    cut = Journal(tmp_path / "b", PRINT, Sink())
+def test_a_pass_that_another_run_finished_is_reused(tmp_path: Path) -> None:
+    """The reuse also holds for a run that was interrupted inside the pass."""
+    cache = StepCache()
+    Journal(tmp_path / "a", FINGERPRINT, Sink(), cache).complete([1, 2, 3], "pass")
+    cut = Journal(tmp_path / "b", FINGERPRINT, Sink())
     cut.reach(1, [1], [jnp.ones(2)])
-    went_on = Journal(tmp_path / "b", PRINT, Sink(), memory)
-    assert went_on.begin([jax.ShapeDtypeStruct((2,), np.float32)], "walk") == ([1, 2, 3], None)
-    went_on.complete([1, 2, 3], "walk")
-    assert Journal(tmp_path / "b", PRINT, Sink()).begin([]) == ([1, 2, 3], None)
+    resumed = Journal(tmp_path / "b", FINGERPRINT, Sink(), cache)
+    assert resumed.begin([jax.ShapeDtypeStruct((2,), np.float32)], "pass") == ([1, 2, 3], None)
+    resumed.complete([1, 2, 3], "pass")
+    assert Journal(tmp_path / "b", FINGERPRINT, Sink()).begin([]) == ([1, 2, 3], None)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["000.msgpack", "journal.json"]
 
 
-def test_memory_holds_no_more_than_it_may() -> None:
-    memory = StepCache(limit=100)
+def test_the_cache_keeps_no_more_than_its_limit() -> None:
+    cache = StepCache(limit=100)
     for name in "abc":
-        memory.keep(name, {"x": np.zeros(10, np.float32)})
-    assert memory.get("a") is None and memory.get("b") is not None and memory.get("c") is not None
-    memory.keep("d", np.zeros(26, np.float32))
-    assert [name for name in "abcd" if memory.get(name) is not None] == [
-        "b",
-        "c",
-    ]  # it alone is too large
+        cache.keep(name, {"x": np.zeros(10, np.float32)})
+    assert cache.get("a") is None and cache.get("b") is not None and cache.get("c") is not None
+    cache.keep("d", np.zeros(26, np.float32))
+    # The last value alone is beyond the limit.
+    assert [name for name in "abcd" if cache.get(name) is not None] == ["b", "c"]
 
 
-def test_digests_tell_numbers_shapes_and_types_apart() -> None:
+def test_digests_differ_by_numbers_shape_and_type() -> None:
     a = np.arange(6, dtype=np.int32)
     others = [a[::-1], a.reshape(2, 3), a.astype(np.int64), a[:5]]
     assert len({digest(x) for x in [a, *others]}) == 5 and digest(a.copy()) == digest(a)

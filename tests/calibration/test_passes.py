@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import Mesh
 
 from calibration import passes
-from calibration.journal import Journal, StepCache
+from calibration.journal import Journal
 from calibration.observers import batch_norms, second_moment
 from calibration.passes import calibrate_blocks, micro_batches
 from calibration.runtime import Runtime
+from calibration.step_cache import StepCache
 from models.arch import Block, Model, embed
 from models.errors import InputError
 from models.init import init_model

@@ -1,4 +1,4 @@
-"""The tokenizer wrapper against transformers.AutoTokenizer, and every way a directory can lack one."""
+"""Tokenizers against transformers.AutoTokenizer, and directories without a readable tokenizer."""
 
 import json
 import logging
@@ -25,8 +25,8 @@ TEXTS = [
 ]
 
 
-def words(directory: pathlib.Path) -> tokenizers.Tokenizer:
-    """A tokenizer of a few words that puts [CLS] before and [SEP] after a text, saved in `directory`."""
+def save_words(directory: pathlib.Path) -> tokenizers.Tokenizer:
+    """Save a tokenizer of a few words that puts [CLS] before a text and [SEP] after it."""
     vocabulary = {"[UNK]": 0, "[CLS]": 1, "[SEP]": 2, "a": 3, "b": 4, "c": 5}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
@@ -41,16 +41,16 @@ def words(directory: pathlib.Path) -> tokenizers.Tokenizer:
 @pytest.mark.parametrize(
     "name", ["tiny-llama", "tiny-llama-gqa", "tiny-opt", "stories260K", "smollm2"]
 )
-def test_agrees_with_transformers(name: str, special: bool, request: pytest.FixtureRequest) -> None:
+def test_ids_are_those_of_transformers(
+    name: str, special: bool, request: pytest.FixtureRequest
+) -> None:
     model = (
         request.getfixturevalue("smollm2")
         if name == "smollm2"
         else request.getfixturevalue("shared") / "models" / name
     )
-    ours, theirs = (
-        load_tokenizer(model),
-        transformers.AutoTokenizer.from_pretrained(model, local_files_only=True),
-    )
+    ours = load_tokenizer(model)
+    theirs = transformers.AutoTokenizer.from_pretrained(model, local_files_only=True)
     for text in TEXTS:
         assert (
             ours(text, special=special)
@@ -59,14 +59,14 @@ def test_agrees_with_transformers(name: str, special: bool, request: pytest.Fixt
 
 
 def test_special_tokens_are_the_tokenizers_own_and_off_by_default(tmp_path: pathlib.Path) -> None:
-    words(tmp_path)
+    save_words(tmp_path)
     tokenize = load_tokenizer(tmp_path)
     assert tokenize("a c b") == [3, 5, 4]
     assert tokenize("a c b", special=True) == [1, 3, 5, 4, 2]
 
 
 def test_stored_truncation_and_padding_are_off(tmp_path: pathlib.Path) -> None:
-    tokenizer = words(tmp_path)
+    tokenizer = save_words(tmp_path)
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8, pad_id=0)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
@@ -76,16 +76,17 @@ def test_stored_truncation_and_padding_are_off(tmp_path: pathlib.Path) -> None:
 
 
 def test_reading_tokenizer_json_does_not_import_transformers(tmp_path: pathlib.Path) -> None:
-    words(tmp_path)
+    save_words(tmp_path)
     code = (
         "import sys, pathlib; from calibration.tokenizer import load_tokenizer; "
-        f"load_tokenizer(pathlib.Path({str(tmp_path)!r}))('a'); assert 'transformers' not in sys.modules"
+        f"load_tokenizer(pathlib.Path({str(tmp_path)!r}))('a'); "
+        "assert 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def write_bpe(directory: pathlib.Path) -> None:
-    """GPT-2's older format, vocab.json and merges.txt, with a byte-level alphabet and one merge."""
+    """Write GPT-2's older format, vocab.json and merges.txt, with one merge."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: i for i, token in enumerate(["<|endoftext|>", *alphabet, "he"])}
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
@@ -103,10 +104,10 @@ def test_older_formats_go_through_transformers(
     ids = load_tokenizer(tmp_path)("hehehe xhe")
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
     assert ids == [vocabulary[token] for token in ["he", "he", "he", "Ġ", "x", "he"]]
-    assert not caplog.records  # six tokens are more than model_max_length, and that is no news
+    assert not caplog.records  # no warning that six tokens are more than model_max_length
 
 
-def test_older_formats_special_tokens(tmp_path: pathlib.Path) -> None:
+def test_older_formats_add_their_own_special_tokens(tmp_path: pathlib.Path) -> None:
     write_bpe(tmp_path)
     config = {
         "tokenizer_class": "GPT2Tokenizer",
@@ -114,15 +115,13 @@ def test_older_formats_special_tokens(tmp_path: pathlib.Path) -> None:
         "bos_token": "<|endoftext|>",
     }
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    reference, tokenize = (
-        transformers.AutoTokenizer.from_pretrained(tmp_path),
-        load_tokenizer(tmp_path),
-    )
+    reference = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokenize = load_tokenizer(tmp_path)
     assert tokenize("he", special=True) == reference("he")["input_ids"]
     assert tokenize("he") == reference("he", add_special_tokens=False)["input_ids"]
 
 
-def test_gguf_file(tmp_path: pathlib.Path) -> None:
+def test_a_gguf_file_has_its_tokenizer_inside(tmp_path: pathlib.Path) -> None:
     write_bpe(tmp_path)
     vocabulary = json.loads((tmp_path / "vocab.json").read_text())
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
@@ -144,7 +143,7 @@ def test_gguf_file(tmp_path: pathlib.Path) -> None:
     assert tokenize("xhe", special=True) == [0, vocabulary["x"], vocabulary["he"]]
 
 
-def test_no_tokenizer_names_the_files_expected(tmp_path: pathlib.Path) -> None:
+def test_a_missing_tokenizer_names_the_expected_files(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(
         InputError,
@@ -154,7 +153,7 @@ def test_no_tokenizer_names_the_files_expected(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"version": "1.0"}', "[]"])
-def test_broken_tokenizer_json(tmp_path: pathlib.Path, content: str) -> None:
+def test_a_broken_tokenizer_json_is_one_line(tmp_path: pathlib.Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(
         InputError, match=r"tokenizer\.json cannot be read as a tokenizer"
@@ -163,7 +162,7 @@ def test_broken_tokenizer_json(tmp_path: pathlib.Path, content: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_broken_older_format(tmp_path: pathlib.Path) -> None:
+def test_a_broken_older_format_is_one_line(tmp_path: pathlib.Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"not sentencepiece")
     (tmp_path / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "LlamaTokenizer"})

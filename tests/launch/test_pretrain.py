@@ -1,4 +1,4 @@
-"""Pretraining: a tiny run learns, repeats itself to the byte, and writes a checkpoint that other libraries read alike."""
+"""Pretraining: a tiny run learns, repeats to the byte, and writes a checkpoint for transformers."""
 
 import dataclasses
 import itertools
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 
-from calibration.stories.generator import stream
 from launch import pretrain
 from launch.flags import cli
 from launch.pretrain import Settings
@@ -46,21 +46,25 @@ SETTINGS = {"llama": TINY, "opt": dataclasses.replace(TINY, family="opt", kv_hea
 def run(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Settings, pathlib.Path, float]:
+    """Train a tiny model of each family; return settings, checkpoint and perplexity."""
     settings = SETTINGS[request.param]
     output = tmp_path_factory.mktemp(request.param) / "model"
     return settings, output, pretrain.pretrain(settings, output)
 
 
 def read(directory: pathlib.Path) -> dict[str, bytes]:
+    """Return the content of every file by its name."""
     return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-def test_it_learns(run: tuple[Settings, pathlib.Path, float]) -> None:
-    """A uniform guess has perplexity 400; after so few steps it should be a fraction of that."""
+def test_a_few_steps_lower_the_perplexity(run: tuple[Settings, pathlib.Path, float]) -> None:
+    """A uniform guess has perplexity 400; even few steps should reach a fraction of that."""
     assert 1 < run[2] < 160
 
 
-def test_output_is_complete_and_alone(run: tuple[Settings, pathlib.Path, float]) -> None:
+def test_the_output_has_all_files_and_nothing_beside_it(
+    run: tuple[Settings, pathlib.Path, float],
+) -> None:
     _, output, _ = run
     names = {
         "config.json",
@@ -81,14 +85,16 @@ def test_same_settings_give_the_same_bytes(
     assert read(tmp_path / "again") == read(output)
 
 
-def test_stored_perplexity_is_that_of_the_checkpoint(
+def test_the_perplexity_is_that_of_the_checkpoint(
     run: tuple[Settings, pathlib.Path, float],
 ) -> None:
-    """The closing figure is of the float16 parameters that were written, not of those in memory."""
+    """It is measured on the float16 parameters that were written, not on those in memory."""
     settings, output, perplexity = run
     model = store.in_memory(store.open_checkpoint(output).model)
-    tokenizer = pretrain.tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
-    assert pretrain.held_out(model, tokenizer, settings) == pytest.approx(perplexity, rel=1e-6)
+    tokenizer = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
+    assert pretrain.held_out_perplexity(model, tokenizer, settings) == pytest.approx(
+        perplexity, rel=1e-6
+    )
 
 
 def test_transformers_reads_the_same_model(run: tuple[Settings, pathlib.Path, float]) -> None:
@@ -108,14 +114,10 @@ def test_transformers_reads_the_same_model(run: tuple[Settings, pathlib.Path, fl
 def test_transformers_reads_the_tokenizer(run: tuple[Settings, pathlib.Path, float]) -> None:
     transformers = pytest.importorskip("transformers")
     settings, output, _ = run
-    config, tokenizer = (
-        transformers.AutoConfig.from_pretrained(output),
-        transformers.AutoTokenizer.from_pretrained(output),
-    )
-    assert (
-        config.model_type == settings.family
-        and config.vocab_size == len(tokenizer) == settings.vocabulary
-    )
+    config = transformers.AutoConfig.from_pretrained(output)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(output)
+    assert config.model_type == settings.family
+    assert config.vocab_size == len(tokenizer) == settings.vocabulary
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 1, 0)
     text = 'Mia said: "Déjà vu!"\n\t3 ✂ 漢字  end '
     ids = tokenizer(text)["input_ids"]
@@ -123,25 +125,8 @@ def test_transformers_reads_the_tokenizer(run: tuple[Settings, pathlib.Path, flo
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_batches_are_the_stream_without_a_gap() -> None:
-    tokenizer = pretrain.train_tokenizer(300, seed=0)
-    got = np.concatenate(
-        [
-            batch.ravel()
-            for batch in itertools.islice(pretrain.batches(tokenizer, "train", 2, (3, 64)), 300)
-        ]
-    )
-    expected: list[int] = []
-    for story in stream("train", 2):
-        if len(expected) > got.size:
-            break
-        expected += [1, *tokenizer.encode(story, add_special_tokens=False).ids]
-    assert got.size > pretrain.STORIES_A_READ * 200, "the test should cross a read"
-    np.testing.assert_array_equal(got, expected[: got.size])
-
-
 def test_loss_is_the_mean_cross_entropy() -> None:
-    """Against float64 NumPy, on the positions that have a successor."""
+    """The reference is NumPy in float64, on the positions that have a successor."""
     config = pretrain.model_config(TINY, 400)
     model = pretrain.init.init_model(config, jax.random.key(0))
     tokens = np.random.default_rng(1).integers(0, 400, (3, 10))
@@ -152,7 +137,7 @@ def test_loss_is_the_mean_cross_entropy() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    """Without a gradient, an AdamW step at the peak rate shrinks matrices by rate x decay and leaves the rest alone."""
+    """Without a gradient, a step at the peak rate shrinks matrices by rate x decay."""
     optimizer = pretrain.make_optimizer(
         dataclasses.replace(TINY, warmup=0, learning_rate=0.25, weight_decay=0.5)
     )
@@ -165,7 +150,7 @@ def test_only_matrices_decay() -> None:
 
 
 def test_rate_rises_then_falls_to_a_tenth() -> None:
-    """Adam's first update has the size of its rate, whatever the gradient; so have all those of a constant gradient."""
+    """With a constant gradient, every update of Adam has the size of its rate."""
     settings = dataclasses.replace(TINY, warmup=10, steps=50, learning_rate=0.5, weight_decay=0.0)
     optimizer, param = pretrain.make_optimizer(settings), jnp.ones((1,))
     state, sizes = optimizer.init(param), []
@@ -178,18 +163,15 @@ def test_rate_rises_then_falls_to_a_tenth() -> None:
 
 
 def test_clipping_bounds_the_gradient() -> None:
-    """After one gradient far beyond the bound, a small one still counts: unclipped, the second moment would dwarf it."""
-    optimizer, param = (
-        pretrain.make_optimizer(dataclasses.replace(TINY, warmup=0, weight_decay=0.0)),
-        jnp.ones((1,)),
-    )
+    """After a huge gradient a small one counts: unclipped, the second moment would hide it."""
+    settings = dataclasses.replace(TINY, warmup=0, weight_decay=0.0)
+    optimizer, param = pretrain.make_optimizer(settings), jnp.ones((1,))
     state = optimizer.init(param)
     for gradient in (1e6, 0.5):
         update, state = optimizer.update(jnp.full((1,), gradient), state, param)
-    m, v = (
-        0.1 * 0.9 + 0.1 * 0.5,
-        0.01 * 0.99 + 0.01 * 0.25,
-    )  # Adam's moments of the gradients 1 and 0.5
+    # Adam's moments of the gradients 1 and 0.5.
+    m = 0.1 * 0.9 + 0.1 * 0.5
+    v = 0.01 * 0.99 + 0.01 * 0.25
     expected = -TINY.learning_rate * (m / (1 - 0.9**2)) / (v / (1 - 0.99**2)) ** 0.5
     np.testing.assert_allclose(update, expected, rtol=0.01)
 
@@ -220,9 +202,11 @@ def test_another_directory_is_refused_before_any_work(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"warmup": 60}, "--warmup=60 leaves none of the 60 steps"),
-        ({"learning_rate": 0.0}, "--learning_rate and --clip must be positive"),
-        ({"family": "opt"}, "--kv_heads is for --family=llama"),
+        ({"warmup": 60}, "^warmup=60 leaves none of the 60 steps"),
+        ({"learning_rate": 0.0}, r"^learning_rate=0\.0 must be positive"),
+        ({"clip": 0.0}, r"^clip=0\.0 must be positive"),
+        ({"weight_decay": -1.0}, r"^weight_decay=-1\.0 must be positive or 0"),
+        ({"family": "opt"}, "^kv_heads=2 is for family=llama"),
         ({"heads": 5}, "not a multiple"),
         ({"kv_heads": 3}, "not a multiple"),
     ],
@@ -254,7 +238,7 @@ def test_the_flag_file_makes_the_embedded_model(family: str) -> None:
     assert 1e6 < sum(sizes) < 1.8e6
 
 
-def test_main_trains_what_the_flags_say(
+def test_main_trains_with_the_settings_of_the_flags(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[Settings, pathlib.Path]] = []
@@ -270,7 +254,7 @@ def test_main_trains_what_the_flags_say(
     assert output == tmp_path / "model"
 
 
-def test_main_needs_an_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_refuses_a_missing_output(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(pretrain.options(), pretrain.main, []) == 2
     assert (
         capsys.readouterr().err
@@ -288,12 +272,3 @@ def test_one_compilation_serves_every_step() -> None:
         tokens = np.random.default_rng(seed).integers(0, 400, (4, 32)).astype(np.int32)
         params, state, value = step(params, state, tokens)
     assert step._cache_size() == 1 and np.isfinite(value)
-
-
-def test_the_seed_decides_the_parameters_and_the_stories() -> None:
-    tokenizer = pretrain.train_tokenizer(300, seed=0)
-    first, again, other = (
-        next(pretrain.batches(tokenizer, "train", seed, (2, 32))) for seed in (0, 0, 1)
-    )
-    np.testing.assert_array_equal(first, again)
-    assert not np.array_equal(first, other)

@@ -131,7 +131,7 @@ def watched(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
         m.setattr(writer, name, fuse.guard(getattr(writer, name)))
     for name in ("put", "mark"):
         m.setattr(writer.Writer, name, fuse.guard(getattr(writer.Writer, name)))
-    m.setattr("calibration.journal.SHARE", 1e9)  # save after every block
+    m.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)  # save after every block
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -322,7 +322,7 @@ def test_a_full_disk(
     args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
     with monkeypatch.context() as m:
         m.setattr("models.checkpoint.writer.save_file", full)
-        m.setattr("calibration.journal.SHARE", 1e9)
+        m.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)
         assert call(args) == 2
     assert "no space left" in capsys.readouterr().err
     assert call(args) == 0

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from calibration.journal import StepCache
+from calibration.step_cache import StepCache
 from launch import prune, sweep
 from launch.flags.cli import Terminated, run
 from launch.run import export
@@ -243,7 +243,7 @@ def test_a_trial_is_to_the_bit_the_run_that_its_report_says(
 ) -> None:
     """Whatever it shares with those before it; and it does share."""
     memory, (flags, measured) = StepCache(), GRIDS[name]
-    monkeypatch.setattr(sweep, "Memory", lambda: memory)
+    monkeypatch.setattr(sweep, "StepCache", lambda: memory)
     assert call(argv(inputs, tmp_path / "sweep", *flags, "--sparsities=0.3,0.5")) == 0
     rows = table_of(tmp_path / "sweep")
     assert {row["state"] for row in rows.values()} == {"finished"}

@@ -1,4 +1,4 @@
-"""The perceptron against NumPy in float64, and the two ways of removing units against each other."""
+"""The perceptron against NumPy in float64, and masked units against units cut out."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ WIDTHS = (6, 9, 7, 4)
 
 @pytest.fixture
 def params() -> mlp.Params:
-    """Random weights and biases."""
+    """Make random weights and biases."""
     rng = np.random.default_rng(0)
 
     def draw(fan_in: int, out: int) -> Linear:
@@ -26,13 +26,13 @@ def params() -> mlp.Params:
 
 @pytest.fixture
 def x() -> jax.Array:
-    """Five inputs."""
+    """Make five inputs."""
     return jnp.asarray(np.random.default_rng(2).normal(size=(5, WIDTHS[0])), jnp.float32)
 
 
 @pytest.fixture
 def keeps() -> list[np.ndarray]:
-    """About half of each hidden layer."""
+    """Keep about half of each hidden layer."""
     rng = np.random.default_rng(3)
     return [rng.random(width) < 0.5 for width in WIDTHS[1:-1]]
 
@@ -40,7 +40,7 @@ def keeps() -> list[np.ndarray]:
 def reference(
     params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Logits and hidden activations in float64, units dropped by multiplying activations with zero."""
+    """Compute logits and hidden activations in float64, those of dropped units times zero."""
     h, hidden = np.asarray(x, np.float64), []
     for p, keep in zip(params[:-1], keeps, strict=True):
         h = np.maximum(h @ np.asarray(p.w, np.float64).T + np.asarray(p.b), 0) * keep
@@ -83,7 +83,9 @@ def test_mask_silences_the_dropped_units(
         assert not h[:, ~keep].any() and h[:, keep].any()
 
 
-def test_cut_is_mask(params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]) -> None:
+def test_a_cut_network_has_the_logits_of_the_masked_one(
+    params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]
+) -> None:
     small = mlp.cut(params, keeps)
     a, b = (int(keep.sum()) for keep in keeps)
     assert 0 < a < 9 and 0 < b < 7
@@ -100,7 +102,9 @@ def test_keeping_everything_changes_no_bit(params: mlp.Params) -> None:
         jax.tree.map(np.testing.assert_array_equal, change(params, everything), params)
 
 
-def test_linears_without_biases(params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]) -> None:
+def test_cut_and_mask_work_without_biases(
+    params: mlp.Params, x: jax.Array, keeps: list[np.ndarray]
+) -> None:
     bare = tuple(Linear(p.w) for p in params)
     small, silent = mlp.cut(bare, keeps), mlp.mask(bare, keeps)
     assert all(p.b is None for p in (*small, *silent))
@@ -124,7 +128,7 @@ def test_masks_share_one_compilation(params: mlp.Params, x: jax.Array) -> None:
     assert traces == 1
 
 
-def test_one_mask_too_few_is_an_error(params: mlp.Params, keeps: list[np.ndarray]) -> None:
+def test_a_missing_mask_is_refused(params: mlp.Params, keeps: list[np.ndarray]) -> None:
     for change in (mlp.cut, mlp.mask):
         with pytest.raises((ValueError, IndexError)):
             change(params, keeps[:1])

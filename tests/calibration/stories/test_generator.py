@@ -1,4 +1,4 @@
-"""The story grammar: the same text everywhere, splits that share nothing, and stories that do not contradict themselves."""
+"""The stories: the same text everywhere, disjoint splits, and no story that contradicts itself."""
 
 import hashlib
 import itertools
@@ -47,8 +47,8 @@ def texts() -> list[str]:
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_text_is_pinned(split: str) -> None:
-    """The embedded models, their perplexities and every golden figure on `embedded` data hang on these very bytes."""
+def test_the_text_is_the_one_that_the_embedded_models_learned(split: str) -> None:
+    """The embedded models and every golden figure on `embedded` data depend on these bytes."""
     assert hashlib.sha256("".join(take(split, 1000)).encode()).hexdigest() == PINNED[split]
 
 
@@ -65,7 +65,7 @@ def test_no_story_repeats_within_or_across_splits() -> None:
 
 @pytest.mark.parametrize("other", SPLITS[1:])
 def test_splits_are_disjoint_whatever_the_seed(other: str) -> None:
-    """All splits of a seed sift one sequence: what train keeps of it may not turn up elsewhere, with this seed or the next."""
+    """All splits of a seed filter one sequence: no story of train is in another split."""
     train = set(take("train", 2000, seed=5))
     assert not train & {*take(other, 1000, seed=5), *take(other, 1000, seed=6)}
 
@@ -79,7 +79,7 @@ def test_unknown_split_is_refused_at_once() -> None:
         stream("test")
 
 
-def test_form(texts: list[str]) -> None:
+def test_stories_are_paragraphs_of_plain_sentences(texts: list[str]) -> None:
     for text in texts:
         assert text.isascii() and text.endswith("\n") and "  " not in text
         paragraphs = text.removesuffix("\n").split("\n")
@@ -95,8 +95,8 @@ def test_vocabulary_is_several_hundred_words(texts: list[str]) -> None:
     assert 600 < len({word for text in texts for word in re.findall(r"[A-Za-z]+", text)}) < 800
 
 
-def test_two_names_and_their_pronouns(texts: list[str]) -> None:
-    """A story of girls alone holds no masculine pronoun and the other way round; what an elder says has its own."""
+def test_pronouns_match_the_two_names(texts: list[str]) -> None:
+    """A story of girls alone has no masculine pronoun, and the reverse; elders have their own."""
     single = 0
     for text in texts:
         girls, boys = (
@@ -123,7 +123,8 @@ def test_role_trait_and_home_are_recalled(texts: list[str]) -> None:
             assert told[1] in opening.replace(" a ", " the ")
         else:
             told = re.search(
-                r"the best (\w+) in the world|(?:his|her) (\w+) \w+ went home happy|the day with (?:his|her) (\w+)",
+                r"the best (\w+) in the world|(?:his|her) (\w+) \w+ went home happy|"
+                r"the day with (?:his|her) (\w+)",
                 ending,
             )
             assert told and role and role[1] in told.groups()
@@ -148,7 +149,7 @@ DETAILS = (
 
 
 @pytest.mark.parametrize(("told", "recalled"), DETAILS)
-def test_one_detail_comes_back(told: str, recalled: str, texts: list[str]) -> None:
+def test_the_ending_recalls_a_detail_as_it_was(told: str, recalled: str, texts: list[str]) -> None:
     back = 0
     for text in texts:
         if match := re.search(recalled, text.split("\n")[-2]):
@@ -223,34 +224,41 @@ def check_riddle(m: re.Match[str]) -> None:
     assert gift == f"{colour} {answers[hint]}" and guess == answers[hint] != wrong
 
 
-PLOTS: dict[str, tuple[str, Callable[[re.Match[str]], None]]] = {
+EPISODES: dict[str, tuple[str, Callable[[re.Match[str]], None]]] = {
     "gather": (
         r"had (\w+) \w+ in \w+ \w+\. [^.]+ found (\w+) more \w+\. "
         r"(?:\"Now I have|Now the \w+ held) (\w+) [^.]+?[.\"] ?(?:said \w+\. )?"
-        r"(?:Then \w+ tripped and (\w+) .+?: (\w+) |\w+ gave (\w+) \w+ to \w+\. So \w+ had (\w+) \w+ and \w+ had (\w+) )",
+        r"(?:Then \w+ tripped and (\w+) .+?: (\w+) |"
+        r"\w+ gave (\w+) \w+ to \w+\. So \w+ had (\w+) \w+ and \w+ had (\w+) )",
         check_gather,
     ),
     "shop": (
         r"market with (\w+) coins?\..+?It costs (\w+) coins?,\"[^.]+\. "
-        r"(?:\w+ paid and had (\w+) coins? left|\"Then I need (\w+) coins? more,\".+? gave \w+ (\w+) coin)",
+        r"(?:\w+ paid and had (\w+) coins? left|"
+        r"\"Then I need (\w+) coins? more,\".+? gave \w+ (\w+) coin)",
         check_shop,
     ),
     "contest": (
-        r"who is better,\" said \w+\. (\w+) (?:\w+ )*?(\w+) (?:blocks|steps far|fish|puddles|songs|logs)[^.]*\. "
-        r"(\w+) (?:\w+ )*?(\w+) (?:blocks|steps far|fish|puddles|songs|logs)[^.]*\. (\w+) is more than (\w+), so (\w+) won",
+        r"who is better,\" said \w+\. "
+        r"(\w+) (?:\w+ )*?(\w+) (?:blocks|steps far|fish|puddles|songs|logs)[^.]*\. "
+        r"(\w+) (?:\w+ )*?(\w+) (?:blocks|steps far|fish|puddles|songs|logs)[^.]*\. "
+        r"(\w+) is more than (\w+), so (\w+) won",
         check_contest,
     ),
     "journey": (
-        r"They walked ([^.]+), ([^.]+) and ([^.]+)\..+?To get home they walked ([^.]+), ([^.]+) and ([^.]+)\.",
+        r"They walked ([^.]+), ([^.]+) and ([^.]+)\..+?"
+        r"To get home they walked ([^.]+), ([^.]+) and ([^.]+)\.",
         check_journey,
     ),
     "lost": (
-        r"(?:could not find|had lost) \w+ (\w+ \w+)\. (.+?) \"Have you seen my (\w+ \w+)\?\".+?(?:saw it|think it is) ([^.,]+)"
+        r"(?:could not find|had lost) \w+ (\w+ \w+)\. (.+?) "
+        r"\"Have you seen my (\w+ \w+)\?\".+?(?:saw it|think it is) ([^.,]+)"
         r"[.,].+? ran to look ([^,]+), and there was the (\w+ \w+)!",
         check_lost,
     ),
     "hidden": (
-        r"Count to (\w+)!\".+?counted\. \"(.+?)!\" \w+ was hiding ([^.]+)\. First \w+ looked ([^,]+),.+?\"You are ([^,]+), ",
+        r"Count to (\w+)!\".+?counted\. \"(.+?)!\" \w+ was hiding ([^.]+)\. "
+        r"First \w+ looked ([^,]+),.+?\"You are ([^,]+), ",
         check_hidden,
     ),
     "message": (
@@ -260,22 +268,24 @@ PLOTS: dict[str, tuple[str, Callable[[re.Match[str]], None]]] = {
         check_message,
     ),
     "swap": (
-        r"(\w+) had an? (\w+ \w+) and (\w+) had an? (\w+ \w+)\. \"May I.+?So \w+ took the (\w+ \w+) and \w+ took the (\w+ \w+)\."
+        r"(\w+) had an? (\w+ \w+) and (\w+) had an? (\w+ \w+)\. \"May I.+?"
+        r"So \w+ took the (\w+ \w+) and \w+ took the (\w+ \w+)\."
         r" In the evening \w+ gave the (\w+) back to \w+, and \w+ gave the (\w+) back",
         check_swap,
     ),
     "riddle": (
-        r"behind (?:his|her) back\. .+?It is (\w+)\W.+?\"Is it an? (\w+)\?\".+?\"No,\" said \w+\. \"([^.]+)\.\" "
+        r"behind (?:his|her) back\. .+?It is (\w+)\W.+?"
+        r"\"Is it an? (\w+)\?\".+?\"No,\" said \w+\. \"([^.]+)\.\" "
         r"\"Then it must be an? (\w+)!\".+?gave \w+ the (\w+ \w+)\.",
         check_riddle,
     ),
 }
 
 
-@pytest.mark.parametrize("plot", PLOTS)
-def test_plot_agrees_with_itself(plot: str, texts: list[str]) -> None:
-    pattern, check = PLOTS[plot]
-    told = [match for text in texts if (match := re.search(pattern, text))]
-    assert len(told) > 120, "the plot has become rare, or its wording changed"
-    for match in told:
+@pytest.mark.parametrize("episode", EPISODES)
+def test_an_episode_agrees_with_itself(episode: str, texts: list[str]) -> None:
+    pattern, check = EPISODES[episode]
+    matches = [match for text in texts if (match := re.search(pattern, text))]
+    assert len(matches) > 120, "the episode has become rare, or its wording changed"
+    for match in matches:
         check(match)

@@ -166,7 +166,7 @@ def test_an_interrupted_run_goes_on_with_its_draws(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed whenever a file becomes durable, one after the other: what is finished is not done again, and the figures are the same."""
-    monkeypatch.setattr("calibration.journal.SHARE", 1e9)  # save after every block
+    monkeypatch.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)  # save after every block
     args = ["--method=wanda", "--calibration_draws=3"]
     assert call(argv(inputs, tmp_path / "whole", *args)) == 0
     replace, budget, done = os.replace, 0, []

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from calibration.journal import StepCache
+from calibration.step_cache import StepCache
 from launch import sweep
 from launch.flags.cli import Terminated, run, termination_deferred
 from launch.run import export

@@ -1,4 +1,4 @@
-"""MLPRank's chain against a float64 NumPy port of the papers' formulas, and the symmetries that a ranking of units must have."""
+"""MLPRank against a float64 NumPy port of the papers' formulas, and symmetries of a ranking."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ VARIANTS = {
 
 @pytest.fixture
 def params() -> mlp.Params:
-    """Random weights, a fifth of them zero so that the unweighted graph is not complete, and biases."""
+    """Make a network; a fifth of the weights are zero, so the unweighted graph is not complete."""
     rng = np.random.default_rng(0)
 
     def draw(fan_in: int, out: int) -> Linear:
@@ -40,7 +40,7 @@ def params() -> mlp.Params:
 
 @pytest.fixture
 def sample() -> mlprank.Sample:
-    """Twenty inputs of unequal scale."""
+    """Make twenty inputs of unequal scale."""
     x = np.random.default_rng(1).normal(size=(20, WIDTHS[0])) * np.linspace(0.2, 3, WIDTHS[0])
     return mlprank.Sample(jnp.asarray(x, jnp.float32), jax.random.key(6))
 
@@ -48,7 +48,7 @@ def sample() -> mlprank.Sample:
 def step(
     name: str, w: np.ndarray, prev: np.ndarray, a_in: np.ndarray, a_out: np.ndarray
 ) -> np.ndarray:
-    """One layer's importance by explicit sums over edges, not yet normalised."""
+    """Compute one layer's importance by explicit sums over edges, not normalised."""
     match name.split():
         case ["norm"]:
             return np.array([sum(row) for row in w])
@@ -57,19 +57,21 @@ def step(
         case ["wanda"]:
             return np.array([sum(row[j] * a_in[j] for j in range(len(row))) for row in w])
         case ["mpr", *zeroed]:
-            handed = prev.copy()
+            passed_on = prev.copy()
             if zeroed:
-                handed[np.argsort(prev, kind="stable")[: int(0.35 * len(prev))]] = 0
-            return np.array([sum(row[j] * handed[j] for j in range(len(row))) for row in w]) * a_out
+                passed_on[np.argsort(prev, kind="stable")[: int(0.35 * len(prev))]] = 0
+            return (
+                np.array([sum(row[j] * passed_on[j] for j in range(len(row))) for row in w]) * a_out
+            )
         case ["wpr", *kind]:
             gamma, theta = (
                 {"unweighted": (0.5, 0.0), "weighted": (1.0, 1.0)}[kind[0]] if kind else (0.9, 0.5)
             )
             graph = np.zeros(len(w))
-            for j, handed in enumerate(prev):
+            for j, passed_on in enumerate(prev):
                 linked = w[:, j] > 0
                 if linked.any():
-                    graph += handed * (
+                    graph += passed_on * (
                         theta * w[:, j] / w[:, j].sum() + (1 - theta) * linked / linked.sum()
                     )
             return gamma * graph + (1 - gamma) * a_out / a_out.sum()
@@ -77,8 +79,9 @@ def step(
 
 
 def reference(name: str, params: mlp.Params, x: np.ndarray) -> list[np.ndarray]:
-    """Every hidden layer's importance, in float64."""
-    h, prev, found = x, np.sqrt((x**2).sum(0)), []
+    """Compute every hidden layer's importance in float64."""
+    h, prev = x, np.sqrt((x**2).sum(0))
+    importances = []
     for p in params[:-1]:
         a_in = np.sqrt((h**2).sum(0))
         h = np.maximum(h @ np.asarray(p.w, np.float64).T + np.asarray(p.b, np.float64), 0)
@@ -90,21 +93,21 @@ def reference(name: str, params: mlp.Params, x: np.ndarray) -> list[np.ndarray]:
             np.sqrt((h**2).sum(0)),
         )
         prev = score / score.sum()
-        found.append(prev)
-    return found
+        importances.append(prev)
+    return importances
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_importance_matches_the_port(name: str, params: mlp.Params, sample: mlprank.Sample) -> None:
-    found = mlprank.importance(VARIANTS[name], params, sample)
+    importances = mlprank.importance(VARIANTS[name], params, sample)
     expected = reference(name, params, np.asarray(sample.x, np.float64))
-    assert len(found) == len(expected) == 3
-    for got, want in zip(found, expected, strict=True):
+    assert len(importances) == len(expected) == 3
+    for got, want in zip(importances, expected, strict=True):
         np.testing.assert_allclose(got, want, rtol=2e-5)
 
 
 def test_the_variants_rank_differently(params: mlp.Params, sample: mlprank.Sample) -> None:
-    """Else the comparison with the port could not tell one formula from another."""
+    """Otherwise the comparison with the port could not tell formulas apart."""
     last = [
         np.asarray(mlprank.importance(score, params, sample)[-1]) for score in VARIANTS.values()
     ]
@@ -126,7 +129,9 @@ def test_importance_follows_a_permutation_of_units(
         np.testing.assert_allclose(b, a[order] if i == layer else a, rtol=1e-5)
 
 
-def test_no_damping_is_the_activation_baseline(params: mlp.Params, sample: mlprank.Sample) -> None:
+def test_wpr_without_graph_is_the_activation_baseline(
+    params: mlp.Params, sample: mlprank.Sample
+) -> None:
     graphless, activation = (
         mlprank.importance(s, params, sample)
         for s in (mlprank.wpr(gamma=0.0), VARIANTS["activation"])
@@ -134,7 +139,7 @@ def test_no_damping_is_the_activation_baseline(params: mlp.Params, sample: mlpra
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), graphless, activation)
 
 
-def test_random_is_the_key_and_nothing_else(params: mlp.Params, sample: mlprank.Sample) -> None:
+def test_random_scores_depend_on_the_key_alone(params: mlp.Params, sample: mlprank.Sample) -> None:
     score = mlprank.MAKERS["random"]()
     a = mlprank.importance(score, params, sample)
     b = mlprank.importance(score, params, sample._replace(x=2 * sample.x))
@@ -142,15 +147,13 @@ def test_random_is_the_key_and_nothing_else(params: mlp.Params, sample: mlprank.
     for x, y, z in zip(a, b, c, strict=True):
         np.testing.assert_array_equal(x, y)
         assert (x != z).all()
-    first, second = (
-        a[0][:10],
-        a[1],
-    )  # of one draw, normalised, they would be multiples of each other
+    # With one draw for both layers, these would be multiples of each other.
+    first, second = a[0][:10], a[1]
     assert np.abs(first / first.sum() - second / second.sum()).max() > 1e-3
 
 
-def test_dead_units_rank_last_and_stay_finite(params: mlp.Params, sample: mlprank.Sample) -> None:
-    """A layer that never fires hands on nothing; neither it nor what follows turns into NaN."""
+def test_a_dead_layer_leaves_every_score_finite(params: mlp.Params, sample: mlprank.Sample) -> None:
+    """A layer that never fires passes on nothing. No layer behind it becomes NaN."""
     dead = (
         params[0],
         params[1].replace(w=0 * params[1].w, b=-jnp.ones_like(params[1].b)),

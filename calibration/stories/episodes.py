@@ -1,4 +1,4 @@
-"""The plots of the stories in `calibration/stories/generator.py`: each returns the sentences of something that happens to two people."""
+"""Episodes of the stories in `generator.py`: sentences of something that happens to two people."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -12,27 +12,36 @@ _VOWEL_SOUNDS = ("a", "e", "i", "o", "u", "honest")
 
 
 class Draw:
-    """Choices from one integer. Of `random.Random` only `random()` is used: the method whose sequence Python promises to keep."""
+    """Random choices that are the same on every platform and Python version."""
 
     def __init__(self, seed: int) -> None:
+        # Python promises to keep the sequence of `random()`, of no other method.
         self._uniform = random.Random(seed).random
 
-    def between(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+    def integer(self, low: int, high: int) -> int:
+        """Return an integer from low to high, both included."""
         return low + int(self._uniform() * (high - low + 1))
 
-    def pick(self, options: Sequence[_T]) -> _T:
-        """One of the options, each as likely."""
-        return options[self.between(0, len(options) - 1)]
+    def choice(self, options: Sequence[_T]) -> _T:
+        """Return one of the options, each with the same probability."""
+        return options[self.integer(0, len(options) - 1)]
 
-    def several(self, options: Sequence[_T], count: int) -> list[_T]:
-        """`count` different options, in a random order."""
+    def sample(self, options: Sequence[_T], count: int) -> list[_T]:
+        """Return `count` different options in a random order."""
         rest = list(options)
-        return [rest.pop(self.between(0, len(rest) - 1)) for _ in range(count)]
+        return [rest.pop(self.integer(0, len(rest) - 1)) for _ in range(count)]
 
 
 class Person(NamedTuple):
-    """Somebody in a story; formatted, the name. `role` is the hero's trait, or what the companion is to the hero."""
+    """A person of a story; formats as the name.
+
+    Attributes:
+      name: The name.
+      he: "he" or "she".
+      his: "his" or "her", the possessive.
+      him: "him" or "her", the object.
+      role: The hero's trait, or the companion's relation to the hero.
+    """
 
     name: str
     he: str
@@ -44,59 +53,63 @@ class Person(NamedTuple):
         return self.name
 
 
-Plot = Callable[[Draw, Person, Person], list[str]]
+Episode = Callable[[Draw, Person, Person], list[str]]  # (draw, hero, companion) -> sentences
 
 
 def with_article(noun: str) -> str:
-    """The noun, or whatever stands before it, after "a" or "an"."""
+    """Put "a" or "an" before a noun or the adjective before it."""
     return f"{'an' if noun.startswith(_VOWEL_SOUNDS) else 'a'} {noun}"
 
 
-def _count(number: int, one: str, many: str) -> str:
-    return f"{words.NUMBERS[number]} {one if number == 1 else many}"
+def _count(number: int, singular: str, plural: str) -> str:
+    """Return a number in words with its noun."""
+    return f"{words.NUMBERS[number]} {singular if number == 1 else plural}"
 
 
 def _toy(draw: Draw) -> tuple[str, str]:
-    """A toy without and with its colour."""
-    toy = draw.pick(words.TOYS)
-    return toy, f"{draw.pick(words.COLOURS)} {toy}"
+    """Choose a toy; return it without and with its colour."""
+    toy = draw.choice(words.TOYS)
+    return toy, f"{draw.choice(words.COLOURS)} {toy}"
 
 
 def _gather(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    one, many, where = draw.pick(words.GATHERED)
-    start, found = draw.between(1, 6), draw.between(1, 5)
-    given = draw.between(1, start + found - 1)
-    box, total, left = draw.pick(words.CONTAINERS), start + found, start + found - given
+    """Find more of a thing, then lose or share some."""
+    singular, plural, where = draw.choice(words.GATHERED)
+    start, more = draw.integer(1, 6), draw.integer(1, 5)
+    given = draw.integer(1, start + more - 1)
+    box, total, left = draw.choice(words.CONTAINERS), start + more, start + more - given
     lost = [
-        f"Then {hero.he} tripped and {_count(given, one, many)} fell out of the {box}.",
-        f"{friend} counted what was left in the {box}: {_count(left, one, many)}.",
+        f"Then {hero.he} tripped and {_count(given, singular, plural)} fell out of the {box}.",
+        f"{friend} counted what was left in the {box}: {_count(left, singular, plural)}.",
     ]
     shared = [
-        f"{hero} gave {_count(given, one, many)} to {friend}.",
-        f"So {friend} had {_count(given, one, many)} and {hero} had {_count(left, one, many)}.",
+        f"{hero} gave {_count(given, singular, plural)} to {friend}.",
+        f"So {friend} had {_count(given, singular, plural)} "
+        f"and {hero} had {_count(left, singular, plural)}.",
     ]
     return [
-        f"{hero} had {_count(start, one, many)} in {hero.his} {box}.",
-        draw.pick((f"{where.capitalize()}", f"Soon after, {where},"))
-        + f" {hero.he} found {words.NUMBERS[found]} more {one if found == 1 else many}.",
-        draw.pick(
+        f"{hero} had {_count(start, singular, plural)} in {hero.his} {box}.",
+        draw.choice((f"{where.capitalize()}", f"Soon after, {where},"))
+        + f" {hero.he} found {words.NUMBERS[more]} more {singular if more == 1 else plural}.",
+        draw.choice(
             (
-                f'"Now I have {_count(total, one, many)}!" said {hero}.',
-                f"Now the {box} held {_count(total, one, many)}.",
+                f'"Now I have {_count(total, singular, plural)}!" said {hero}.',
+                f"Now the {box} held {_count(total, singular, plural)}.",
             )
         ),
-        *draw.pick((lost, shared)),
+        *draw.choice((lost, shared)),
     ]
 
 
 def _lose(draw: Draw, hero: Person, friend: Person) -> list[str]:
+    """Look for a lost toy in the wrong places, then find it where the friend saw it."""
     toy, coloured = _toy(draw)
-    *wrong, right = draw.several(words.SPOTS, draw.between(2, 4))
+    *wrong, right = draw.sample(words.SPOTS, draw.integer(2, 4))
     searched = [
         f"{hero.he.capitalize()} looked {spot}, but the {toy} was not there." for spot in wrong
     ]
     return [
-        draw.pick(
+        draw.choice(
             (
                 f"{hero} could not find {hero.his} {coloured}.",
                 f"{hero} had lost {hero.his} {coloured}.",
@@ -104,7 +117,7 @@ def _lose(draw: Draw, hero: Person, friend: Person) -> list[str]:
         ),
         *searched,
         f'"Have you seen my {coloured}?" {hero.he} asked {friend}.',
-        draw.pick(
+        draw.choice(
             (
                 f'"Yes," said {friend}, "I saw it {right}."',
                 f'"I think it is {right}," said {friend}.',
@@ -115,23 +128,26 @@ def _lose(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _swap(draw: Draw, hero: Person, friend: Person) -> list[str]:
+    """Exchange toys for a day."""
     (mine, my_coloured), (yours, your_coloured) = (
-        (toy, f"{draw.pick(words.COLOURS)} {toy}") for toy in draw.several(words.TOYS, 2)
+        (toy, f"{draw.choice(words.COLOURS)} {toy}") for toy in draw.sample(words.TOYS, 2)
     )
     return [
         f"{hero} had {with_article(my_coloured)} and {friend} had {with_article(your_coloured)}.",
         f'"May I play with your {yours}?" asked {hero}.',
         f'"Yes, if I may play with your {mine}," said {friend}.',
         f"So {hero} took the {your_coloured} and {friend} took the {my_coloured}.",
-        f"In the evening {hero} gave the {yours} back to {friend}, and {friend} gave the {mine} back to {hero}.",
+        f"In the evening {hero} gave the {yours} back to {friend}, "
+        f"and {friend} gave the {mine} back to {hero}.",
     ]
 
 
 def _mend(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    thing, harm, tool, fix = draw.pick(words.BROKEN)
-    colour = draw.pick(words.COLOURS)
+    """Break a thing and have it mended."""
+    thing, harm, tool, fix = draw.choice(words.BROKEN)
+    colour = draw.choice(words.COLOURS)
     return [
-        draw.pick(
+        draw.choice(
             (
                 f"{hero} fell over a root",
                 f"{hero} slipped on the wet grass",
@@ -139,7 +155,7 @@ def _mend(draw: Draw, hero: Person, friend: Person) -> list[str]:
             )
         )
         + f", and the {colour} {thing} {harm}.",
-        draw.pick(
+        draw.choice(
             (
                 f"{hero} was very sad.",
                 f"{hero} began to cry.",
@@ -153,11 +169,12 @@ def _mend(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _feed(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    animal, food, home, favour = draw.pick(words.ANIMALS)
-    size = draw.pick(("little", "big", "thin", "old", "young"))
+    """Feed an animal, which returns the favour."""
+    animal, food, home, favour = draw.choice(words.ANIMALS)
+    size = draw.choice(("little", "big", "thin", "old", "young"))
     return [
         f"They met {with_article(size)} {animal} in front of its {home}.",
-        draw.pick(
+        draw.choice(
             (f'"I am so hungry," said the {animal}.', f"The {animal} looked hungry and sad.")
         ),
         f'"We must help the {animal}," {hero} told {friend}.',
@@ -168,15 +185,16 @@ def _feed(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _hide(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    wrong, right = draw.several(words.SPOTS, 2)
-    last = draw.between(3, 10)
+    """Play hide and seek."""
+    wrong, right = draw.sample(words.SPOTS, 2)
+    last = draw.integer(3, 10)
     counting = ", ".join(words.NUMBERS[1 : last + 1]).capitalize()
     return [
         f'"Let us play hide and seek," said {friend}. "Count to {words.NUMBERS[last]}!"',
         f'{hero} closed {hero.his} eyes and counted. "{counting}!"',
         f"{friend} was hiding {right}.",
         f"First {hero} looked {wrong}, but nobody was there.",
-        draw.pick(
+        draw.choice(
             (
                 f"Then {hero.he} heard {friend} laugh.",
                 f"Then {hero.he} heard {friend} cough.",
@@ -188,12 +206,13 @@ def _hide(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _message(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    elder, he = draw.pick(words.ELDERS)
-    news = draw.pick(words.NEWS)
+    """Carry a message to the friend."""
+    elder, he = draw.choice(words.ELDERS)
+    news = draw.choice(words.NEWS)
     return [
         f"On the road {elder} stopped {hero}.",
         f'"Please tell {friend} that {news}," {he} said.',
-        draw.pick(
+        draw.choice(
             (
                 f"{hero} ran as fast as {hero.he} could.",
                 f"{hero} did not wait.",
@@ -206,21 +225,22 @@ def _message(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _journey(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    ways = draw.several(words.WAYS, 3)
+    """Walk somewhere, and home by the same way in reverse."""
+    ways = draw.sample(words.WAYS, 3)
     (first, _), (second, _), (third, _) = ways
     (_, back), (_, then), (_, last) = reversed(ways)
-    sight = draw.pick(words.SIGHTS)
+    sight = draw.choice(words.SIGHTS)
     return [
-        f'"Let us go and see the {sight}," said {draw.pick((hero, friend))}.',
+        f'"Let us go and see the {sight}," said {draw.choice((hero, friend))}.',
         f"They walked {first}, {second} and {third}.",
-        draw.pick(
+        draw.choice(
             (
                 f"At last they saw the {sight}.",
                 f"There was the {sight}!",
                 f"The {sight} was bigger than they had thought.",
             )
         ),
-        draw.pick(
+        draw.choice(
             (
                 f"{hero} and {friend} stayed until it got late.",
                 f"{friend} made a picture of the {sight}.",
@@ -231,8 +251,9 @@ def _journey(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _shop(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    ware, seller = draw.pick(words.WARES)
-    purse, price = draw.between(2, 9), draw.between(2, 9)
+    """Buy something, with change left or with coins from the friend."""
+    ware, seller = draw.choice(words.WARES)
+    purse, price = draw.integer(2, 9), draw.integer(2, 9)
     short, change = (
         _count(max(price - purse, 0), "coin", "coins"),
         _count(max(purse - price, 0), "coin", "coins"),
@@ -254,15 +275,16 @@ def _shop(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _compete(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    deed = draw.pick(words.CONTESTS)
-    few, many = sorted(draw.several(range(2, len(words.NUMBERS)), 2))
-    winner, loser = draw.several((hero, friend), 2)
-    scores = draw.several(((winner, many), (loser, few)), 2)
+    """Compete, and let the higher number win."""
+    deed = draw.choice(words.CONTESTS)
+    few, many = sorted(draw.sample(range(2, len(words.NUMBERS)), 2))
+    winner, loser = draw.sample((hero, friend), 2)
+    scores = draw.sample(((winner, many), (loser, few)), 2)
     return [
         f'"Let us see who is better," said {loser}.',
         *(f"{person} {deed.format(words.NUMBERS[number])}." for person, number in scores),
         f"{words.NUMBERS[many].capitalize()} is more than {words.NUMBERS[few]}, so {winner} won.",
-        draw.pick(
+        draw.choice(
             (
                 f'"Well done, {winner}!" said {loser}.',
                 f"{loser} shook {winner.his} hand.",
@@ -273,12 +295,13 @@ def _compete(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _weather(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    sign, garment, harm = draw.pick(words.WEATHER)
-    owner, other = draw.several((hero, friend), 2)
+    """Lend a garment in bad weather, and get it back."""
+    sign, garment, harm = draw.choice(words.WEATHER)
+    owner, other = draw.sample((hero, friend), 2)
     return [
         f"On the way {sign}, so {owner} put on {owner.his} {garment}.",
         f"But {other} had left {other.his} {garment} at home, and soon {other.his} {harm}.",
-        draw.pick(
+        draw.choice(
             (
                 f'"You can have mine, {other}," said {owner}.',
                 f"{owner} saw it and was sorry for {other}.",
@@ -290,11 +313,12 @@ def _weather(draw: Draw, hero: Person, friend: Person) -> list[str]:
 
 
 def _riddle(draw: Draw, hero: Person, friend: Person) -> list[str]:
-    (hint, answer), (_, wrong) = draw.several(words.RIDDLES, 2)
-    colour = draw.pick(words.COLOURS)
+    """Guess a hidden thing from a hint."""
+    (hint, answer), (_, wrong) = draw.sample(words.RIDDLES, 2)
+    colour = draw.choice(words.COLOURS)
     return [
         f"{friend} held something behind {friend.his} back.",
-        draw.pick(
+        draw.choice(
             (
                 f'"Guess what it is," said {friend}. "It is {colour}."',
                 f'"Can you guess what I have? It is {colour}," said {friend}.',
@@ -306,7 +330,7 @@ def _riddle(draw: Draw, hero: Person, friend: Person) -> list[str]:
     ]
 
 
-PLOTS: tuple[Plot, ...] = (
+EPISODES: tuple[Episode, ...] = (
     _gather,
     _lose,
     _swap,

@@ -1,0 +1,49 @@
+"""Cache of step results that the runs of one process share."""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+
+class StepCache:
+    """In-process cache of step results, keyed by everything they depend on.
+
+    Args:
+      limit: Most bytes of arrays to keep; the oldest values make room.
+
+    Attributes:
+      reused: Number of values that were read from the cache.
+    """
+
+    def __init__(self, limit: int = 1 << 30) -> None:
+        self.reused = 0
+        self._limit = limit
+        self._values: dict[Hashable, tuple[Any, int]] = {}  # value and its bytes, oldest first
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a key, or None."""
+        value, _ = self._values.get(key, (None, 0))
+        if value is not None:
+            self.reused += 1
+        return value
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Keep a value. Nobody may change it from here on."""
+        # Arrays alone decide: text and numbers are small beside them.
+        size = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(value))
+        # A value beyond the limit would push out all others and still not fit.
+        if size > self._limit:
+            return
+        self._values[key] = value, size
+        while sum(size for _, size in self._values.values()) > self._limit:
+            del self._values[next(iter(self._values))]
+
+    def get_or_compute(self, key: Hashable, compute: Callable[[], Any]) -> Any:
+        """Return the value of a key; compute and keep it if the cache has none."""
+        value = self.get(key)
+        if value is None:
+            value = compute()
+            self.keep(key, value)
+        return value
