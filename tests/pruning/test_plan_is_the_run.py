@@ -53,6 +53,7 @@ SMALL = {
     "broadcast_in_dim",
     "convert_element_type",
     "dynamic_slice",
+    "stage",
     "squeeze",
 }
 
