@@ -13,7 +13,8 @@ class InputError(ValueError):
     escapes is a defect of the program and keeps its traceback.
 
     Library code names settings as arguments are named, never as flags. Inside `reason` and `remedy`
-    a setting stands in backticks, as in "leave `pattern` out"; a command shows it as a flag.
+    a setting stands in backticks, as in "leave `pattern` out"; a command shows it as a flag. A
+    boolean setting to be switched off has the prefix "no", as in `noresume`.
 
     Attributes:
       reason: What is wrong, a clause that continues "field=value" where there is a field.
@@ -49,5 +50,5 @@ def damaged(path: pathlib.Path) -> InputError:
       path: The file.
     """
     return InputError(
-        f"{path} of the unfinished run is damaged or missing", "start over with --noresume"
+        f"{path} of the unfinished run is damaged or missing", "start over with `noresume`"
     )

@@ -153,7 +153,7 @@ def test_damage_is_told(name: str, how: str, tmp_path: Path) -> None:
         file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(
         InputError,
-        match=rf"{name} of the unfinished run is damaged or missing: start over with --noresume",
+        match=rf"{name} of the unfinished run is damaged or missing: start over with noresume",
     ):
         Journal(tmp_path, PRINT, Sink())
 

@@ -17,9 +17,9 @@ from models.checkpoint.output_format import (
     Layout,
     Shape,
     ShapeChange,
-    finished,
-    form,
+    choose_form,
     preview,
+    with_dtype,
 )
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
@@ -226,17 +226,17 @@ def test_what_is_said_before_the_work(
 
 def test_a_checkpoint_that_was_not_cut_keeps_its_configuration() -> None:
     dense, _, blocks = hf.specs(GQA)
-    found = form(GQA, [Shape(3, 40)] * len(blocks), dense.config.biases, "auto")
+    found = choose_form(GQA, [Shape(3, 40)] * len(blocks), dense.config.biases, "auto")
     assert {k: found.config[k] for k in GQA} == GQA
 
 
 def test_the_configuration_has_both_spellings() -> None:
     scaled = {"rope_type": "linear", "factor": 4.0}
-    new = finished({**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, **scaled}}, "bfloat16")
+    new = with_dtype({**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, **scaled}}, "bfloat16")
     assert (new["dtype"], new["torch_dtype"]) == ("bfloat16", "bfloat16")
     assert (new["rope_theta"], new["rope_scaling"]) == (500.0, scaled)
     assert hf.specs({k: v for k, v in new.items() if k != "rope_parameters"})[0] is hf.specs(new)[0]
-    assert "rope_scaling" not in finished(
+    assert "rope_scaling" not in with_dtype(
         {**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, "float32"
     )
 
