@@ -14,7 +14,7 @@ from rich.console import Console
 
 from calibration.journal import file_digest
 from calibration.tokenizer import TextTokenizer
-from eval.answers import Answers, cache_directory
+from eval.answers import AnswerCache, cache_directory
 from launch import __version__
 from launch.flags.cli import Flags
 from launch.flags.common import LONGEST_DEFAULT, dataset_list
@@ -149,7 +149,7 @@ def evaluate_tasks(
 
     # Several processes must ask the model the same, so none may know more answers than the others.
     answers = (
-        Answers(cache_directory(), identity(checkpoint, zero_shot))
+        AnswerCache(cache_directory(), identity(checkpoint, zero_shot))
         if cache and not is_multiprocess()
         else None
     )

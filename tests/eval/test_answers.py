@@ -4,7 +4,7 @@ import pathlib
 
 import pytest
 
-from eval.answers import Answers, cache_directory
+from eval.answers import AnswerCache, cache_directory
 
 REQUESTS = [["a", "b"], ["c", "d"], ["e", "f"]]
 GROUPS = ["x", "y", "x"]
@@ -14,7 +14,7 @@ class Model:
     """Answers with what it was asked, and remembers what."""
 
     def __init__(self, directory: pathlib.Path | None, name: str = "m"):
-        self.answers, self.asked = Answers(directory, {"weights": name}), list[int]()
+        self.answers, self.asked = AnswerCache(directory, {"weights": name}), list[int]()
 
     def __call__(
         self, requests: list[list[str]] = REQUESTS, kind: str = "loglikelihood"
@@ -23,7 +23,7 @@ class Model:
             self.asked += own
             return [[" ".join(requests[i]), True] for i in own]
 
-        return self.answers.of(kind, requests, GROUPS, compute)
+        return self.answers.get(kind, requests, GROUPS, compute)
 
 
 def test_what_is_known_is_not_computed(tmp_path: pathlib.Path) -> None:

@@ -12,7 +12,7 @@ pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from eval.answers import Answers
+from eval.answers import AnswerCache
 from eval.harness import HarnessModel
 from launch.run.measure import tokenizer_of
 from launch.run.tasks import vocabulary_of
@@ -157,7 +157,7 @@ def test_what_was_answered_is_kept(
         "generate_until": PROMPTS[1:2],
     }
     first = [
-        getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a))
+        getattr(adapter(checkpoint, answers=AnswerCache(tmp_path, {})), k)(requests(k, a))
         for k, a in calls.items()
     ]
 
@@ -167,7 +167,7 @@ def test_what_was_answered_is_kept(
     monkeypatch.setattr("eval.harness.log_likelihoods", fail)
     monkeypatch.setattr("eval.harness.generate", fail)
     again = [
-        getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a))
+        getattr(adapter(checkpoint, answers=AnswerCache(tmp_path, {})), k)(requests(k, a))
         for k, a in calls.items()
     ]
     assert again == first and isinstance(again[0][0], tuple)

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from eval.size import entries, measure, peak_memory
+from eval.size import count_entries, measure_size, peak_memory
 from models.checkpoint.reader import open_checkpoint
 from models.checkpoint.writer import save
 from models.families import hf
@@ -25,7 +25,7 @@ def test_parameters_and_nonzero_weights(name: str) -> None:
     model = model._replace(
         non_block=jax.tree.map(thin, model.non_block), blocks=jax.tree.map(thin, model.blocks)
     )
-    size = measure(model)
+    size = measure_size(model)
     assert size.parameters == sum(
         np.asarray(x).size for x in jax.tree.leaves((model.non_block, model.blocks))
     )
@@ -40,8 +40,8 @@ def test_masked_and_cut_blocks() -> None:
     """Both have the same non-zero weights; only what is cut is no longer an entry."""
     model = tiny.random_model(tiny.BIASED)
     g, keep = model.arch.group("neurons"), np.arange(40) < 10
-    masked = measure(model._replace(blocks=tuple(mask(b, g, keep) for b in model.blocks)))
-    smaller = measure(model._replace(blocks=tuple(cut(b, g, keep) for b in model.blocks)))
+    masked = measure_size(model._replace(blocks=tuple(mask(b, g, keep) for b in model.blocks)))
+    smaller = measure_size(model._replace(blocks=tuple(cut(b, g, keep) for b in model.blocks)))
     assert masked.nonzero == smaller.nonzero
     assert masked.parameters - smaller.parameters == 2 * 30 * (
         3 * 32 + 2
@@ -53,15 +53,15 @@ def test_a_checkpoint_on_disk(tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.OPT_350M)
     save(tmp_path / "out", model, tiny.OPT_350M, tmp_path)
     checkpoint = open_checkpoint(tmp_path / "out")
-    assert measure(checkpoint.model) == measure(model)
-    assert entries((model.non_block, model.blocks)) == checkpoint.parameters
-    assert set(measure(model).nonzero[0]) == {s.name for s in hf.specs(tiny.OPT_350M)[0].slots}
+    assert measure_size(checkpoint.model) == measure_size(model)
+    assert count_entries((model.non_block, model.blocks)) == checkpoint.parameters
+    assert set(measure_size(model).nonzero[0]) == {s.name for s in hf.specs(tiny.OPT_350M)[0].slots}
 
 
 def test_bfloat16_zeros_are_counted() -> None:
     model = tiny.random_model(tiny.GQA)
     blocks = jax.tree.map(lambda x: x.astype("bfloat16"), model.blocks)
-    assert measure(model._replace(blocks=blocks)).nonzero[0]["q"] == np.count_nonzero(
+    assert measure_size(model._replace(blocks=blocks)).nonzero[0]["q"] == np.count_nonzero(
         np.asarray(blocks[0].q.w, np.float32)
     )
 

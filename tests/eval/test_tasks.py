@@ -158,7 +158,7 @@ BAD = {
         lambda d: write_task(
             d, more="output_type: generate_until\ngeneration_kwargs: {num_beams: 4}\n"
         ),
-        "num_beams, which is not supported",
+        "generate with num_beams: that is not supported",
     ),
     "code": (lambda d: write_task(d, more="unsafe_code: true\n"), "runs code"),
 }
