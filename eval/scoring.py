@@ -21,7 +21,7 @@ SHORTEST = 32
 
 # Tokens of a context, at least one, and of the continuation after it.
 Pair = tuple[Sequence[int], Sequence[int]]
-# (log-probability of the continuation in nats, whether each of its tokens is the most likely).
+# (log-probability of the continuation in nats, True if each of its tokens is the most likely).
 Score = tuple[float, bool]
 
 

@@ -40,6 +40,7 @@ class InputError(ValueError):
             subject += f"={self.value}"
         text = " ".join(filter(None, (subject, self.reason)))
         text += f": {self.remedy}" if self.remedy else ""
+        # Only single words in backticks are settings; commands and code keep theirs.
         return re.sub(r"`(\w+)`", lambda match: name(match[1]), text)
 
 

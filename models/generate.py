@@ -139,10 +139,12 @@ def nucleus(logits: jax.Array, sampling: Sampling) -> jax.Array:
       Logits divided by the temperature, -inf outside the nucleus, [b vocab].
     """
     logits = logits / sampling.temperature
+    # From the most likely token down.
     order = -jnp.sort(-logits, axis=-1)
     p = jax.nn.softmax(order, axis=-1)
     # A token is inside if the more likely ones together do not reach top_p.
     inside = jnp.cumsum(p, axis=-1) - p < sampling.top_p
+    # The first token is inside whatever top_p and rounding say.
     inside = inside.at[:, 0].set(True)
     least = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
@@ -152,6 +154,7 @@ def _select_token(logits: jax.Array, sampling: Sampling | None, i: int | jax.Arr
     """Select new token i, int32 [b], from logits [b vocab]; the most likely without sampling."""
     if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    # One key for each position, so that a longer text begins with the shorter one.
     key = jax.random.fold_in(sampling.key, i)
     return jax.random.categorical(key, nucleus(logits, sampling)).astype(jnp.int32)
 
@@ -200,6 +203,7 @@ def decode(
         logits, caches = _next_logits(
             arch, non_block, blocks, state.token, state.caches, start + i - 1
         )
+        # Rows that have ended still run, because shapes are static; their tokens are replaced.
         token = jnp.where(state.ended, fill, _select_token(logits, sampling, i))
         text = jax.lax.dynamic_update_slice(state.text, token[:, None], (0, i))
         return _State(i + 1, token, state.ended | ends_text(token), text, caches)
@@ -245,6 +249,7 @@ def generate(
     """
     prompts = jnp.asarray(prompts, jnp.int32)
     arch, non_block, blocks = model.arch, model.non_block, tuple(model.blocks)
+    # Room for the whole text from the start: a cache that grew would compile at every length.
     capacity = prompts.shape[1] + new_tokens
     if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or prompts.shape[1] < 1:
         raise ValueError(

@@ -55,6 +55,7 @@ def init_model(config: Mapping[str, Any], key: jax.Array, dtype: jnp.dtype = jnp
     """
     arch, non_block, blocks = hf.specs(config)
     leaves, tree = jax.tree.flatten((non_block, blocks), is_leaf=hf.is_spec)
+    # One key for each tensor in the tree's order, so a seed fixes all parameters.
     keys = jax.random.split(key, len(leaves))
     arrays = [initializer(config, s)(k).astype(dtype) for s, k in zip(leaves, keys, strict=True)]
     non_block, blocks = jax.tree.unflatten(tree, arrays)

@@ -96,9 +96,11 @@ def check_agreement(facts: dict[str, Any]) -> None:
     """
     if not is_multiprocess():
         return
+    # Through JSON, as the primary's are, so that tuples equal lists.
     facts = json.loads(json.dumps(facts))
     primary = run_on_primary(lambda: facts)
     differing = [name for name in {**primary, **facts} if primary.get(name) != facts.get(name)]
+    # Gathered, so that all processes raise and none waits for one that has stopped.
     differs = multihost_utils.process_allgather(np.bool_(bool(differing)))
     if differs.any():
         processes = ", ".join(str(k) for k in np.flatnonzero(differs))

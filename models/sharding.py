@@ -77,6 +77,7 @@ def make_mesh(spec: str, batch: int = 0, devices: Sequence[jax.Device] | None = 
             field="mesh",
             value=repr(spec),
         )
+    # A process without a device could not take part in collective operations.
     processes_used = len({d.process_index for d in available[:needed]})
     if devices is None and jax.process_count() > processes_used:
         raise InputError(
@@ -103,6 +104,8 @@ def placement(shape: Sequence[int], mesh: Mesh | None, logical: str) -> Sharding
     """
     if mesh is None or mesh.size == 1:
         return SingleDeviceSharding(jax.local_devices()[0])
+    # An axis that does not divide is replicated rather than padded: padding would enter the
+    # statistics.
     axis = LOGICAL[logical]
     divides = bool(shape) and shape[0] % mesh.shape[axis] == 0
     return NamedSharding(mesh, PartitionSpec(axis) if divides else PartitionSpec())
@@ -167,6 +170,7 @@ def to_host(x: Any) -> np.ndarray:
     Returns:
       Array in host memory.
     """
+    # Only an array that is spread over processes needs communication.
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
@@ -185,6 +189,7 @@ def own_rows(shape: Sequence[int], mesh: Mesh | None) -> slice:
     if mesh is None or len(shape) != 2:
         return slice(None)
     indices = placement(shape, mesh, "out").addressable_devices_indices_map(tuple(shape)).values()
+    # A replicated matrix has whole slices, whose start and stop are None.
     rows = [index[0] for index in indices if index]
     start = min(r.start or 0 for r in rows)
     stop = max(r.stop or shape[0] for r in rows)

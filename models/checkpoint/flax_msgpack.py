@@ -101,6 +101,7 @@ def _node(data: mmap.mmap, at: int, depth: int) -> tuple[Any, int]:
         return _array(data, at)
     unpacker = msgpack.Unpacker(max_buffer_size=_WINDOW)
     unpacker.feed(data[at : at + _WINDOW])
+    # 0x80 to 0x8F and 0xDE, 0xDF open a map; anything else here is a scalar or a string.
     if not (0x80 <= code <= 0x8F or code in (0xDE, 0xDF)):
         return unpacker.unpack(), at + unpacker.tell()
     if depth == _MAX_DEPTH:
@@ -140,6 +141,7 @@ def _load(path: pathlib.Path, name: str, leaf: _Leaf) -> np.ndarray:
             array = msgpack_restore(file.read(leaf.end - leaf.start))
     except (ValueError, TypeError, OSError, msgpack.UnpackException) as e:
         raise corrupt(path, e) from e
+    # Integers would be cast without a word later.
     if array.dtype not in _FLOATS:
         raise not_floating(path, name, array.dtype)
     return array

@@ -104,7 +104,7 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="np") as file:
             yield file
-    except (SafetensorError, OSError) as e:
+    except (SafetensorError, OSError) as e:  # also raised by reads inside the `with`
         raise corrupt(path, e) from e
 
 
@@ -156,6 +156,7 @@ def _torch(path: pathlib.Path) -> dict[str, Entry]:
         state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:  # a damaged pickle raises any of a dozen types
         raise corrupt(path, e, "download it again, or convert it to safetensors") from e
+    # A pickle may hold a whole module or a trainer's state instead.
     if not isinstance(state, dict) or not all(
         isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()
     ):

@@ -60,7 +60,9 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
         part, renamed = _name(file, name)
         if renamed is None:
             continue
+        # Nothing is read or dequantised before a block is asked for.
         entries[renamed] = lazy(path, name, stored)
+        # llama.cpp reorders LLaMA's rotary rows when it converts, but not Qwen2's.
         if part in rotary and config["model_type"] == "llama":
             heads = rotary[part]
             if stored.shape[0] != heads * config["head_dim"]:
@@ -161,6 +163,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
             )
         return value
 
+    # Absent lengths follow from the hidden size, as in llama.cpp.
     width, heads = count("embedding_length"), count("attention.head_count")
     rotated = count("rope.dimension_count", count("attention.key_length", width // heads))
     keys = count("attention.key_length", rotated)
@@ -193,6 +196,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "dtype": "float32",
     }
     if kind == "llama":
+        # The file has no field for biases: the tensors of the first block tell.
         config |= {
             "attention_bias": "blk.0.attn_q.bias" in file.tensors,
             "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
@@ -209,6 +213,7 @@ def _rope(file: GgufFile, kind: str, rotated: int) -> dict[str, Any]:
     """Return transformers' `rope_parameters` for heads of `rotated` dimensions."""
     theta = _short(_field(file, f"{kind}.rope.freq_base", float, 10000.0))
     scaling = file.metadata.get(f"{kind}.rope.scaling.type", "linear")
+    # Older files say scale_linear instead of scaling.factor.
     factor = _field(
         file,
         f"{kind}.rope.scaling.factor",
@@ -255,6 +260,7 @@ def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any] | None:
     Returns:
       Fields of `rope_parameters`; None if the factors are of another scaling.
     """
+    # Factors of one scale nothing.
     if np.allclose(factors, 1):
         return {"rope_type": "default"}
     inverse_waves = theta ** (-np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # 1/λ

@@ -89,6 +89,7 @@ class _Cursor:
         Raises:
           ValueError: The file ends before.
         """
+        # A damaged length must not reach an allocation.
         if size > len(self._data) - self.at:
             raise ValueError(f"{size} bytes expected at byte {self.at} of {len(self._data)}")
         self.at += size
@@ -125,6 +126,7 @@ class _Cursor:
         if kind not in _SCALARS:
             raise ValueError(f"unknown type {kind} of a value before byte {self.at}")
         dtype = np.dtype(_SCALARS[kind])
+        # One conversion for the whole list: vocabularies have a hundred thousand entries.
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
     def value(self) -> Any:
@@ -160,6 +162,7 @@ def read_gguf(path: pathlib.Path) -> GgufFile:
             metadata, tensors = _parse(_Cursor(data), len(data))
     except (ValueError, OSError) as e:
         raise corrupt(path, e) from e
+    # A shard alone lacks tensors.
     if metadata.get("split.count", 1) not in (0, 1):
         raise InputError(
             f"{path} is one of {metadata['split.count']} shards",
@@ -187,6 +190,7 @@ def _parse(cursor: _Cursor, length: int) -> tuple[dict[str, Any], dict[str, Stor
     # Tensor data begins at the next multiple of the alignment; offsets count from there.
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: stored._replace(offset=start + stored.offset) for name, stored in infos}
+    # A download that was cut short ends within the tensors.
     for name, stored in tensors.items():
         if stored.offset + stored.size > length:
             raise ValueError(
@@ -203,6 +207,7 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, Stored]:
     # GGUF lists the innermost axis first.
     shape = tuple(cursor.integer("<Q") for _ in range(cursor.integer("<I")))[::-1]
     kind = GGMLQuantizationType(cursor.integer("<I"))
+    # A quantised type stores whole blocks of values along the innermost axis.
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if not shape or 0 in shape or shape[-1] % block:
         raise ValueError(
@@ -232,6 +237,7 @@ def _load(path: pathlib.Path, name: str, stored: Stored) -> np.ndarray:
     from gguf.quants import dequantize
 
     try:
+        # Read rather than mapped: mapped pages would stay in memory.
         raw = np.fromfile(path, np.uint8, stored.size, offset=stored.offset)
     except OSError as e:
         raise corrupt(path, e) from e

@@ -92,6 +92,7 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
     tokenizer = Tokenizer(
         models.BPE(_vocabulary(fields), merges, ignore_merges=words in _WHOLE_WORDS)
     )
+    # Of the known pre-tokenizers only Qwen2's normalises.
     if words == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _WORDS[words]]
@@ -117,6 +118,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
     tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     )
+    # The space that the normaliser put before the text is taken off again.
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -127,6 +129,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
 def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
     """Return the id of each token; ValueError if a token occurs twice."""
     vocabulary = {token: i for i, token in enumerate(fields["tokens"])}
+    # Two ids of one token could not both be encoded.
     if len(vocabulary) != len(fields["tokens"]):
         raise ValueError("a token occurs twice")
     return vocabulary

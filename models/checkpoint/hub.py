@@ -43,6 +43,7 @@ def resolve(name: str, weights: bool = True) -> pathlib.Path:
             field="model",
             value=name,
         )
+    # "./x" is meant as a path.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
         raise InputError(
             "is no such directory or file, and not a hub id (owner/name)",

@@ -89,6 +89,7 @@ def load(directory: pathlib.Path, mesh: Mesh | None = None) -> Model:
     if not _non_block_path(directory).is_dir():
         raise InputError(f"{directory} has no {FOLDER} folder", "prune with `output_format`=orbax")
     arch, non_block, blocks = hf.specs(config)
+    # transformers 5 writes `dtype`, transformers 4 `torch_dtype`.
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
     shapes = abstract(arch, non_block, blocks, jnp.dtype(name))
     mesh = mesh or make_mesh("", 1, jax.local_devices())

@@ -122,6 +122,7 @@ def _stock_llama(config: Mapping[str, Any], kind: str, target: Any) -> dict[str,
     if kind == "granite":
         new |= granite_identity(target.head_dim)
     if kind == "mistral":
+        # Its default is a window of 4096, so full attention needs an explicit null.
         new["sliding_window"] = target.windows[0]
     # Read it back: the type may not know a field, such as the windows.
     actual = hf.LLAMA.arch(new).config
@@ -146,6 +147,7 @@ def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) 
         dense,
         ffn_dim=shape.neurons,
         kv_heads=shape.heads,
+        # A key-value head keeps all the query heads that share it.
         query_heads=shape.heads * (dense.query_heads // dense.kv_heads),
         biases=tuple(biases),
         widths=(),
@@ -167,6 +169,7 @@ def _dense_heads(config: Mapping[str, Any]) -> int:
 def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str]) -> Form:
     """Return the form of our own type, whose class ships with the checkpoint."""
     kind, family = kind_of(config), hf.family(config)
+    # The names that `auto_map` gives are those of the classes in remote/.
     module = CODE.removesuffix(".py")
     new = dict(config) | {
         "model_type": OWN + kind,
@@ -207,6 +210,7 @@ def choose_form(
     Raises:
       InputError: The layout is "padded" and no stock architecture has these biases.
     """
+    # A stock form has one width for all blocks: that of the widest.
     widest = Shape(max(s.heads for s in shapes), max(s.neurons for s in shapes))
     if layout == "padded" and hf.family(config) is hf.OPT:
         # The heads of a stock OPT model make up its hidden size.
@@ -242,6 +246,7 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
     readers = {arch.group(name).reader.name for name in change.narrower} if change.biased else set()
     biases = tuple({*arch.config.biases, *readers})
     shapes = [shape_of(arch, b) for b in blocks]
+    # The final widths are not known yet; the dense ones stand for any that are all alike.
     label = choose_form(config, shapes, biases, layout).label
     fewer_heads = "heads" in change.narrower
     if layout == "padded" or not change.narrower or (change.alike and not fewer_heads):

@@ -184,6 +184,7 @@ def fetch(tensors: Tensors, specs: Any, mesh: Mesh | None = None) -> Any:
     """
 
     def fetch_tensor(spec: hf.Spec) -> np.ndarray:
+        # Reading takes longest, so each process reads the rows of its own devices alone.
         rows = own_rows(spec.shape, mesh)
         value = tensors.read(spec.name, rows)
         if not _finite(value):
@@ -284,6 +285,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
+        # The usual cause is a path one level too high or too low.
         raise InputError(
             f"{directory} has no config.json",
             "`model` must name a Hugging Face checkpoint directory",
@@ -309,6 +311,7 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
       InputError: Something is missing, surplus, of another shape, damaged or not supported.
     """
     if path.suffix == ".gguf":
+        # Imported on demand: it needs an optional package.
         from models.checkpoint.gguf import open_gguf
 
         config, tensors = open_gguf(path)
@@ -317,9 +320,11 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
         config, tensors, directory = read_config(path), None, path
     arch, non_block, blocks = hf.specs(config)
     tensors = open_tensors(directory) if tensors is None else tensors
+    # Some OPT and LLaMA checkpoints hold the bare decoder.
     if not any(n.startswith("model.") for n in tensors.shapes):
         tensors = _DecoderTensors(tensors)
     leaves = jax.tree.leaves((non_block, blocks), is_leaf=hf.is_spec)
+    # Before any data is read, so that a wrong checkpoint fails at once.
     check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
     model = Model(
         arch, _placed(fetch(tensors, non_block), dtype), LazyBlocks(tensors, blocks, dtype)
@@ -339,6 +344,7 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     """
     if path.is_file():
         return [path]
+    # In the order in which `open_tensors` looks for them; only one format is read.
     for pattern in ("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin"):
         files = sorted(path.glob(pattern))
         if files:

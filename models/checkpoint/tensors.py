@@ -89,6 +89,7 @@ class LazyTensors:
         entry = self._entries[name]
         if rows == WHOLE:
             return entry.load()
+        # Formats that cannot read a part read the whole and drop the rest.
         return entry.part(rows) if entry.part else entry.load()[rows]
 
 
@@ -113,10 +114,12 @@ def corrupt(
             f"{path} cannot be read ({e.strerror or e})",
             "check that the file exists and its permissions",
         )
+    # A clone without git-lfs has small text files in place of the weights.
     if is_pointer:
         return InputError(
             f"{path} is a git-lfs pointer, not the weights", "run git lfs pull in its directory"
         )
+    # Libraries' messages run over many lines, and some exceptions have none.
     first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
     return InputError(f"{path} is damaged or not complete ({first})", remedy)
 

@@ -80,6 +80,7 @@ class Writer:
         self._arch, self._non_block_specs, self._block_specs = hf.specs(config)
         self._shapes: list[Shape] = []
         self._biases = set(self._arch.config.biases)
+        # Kept as JSON-able values, because `mark` returns them.
         # Of each written shard: the tensors' shapes by name, and its size in bytes.
         self._shards: list[dict[str, list[int]]] = []
         self._sizes: list[int] = []
@@ -96,6 +97,7 @@ class Writer:
     @property
     def parameters(self) -> int:
         """Return the number of parameters that were put, without the biases that `finish` adds."""
+        # From the shapes of the shards, which a rewind restores, rather than a counter.
         written = sum(
             math.prod(shape)
             for shard in self._shards
@@ -114,6 +116,7 @@ class Writer:
         Raises:
           ValueError: Another block is due, or the block lacks a bias of its configuration.
         """
+        # Shards hold blocks in order, and a mark counts them.
         if i != self.blocks:
             raise ValueError(f"block {i} was put where block {self.blocks} was due")
         self._shapes.append(shape_of(self._arch, block))
@@ -124,6 +127,7 @@ class Writer:
         """Put the arrays of a tree into the buffer under the names of its specs."""
         leaves, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
         for spec, array in zip(leaves, arrays, strict=True):
+            # safetensors writes the memory as it lies, so views must be made contiguous.
             value = np.ascontiguousarray(to_host(array))
             buffered = sum(x.nbytes for x in self._buffer.values())
             # Half of a shard, because saving takes as much memory again.
@@ -181,6 +185,7 @@ class Writer:
         self._buffer = {}
         for k, size in enumerate(self._sizes):
             path = self._shard_path(k)
+            # The size suffices: a shard is written once, then synced to the disk.
             if not path.is_file() or path.stat().st_size != size:
                 raise damaged(path)
 
@@ -237,6 +242,7 @@ class Writer:
         self._flush()
 
         def complete() -> None:
+            # The weights first: a directory with config.json counts as a checkpoint.
             self._make_files(wanted, dtype.itemsize)
             write_json(self._directory / "config.json", config)
             if form.code is not None:
@@ -252,6 +258,7 @@ class Writer:
         """Make the weight files: one if `shard_bytes` allow it, else one from each shard."""
         size = sum(math.prod(wanted[name]) for shard in self._shards for name in shard) * itemsize
         shards = list(range(len(self._shards)))
+        # Shards in `work` are half as large, so a small model may have several.
         groups = [shards] if size <= self._shard_bytes else [[k] for k in shards]
         total = len(groups)
         weight_map: dict[str, str] = {}

@@ -42,6 +42,7 @@ class Fields:
         """
         value = self.config.get(name)
         value = default if value is None else value
+        # JSON's true is a bool, which Python counts as an int.
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise InputError(
                 f"config.json: {name} must be an integer of {least} or more, not {value!r}", REPAIR
@@ -84,6 +85,7 @@ class Fields:
         """
         value = self.config.get(name)
         value = default if value is None else value
+        # 0 and 1 are refused: they hint at a damaged or hand-written file.
         if not isinstance(value, bool):
             raise InputError(f"config.json: {name} must be true or false, not {value!r}", REPAIR)
         return value
@@ -151,8 +153,10 @@ def read_rope(f: Fields) -> Rope:
     Raises:
       InputError: The kind of scaling is not supported, or a field is wrong.
     """
+    # A file with both spellings repeats itself; the newer one wins.
     parameters = {**f.section("rope_scaling"), **f.section("rope_parameters")}
     g = Fields(parameters)
+    # Older files call it `type`.
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     if kind not in ROPE_KINDS:
         raise InputError(
@@ -193,12 +197,14 @@ def read_windows(f: Fields, kind: str, blocks: int) -> tuple[int | None, ...]:
     Raises:
       InputError: A field is wrong.
     """
+    # Mistral has a window unless it is null; Qwen2 has one only if it says so.
     sliding = kind == "mistral" or (kind == "qwen2" and f.flag("use_sliding_window", False))
     if not sliding or f.config.get("sliding_window", DEFAULT_WINDOW) is None:
         return (None,) * blocks
     window = f.count("sliding_window", DEFAULT_WINDOW)
     if kind == "mistral":
         return (window,) * blocks
+    # Qwen2's first blocks see everything, and `layer_types` overrides that rule.
     full = f.count("max_window_layers", 28, least=0)
     kinds = f.config.get("layer_types") or [
         "full_attention" if i < full else "sliding_attention" for i in range(blocks)

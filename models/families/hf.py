@@ -72,6 +72,7 @@ def is_spec(x: object) -> bool:
 
 def _llama_biases(f: Fields, kind: str) -> tuple[str, ...]:
     """Return the slots of a stock LLaMA-family model that have a bias."""
+    # Qwen2 always has biases on queries, keys and values; its configuration has no field for it.
     if kind == "qwen2":
         return ("q", "k", "v")
     biases: tuple[str, ...] = ()
@@ -92,6 +93,7 @@ def _llama(config: Mapping[str, Any]) -> Arch:
             f"config.json: num_attention_heads={n} is not a multiple of num_key_value_heads={kv}",
             REPAIR,
         )
+    # With head_dim given, heads need not make up the hidden size: pruned models rely on it.
     if config.get("head_dim") is None and dim % n:
         raise InputError(
             f"config.json: hidden_size={dim} is not a multiple of num_attention_heads={n}, and "
@@ -131,6 +133,7 @@ def _opt(config: Mapping[str, Any]) -> Arch:
         raise InputError(
             f"config.json: hidden_size={dim} is not a multiple of num_attention_heads={n}", REPAIR
         )
+    # False in OPT-350m alone, which then has no final norm either.
     pre_norm = f.flag("do_layer_norm_before", True)
     stock_biases = tuple(OPT_LINEARS) if f.flag("enable_bias", True) else ()
     return opt.arch(
@@ -171,6 +174,7 @@ def _llama_block(c: llama.Config, i: int) -> llama.Block:
     p = f"model.layers.{i}."
     kv_heads, neurons = c.widths[i] if c.widths else (c.kv_heads, c.ffn_dim)
     kv = kv_heads * c.head_dim
+    # A key-value head keeps all the query heads that share it.
     n = kv_heads * c.query_heads // c.kv_heads * c.head_dim
     shapes = {
         "q": (n, c.dim),
@@ -254,6 +258,7 @@ class Family(NamedTuple):
 
 LLAMA = Family("intermediate_size", LLAMA_LINEARS, _llama, _llama_non_block, _llama_block)
 OPT = Family("ffn_dim", OPT_LINEARS, _opt, _opt_non_block, _opt_block)
+# Types that compute the same function with other defaults share a family.
 FAMILIES = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "granite": LLAMA, "opt": OPT}
 
 
@@ -275,6 +280,7 @@ def family(config: Mapping[str, Any]) -> Family:
             f"config.json: model_type {kind!r} is not supported",
             f"it must be one of {', '.join(sorted(FAMILIES))}",
         )
+    # Quantised tensors have other names and types; scores need the real weights.
     if config.get("quantization_config"):
         raise InputError("config.json: the checkpoint is quantised", "save it dequantised first")
     return FAMILIES[kind_of(config)]
@@ -320,6 +326,7 @@ def shallower(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
       Configuration in which the settings of each block follow the block.
     """
     new = {**config, "num_hidden_layers": len(kept)}
+    # OPT has no windows.
     windows = getattr(family(config).arch(config).config, "windows", ())
     types = config.get("layer_types")
     if isinstance(types, list) and len(types) == config["num_hidden_layers"]:

@@ -138,6 +138,7 @@ def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> ja
 def _head(config: StaticConfig, non_block: NonBlockParams, x: jax.Array) -> jax.Array:
     w = non_block.embed if non_block.head is None else non_block.head.w
     x = rms_norm(non_block.norm, x, config.eps)
+    # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
@@ -156,15 +157,18 @@ def _forward(
       Hidden states [b t d], taps, and the state that `attend_fn` returned. The taps hold each
       linear's input under its tap's name and each linear's output under the slot's name.
     """
+    # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
     taps: dict[str, jax.Array] = {}
     with jax.named_scope("attention_norm"):
         taps["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
     with jax.named_scope("qkv_projections"):
+        # Three products rather than one fused: each linear is pruned and cut by itself.
         taps["q"] = linear(p.q, taps["attn_in"])
         taps["k"] = linear(p.k, taps["attn_in"])
         taps["v"] = linear(p.v, taps["attn_in"])
     with jax.named_scope("attention"):
         values, state = attend_fn(*(split_heads(taps[name], config.head_dim) for name in "qkv"))
+        # The width follows from the heads that this block still has.
         taps["attn_mid"] = values.reshape(*x.shape[:2], -1)
     with jax.named_scope("attention_output"):
         taps["o"] = linear(p.o, taps["attn_mid"])
@@ -196,6 +200,7 @@ def _step(
     return x, cache
 
 
+# In the order of `_forward`; reports and budgets follow it.
 SLOTS = (
     Slot("q", "attn_in", "attn_mid"),
     Slot("k", "attn_in", "attn_mid"),
@@ -234,5 +239,6 @@ def arch(config: Config) -> Arch:
         Member("o", 1, shared * h),
         (Member("q", 0, shared * h), Member("k", 0, h), Member("v", 0, h)),
     )
+    # `up` is last: it is the linear path into the neurons, which `gate` only scales.
     neurons = Group("neurons", Member("down", 1, 1), (Member("gate", 0, 1), Member("up", 0, 1)))
     return Arch(config, _embed, block, head, step, SLOTS, (heads, neurons))

@@ -122,6 +122,7 @@ class NonBlockParams(struct.PyTreeNode):
 
 def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> jax.Array:
     x = non_block.embed[tokens]
+    # OPT-350m alone embeds words in fewer dimensions than its blocks have.
     if non_block.project_in is not None:
         x = linear(non_block.project_in, x)
     positions = jax.lax.dynamic_slice_in_dim(
@@ -136,6 +137,7 @@ def _head(non_block: NonBlockParams, x: jax.Array) -> jax.Array:
     if non_block.project_out is not None:
         x = linear(non_block.project_out, x)
     w = non_block.embed if non_block.head is None else non_block.head.w
+    # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
@@ -154,6 +156,7 @@ def _forward(
       Hidden states [b t d], taps, and the state that `attend_fn` returned. The taps hold each
       linear's input under its tap's name and each linear's output under the slot's name.
     """
+    # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
     taps: dict[str, jax.Array] = {}
     with jax.named_scope("attention_norm"):
         taps["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
@@ -163,11 +166,13 @@ def _forward(
         taps["v"] = linear(p.v, taps["attn_in"])
     with jax.named_scope("attention"):
         values, state = attend_fn(*(split_heads(taps[name], config.head_dim) for name in "qkv"))
+        # The width follows from the heads that this block still has.
         taps["attn_mid"] = values.reshape(*x.shape[:2], -1)
     with jax.named_scope("attention_output"):
         taps["o"] = linear(p.o, taps["attn_mid"])
         x = x + taps["o"]
     if not config.pre_norm:
+        # OPT-350m normalises the residual stream itself, after each part.
         with jax.named_scope("attention_norm"):
             x = layer_norm(p.attn_norm, x)
     with jax.named_scope("feed_forward_norm"):
@@ -200,6 +205,7 @@ def _step(
     return x, cache
 
 
+# In the order of OPT's checkpoints; reports and budgets follow it.
 SLOTS = (
     Slot("k", "attn_in", "attn_mid"),
     Slot("v", "attn_in", "attn_mid"),
