@@ -1,4 +1,4 @@
-"""Answers that were given before are read, those of other weights or requests are not; what is broken is computed again."""
+"""Cached answers are read; other weights, other requests and damaged files are computed."""
 
 import pathlib
 
@@ -26,7 +26,7 @@ class Model:
         return self.answers.get(kind, requests, GROUPS, compute)
 
 
-def test_what_is_known_is_not_computed(tmp_path: pathlib.Path) -> None:
+def test_cached_answers_are_not_computed_again(tmp_path: pathlib.Path) -> None:
     model = Model(tmp_path / "cache")
     expected = [["a b", True], ["c d", True], ["e f", True]]
     assert model() == expected and model.asked == [0, 2, 1]
@@ -58,7 +58,7 @@ def test_a_damaged_file_is_computed_again(damage: str, tmp_path: pathlib.Path) -
     assert 0 in model.asked and 2 in model.asked
 
 
-def test_without_a_directory_or_a_writable_one(tmp_path: pathlib.Path) -> None:
+def test_answers_are_right_without_a_writable_directory(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     for directory in (None, tmp_path / "file" / "cache"):
         model = Model(directory)
@@ -67,7 +67,9 @@ def test_without_a_directory_or_a_writable_one(tmp_path: pathlib.Path) -> None:
         assert model.asked == [0, 2, 1] * 2
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_the_cache_lies_in_the_users_cache_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "topiary" / "tasks"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -15,7 +15,7 @@ from reference import tiny
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
-def test_parameters_and_nonzero_weights(name: str) -> None:
+def test_parameters_and_nonzero_weights_are_counted(name: str) -> None:
     model = tiny.random_model(tiny.FAMILIES[name])
     rng = np.random.default_rng(0)
 
@@ -36,7 +36,7 @@ def test_parameters_and_nonzero_weights(name: str) -> None:
     assert {type(n) for n in size.nonzero[0].values()} == {int}
 
 
-def test_masked_and_cut_blocks() -> None:
+def test_masks_lower_nonzero_weights_and_cuts_lower_parameters() -> None:
     """Both have the same non-zero weights; only what is cut is no longer an entry."""
     model = tiny.random_model(tiny.BIASED)
     g, keep = model.arch.group("neurons"), np.arange(40) < 10
@@ -49,7 +49,7 @@ def test_masked_and_cut_blocks() -> None:
     assert masked.nonzero[0]["down"] == 32 * 10 and masked.nonzero[0]["q"] == 32 * 32
 
 
-def test_a_checkpoint_on_disk(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_on_disk_has_the_size_of_its_model(tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.OPT_350M)
     save(tmp_path / "out", model, tiny.OPT_350M, tmp_path)
     checkpoint = open_checkpoint(tmp_path / "out")
@@ -66,7 +66,7 @@ def test_bfloat16_zeros_are_counted() -> None:
     )
 
 
-def test_peak_memory_of_the_host_is_the_kernels() -> None:
+def test_peak_memory_of_the_host_is_what_the_kernel_reports() -> None:
     status = pathlib.Path("/proc/self/status")
     if not status.is_file():
         pytest.skip("needs /proc, which Linux alone has")
@@ -74,7 +74,7 @@ def test_peak_memory_of_the_host_is_the_kernels() -> None:
     assert peak_memory(())["host"] == pytest.approx(int(line.split()[1]) * 1024, rel=0.05)
 
 
-def test_peak_memory_of_the_fullest_device() -> None:
+def test_peak_memory_is_that_of_the_fullest_device() -> None:
     """None where no device says, as CPUs do not."""
 
     class Device:

@@ -106,7 +106,7 @@ def test_all_neurons_can_go() -> None:
     np.testing.assert_allclose(without(cut), without(mask), rtol=1e-5, atol=1e-5)
 
 
-def test_zero_rows() -> None:
+def test_zero_rows_clears_rows_and_biases_alone() -> None:
     w, b = np.ones((4, 3), np.float32), np.ones(4, np.float32)
     p = Linear(jax.numpy.asarray(w), jax.numpy.asarray(b))
     out = zero_rows(p, np.array([0, 3]))
