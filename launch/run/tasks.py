@@ -126,7 +126,7 @@ def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
     return {
         "configuration": checkpoint.config,
         "files": {p.name: file_digest(p) for p in files},
-        "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.non_block],
+        "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.eos],
         "dtype": str(dtype),
         "device": [platform.machine(), jax.devices()[0].device_kind],
         "versions": {"topiary": __version__} | {p: importlib.metadata.version(p) for p in packages},
