@@ -19,6 +19,7 @@ import numpy as np
 
 from models.errors import InputError, damaged
 from models.processes import barrier, run_on_primary
+from models.programs import DeviceArray
 from models.sharding import to_host
 
 INDEX = "journal.json"
@@ -94,7 +95,7 @@ def to_serialisable(value: Any) -> Any:
         return {str(k): to_serialisable(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [to_serialisable(v) for v in value]
-    return to_host(value) if isinstance(value, jax.Array) else value
+    return to_host(value) if isinstance(value, jax.Array | DeviceArray) else value
 
 
 def _pack(value: Any) -> bytes:

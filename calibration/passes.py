@@ -1,9 +1,11 @@
-"""The one walk over a model's blocks, left to right, that every calibrated method is a visitor of.
+"""Passes over the blocks: each block is visited with the hidden states or statistics that reach it.
 
-At any moment the device holds one block, one micro-batch inside it, and the hidden states between two blocks.
+`visit_blocks` hands a visitor the hidden states themselves; `calibrate_blocks` hands it statistics
+of the block's activations. Both read blocks one at a time, keep a record of each, and go on from the
+last finished block of an interrupted run. Under a planning recorder (`models.programs`) the same
+passes follow shapes instead of arrays.
 """
 
-import functools
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -12,115 +14,142 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from calibration.journal import Journal, ResumePoint, to_serialisable
+from calibration.journal import digest, to_serialisable
 from calibration.observers import Observer
+from calibration.runtime import Runtime
 from calibration.states import Offload, States
 from models.arch import Arch, Block, Model, Taps, apply_block, embed
 from models.checkpoint.reader import prefetch
 from models.errors import InputError
+from models.programs import program
 from models.sharding import place, placement, split
 
-Watch = tuple[tuple[str, Observer], ...]  # what is observed where, as a hashable static argument
-Stats = Mapping[str, Any]  # tap or slot -> its observer's final state
-Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # an architecture's `block`
+Watch = tuple[tuple[str, Observer], ...]  # (tap or slot, observer), hashable for jit
+Stats = Mapping[str, Any]  # tap or slot -> final state of its observer
+Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
 Visit = Callable[[int, Block, Stats], tuple[Block, Any]]
-Rehearse = Callable[
-    ..., Any
-]  # (what, a function, its arguments as shapes, calls=how often in a run) -> what it gives, as shapes
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(function: Forward, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
-    widths = {name: tap.shape[-1] for name, tap in jax.eval_shape(function, block, x)[1].items()}
-    return {name: observer.init(widths[name]) for name, observer in watch}
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _observe(
-    function: Forward, watch: Watch, onward: bool, block: Block, x: jax.Array, states: Stats
-) -> tuple[jax.Array | None, Stats]:
-    """One micro-batch through one block. Taps nobody watches, and the output unless `onward`, are not computed."""
-    y, taps = function(block, x)
-    return y if onward else None, {
-        name: observer.update(states[name], taps[name]) for name, observer in watch
-    }
-
-
-@jax.jit
-def _finite(states: Stats) -> jax.Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(states)]))
-
-
-def batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterable[jax.Array]:
-    """Tokens [samples length] as micro-batches [b length], windows split over the mesh's `data` axis; the last may be smaller."""
-    for start in range(0, len(tokens), batch):
-        yield split(tokens[start : start + batch], mesh, "sample")
-
-
-def _shapes(
-    model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, offload: Offload
-) -> list[jax.ShapeDtypeStruct | np.ndarray]:
-    """What the hidden states between two blocks are like, a micro-batch each: where they are not on the devices, arrays without memory."""
-    found: list[jax.ShapeDtypeStruct | np.ndarray] = []
-    for start in range(0, len(tokens), batch):
-        part = tokens[start : start + batch]
-        x = jax.eval_shape(
-            model.arch.embed, model.non_block, jax.ShapeDtypeStruct(part.shape, part.dtype)
-        )
-        if offload == "device":
-            found.append(
-                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement(x.shape, mesh, "sample"))
-            )
-        else:
-            found.append(np.broadcast_to(np.zeros((), x.dtype), x.shape))
-    return found
 
 
 class BlockResult(NamedTuple):
-    """What became of a block: the one that takes its place, what is to be remembered of it (`journal.plain`), and whether the visitor
-    has made its inputs what the next block sees; else the new block is run over them."""
+    """Result of visiting a block.
+
+    Attributes:
+      block: Block that takes the visited one's place; the same object leaves it as it is.
+      record: Value to keep for the block, as `Journal.step` can store it.
+      propagated: Whether the visitor has already replaced the block's inputs by its outputs.
+    """
 
     block: Block
     record: Any = None
     propagated: bool = False
 
 
-def walk_blocks(
-    model: Model,
-    tokens: np.ndarray,
-    visit: Callable[[int, Block, States, bool], BlockResult],
-    *,
-    batch: int = 8,
-    mesh: Mesh | None = None,
-    offload: Offload = "device",
-    advance: Callable[[], None] = lambda: None,
-    journal: Journal | None = None,
-    key: Hashable = None,
-) -> list[Any]:
-    """Visit every block with the hidden states that reach it: what `fold_blocks` is made of, for methods that need more than statistics.
+@program("statistics begun", static=(0, 1))
+def _start(function: Forward, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
+    """Return the initial state of every observer."""
+    taps = jax.eval_shape(function, block, x)[1]
+    return {name: observer.init(taps[name].shape[-1]) for name, observer in watch}
+
+
+# The old states are donated: a Gram matrix of 70B's widths would lie in memory twice.
+@program("statistics", static=(0, 1, 2), donated=(5,))
+def _observe(
+    function: Forward, watch: Watch, onward: bool, block: Block, x: jax.Array, states: Stats
+) -> tuple[jax.Array | None, Stats]:
+    """Run one micro-batch through one block and update the observers.
+
+    jit removes the taps that nobody watches, and the output unless `onward`.
+    """
+    y, taps = function(block, x)
+    return y if onward else None, {
+        name: observer.update(states[name], taps[name]) for name, observer in watch
+    }
+
+
+@program("statistics checked")
+def _finite(states: Stats) -> jax.Array:
+    """Return whether all numbers of the statistics are finite."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(states)]))
+
+
+def micro_batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> Iterable[jax.Array]:
+    """Yield the tokens as micro-batches [b t] on the devices; the last may be smaller.
 
     Args:
-      visit: (i, block, its inputs [b t d] a micro-batch, whether it is the last) -> what became of it.
-      journal: makes the walk one of its steps; blocks that were finished before are not visited.
-      key: of a walk that only looks: what its records depend on, as `Journal.step` has it. Where the journal remembers them of another
-        run no block is visited.
-    The others are `fold_blocks`'. Returns every block's record, in order.
+      tokens: Calibration windows, int [samples length].
+      batch: Windows in one micro-batch.
+      mesh: Windows are split over its `data` axis.
     """
-    depth, non_block = len(model.blocks), place(model.non_block, mesh)
-    records, saved = (
-        journal.begin(_shapes(model, tokens, batch, mesh, offload), key)
-        if journal
-        else ResumePoint([], None)
-    )
+    for start in range(0, len(tokens), batch):
+        yield split(tokens[start : start + batch], mesh, "sample")
+
+
+def _state_shapes(
+    model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, offload: Offload
+) -> list[jax.ShapeDtypeStruct | np.ndarray]:
+    """Return what the hidden states between two blocks look like, one entry a micro-batch.
+
+    Off the devices they are arrays that take no memory.
+    """
+    shapes: list[jax.ShapeDtypeStruct | np.ndarray] = []
+    for start in range(0, len(tokens), batch):
+        part = tokens[start : start + batch]
+        part_shape = jax.ShapeDtypeStruct(part.shape, part.dtype)
+        x = jax.eval_shape(model.arch.embed, model.non_block, part_shape)
+        if offload == "device":
+            sharding = placement(x.shape, mesh, "sample")
+            shapes.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
+        else:
+            shapes.append(np.broadcast_to(np.zeros((), x.dtype), x.shape))
+    return shapes
+
+
+def visit_blocks(
+    model: Model,
+    tokens: np.ndarray,
+    runtime: Runtime,
+    visit: Callable[[int, Block, States, bool], BlockResult],
+    *,
+    name: str,
+    durable: bool = True,
+    key: Hashable = None,
+) -> list[Any]:
+    """Visit every block with the hidden states that reach it.
+
+    Args:
+      model: Read one block at a time.
+      tokens: Calibration windows, int [samples length].
+      runtime: Micro-batch, devices, memory of the hidden states, progress and journal.
+      visit: (index, block, its inputs [b t d] by micro-batch, whether it is the last block) -> what
+        replaces it.
+      name: What the progress bar says.
+      durable: Whether the pass is a step of the journal, so that finished blocks are not visited
+        again.
+      key: For a pass that changes nothing: everything its records depend on, as `Journal.step` has
+        it. Where the journal remembers them from another run, no block is visited.
+
+    Returns:
+      Record of every block, in order.
+    """
+    depth, mesh = len(model.blocks), runtime.mesh
+    journal = runtime.journal if durable else None
+    advance = runtime.progress(name, depth)
+    non_block = place(model.non_block, mesh)
+    records: list[Any] = []
+    saved = None
+    if journal:
+        shapes = _state_shapes(model, tokens, runtime.batch, mesh, runtime.offload)
+        records, saved = journal.begin(shapes, key)
     for _ in records:
         advance()
-    fresh = (
-        (embed(model.arch, non_block, t) for t in batches(tokens, batch, mesh))
-        if len(records) < depth
-        else []
-    )
-    xs = States(fresh if saved is None else saved, offload, mesh)
-    del saved
+    xs = States([], runtime.offload, mesh)
+    if saved is not None:
+        for x in saved:
+            xs.append(x)
+    elif len(records) < depth:
+        for t in micro_batches(tokens, runtime.batch, mesh):
+            xs.append(embed(model.arch, non_block, t))
+    saved = None  # memory: States has its own
     blocks = prefetch(model.blocks, range(len(records), depth), mesh)
     for i in range(len(records), depth):
         last = i == depth - 1
@@ -129,7 +158,7 @@ def walk_blocks(
         if not last:
             if not propagated:
                 for j, x in enumerate(xs):
-                    xs[j] = apply_block(model.arch, new, x)
+                    xs[j] = apply_block(model.arch, new, x, name="pruned block")
             if journal:
                 journal.reach(i + 1, records, xs.stored())
         advance()
@@ -139,9 +168,10 @@ def walk_blocks(
 
 
 def overflow(i: int) -> InputError:
-    """What to raise when numbers made from block i's activations are not finite."""
+    """Return the error for activations of block i that are not finite."""
     return InputError(
-        f"the activations of block {i} are not finite: try --dtype=float32, or fetch the checkpoint again"
+        f"the activations of block {i} are not finite",
+        "try `dtype`=float32, or download the checkpoint again",
     )
 
 
@@ -153,9 +183,21 @@ def observe(
     xs: States,
     onward: bool = False,
 ) -> Stats:
-    """Statistics of block i over its inputs, which become its outputs in place if `onward`.
+    """Return statistics of block i's activations over its inputs.
 
-    Raises InputError when the block's activations overflow: every score made from them would be meaningless.
+    Args:
+      arch: Architecture of the block.
+      watch: Tap or slot -> observer.
+      i: Index of the block, for messages.
+      block: Parameters.
+      xs: Its inputs [b t d] by micro-batch.
+      onward: Replace the inputs by the block's outputs.
+
+    Returns:
+      Tap or slot -> final state of its observer.
+
+    Raises:
+      InputError: The activations overflow; every score made from them would be meaningless.
     """
     static = tuple(sorted(watch.items()))
     if not static and not onward:
@@ -170,88 +212,52 @@ def observe(
     return states
 
 
-def rehearse_fold(
-    model: Model,
-    tokens: jax.ShapeDtypeStruct,
-    run: Rehearse,
-    *,
-    watch: Mapping[str, Observer],
-    propagate: Literal["pruned", "dense"],
-    batch: int = 8,
-) -> tuple[jax.ShapeDtypeStruct, Stats]:
-    """What `fold_blocks` compiles, told to `run`: (the states of a micro-batch, the statistics of a block), as shapes.
-
-    Args:
-      model: of shapes.
-      tokens: of shapes.
-    """
-    arch, static, blocks = model.arch, tuple(sorted(watch.items())), len(model.blocks)
-    steps = -(-tokens.shape[0] // batch)
-    part = jax.ShapeDtypeStruct((batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding)
-    x = run("embedding", functools.partial(embed, arch), model.non_block, part, calls=steps)
-    if not static:
-        return x, {}
-    onward = propagate == "dense"
-    block = model.blocks[0]
-    states = jax.eval_shape(functools.partial(_start, arch.block, static), block, x)
-    update = functools.partial(_observe, arch.block, static, onward)
-    _, states = run("statistics", update, block, x, states, calls=steps * blocks)
-    if not onward:
-        run(
-            "pruned block",
-            functools.partial(apply_block, arch),
-            block,
-            x,
-            calls=steps * (blocks - 1),
-        )
-    return x, states
-
-
-def fold_blocks(
+def calibrate_blocks(
     model: Model,
     tokens: np.ndarray,
+    runtime: Runtime,
     visit: Visit,
     *,
     watch: Mapping[str, Observer],
     propagate: Literal["pruned", "dense"],
-    batch: int = 8,
-    mesh: Mesh | None = None,
-    offload: Offload = "device",
-    advance: Callable[[], None] = lambda: None,
-    journal: Journal | None = None,
+    name: str,
     key: Hashable = None,
 ) -> list[Any]:
-    """Visit every block with the statistics of its activations over the calibration tokens.
+    """Visit every block with statistics of its activations over the calibration tokens.
+
+    Where nothing is watched, blocks are visited without activations.
 
     Args:
-      model: read one block at a time.
-      tokens: int [samples length].
-      visit: (i, block, statistics) -> (the block that takes its place, the same one to leave it; a record of it, as `BlockResult` has it).
-      watch: tap or slot name -> observer; a tap is a linear's input, a slot's name its output.
-      propagate: what the next block sees: outputs of the visited ("pruned") block, as Wanda and SparseGPT do, or of the dense one,
-        which then cost no second pass.
-      batch: windows in one micro-batch.
-      mesh: windows are split over its `data` axis, matrices over `model`.
-      tier: where the hidden states between two blocks are kept; no result depends on it.
-      advance: called after every block, for a progress bar.
-      journal: as `walk_blocks` has it.
-      key: as `walk_blocks` has it.
-    Returns every block's record. Raises InputError as `observe` does.
-    """
-    dense = propagate == "dense"
+      model: Read one block at a time.
+      tokens: Calibration windows, int [samples length].
+      runtime: Micro-batch, devices, memory of the hidden states, progress and journal.
+      visit: (index, block, statistics) -> (block that takes its place, record to keep).
+      watch: Tap or slot -> observer; a tap is a linear's input, a slot's name its output.
+      propagate: Outputs that the next block sees: those of the visitor's block ("pruned"), as in
+        Wanda and SparseGPT, or of the block as it came ("dense"), which need no second pass.
+      name: What the progress bar says.
+      key: For a pass that changes nothing: what its records depend on, besides the model and the
+        tokens.
 
-    def each(i: int, block: Block, xs: States, last: bool) -> BlockResult:
-        new, record = visit(i, block, observe(model.arch, watch, i, block, xs, dense and not last))
+    Returns:
+      Record of every block, in order.
+
+    Raises:
+      InputError: As `observe` does.
+    """
+    tokens = tokens if watch else tokens[:0]
+    dense = propagate == "dense" and bool(watch)
+
+    def visit_with_statistics(i: int, block: Block, xs: States, last: bool) -> BlockResult:
+        stats = observe(model.arch, watch, i, block, xs, onward=dense and not last)
+        new, record = visit(i, block, stats)
         return BlockResult(new, record, propagated=dense)
 
-    return walk_blocks(
+    return visit_blocks(
         model,
         tokens,
-        each,
-        batch=batch,
-        mesh=mesh,
-        offload=offload,
-        advance=advance,
-        journal=journal,
-        key=key,
+        runtime,
+        visit_with_statistics,
+        name=name,
+        key=key and (key, digest(tokens)),
     )

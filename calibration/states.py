@@ -6,12 +6,13 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, NamedTuple, get_args, overload
+from typing import Any, Literal, NamedTuple, get_args, overload
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from models.programs import DeviceArray, planner
 from models.sharding import split
 
 Offload = Literal["device", "host", "disk"]
@@ -22,12 +23,17 @@ SHARE = {"device": 0.25, "host": 0.5}  # of a memory that hidden states may take
 
 
 def available_memory() -> dict[str, int]:
-    """Bytes of one device's memory, and of the host's; a device that is the host, as a CPU is, has none of its own."""
+    """Return the bytes of one device's memory and of the host's, by "device" and "host".
+
+    A device that shares the host's memory, as a CPU does, counts as 0. Inside a planned run the
+    figures are those of the machine that the plan is for.
+    """
+    recorder = planner()
+    if recorder and recorder.memory:
+        return dict(recorder.memory)
     stats = jax.local_devices()[0].memory_stats() or {}
-    return {
-        "device": stats.get("bytes_limit", 0),
-        "host": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-    }
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {"device": stats.get("bytes_limit", 0), "host": host}
 
 
 def fits_in_memory(size: int, shards: int = 1) -> bool:
@@ -53,7 +59,7 @@ class OnDisk(NamedTuple):
     nbytes: int
 
 
-Kept = jax.Array | np.ndarray | OnDisk
+Kept = jax.Array | np.ndarray | OnDisk | DeviceArray
 
 
 def scratch(owner: object) -> pathlib.Path:
@@ -65,6 +71,9 @@ def scratch(owner: object) -> pathlib.Path:
 
 def keep(x: jax.Array | np.ndarray, offload: Offload, path: pathlib.Path) -> Kept:
     """The array moved to a tier; `path` is the file where that is the disk."""
+    if isinstance(x, DeviceArray):
+        recorder = planner()
+        return x if offload == "device" or not recorder else recorder.keep_off(x, offload)
     if offload == "device":
         return jax.numpy.asarray(x)
     value = np.asarray(x)
@@ -74,7 +83,7 @@ def keep(x: jax.Array | np.ndarray, offload: Offload, path: pathlib.Path) -> Kep
     return OnDisk(path, value.dtype, value.nbytes)
 
 
-def fetch(kept: Kept) -> jax.Array | np.ndarray:
+def fetch(kept: Kept) -> Any:
     """What was kept, on the device or in host memory."""
     return np.load(kept.path).view(kept.dtype) if isinstance(kept, OnDisk) else kept
 
@@ -126,7 +135,7 @@ class States(Sequence[jax.Array]):
         """The same states once more, to be changed on their own."""
         return States((fetch(x) for x in self._kept), self._tier, self._mesh)
 
-    def stored(self) -> list[jax.Array | np.ndarray]:
+    def stored(self) -> list[Any]:
         """All of them where they are, files mapped into memory: for saving."""
         return [
             np.load(x.path, mmap_mode="r").view(x.dtype) if isinstance(x, OnDisk) else x

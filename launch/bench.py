@@ -29,7 +29,8 @@ from rich.console import Console
 from rich.table import Table
 
 from calibration.observers import batch_norms, second_moment
-from calibration.passes import Stats, fold_blocks
+from calibration.passes import Stats, calibrate_blocks
+from calibration.runtime import Runtime
 from launch.benchmarks import solvers as bench_solvers
 from launch.benchmarks import speed as bench_speed
 from launch.benchmarks.solvers import Run
@@ -92,7 +93,15 @@ def calibration_walks(
             kept.append(stats)
             return block, None
 
-        fold_blocks(model, tokens, visit, watch=watch, propagate="dense", batch=batch, mesh=mesh)
+        calibrate_blocks(
+            model,
+            tokens,
+            Runtime(batch, mesh),
+            visit,
+            watch=watch,
+            propagate="dense",
+            name="calibrating",
+        )
         jax.block_until_ready(kept)
 
     return {name: functools.partial(walk, watch) for name, watch in watches.items()}

@@ -8,22 +8,16 @@ import dataclasses
 import math
 import os
 import pathlib
-import re
 import sys
-import time
-from collections import Counter
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.extend import core
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
-from calibration.states import available_memory
+from calibration.states import Offload, available_memory
 from eval.peak import flops_per_second
 from launch import prune
 from launch.flags.cli import Flags, frozen, run
@@ -33,17 +27,15 @@ from launch.run.job import RunConfig, request_of
 from launch.run.measure import write_report
 from models.arch import Model
 from models.checkpoint import hub
-from models.checkpoint.reader import abstract, open_checkpoint, read_config
+from models.checkpoint.reader import ShapeBlocks, abstract, open_checkpoint, read_config
 from models.checkpoint.writer import SHARD_BYTES
 from models.errors import InputError
 from models.families import hf
+from models.programs import Cost, Recorder, record_programs
 from models.published import MODELS
-from models.sharding import make_mesh, specs_on
+from models.sharding import make_mesh
 
 HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip, as Google Cloud's pages state them
-COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
-)
 
 
 def options() -> Flags:
@@ -94,97 +86,6 @@ def devices_of(topology: str) -> list[Any]:
         ) from None
 
 
-def _shape(v: Any) -> tuple[int, ...]:
-    return getattr(v.aval, "shape", ())
-
-
-def flops(jaxpr: core.Jaxpr) -> float:
-    """Floating-point operations of the matrix products of a program; loops of unknown length are counted once."""
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        shapes = [_shape(v) for v in eqn.invars]
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            total += (
-                2.0
-                * math.prod(_shape(eqn.outvars[0]))
-                * math.prod(shapes[0][i] for i in contracted)
-            )
-        inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
-        if eqn.primitive.name == "cond":
-            total += max(inner)
-        else:
-            total += sum(inner) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-    return total
-
-
-class Program(NamedTuple):
-    """A compiled program of a run.
-
-    calls: in the whole run; flops: of one call, on all devices together; bytes: that one call moves on one device, as XLA counts them
-    (loops once); memory: bytes of a device that one call takes, arguments and results included; collectives: of its text, by kind;
-    seconds: of compiling it; failed: why it could not be compiled, or "".
-    """
-
-    what: str
-    calls: int
-    flops: float
-    bytes: float = 0.0
-    memory: int = 0
-    collectives: Mapping[str, int] = {}
-    seconds: float = 0.0
-    failed: str = ""
-
-
-class Compiler:
-    """The `run` of a rehearsal: compiles each program for the devices of a mesh and notes what that tells."""
-
-    def __init__(self, mesh: Mesh):
-        self._whole = NamedSharding(mesh, PartitionSpec())
-        self.programs: list[Program] = []
-
-    def _shape(self, x: Any) -> jax.ShapeDtypeStruct:
-        return (
-            x
-            if isinstance(x, jax.ShapeDtypeStruct) and x.sharding
-            else jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._whole)
-        )
-
-    def __call__(self, what: str, function: Any, *args: Any, calls: int) -> Any:
-        """Compile; what the function gives, as shapes where the compiler places them."""
-        traced = jax.jit(function).trace(*jax.tree.map(self._shape, args))
-        lowered, begin = traced.lower(), time.perf_counter()
-        work = flops(traced.jaxpr.jaxpr)
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as e:
-            if "RESOURCE_EXHAUSTED" not in str(e):
-                raise
-            self.programs.append(
-                Program(
-                    what, calls, work, seconds=time.perf_counter() - begin, failed="does not fit"
-                )
-            )
-            return jax.tree.map(self._shape, lowered.out_info)
-        seconds = time.perf_counter() - begin
-        m, cost = compiled.memory_analysis(), compiled.cost_analysis() or {}
-        size = (
-            m.argument_size_in_bytes
-            + m.output_size_in_bytes
-            + m.temp_size_in_bytes
-            - m.alias_size_in_bytes
-        )
-        found = dict(Counter(COLLECTIVE.findall(compiled.as_text())))
-        self.programs.append(
-            Program(what, calls, work, cost.get("bytes accessed", 0.0), size, found, seconds)
-        )
-        return jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-            lowered.out_info,
-            compiled.output_shardings,
-        )
-
-
 def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
     """Samples and length of the calibration windows: of a token file its own, else as the flags say."""
     path = pathlib.Path(config.calibration).expanduser()
@@ -194,141 +95,167 @@ def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
     return config.calibration_samples, window_length(config.calibration_length, model)
 
 
-def _bytes(tree: Any, mesh: Mesh | None = None) -> int:
-    """Of arrays, all together; or with a mesh, of one of its devices."""
-    leaves = jax.tree.leaves(tree)
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape) if mesh else x.shape) * x.dtype.itemsize
-        for x in leaves
-    )
+def _bytes(tree: Any) -> int:
+    """Return the bytes of a tree of shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def memory_of(
-    model: Model, x: jax.ShapeDtypeStruct, mesh: Mesh, topology: str, flag: str
+def _memory(topology: str) -> dict[str, int]:
+    """Return the bytes that the run will have, of one device and of the host."""
+    if not topology:
+        return available_memory()
+    return available_memory() | {"device": HBM.get(topology.partition(":")[0], 0) << 30}
+
+
+def _resident(
+    recorder: Recorder, offload: Offload, block: int, parameters: int, draws: int
 ) -> dict[str, Any]:
-    """Bytes that stay all the run: on one device, on the host, on the disk; `x` are all hidden states between two blocks."""
-    chip = HBM.get(topology.partition(":")[0], 0) << 30
-    there = available_memory() | ({"device": chip} if topology else {})
-    each, block = _bytes(x, mesh), max(_bytes(b) for b in model.blocks)
-    offload = offload_for(flag, x, mesh, there)
-    host = block + SHARD_BYTES + (_bytes(x) if offload == "host" else 0)
-    parameters = _bytes((model.non_block, model.blocks))
-    return {
-        "activations": offload,
-        "device": {
-            "ends": _bytes(model.non_block, mesh),
-            "hidden states": each if offload == "device" else 0,
-            "there is": there["device"],
-        },
-        "host": {"read ahead, and a shard being written": host, "there is": there["host"]},
-        "disk": {
-            "output, at most": parameters,
-            "hidden states": _bytes(x) * (2 if offload == "disk" else 1),
-        },
+    """Return the bytes that the run takes of one device, the host and the disk.
+
+    Args:
+      recorder: Record of the planned run.
+      offload: Where hidden states between two blocks lie.
+      block: Bytes of the largest block.
+      parameters: Bytes of all parameters.
+      draws: Calibration draws; the model of a further one is on the disk beside the first.
+    """
+    available = recorder.memory
+    host = {"block_read_ahead": block, "shard_being_written": SHARD_BYTES}
+    disk = {
+        "output_at_most": parameters * (2 if draws > 1 else 1),
+        "hidden_states": recorder.peak["disk"],
     }
+    return {
+        "offload": offload,
+        "device": {"peak": recorder.peak["device"], "available": available["device"]},
+        "host": {
+            **host,
+            "arrays": recorder.peak["host"],
+            "peak": sum(host.values()) + recorder.peak["host"],
+            "available": available["host"],
+        },
+        "disk": disk,
+    }
+
+
+def _fits(memory: Mapping[str, Any], devices: int, costs: Sequence[Cost]) -> bool:
+    """Return whether every program compiles and all memories hold what the run puts there."""
+    if any(cost.failed for cost in costs):
+        return False
+    device, host = memory["device"], memory["host"]
+    if device["available"]:
+        return device["peak"] <= device["available"] and host["peak"] <= host["available"]
+    # Devices without memory of their own, such as a CPU's, share the host's.
+    return device["peak"] * devices + host["peak"] <= host["available"]
 
 
 def plan(values: dict[str, Any]) -> dict[str, Any]:
-    """The plan as JSON; InputError for what the run would refuse before it begins."""
+    """Return the plan as JSON.
+
+    The method itself runs, on shapes: see `models.programs`.
+
+    Args:
+      values: Flags by name.
+
+    Raises:
+      InputError: The run would be refused before it begins.
+    """
     config, topology = frozen(RunConfig, values), values["topology"]
-    method, request = request_of(dataclasses.replace(config, mesh="" if topology else config.mesh))
-    devices = devices_of(topology)
-    mesh = make_mesh(config.mesh, request.batch, devices)
-    found = config_of(config.model)
-    arch, non_block, blocks = hf.specs(found)
-    model = abstract(arch, non_block, blocks, DTYPES[config.dtype])
-    method.check(model, request)
-    model = Model(arch, specs_on(model.non_block, mesh), specs_on(model.blocks, mesh))
-    samples, length = tokens_shape(config, found)
-    tokens = specs_on(jax.ShapeDtypeStruct((samples, length), jnp.int32), mesh, "sample")
-    compiler = Compiler(mesh)
-    method.rehearse(model, tokens, request, compiler)
-    x = specs_on(jax.eval_shape(arch.embed, model.non_block, tokens), mesh, "sample")
-    resident = memory_of(model, x, mesh, topology, config.activations)
-    if config.calibration_draws > 1:
-        resident["disk"]["a further draw's model, at most"] = resident["disk"]["output, at most"]
-    device = resident["device"]
-    programs = [p._replace(calls=p.calls * config.calibration_draws) for p in compiler.programs]
-    largest = max((p.memory for p in programs), default=0)
-    total = {
-        "device_bytes": device["ends"] + device["hidden states"] + largest,
-        "flops": sum(p.flops * p.calls for p in programs),
-        "bytes_moved": sum(p.bytes * p.calls for p in programs),
-        "compile_seconds": sum(p.seconds for p in programs),
-    }
-    fits = not any(p.failed for p in programs) and (
-        not device["there is"] or total["device_bytes"] <= device["there is"]
+    method, request, runtime = request_of(
+        dataclasses.replace(config, mesh="" if topology else config.mesh)
     )
-    result = {
+    devices = devices_of(topology)
+    mesh = make_mesh(config.mesh, runtime.batch, devices)
+    model_config = config_of(config.model)
+    arch, non_block, blocks = hf.specs(model_config)
+    dtype = DTYPES[config.dtype]
+    shapes = abstract(arch, non_block, blocks, dtype)
+    model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
+    method.check(model, request)
+    samples, length = tokens_shape(config, model_config)
+    tokens = np.zeros((samples, length), np.int32)
+    x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
+    memory = _memory(topology)
+    offload = offload_for(config.activations, x, mesh, memory)
+    runtime = dataclasses.replace(runtime, mesh=mesh, offload=offload)
+    recorder = Recorder(mesh, memory)
+    with record_programs(recorder):
+        method.run(model, tokens, request, runtime, lambda i, block: None)
+    draws = config.calibration_draws
+    costs = [cost._replace(calls=cost.calls * draws) for cost in recorder.costs]
+    parameters = jax.tree.leaves((shapes.non_block, shapes.blocks))
+    block = max(_bytes(b) for b in shapes.blocks)
+    resident = _resident(recorder, offload, block, _bytes(parameters), draws)
+    resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
+    total = {
+        "device_bytes": recorder.peak["device"],
+        "flops": sum(c.flops * c.calls for c in costs),
+        "bytes_moved": sum(c.bytes * c.calls for c in costs),
+        "compile_seconds": sum(c.seconds for c in costs),
+    }
+    if not topology:
+        total["seconds_at_peak"] = total["flops"] / (flops_per_second(dtype) * mesh.size)
+    return {
         "model": config.model,
         "method": config.method,
-        "parameters": sum(
-            math.prod(s.shape) for s in jax.tree.leaves((model.non_block, model.blocks))
-        ),
-        "devices": {"kind": devices[0].device_kind, "topology": topology, "mesh": dict(mesh.shape)},
+        "parameters": sum(math.prod(s.shape) for s in parameters),
+        "devices": {
+            "kind": devices[0].device_kind,
+            "topology": topology,
+            "mesh": dict(mesh.shape),
+        },
         "calibration": {
             "samples": samples,
             "length": length,
-            "batch": request.batch,
-            "draws": config.calibration_draws,
+            "batch": runtime.batch,
+            "draws": draws,
         },
-        "programs": [p._asdict() for p in programs],
+        "programs": [cost._asdict() for cost in costs],
         "memory": resident,
         "total": total,
-        "fits": fits,
+        "fits": _fits(resident, mesh.size, costs),
     }
-    if not topology:
-        result["total"]["seconds_at_peak"] = total["flops"] / (
-            flops_per_second(DTYPES[config.dtype]) * mesh.size
-        )
-    return result
 
 
 def show(result: Mapping[str, Any], console: Console) -> None:
-    """Print the plan as tables."""
-    devices, total = result["devices"], result["total"]
+    """Print the plan as a table and a few lines.
+
+    Args:
+      result: `plan`'s.
+      console: Where to print.
+    """
+    devices, total, memory = result["devices"], result["total"], result["memory"]
     where = devices["topology"] or devices["kind"]
     mesh = ", ".join(f"{axis} {n}" for axis, n in devices["mesh"].items())
-    table = Table(
-        title=f"{result['model']}, {result['method']} on {where} ({mesh})", title_justify="left"
-    )
-    for heading in ("program", "calls", "GFLOP a call", "memory", "collectives", "compiled"):
-        table.add_column(
-            heading,
-            justify="left" if heading in ("program", "collectives") else "right",
-            overflow="fold",
-        )
+    title = f"{result['model']}, {result['method']} on {where} ({mesh})"
+    table = Table(title=title, title_justify="left")
+    left = ("program", "collectives")
+    for heading in ("program", "calls", "GFLOP a call", "peak memory", "collectives", "compiled"):
+        justify: Literal["left", "right"] = "left" if heading in left else "right"
+        table.add_column(heading, justify=justify, overflow="fold")
     for p in result["programs"]:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in p["collectives"].items())
-        size = p["failed"] or summary.size(p["memory"])
         table.add_row(
-            p["what"],
+            p["name"],
             summary.count(p["calls"]),
             f"{p['flops'] / 1e9:,.3g}",
-            size,
-            kinds,
+            p["failed"] or summary.size(p["peak"]),
+            ", ".join(f"{n} {kind}" for kind, n in p["collectives"].items()),
             f"{p['seconds']:.1f} s",
         )
     console.print(table)
-    for place in ("device", "host", "disk"):
-        parts = ", ".join(
-            f"{name} {summary.size(n)}" for name, n in result["memory"][place].items() if n
-        )
-        console.print(f"{place}: {parts}", soft_wrap=True)
-    console.print(
-        f"hidden states between two blocks: {result['memory']['activations']}", soft_wrap=True
-    )
-    console.print(
-        f"a device holds at most {summary.size(total['device_bytes'])}: {'it fits' if result['fits'] else 'it does not fit'}"
-    )
-    seconds = (
-        f", {total['seconds_at_peak']:,.0f} s at the measured peak"
-        if "seconds_at_peak" in total
-        else ""
-    )
-    console.print(
-        f"work: {total['flops'] / 1e12:,.3g} TFLOP{seconds}; each device moves {summary.size(int(total['bytes_moved']))}"
-    )
+    names = {"device": "each device", "host": "host", "disk": "disk"}
+    for place, name in names.items():
+        parts = [
+            f"{key.replace('_', ' ')} {summary.size(n)}" for key, n in memory[place].items() if n
+        ]
+        console.print(f"{name}: {', '.join(parts)}", soft_wrap=True)
+    console.print(f"hidden states between two blocks: {memory['offload']}", soft_wrap=True)
+    verdict = "it fits" if result["fits"] else "it does not fit"
+    console.print(f"peak of one device {summary.size(total['device_bytes'])}: {verdict}")
+    work = f"work: {total['flops'] / 1e12:,.3g} TFLOP"
+    if "seconds_at_peak" in total:
+        work += f", {total['seconds_at_peak']:,.0f} s at the measured peak"
+    console.print(f"{work}; each device moves {summary.size(int(total['bytes_moved']))}")
 
 
 def main(values: dict[str, Any]) -> None:

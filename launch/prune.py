@@ -20,6 +20,7 @@ from rich.console import Console
 
 from calibration.data import Tokens
 from calibration.journal import Journal, StepCache, file_digest
+from calibration.runtime import Runtime
 from calibration.states import Offload
 from calibration.states import available_memory as memory_there
 from calibration.tokenizer import TextTokenizer
@@ -259,7 +260,7 @@ def read_inputs(config: RunConfig, method: Method, request: Request, memory: Ste
     checkpoint = open_model(config.model, config.dtype)
     method.check(checkpoint.model, request)
     console.note(
-        f"the result will load as {preview(checkpoint.config, method.leaves, config.layout)}"
+        f"the result will load as {preview(checkpoint.config, method.shape_change, config.layout)}"
     )
     tokenizer = tokenizer_of(checkpoint)
     (calibration, *further), data = read_tokens(config, checkpoint, tokenizer, memory)
@@ -303,6 +304,7 @@ def prune_further(
     inputs: Inputs,
     method: Method,
     request: Request,
+    runtime: Runtime,
     work: pathlib.Path,
     facts: Mapping[str, Any],
     journal: Journal,
@@ -319,10 +321,18 @@ def prune_further(
 
         def repeat(tokens: Tokens = tokens, place: pathlib.Path = place) -> dict[str, Any]:
             def measure(pruned: Checkpoint) -> dict[str, Any]:
-                return measured(config, inputs, pruned, request.mesh)
+                return measured(config, inputs, pruned, runtime.mesh)
 
             return draws.prune_on(
-                tokens, inputs.checkpoint, method, request, place, facts, config.layout, measure
+                tokens,
+                inputs.checkpoint,
+                method,
+                request,
+                runtime,
+                place,
+                facts,
+                config.layout,
+                measure,
             )
 
         found.append(journal.step(repeat))
@@ -340,7 +350,7 @@ def prune(config: RunConfig, memory: StepCache | None = None) -> dict[str, Any]:
     clock = Clock(
         "load", "calibrate_and_prune", *["draws"] * (config.calibration_draws > 1), "eval", "export"
     )
-    method, request = request_of(config)
+    method, request, runtime = request_of(config)
     output = output_path(config.output)
     inputs = read_inputs(config, method, request, memory or StepCache(0))
     checkpoint, tokenizer, calibration, _, data, zero_shot = inputs
@@ -365,22 +375,24 @@ def prune(config: RunConfig, memory: StepCache | None = None) -> dict[str, Any]:
                 f"going on with an interrupted run, {writer.blocks} blocks are finished (--noresume begins anew)"
             )
         clock.lap("load")
-        dense = journal.step(lambda: measured(config, inputs, checkpoint, request.mesh), "dense")
+        dense = journal.step(lambda: measured(config, inputs, checkpoint, runtime.mesh), "dense")
         clock.lap("eval")
         echo = export.RoundTripCheck(checkpoint.model, writer)
         with console.progress() as stage:
-            offload = tier_of(config, checkpoint.model, calibration, request.mesh)
-            request = dataclasses.replace(request, offload=offload, stage=stage, journal=journal)
-            outcome = method(checkpoint.model, calibration.ids, request, echo.put)
+            offload = tier_of(config, checkpoint.model, calibration, runtime.mesh)
+            runtime = dataclasses.replace(runtime, offload=offload, progress=stage, journal=journal)
+            outcome = method.run(checkpoint.model, calibration.ids, request, runtime, echo.put)
         clock.lap("calibrate_and_prune")
-        further = prune_further(config, inputs, method, request, work, facts, journal, clock)
+        further = prune_further(
+            config, inputs, method, request, runtime, work, facts, journal, clock
+        )
         written, counts = complete(
-            directory, checkpoint, writer, echo, outcome, config.output_format, request.mesh
+            directory, checkpoint, writer, echo, outcome, config.output_format, runtime.mesh
         )
         clock.lap("export")
-        pruned = measured(config, inputs, written.loaded, request.mesh)
+        pruned = measured(config, inputs, written.loaded, runtime.mesh)
         clock.lap("eval")
-        target = next(iter(outcome.asked[0].values())) if method.counts else request.sparsity
+        target = next(iter(outcome.asked[0].values())) if method.sets_sparsity else request.sparsity
         run = Finished(
             checkpoint,
             calibration,

@@ -105,7 +105,7 @@ def _asked(
         calls.build("allocation", allocation, ALLOCATIONS)
     if asked.sparsity is not None:
         sparsities = [asked.sparsity]
-    elif method.counts:  # whatever the sparsities
+    elif method.sets_sparsity:  # whatever the sparsities
         sparsities = [None]
     for allocation, sparsity in itertools.product(allocations, sparsities):
         yield {
@@ -160,7 +160,7 @@ def check(trials: Sequence[Trial], backend: str, memory: StepCache) -> Checked:
         # Where trials run elsewhere, this host's devices say nothing of theirs.
         config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
         try:
-            method, request = request_of(config)
+            method, request, _ = request_of(config)
             method.check(checkpoint.model, request)
         except InputError as e:
             reasons[trial] = str(e)

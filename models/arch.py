@@ -6,7 +6,6 @@ a lazy view of a checkpoint (`models.checkpoint.reader`). Widths live in the arr
 block that lost heads or neurons needs no new configuration.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -15,6 +14,7 @@ import jax.numpy as jnp
 
 from models.cache import Cache, Start
 from models.layers import Linear
+from models.programs import program
 
 # Activations of one block call by name, each [b t c]. jit drops those that nobody reads.
 Taps = Mapping[str, jax.Array]
@@ -174,7 +174,7 @@ def logits(model: Model, tokens: jax.Array) -> jax.Array:
     return model.arch.head(model.non_block, x)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("embedding", static=(0,))
 def _embed(
     function: Callable[..., jax.Array], non_block: NonBlockParams, tokens: jax.Array
 ) -> jax.Array:
@@ -195,25 +195,26 @@ def embed(arch: Arch, non_block: NonBlockParams, tokens: jax.Array) -> jax.Array
     return _embed(arch.embed, non_block, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("block", static=(0,))
 def _apply(
     function: Callable[..., tuple[jax.Array, Taps]], block: Block, x: jax.Array
 ) -> jax.Array:
     return function(block, x)[0]
 
 
-def apply_block(arch: Arch, block: Block, x: jax.Array) -> jax.Array:
+def apply_block(arch: Arch, block: Block, x: jax.Array, name: str = "") -> jax.Array:
     """Run `arch.block` without its taps, compiled once for all blocks of equal shapes.
 
     Args:
       arch: Architecture.
       block: Parameters of the block.
       x: Hidden states, [b t d].
+      name: Name of the program in a plan; empty for the default.
 
     Returns:
       Hidden states after the block, [b t d].
     """
-    return _apply(arch.block, block, x)
+    return _apply(arch.block, block, x, name=name)
 
 
 def cross_entropy(
@@ -233,7 +234,7 @@ def cross_entropy(
     return _cross_entropy(arch.head, non_block, x, tokens)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("cross-entropy", static=(0,))
 def _cross_entropy(
     head: Callable[[NonBlockParams, jax.Array], jax.Array],
     non_block: NonBlockParams,

@@ -17,6 +17,7 @@ from jax.sharding import (
 )
 
 from models.errors import InputError
+from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
 # Logical axis -> mesh axis: calibration windows, and output rows of a linear.
@@ -143,7 +144,16 @@ def _put_on_devices(x: Any, sharding: Sharding) -> jax.Array:
     return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
-def split(x: Any, mesh: Mesh | None, logical: str) -> jax.Array:
+def _planned(recorder: Recorder, x: Any, mesh: Mesh | None, logical: str) -> DeviceArray:
+    """Place the shape of an array as `split` and `place` place the array itself."""
+    if isinstance(x, DeviceArray) and x.place == "device":
+        return x
+    if mesh is None or mesh.size == 1 or (logical == "out" and len(x.shape) != 2):
+        return recorder.place(x)
+    return recorder.place(x, placement(x.shape, mesh, logical))
+
+
+def split(x: Any, mesh: Mesh | None, logical: str) -> Any:
     """Put an array on the mesh, its first axis split as `placement` says.
 
     Args:
@@ -154,6 +164,9 @@ def split(x: Any, mesh: Mesh | None, logical: str) -> jax.Array:
     Returns:
       Array on the mesh.
     """
+    recorder = planner()
+    if recorder:
+        return _planned(recorder, x, mesh, logical)
     if mesh is None or mesh.size == 1:
         return jax.numpy.asarray(x)
     return _put_on_devices(x, placement(x.shape, mesh, logical))
@@ -174,6 +187,11 @@ def to_host(x: Any) -> np.ndarray:
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
+
+
+def tree_to_host(tree: Any) -> Any:
+    """Return a tree with every array in host memory, as `to_host` gives it."""
+    return jax.tree.map(to_host, tree)
 
 
 def own_rows(shape: Sequence[int], mesh: Mesh | None) -> slice:
@@ -218,6 +236,9 @@ def place(params: Any, mesh: Mesh | None) -> Any:
     Returns:
       The tree, output rows of matrices split over `model`, vectors on every device.
     """
+    recorder = planner()
+    if recorder:
+        return jax.tree.map(lambda w: _planned(recorder, w, mesh, "out"), params)
     if mesh is None or mesh.size == 1:
         return params
     whole = NamedSharding(mesh, PartitionSpec())

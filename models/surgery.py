@@ -5,11 +5,13 @@ Both compute the same function.
 
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Block, Group, Member
 from models.layers import Linear
+from models.programs import program
 
 # (linear, its place in the group, units int [u]) -> changed linear.
 Change = Callable[[Linear, Member, np.ndarray], Linear]
@@ -29,6 +31,27 @@ def _keep_mask(size: int, removed: np.ndarray) -> np.ndarray:
     return keep
 
 
+@program("rows zeroed")
+def _zero_rows(p: Linear, keep: jax.Array) -> Linear:
+    """Zero the output rows where `keep` (bool [out]) is False, biases included."""
+    b = None if p.b is None else jnp.where(keep, p.b, 0)
+    return Linear(jnp.where(keep[:, None], p.w, 0), b)
+
+
+@program("columns zeroed")
+def _zero_columns(p: Linear, keep: jax.Array) -> Linear:
+    """Zero the input columns where `keep` (bool [in]) is False."""
+    return Linear(jnp.where(keep[None, :], p.w, 0), p.b)
+
+
+@program("units cut", static=(2,))
+def _take_entries(p: Linear, indices: jax.Array, axis: int) -> Linear:
+    """Keep the rows (axis 0, biases included) or columns (axis 1) at these indices."""
+    # A bias belongs to output rows: taking input columns leaves it whole.
+    b = p.b if axis == 1 or p.b is None else jnp.take(p.b, indices, axis=0)
+    return Linear(jnp.take(p.w, indices, axis=axis), b)
+
+
 def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
     """Zero output rows of a linear, with their biases.
 
@@ -39,24 +62,18 @@ def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
     Returns:
       Linear of the same shapes.
     """
-    keep = _keep_mask(p.w.shape[0], rows)
-    return Linear(
-        jnp.where(keep[:, None], p.w, 0), None if p.b is None else jnp.where(keep, p.b, 0)
-    )
+    return _zero_rows(p, _keep_mask(p.w.shape[0], rows))
 
 
 def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
     indices = _indices(member, units)
     if member.axis == 0:
         return zero_rows(p, indices)
-    return Linear(jnp.where(_keep_mask(p.w.shape[1], indices)[None, :], p.w, 0), p.b)
+    return _zero_columns(p, _keep_mask(p.w.shape[1], indices))
 
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:
-    indices = _indices(member, units)
-    # A bias belongs to output rows: taking input columns leaves it whole.
-    b = p.b if member.axis == 1 or p.b is None else jnp.take(p.b, indices, axis=0)
-    return Linear(jnp.take(p.w, indices, axis=member.axis), b)
+    return _take_entries(p, _indices(member, units), member.axis)
 
 
 def units(block: Block, group: Group) -> int:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from calibration.runtime import Runtime
 from models.arch import Model
 from models.checkpoint.reader import LazyBlocks
 from pruning.types import Allocation, Budget, Layerwise, Request
@@ -35,7 +36,9 @@ def by_block(model: Model, fractions: np.ndarray) -> Budget:
     )
 
 
-def uniform(model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise) -> Allocation:
+def uniform(
+    model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
+) -> Allocation:
     """The same fraction of every prunable linear, whatever the tokens and the method."""
     return Allocation(by_block(model, np.full(len(model.blocks), request.sparsity)))
 

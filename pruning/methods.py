@@ -1,27 +1,25 @@
 """The table of contents: every method and allocation by the name a user writes, each a few lines of composition."""
 
-import functools
 from collections.abc import Callable
 from typing import Literal
 
 from calibration.observers import second_moment
-from models.errors import InputError
 from pruning.allocation.alpha import alpha
 from pruning.allocation.neuroal import neuroal
 from pruning.allocation.owl import owl
 from pruning.budget import uniform
-from pruning.structured.flap import flap, magnitude_sp, wanda_sp
-from pruning.structured.llmrank import llmrank
-from pruning.structured.sleb import sleb
+from pruning.structured.flap import Flap, magnitude_sp, wanda_sp
+from pruning.structured.llmrank import LLMRank
+from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
-from pruning.weights import sparsegpt as obs
 from pruning.weights.dsnot import dsnot
-from pruning.weights.per_linear import per_linear, scored
-from pruning.weights.sparsellm import sparsellm
+from pruning.weights.per_linear import PerLinear, score_solver
+from pruning.weights.sparsegpt import sparsegpt
+from pruning.weights.sparsellm import SparseLLM
 
 
-def magnitude(scope: Literal["matrix", "row"] = "matrix") -> Method:
+def magnitude(scope: Literal["matrix", "row"] = "matrix") -> PerLinear:
     """Magnitude pruning: the smallest |W| go. No calibration data.
 
     Args:
@@ -29,41 +27,27 @@ def magnitude(scope: Literal["matrix", "row"] = "matrix") -> Method:
     """
 
     def pruner(pattern: Pattern) -> Pruner:
-        return Pruner(None, scored(scores.magnitude, pattern.keep))
+        return Pruner(None, score_solver(scores.magnitude, pattern.keep))
 
-    return per_linear(pruner, patterns.per_matrix if scope == "matrix" else patterns.per_row)
+    return PerLinear(pruner, patterns.per_matrix if scope == "matrix" else patterns.per_row)
 
 
-def wanda() -> Method:
+def wanda() -> PerLinear:
     """Wanda (Sun et al. 2024): in each row, the smallest |W| times the norm of the input channel go; what stays is not changed."""
 
     def pruner(pattern: Pattern) -> Pruner:
-        return Pruner(second_moment, scored(scores.wanda, pattern.keep))
+        return Pruner(second_moment, score_solver(scores.wanda, pattern.keep))
 
-    return per_linear(pruner, patterns.per_row)
+    return PerLinear(pruner, patterns.per_row)
 
 
-def multiflow() -> Method:
+def multiflow() -> PerLinear:
     """MULTIFLOW (Farina et al. 2024) as NeuroAL's authors use it: in each row, the weights that carry the least flow go."""
 
     def pruner(pattern: Pattern) -> Pruner:
-        return Pruner(second_moment, scored(scores.multiflow, pattern.keep))
+        return Pruner(second_moment, score_solver(scores.multiflow, pattern.keep))
 
-    return per_linear(pruner, patterns.per_row)
-
-
-def sparsegpt(damp: float = 0.01) -> Method:
-    """SparseGPT (Frantar & Alistarh 2023): weights go by their effect on the output, the others make it good, column after column.
-
-    Args:
-      damp: what is added to the diagonal of H, as a share of its mean; raised, and the report says so, where H does not factor.
-    """
-    if not damp >= 0:
-        raise InputError(f"sparsegpt: damp={damp} must not be negative")
-    return obs.reporting(
-        per_linear(functools.partial(obs.pruner, damp), patterns.per_column_block(obs.COLUMNS)),
-        damp,
-    )
+    return PerLinear(pruner, patterns.per_row)
 
 
 METHODS: dict[str, Callable[..., Method]] = {
@@ -71,12 +55,12 @@ METHODS: dict[str, Callable[..., Method]] = {
     "wanda": wanda,
     "multiflow": multiflow,
     "sparsegpt": sparsegpt,
-    "sparsellm": sparsellm,
-    "llmrank": llmrank,
-    "flap": flap,
+    "sparsellm": SparseLLM,
+    "llmrank": LLMRank,
+    "flap": Flap,
     "wanda_sp": wanda_sp,
     "magnitude_sp": magnitude_sp,
-    "sleb": sleb,
+    "sleb": Sleb,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "uniform": lambda: uniform,

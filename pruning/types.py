@@ -1,41 +1,38 @@
-"""The words the methods are written in.
+"""Core types shared by all pruning methods.
 
-A method is a function of a model and calibration tokens; it hands finished blocks to a sink one after the other and returns an Outcome.
-It never mutates, so trying something is calling it, and undoing it is dropping the result.
+A method is a frozen configuration with a pure `run`: it reads a model and calibration tokens, hands
+finished blocks to a sink one after the other, and returns an `Outcome`. It never changes its input,
+so trying a method is calling it, and undoing it is dropping the result.
 """
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from calibration.journal import Journal, to_serialisable
 from calibration.observers import Observer
-from calibration.passes import Rehearse
-from calibration.states import Offload
+from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 
-BlockSink = Callable[[int, Block], None]  # the sink: where block i goes when it is finished
+BlockSink = Callable[[int, Block], None]  # (index, finished block)
 Mask = jax.Array  # bool, the shape of what it masks; True is kept
-Budget = tuple[
-    Mapping[str, np.ndarray], ...
-]  # one a block: slot -> fraction to remove, float64 () or [out]
+Budget = tuple[Mapping[str, np.ndarray], ...]  # by block: slot -> fraction to remove, () or [out]
 
 
 class Pattern(NamedTuple):
-    """Which entries of a score matrix go.
+    """Rule for which entries of a score matrix to remove.
 
     Attributes:
-      counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: how many entries that is. On the host, in float64, so that
-        the number does not depend on float32 rounding; passed on as data, so one compilation serves every budget.
-      keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure; runs under jit.
+      counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: number of entries to
+        remove. Computed on the host in float64, so that float32 rounding cannot move it, and passed
+        on as data, so that one compilation serves every budget.
+      keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure, under jit.
       group: m where every m consecutive inputs are chosen from on their own, else None.
-      by_row: a budget may ask another fraction of every row.
+      by_row: Whether every row may have its own fraction.
     """
 
     counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
@@ -44,64 +41,99 @@ class Pattern(NamedTuple):
     by_row: bool = True
 
 
-def as_it_is(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:
-    """Statistics that need no preparation."""
+def unprepared(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:
+    """Return the statistics as they are, without figures for the report."""
     return stats, {}
 
 
 class Pruner(NamedTuple):
-    """A layer-wise method: what it must know of linears' common input, and what it does with it.
+    """A layer-wise rule: the input statistics it needs, and how it prunes linears sharing an input.
 
     Attributes:
-      observer: of the input; None: nothing need be known.
-      solve: (the W [out in] that read the input, what `prepare` made of its statistics, for each W a count as Pattern.counts gives it)
-        -> (W [out in], kept bool [out in]) for each.
-      prepare: statistics -> (what `solve` wants of them, figures for the report: float32 [] by name). Done once for an input; compiled
-        by whoever makes it, so that inputs of equal width share a compilation whatever linears read them.
+      observer: Observer of the input; None if no statistics are needed.
+      solve: (W [out in] of each linear, prepared statistics, a count as `Pattern.counts` gives it for
+        each) -> (W [out in], kept bool [out in]) of each.
+      prepare: statistics -> (what `solve` needs of them, figures for the report: float32 () by name).
+        Runs once for each input; a module-level or cached function, so that inputs of equal width
+        share a compilation.
     """
 
     observer: Observer | None
     solve: Callable[
         [Sequence[jax.Array], Any, Sequence[jax.Array]], Sequence[tuple[jax.Array, Mask]]
     ]
-    prepare: Callable[[Any], tuple[Any, Mapping[str, jax.Array]]] = as_it_is
+    prepare: Callable[[Any], tuple[Any, Mapping[str, jax.Array]]] = unprepared
+
+
+class Layerwise(NamedTuple):
+    """The rule and pattern that a method prunes linears with; allocators try budgets with them."""
+
+    pruner: Pruner
+    pattern: Pattern
+
+
+class Allocation(NamedTuple):
+    """A budget over the model.
+
+    Attributes:
+      budget: By block: slot -> fraction to remove.
+      details: Figures for the report, JSON-able.
+      warnings: Sentences that the report's reader must see.
+    """
+
+    budget: Budget
+    details: Mapping[str, Any] = {}
+    warnings: tuple[str, ...] = ()
+
+
+class Allocator(Protocol):
+    """Spread the requested sparsity over the model's blocks, linears or rows."""
+
+    def __call__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: "Request",
+        runtime: Runtime,
+        layerwise: Layerwise,
+    ) -> Allocation:
+        """Return a budget whose mean over all weights is the request's sparsity."""
+
+
+class Refiner(Protocol):
+    """Improve the finished mask of each linear."""
+
+    def __call__(self, arch: Arch, pruners: Mapping[str, Pruner]) -> Mapping[str, Pruner]:
+        """Return, for every tap, a pruner that also refines its masks."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a run asks of any method.
+    """What a run asks of a method.
 
     Attributes:
-      sparsity: fraction to remove, 0 <= s < 1, of the parameters the method covers.
-      pattern: the semi-structured pattern (n zeros in every m inputs), or None for unstructured.
-      allocation: how the sparsity is spread over the model, for the methods that take one; None: evenly.
-      refine: what is done to the finished mask of each linear, for the methods that prune each on its own.
-      batch: windows in one micro-batch.
-      mesh: the devices they are split over.
-      tier: where hidden states between two blocks are kept; no result depends on it.
-      seed: of whatever is random.
-      stage: (what is done, in how many steps) -> what to call after each step, for a progress bar.
-      journal: where finished steps are kept for a run that is started again, or None.
+      sparsity: Fraction to remove, 0 <= s < 1, of the parameters that the method covers.
+      pattern: (n, m) for n zeros in every m consecutive inputs; None for unstructured.
+      allocation: Spreads the sparsity over the model, for methods that take one; None: evenly.
+      refine: Improves the mask of each linear, for methods that prune each on its own.
+      seed: Seed of everything random.
     """
 
     sparsity: float
     pattern: tuple[int, int] | None = None
-    allocation: "Allocator | None" = None
-    refine: "Refiner | None" = None
-    batch: int = 8
-    mesh: Mesh | None = None
-    offload: Offload = "device"
+    allocation: Allocator | None = None
+    refine: Refiner | None = None
     seed: int = 0
-    stage: Callable[[str, int], Callable[[], None]] = lambda description, steps: lambda: None
-    journal: Journal | None = None
-
-    def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
-        """`compute()`, as a durable step where there is a journal; what `Journal.step` says of its value holds without one too."""
-        return self.journal.step(compute, key) if self.journal else to_serialisable(compute())
 
 
 class Removed(NamedTuple):
-    """What left a linear, as indices of the original one: output rows and input columns. `cut`: gone from the shape, not zeroed."""
+    """Rows and columns removed from a linear.
+
+    Attributes:
+      rows: Indices of output rows of the original matrix.
+      columns: Indices of its input columns.
+      cut: Whether the shape shrinks; else the entries are zero.
+    """
 
     rows: tuple[int, ...] = ()
     columns: tuple[int, ...] = ()
@@ -110,15 +142,17 @@ class Removed(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a method did, in terms of slots; names of checkpoints are put in by whoever writes the report.
+    """Result of a method, in terms of slots; the report maps them to tensor names.
 
     Attributes:
-      asked: a block's {slot: fraction to remove}; slots that are absent are not covered by the method.
-      removed: a block's {slot: Removed} for structured methods, else empty.
-      scores: a block's {slot: scores} for the report's plots; `scores_label` says what they are.
-      details: method-specific figures, JSON-able.
-      warnings: what a reader of the result must know, a sentence each.
-      kept_blocks: the original index of every block that was put, for methods that remove whole blocks; None: all, as they were.
+      asked: By block: slot -> fraction to remove. Absent slots are not covered by the method.
+      removed: By block: slot -> Removed, for structured methods; else empty.
+      scores: By block: slot -> scores, for the report's plots.
+      scores_label: Name of the scores.
+      details: Figures of the method, JSON-able.
+      warnings: Sentences that the report's reader must see.
+      kept_blocks: Original index of every finished block, for methods that remove whole blocks; None:
+        all blocks stay.
     """
 
     asked: tuple[Mapping[str, float], ...]
@@ -130,95 +164,115 @@ class Outcome:
     kept_blocks: tuple[int, ...] | None = None
 
 
-class Layerwise(NamedTuple):
-    """What a weight method prunes a linear with: an allocator that tries budgets tries them with this."""
-
-    pruner: Pruner
-    rule: Pattern
+SAME_SHAPES = ShapeChange()
 
 
-class Allocation(NamedTuple):
-    """A budget, with figures for the report (JSON-able) and what its reader must know, a sentence each."""
+class Method(Protocol):
+    """A pruning method: a frozen configuration that a user names with `method`."""
 
-    budget: Budget
-    details: Mapping[str, Any] = {}
-    warnings: tuple[str, ...] = ()
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return how the method changes a model's shapes."""
 
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return whether the method's own arguments set the sparsity."""
 
-SAME = ShapeChange()  # every shape as it was
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model.
 
+        Reads no parameters, so that it can run before any work.
+        """
 
-Rehearsal = Callable[[Model, jax.ShapeDtypeStruct, Request, Rehearse], None]
-
-
-def nothing(model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse) -> None:
-    """The rehearsal of a method that compiles nothing worth counting."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """What a user names with --method: `method(model, tokens, request, put)` prunes.
-
-    Attributes:
-      leaves: what it makes of a model's shapes.
-      counts: its own parameters say how much goes, whatever the request's sparsity.
-      check: InputError for a request that it cannot follow on this model; reads no parameters, so it can be asked before any work.
-      rehearse: (model and tokens [samples length] of shapes, request, run) -> the programs that are most of the method's work, told to
-        `run`; without those of an allocation.
-    """
-
-    run: Callable[[Model, np.ndarray, Request, BlockSink], Outcome]
-    leaves: ShapeChange = SAME
-    counts: bool = False
-    check: Callable[[Model, Request], None] = lambda model, request: None
-    rehearse: Rehearsal = nothing
-
-    def __call__(
-        self, model: Model, tokens: np.ndarray, request: Request, sink: BlockSink
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
     ) -> Outcome:
-        """Prune: calibration windows int [samples length]; finished blocks go to `sink` in order."""
-        self.check(model, request)
-        return self.run(model, tokens, request, sink)
+        """Prune the model.
 
+        Args:
+          model: Read one block at a time, never changed.
+          tokens: Calibration windows, int [samples length].
+          request: What to remove.
+          runtime: How to execute; no result depends on it.
+          sink: Takes every finished block, in order.
 
-Allocator = Callable[[Model, np.ndarray, Request, Layerwise], Allocation]
-Refiner = Callable[
-    [Arch, Mapping[str, Pruner]], Mapping[str, Pruner]
-]  # the pruner of each tap -> one that does more
+        Returns:
+          What was asked and removed, with figures for the report.
+        """
 
 
 def dropped_indices(keep: np.ndarray) -> tuple[int, ...]:
-    """The indices that a keep mask (bool [units]) drops."""
+    """Return the indices that a keep mask, bool [units], drops."""
     return tuple(int(i) for i in np.flatnonzero(~keep))
 
 
-def whole_units(name: str, model: Model, request: Request) -> None:
-    """InputError if the request has a pattern or an allocation, which a method of whole units cannot follow."""
+def reject_weight_settings(name: str, request: Request) -> None:
+    """Raise InputError for settings that a method of whole units cannot follow.
+
+    Args:
+      name: Name of the method.
+      request: Must have no pattern, allocation or refinement.
+    """
     if request.pattern:
+        n, m = request.pattern
         raise InputError(
-            f"--pattern={request.pattern[0]}:{request.pattern[1]} is for weight methods: {name} removes whole units, leave it out"
+            f"is for weight methods, and {name} removes whole units",
+            "leave it out",
+            field="pattern",
+            value=f"{n}:{m}",
         )
     if request.allocation:
-        raise InputError(f"--allocation is for weight methods: {name} sets its own, leave it out")
-    not_refined(name, model, request)
+        raise InputError(
+            f"is for weight methods, and {name} sets its own",
+            "leave it out",
+            field="allocation",
+        )
+    reject_refinement(name, request)
 
 
-def not_refined(name: str, model: Model, request: Request) -> None:
-    """InputError if the request would refine the masks of a method that does not prune each linear on its own."""
+def reject_refinement(name: str, request: Request) -> None:
+    """Raise InputError for a refinement of masks that are not made linear by linear.
+
+    Args:
+      name: Name of the method.
+      request: Must have no refinement.
+    """
     if request.refine:
         raise InputError(
-            f"--refine is for methods that prune each linear on its own: {name} does not, leave it out"
+            f"is for methods that prune each linear on its own, and {name} does not",
+            "leave it out",
+            field="refine",
         )
 
 
 def prune(
-    model: Model, method: Method, tokens: np.ndarray, request: Request
+    model: Model,
+    method: Method,
+    tokens: np.ndarray,
+    request: Request,
+    runtime: Runtime = Runtime(),  # noqa: B008, frozen
 ) -> tuple[Model, Outcome]:
-    """The pruned model in memory, and what was done: the one call a notebook needs.
+    """Prune a model in memory.
 
     Args:
-      tokens: calibration windows, int [samples length].
+      model: Never changed.
+      method: What to prune with.
+      tokens: Calibration windows, int [samples length].
+      request: What to remove.
+      runtime: How to execute; no result depends on it.
+
+    Returns:
+      The pruned model, and what was removed.
+
+    Raises:
+      InputError: The method cannot follow the request on this model.
     """
+    method.check(model, request)
     blocks: dict[int, Block] = {}
-    outcome = method(model, tokens, request, blocks.__setitem__)
+    outcome = method.run(model, tokens, request, runtime, blocks.__setitem__)
     return model._replace(blocks=tuple(blocks[i] for i in range(len(blocks)))), outcome

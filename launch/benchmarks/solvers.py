@@ -37,6 +37,7 @@ def topiary(task: Task, method: str) -> float:
     """Seconds of one of our methods, compilation included."""
     import jax
 
+    from calibration.runtime import Runtime
     from launch.flags import calls
     from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.methods import METHODS
@@ -47,7 +48,7 @@ def topiary(task: Task, method: str) -> float:
     start = time.perf_counter()
     made = calls.build("method", method, METHODS)
     jax.block_until_ready(
-        prune(model, made, task.tokens, Request(task.sparsity, batch=task.batch))[0].blocks
+        prune(model, made, task.tokens, Request(task.sparsity), Runtime(task.batch))[0].blocks
     )
     return time.perf_counter() - start
 
@@ -56,6 +57,7 @@ def search(task: Task, allocation: str) -> float:
     """Seconds of one of our allocators with Wanda, until the first block is pruned with what it found; compilation included."""
     import jax
 
+    from calibration.runtime import Runtime
     from launch.flags import calls
     from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.methods import ALLOCATIONS, METHODS
@@ -70,15 +72,10 @@ def search(task: Task, allocation: str) -> float:
         found = time.perf_counter() - start
         return lambda: None
 
-    request = Request(
-        task.sparsity,
-        batch=task.batch,
-        allocation=calls.build("allocation", allocation, ALLOCATIONS),
-        stage=stage,
-    )
-    prune(
-        model, METHODS["wanda"](), task.tokens, request
-    )  # its own stage, the pruning, begins last
+    request = Request(task.sparsity, allocation=calls.build("allocation", allocation, ALLOCATIONS))
+    runtime = Runtime(task.batch, progress=stage)
+    # The pruning is a stage of its own, which begins last.
+    prune(model, METHODS["wanda"](), task.tokens, request, runtime)
     return found
 
 

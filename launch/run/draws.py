@@ -12,6 +12,7 @@ import numpy as np
 
 from calibration.data import Tokens, taken_whole
 from calibration.journal import Journal
+from calibration.runtime import Runtime
 from launch.report import console
 from models.checkpoint.output_format import Layout
 from models.checkpoint.reader import Checkpoint, open_checkpoint
@@ -44,6 +45,7 @@ def prune_on(
     checkpoint: Checkpoint,
     method: Method,
     request: Request,
+    runtime: Runtime,
     place: pathlib.Path,
     facts: Mapping[str, Any],
     layout: Layout,
@@ -64,14 +66,14 @@ def prune_on(
     run_on_primary(functools.partial(shutil.rmtree, place / "model", ignore_errors=True))
     writer = Writer(place / "model", checkpoint.config, layout, work=place / "blocks")
     journal = Journal(place / "journal", {**facts, "draw": tokens.protocol}, writer)
-    with console.progress() as stage:
-        request = dataclasses.replace(
-            request,
-            seed=seed,
-            journal=journal,
-            stage=lambda said, steps: stage(f"seed {seed}: {said}", steps),
-        )
-        outcome = method(model, tokens.ids, request, writer.put)
+    with console.progress() as progress:
+
+        def progress_of_draw(description: str, steps: int) -> Callable[[], None]:
+            return progress(f"seed {seed}: {description}", steps)
+
+        runtime = dataclasses.replace(runtime, journal=journal, progress=progress_of_draw)
+        request = dataclasses.replace(request, seed=seed)
+        outcome = method.run(model, tokens.ids, request, runtime, writer.put)
     writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
     return record(
         tokens, measure(open_checkpoint(place / "model", jnp.dtype(model.non_block.embed.dtype)))

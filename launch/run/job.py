@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import check_sparsity, mesh_of
 from launch.run import draws
@@ -45,7 +46,7 @@ class RunConfig:
     task_cache: bool
 
 
-def request_of(config: RunConfig) -> tuple[Method, Request]:
+def request_of(config: RunConfig) -> tuple[Method, Request, Runtime]:
     """The method and what is asked of it; InputError for anything about them that is wrong, before any work."""
     method = calls.build("method", config.method, METHODS)
     allocation = calls.build("allocation", config.allocation, ALLOCATIONS)
@@ -63,7 +64,7 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
                 f"--sparsity={sparsity} with --pattern={config.pattern}, which removes {share:g}: leave --sparsity out"
             )
         sparsity = share
-    if sparsity is None and method.counts:
+    if sparsity is None and method.sets_sparsity:
         sparsity = 0.0
     if sparsity is None:
         raise InputError("--sparsity is missing: give the fraction to remove, such as 0.3")
@@ -74,8 +75,7 @@ def request_of(config: RunConfig) -> tuple[Method, Request]:
         pattern,
         None if config.allocation == "uniform" else allocation,
         refine,
-        batch=config.calibration_batch,
-        mesh=mesh_of(config.mesh, config.calibration_batch),
-        seed=config.seed,
+        config.seed,
     )
-    return method, request
+    mesh = mesh_of(config.mesh, config.calibration_batch)
+    return method, request, Runtime(batch=config.calibration_batch, mesh=mesh)

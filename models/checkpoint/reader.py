@@ -132,6 +132,30 @@ class LazyBlocks(ReadBlocks):
         return _placed(block, self._dtype, mesh)
 
 
+class ShapeBlocks(LazyBlocks):
+    """Blocks of shapes, in place of a checkpoint's, for a planned run.
+
+    Args:
+      specs: Specs of every block.
+      dtype: Type of the parameters in memory.
+    """
+
+    def __init__(self, specs: Sequence[Block], dtype: jnp.dtype) -> None:
+        self.specs, self._dtype = specs, dtype
+
+    def fetch(self, i: int, mesh: Mesh | None = None) -> Block:
+        """Return block i as shapes."""
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(s.shape, self._dtype),
+            self.specs[i],
+            is_leaf=hf.is_spec,
+        )
+
+    def placed(self, block: Block, mesh: Mesh | None = None) -> Block:
+        """Return a fetched block as planned arrays on the mesh."""
+        return place(block, mesh)
+
+
 def prefetch(
     blocks: Sequence[Block], order: Sequence[int] | None = None, mesh: Mesh | None = None
 ) -> Iterator[Block]:

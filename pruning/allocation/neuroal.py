@@ -3,7 +3,6 @@
 Both steps have one parameter, lambda, and try values of it. All trials of a step walk the blocks together, so weights are read once.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -11,11 +10,13 @@ import jax
 import numpy as np
 
 from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
-from calibration.passes import BlockResult, batches, observe
+from calibration.passes import BlockResult, micro_batches, observe, visit_blocks
+from calibration.runtime import Runtime
 from calibration.states import States
 from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
-from models.sharding import place, to_host
+from models.programs import program
+from models.sharding import place, to_host, tree_to_host
 from pruning.allocation.neuroal_core import misalignment, row_fractions, schedule
 from pruning.budget import (
     LEAST,
@@ -29,8 +30,14 @@ from pruning.budget import (
     within,
 )
 from pruning.types import Allocation, Allocator, Budget, Layerwise, Pruner, Request
-from pruning.walk import walk
-from pruning.weights.per_linear import counts_for, every_tap, readers, solve_block, with_weights
+from pruning.weights.per_linear import (
+    counts_for,
+    every_tap,
+    prepare_tap,
+    readers,
+    solve_block,
+    with_weights,
+)
 
 GRID = (*(i / 100 for i in range(1, 11)), 0.12, 0.15, 0.2, 0.25)  # of the released code
 DENSEST = 0.8  # from this sparsity on the released block step leaves the last of GRID out
@@ -53,6 +60,7 @@ class _Search(NamedTuple):
     model: Model
     tokens: np.ndarray
     request: Request
+    runtime: Runtime
     layerwise: Layerwise
     shapes: Shapes
     dense: list[tuple[Mapping[str, Any], dict[str, np.ndarray]]]
@@ -63,13 +71,13 @@ class _Search(NamedTuple):
 
     def walk(self, what: str, visit: Any) -> None:
         """Walk the search windows through the blocks, with a progress bar that says what is tried."""
-        walk(self.model, self.tokens, self.request, visit, what, durable=False)
+        visit_blocks(self.model, self.tokens, self.runtime, visit, name=what, durable=False)
 
     def tried(
         self, trials: "Trials", budgets: Sequence[Budget], what: str
     ) -> tuple[list[float], list[Norms]]:
         """What the trials give, a durable step of the run."""
-        return self.request.step(lambda: trials(self, budgets, what))
+        return self.runtime.step(lambda: trials(self, budgets, what))
 
 
 Trials = Callable[[_Search, Sequence[Budget], str], tuple[list[float], list[Norms]]]
@@ -77,7 +85,8 @@ Trials = Callable[[_Search, Sequence[Budget], str], tuple[list[float], list[Norm
 
 def _norms(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
     return {
-        tap: np.sqrt(to_host(state.per_sample).astype(np.float64)) for tap, state in stats.items()
+        tap: np.sqrt(np.asarray(tree_to_host(state).per_sample, np.float64))
+        for tap, state in stats.items()
     }
 
 
@@ -121,7 +130,7 @@ def _aligned(
                 pruners,
                 block,
                 stats,
-                counts_for(arch, search.layerwise.rule, block, budget[i]),
+                counts_for(arch, search.layerwise.pattern, block, budget[i]),
             )
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
@@ -132,7 +141,7 @@ def _aligned(
     return scores, lost
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@program("trials solved", static=(0, 1))
 def _solved(
     arch: Arch,
     pruner: Pruner,
@@ -187,7 +196,7 @@ def _dense(
             onward=not last,
         ),
     )
-    prepared = {tap: search.pruner.prepare(s)[0] for tap, s in stats.items()}
+    prepared = {tap: prepare_tap(search.pruner, s, tap)[0] for tap, s in stats.items()}
     if depth * sum(x.nbytes for x in jax.tree.leaves(prepared)) <= DENSE_BYTES:
         search.dense.append((prepared, norms))
     return prepared, norms
@@ -200,7 +209,7 @@ def _losses(
 
     Statistics, and what the pruner makes of them, are those of the dense model, so that all trials share them.
     """
-    arch, request = search.model.arch, search.request
+    arch, runtime = search.model.arch, search.runtime
     norms = {s.reads: second_moment for s in arch.slots}
     streams: list[States] = []
     lost: list[Norms] = [[] for _ in budgets]
@@ -209,15 +218,17 @@ def _losses(
         if i == 0:
             streams.extend(xs.copy() for _ in budgets)
         prepared, dense = _dense(search, i, block, xs, last)
-        counts = [counts_for(arch, search.layerwise.rule, block, budget[i]) for budget in budgets]
+        counts = [
+            counts_for(arch, search.layerwise.pattern, block, budget[i]) for budget in budgets
+        ]
         for k, new in enumerate(_trials(search, block, prepared, counts)):
             sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
             lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
         return BlockResult(block, propagated=True)
 
     search.walk(what, visit)
-    non_block = place(search.model.non_block, request.mesh)
-    windows = list(batches(search.tokens, request.batch, request.mesh))
+    non_block = place(search.model.non_block, runtime.mesh)
+    windows = list(micro_batches(search.tokens, runtime.batch, runtime.mesh))
 
     def loss(xs: States) -> float:
         return float(
@@ -376,16 +387,16 @@ def neuroal(
         raise InputError(f"neuroal: samples={samples} must be at least 1")
 
     def allocate(
-        model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise
+        model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
     ) -> Allocation:
         official = variant == "official"
-        followed = layerwise.rule.by_row and not (official and layerwise.pruner.observer is gram)
+        followed = layerwise.pattern.by_row and not (official and layerwise.pruner.observer is gram)
         if step == "row" and not followed:
             raise InputError(
                 'neuroal(step="row"): this method has one threshold for all rows of a matrix: use step="block"'
             )
         shapes = all_shapes(model)
-        search = _Search(model, tokens[:samples], request, layerwise, shapes, [])
+        search = _Search(model, tokens[:samples], request, runtime, layerwise, shapes, [])
         first, second = (_official_search if official else _corrected_search)(
             search, step if followed else "block"
         )

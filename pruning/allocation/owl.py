@@ -1,30 +1,24 @@
 """OWL (Yin et al. 2024): blocks with more outliers keep more."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import SecondMoment, second_moment
+from calibration.passes import calibrate_blocks
+from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model
 from models.errors import InputError
+from models.programs import program
+from pruning.allocation.owl_core import outliers
 from pruning.budget import all_shapes, block_means, by_block, exact, spread, within
 from pruning.types import Allocation, Allocator, Layerwise, Request
-from pruning.walk import fold
 from pruning.weights import scores
 
 
-def outliers(metrics: list[jax.Array], m: jax.Array | float) -> jax.Array:
-    """The share of entries of all metrics [out in] that lie above `m` times their common mean (eq. 2), float32 []."""
-    size = sum(x.size for x in metrics)
-    mean = jnp.sum(jnp.stack([jnp.sum(x) for x in metrics])) / size
-    return jnp.sum(jnp.stack([jnp.sum(x > m * mean) for x in metrics]).astype(jnp.float32)) / size
-
-
-@functools.partial(jax.jit, static_argnums=0)
+@program("outliers counted", static=(0,))
 def _of_block(arch: Arch, block: Block, stats: Mapping[str, SecondMoment], m: float) -> jax.Array:
     return outliers([scores.wanda(getattr(block, s.name).w, stats[s.reads]) for s in arch.slots], m)
 
@@ -44,7 +38,7 @@ def owl(
         raise InputError(f"owl: m={m} must be positive, lam={lam} at least 0 and less than 1")
 
     def allocate(
-        model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise
+        model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
     ) -> Allocation:
         shapes = all_shapes(model)
 
@@ -52,14 +46,14 @@ def owl(
             return block, float(_of_block(model.arch, block, stats, m))
 
         watch = {s.reads: second_moment for s in model.arch.slots}
-        shares = fold(
+        shares = calibrate_blocks(
             model,
             tokens,
-            request,
+            runtime,
             visit,
             watch=watch,
             propagate="dense",
-            what="counting outliers",
+            name="counting outliers",
             key=("outliers", m),
         )
         asked = spread(np.array(shares), request.sparsity, lam)

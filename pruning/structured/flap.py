@@ -1,6 +1,6 @@
-"""FLAP, Wanda-sp and magnitude-sp over a model: which attention heads and feed-forward neurons go, by scores of the channels they write."""
+"""FLAP, Wanda-sp and magnitude-sp: remove heads and neurons by scores of the channels they write."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import Observer, moments
-from calibration.passes import Rehearse
+from calibration.runtime import Runtime
 from models.arch import Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
-from models.sharding import to_host
-from pruning.structured import remove as units
+from models.programs import Program, program
+from models.sharding import to_host, tree_to_host
 from pruning.structured.flap_core import (
     Kept,
     Metric,
@@ -27,260 +27,354 @@ from pruning.structured.flap_core import (
 )
 from pruning.structured.remove import (
     GROUPS,
-    OBSERVED,
+    REPAIR_OBSERVERS,
     Keep,
     Repair,
+    calibrate_readers,
     check_round_to,
     cost,
-    outcome,
     remove,
-    repaired,
-    walk,
-    without,
+    remove_units,
+    removed_outcome,
+    repair_readers,
 )
 from pruning.structured.select import lowest, rounded
-from pruning.types import BlockSink, Method, Outcome, Request, whole_units
+from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Scope = Literal["local", "global"]
-Channels = Callable[
-    [jax.Array, Any], jax.Array
-]  # (W [out in] of a reader, statistics of its input) -> a score of each channel [in]
+# (W [out in] of a reader, statistics of its input) -> score of each channel [in]
+ChannelScore = Callable[[jax.Array, Any], jax.Array]
+
+_metrics = Program(input_feature_metrics, "channels scored")
 
 
-def _of_readers(
-    model: Model, block: Block, stats: Mapping[str, Any], channels: Channels
+def _score_readers(
+    model: Model, block: Block, stats: Mapping[str, Any], score: ChannelScore
 ) -> dict[str, np.ndarray]:
-    """{reader of a group: metric of its channels} of a block; stats by tap, none for metrics of weights alone."""
+    """Return the score of every channel [in], by reader of a group."""
     readers = [model.arch.group(name).reader.name for name in GROUPS]
     return {
-        r: to_host(channels(getattr(block, r).w, stats.get(model.arch.tap(r)))) for r in readers
+        reader: to_host(score(getattr(block, reader).w, stats.get(model.arch.tap(reader))))
+        for reader in readers
     }
 
 
-def _measured(
+@dataclasses.dataclass(frozen=True)
+class _DenseScores:
+    """Scores from one pass over the dense model.
+
+    Attributes:
+      heads, neurons: Units with the scores of their channels.
+      by_reader: By block: reader -> scores of its channels.
+      means: By block: tap -> mean of its channels, where there were statistics.
+    """
+
+    heads: Units
+    neurons: Units
+    by_reader: list[dict[str, np.ndarray]]
+    means: list[dict[str, np.ndarray]]
+
+
+def _score_dense(
     model: Model,
     tokens: np.ndarray,
-    request: Request,
+    runtime: Runtime,
     observer: Observer | None,
-    channels: Channels,
-    what: str,
+    score: ChannelScore,
+    name: str,
     key: Hashable,
-) -> tuple[Units, Units, list[dict[str, np.ndarray]], list[dict[str, np.ndarray]]]:
-    """One dense walk: heads and neurons with the metric of their channels, each block's {reader: that}, and its {tap: mean}."""
-    groups = [model.arch.group(name) for name in GROUPS]
+) -> _DenseScores:
+    """Score every unit in one pass over the dense model."""
+    groups = [model.arch.group(group) for group in GROUPS]
 
-    def measure(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-        means = {tap: s.mean for tap, s in stats.items()} if observer else {}
+    def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+        means = {}
+        if observer:
+            means = {tap: tree_to_host(s).mean for tap, s in stats.items()}
         costs = [cost(block, g) for g in groups]  # of a unit: the same in every block
-        return block, (_of_readers(model, block, stats, channels), means, costs)
+        return block, (_score_readers(model, block, stats, score), means, costs)
 
-    found, means, (costs, *_) = zip(
-        *walk(model, tokens, request, measure, observer, "dense", what, key=key), strict=True
-    )
+    records = calibrate_readers(model, tokens, runtime, visit, observer, "dense", name, key=key)
+    by_reader = [scores for scores, _, _ in records]
+    means = [mean for _, mean, _ in records]
+    costs = records[0][2]
     heads, neurons = (
-        Units([m[g.reader.name] for m in found], g.reader.width, c)
-        for g, c in zip(groups, costs, strict=True)
+        Units([scores[g.reader.name] for scores in by_reader], g.reader.width, unit_cost)
+        for g, unit_cost in zip(groups, costs, strict=True)
     )
-    return heads, neurons, list(found), list(means)
+    return _DenseScores(heads, neurons, by_reader, means)
 
 
-def _keeps(kept: Kept, neurons: Sequence[np.ndarray], round_to: int) -> list[Keep]:
-    """A block's {group: keep}, the neurons' numbers rounded."""
-    pairs = zip(kept.heads, rounded(neurons, kept.neurons, round_to), strict=True)
-    return [dict(zip(GROUPS, both, strict=True)) for both in pairs]
+def _round_neurons(kept: Kept, neurons: Sequence[np.ndarray], round_to: int) -> list[Keep]:
+    """Return the choice by block and group, with the numbers of neurons rounded."""
+    rounded_neurons = rounded(neurons, kept.neurons, round_to)
+    return [
+        {"heads": heads, "neurons": stays}
+        for heads, stays in zip(kept.heads, rounded_neurons, strict=True)
+    ]
 
 
-def flap(
-    metric: Metric = "WIFV",
-    structure: Structure | None = None,
-    heads_removed: int = 0,
-    spread: float = 1.0,
-    bias: bool = True,
-    refit: bool | None = None,
-    round_to: int = 0,
-    variant: Literal["corrected", "official"] = "corrected",
-) -> Method:
-    """FLAP (An et al. 2024): heads and neurons whose inputs to the next linear fluctuate least go, and its bias makes up for their means.
+@dataclasses.dataclass(frozen=True)
+class Flap:
+    """FLAP (An et al. 2024): remove the heads and neurons whose outputs fluctuate least.
+
+    The bias of the linear that reads them makes up for their mean.
 
     Args:
-      metric: of a channel: "IFV" its fluctuation, "WIFV" that times the squared norm of the weights that read it, "WIFN" Wanda's norm.
-      structure: "UL-UM" the same share of every block, "UL-MM" `heads_removed` heads and the rest neurons alike in every block, "AL-MM"
-        these over all blocks together, "AL-AM" heads and neurons of all blocks in one list. None: the released code's default in the
-        official variant ("AL-AM"), "UL-MM" in the corrected one.
-      heads_removed: of the whole model, for the "MM" structures. With none, no more goes than the neurons hold.
-      spread: by how much the fraction of its neurons that a block loses may differ from the model's, for "AL-MM" in the corrected variant.
-        1: by anything, as in the paper. 0.1 gives SmolLM2-135M 49.8 at 30 % where blocks alike give 51.3, but blocks of different widths.
-      bias: add the mean output of what goes to the bias of its reader.
-      refit: fit the columns that stay to the dense output too, by least squares over the calibration tokens; costs a second walk. None:
-        in the corrected variant, unless bias=False.
-      round_to: keep a multiple of so many neurons in each block, as hardware likes it (8 to 128); 0: as many as asked.
-      variant: "official" is the released code to the letter (its fluctuation, squares, truncations); "corrected" takes the true variance
-        and the parameters that a unit really holds, and leaves one unit of each kind in every block. On SmolLM2-135M its defaults give
-        a perplexity of 51.3 at 30 %, where the paper's structure with bias alone gives 78.5 (BUILD_NOTES.md has the table).
+      metric: Score of a channel: "IFV" its fluctuation, "WIFV" that times the squared norm of the
+        weights that read it, "WIFN" Wanda's norm.
+      structure: "UL-UM" removes the same share of every block, "UL-MM" `heads_removed` heads and
+        the rest neurons alike in every block, "AL-MM" the same over all blocks together, "AL-AM"
+        heads and neurons of all blocks in one list. None: "AL-AM" in the official variant, "UL-MM"
+        in the corrected one.
+      heads_removed: Heads of the whole model, for the "MM" structures. With 0, no more is removed
+        than the neurons hold.
+      spread: Largest difference between the fraction of its neurons that a block loses and the
+        model's, for "AL-MM" in the corrected variant. 1: no limit, as in the paper. On SmolLM2-135M
+        0.1 gives 49.8 at 30 % where blocks alike give 51.3, but blocks of different widths.
+      bias: Add the mean output of what is removed to the bias of its reader.
+      refit: Also fit the columns that stay to the dense output, by least squares over the
+        calibration tokens; costs a second pass. None: in the corrected variant, unless bias=False.
+      round_to: Keep a multiple of this many neurons in each block, as hardware likes it (8 to 128);
+        0: as many as asked.
+      variant: "official" is the authors' code to the letter (its fluctuation, squares,
+        truncations). "corrected", the default, takes the true variance and the parameters that a
+        unit really holds, and leaves one unit of each kind in every block. On SmolLM2-135M its
+        defaults give perplexity 51.3 at 30 %, where the paper's structure with bias alone gives
+        78.5 (docs/methods/flap.md).
     """
-    if heads_removed < 0:
-        raise InputError(f"flap: heads_removed={heads_removed} must not be negative")
-    if not 0 <= spread <= 1:
-        raise InputError(f"flap: spread={spread} must be from 0 to 1")
-    if refit and not bias:
-        raise InputError("flap: refit=True fits the bias too: leave bias=False out")
-    official = variant == "official"
-    structure = structure or ("AL-AM" if official else "UL-MM")
-    refit = bias and not official if refit is None else refit
-    how: Repair = "refit" if refit else "bias" if bias else "none"
-    check_round_to("flap", round_to)
 
-    def channels(w: jax.Array, stats: Any) -> jax.Array:
-        return input_feature_metrics(w, stats)[metric]
+    metric: Metric = "WIFV"
+    structure: Structure | None = None
+    heads_removed: int = 0
+    spread: float = 1.0
+    bias: bool = True
+    refit: bool | None = None
+    round_to: int = 0
+    variant: Literal["corrected", "official"] = "corrected"
 
-    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        observer = official_fluctuation if official else moments
-        what, key = "measuring fluctuation", ("flap", metric, variant)
-        heads, neurons, scores, means = _measured(
-            model, tokens, request, observer, channels, what, key
-        )
-        if official and request.sparsity:
-            kept = select_official(heads, neurons, request.sparsity, structure, heads_removed)
-        else:  # the released code always removes something
-            kept = select_corrected(
-                heads,
-                neurons,
-                request.sparsity,
-                structure,
-                heads_removed if request.sparsity else 0,
-                spread,
-            )
-        keeps = _keeps(kept, neurons.metric, round_to)
-        remove(model, tokens, request, sink, keeps, how, means if how == "bias" else None)
-        return outcome(model.arch, keeps, request, scores, f"{metric} of channels")
+    def __post_init__(self) -> None:
+        if self.heads_removed < 0:
+            raise InputError(f"flap: heads_removed={self.heads_removed} must not be negative")
+        if not 0 <= self.spread <= 1:
+            raise InputError(f"flap: spread={self.spread} must be from 0 to 1")
+        if self.refit and not self.bias:
+            raise InputError("flap: refit=True fits the bias too", "leave bias=False out")
+        check_round_to("flap", self.round_to)
 
-    def rehearse(
-        model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        units.rehearse(
-            model, tokens, request, run, official_fluctuation if official else moments, "dense"
-        )
+    @property
+    def _official(self) -> bool:
+        return self.variant == "official"
+
+    @property
+    def _structure(self) -> Structure:
+        return self.structure or ("AL-AM" if self._official else "UL-MM")
+
+    @property
+    def _repair(self) -> Repair:
+        refit = self.bias and not self._official if self.refit is None else self.refit
         if refit:
-            units.rehearse(model, tokens, request, run, OBSERVED[how], "pruned", how)
+            return "refit"
+        return "bias" if self.bias else "none"
 
-    leaves = ShapeChange(GROUPS, structure.startswith("UL"), bias)
-    return Method(method, leaves, check=functools.partial(whole_units, "flap"), rehearse=rehearse)
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that heads and neurons are cut."""
+        return ShapeChange(GROUPS, self._structure.startswith("UL"), self.bias)
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return that the request sets the sparsity."""
+        return False
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        reject_weight_settings("flap", request)
+
+    def _score(self, w: jax.Array, stats: Any) -> jax.Array:
+        return _metrics(w, stats)[self.metric]
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        observer = official_fluctuation if self._official else moments
+        key = ("flap", self.metric, self.variant)
+        dense = _score_dense(
+            model, tokens, runtime, observer, self._score, "measuring fluctuation", key
+        )
+        heads, neurons, sparsity = dense.heads, dense.neurons, request.sparsity
+        if self._official and sparsity:
+            kept = select_official(heads, neurons, sparsity, self._structure, self.heads_removed)
+        else:  # the authors' code always removes something, so sparsity 0 takes this one
+            to_remove = self.heads_removed if sparsity else 0
+            kept = select_corrected(
+                heads, neurons, sparsity, self._structure, to_remove, self.spread
+            )
+        keeps = _round_neurons(kept, neurons.metric, self.round_to)
+        # A bias alone needs only the means, which the dense pass has measured.
+        means = dense.means if self._repair == "bias" else None
+        remove(model, tokens, runtime, sink, keeps, self._repair, means)
+        label = f"{self.metric} of channels"
+        return removed_outcome(model.arch, keeps, request, dense.by_reader, label)
 
 
-@jax.jit
-def _wanda_metric(w: jax.Array, norm: jax.Array) -> jax.Array:
+@program("channels scored")
+def _wanda_scores(w: jax.Array, norm: jax.Array) -> jax.Array:
+    """Return the mean of |W_ij| ||X_j|| over a channel's column [in]."""
     return jnp.mean(jnp.abs(w.astype(jnp.float32)) * norm[None, :], axis=0)
 
 
-@jax.jit
+@program("channels scored")
 def _column_norms(w: jax.Array) -> jax.Array:
+    """Return the L2 norm of every column [in]."""
     return jnp.sqrt(jnp.sum(w.astype(jnp.float32) ** 2, axis=0))
 
 
-def _wanda_of_stats(w: jax.Array, stats: Any) -> jax.Array:
-    return _wanda_metric(w, jnp.sqrt(stats.second.per_sample))
+def _score_by_wanda(w: jax.Array, stats: Any) -> jax.Array:
+    return _wanda_scores(w, np.sqrt(tree_to_host(stats).second.per_sample))
 
 
-def _magnitude(w: jax.Array, stats: Any) -> jax.Array:
+def _score_by_magnitude(w: jax.Array, stats: Any) -> jax.Array:
     return _column_norms(w)
 
 
-def _moments_of(stats: Mapping[str, Any], how: Repair) -> Mapping[str, Any]:
-    """The moments among what a repair has observed."""
-    return {tap: s[0] for tap, s in stats.items()} if how == "refit" else stats
+@dataclasses.dataclass(frozen=True)
+class ChannelMethod:
+    """Method that removes heads and neurons by the sum of a score over each one's channels.
 
+    With scope "local" one pass over the pruned blocks scores, repairs and cuts; with "global" a pass
+    over the dense model comes first.
 
-def by_channels(
-    name: str,
-    observer: Observer | None,
-    channels: Channels,
-    label: str,
-    scope: Scope = "local",
-    repair: Repair = "none",
-    round_to: int = 0,
-) -> Method:
-    """Heads and neurons go by the sum of a metric over each one's channels: a share of every block's, or the lowest of all the model.
-
-    Within blocks the walk goes over pruned blocks, so that one pass measures, repairs and cuts; over the model it takes a dense walk first.
-
-    Args:
-      name: of the method, in messages; a journal takes metrics of one name for the same.
-      observer: `moments`, or None for a metric of the weights alone.
-      channels: (W [out in] of a reader, Moments of its input, if observed) -> a score of each channel [in]; the lowest go.
-      label: what the scores are, for the report.
-      scope: the same share of every block's heads and of its neurons, or the lowest of all by parameters removed, standardised in blocks.
-      repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
-      round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
+    Attributes:
+      name: Name of the method, in messages; a journal takes scores of one name for the same.
+      observer: `moments`, or None for a score of the weights alone.
+      score: (W [out in] of a reader, Moments of its input if observed) -> score of each channel
+        [in]; the lowest are removed.
+      scores_label: Name of the scores, for the report.
+      scope: "local" removes the same share of every block's heads and of its neurons; "global" the
+        lowest of all by parameters removed, standardised within blocks.
+      repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
+        what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
     """
-    check_round_to(name, round_to)
 
-    def local(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
+    name: str
+    observer: Observer | None
+    score: ChannelScore
+    scores_label: str
+    scope: Scope = "local"
+    repair: Repair = "none"
+    round_to: int = 0
+
+    def __post_init__(self) -> None:
+        check_round_to(self.name, self.round_to)
+
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that heads and neurons are cut."""
+        return ShapeChange(GROUPS, self.scope == "local", self.repair != "none")
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return that the request sets the sparsity."""
+        return False
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        reject_weight_settings(self.name, request)
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        choose = self._run_local if self.scope == "local" else self._run_global
+        keeps, scores = choose(model, tokens, request, runtime, sink)
+        return removed_outcome(model.arch, keeps, request, scores, self.scores_label)
+
+    def _run_local(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> tuple[Sequence[Keep], Sequence[dict[str, np.ndarray]]]:
+        """Score, repair and cut block after block; return the kept units and the scores."""
         arch = model.arch
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-            metrics, kept = _of_readers(model, block, _moments_of(stats, repair), channels), {}
+            # A refit observes (Moments, Gram); the score reads the moments.
+            seen = {tap: s[0] for tap, s in stats.items()} if self.repair == "refit" else stats
+            scores = _score_readers(model, block, seen, self.score)
+            keep: dict[str, np.ndarray] = {}
             for group in map(arch.group, GROUPS):
-                score = metrics[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
-                keep = lowest(score, int(request.sparsity * len(score)))
-                (kept[group.name],) = rounded(
-                    [score], [keep], round_to if group.name == "neurons" else 0
-                )
-            new = without(arch, repaired(arch, block, stats, kept, repair), kept)
-            sink(i, new)
-            return new, (kept, metrics)
+                unit = scores[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
+                stays = lowest(unit, int(request.sparsity * len(unit)))
+                round_to = self.round_to if group.name == "neurons" else 0
+                (keep[group.name],) = rounded([unit], [stays], round_to)
+            block = repair_readers(arch, block, stats, keep, self.repair)
+            block = remove_units(arch, block, keep)
+            sink(i, block)
+            return block, (keep, scores)
 
-        records = walk(
-            model, tokens, request, visit, OBSERVED[repair] or observer, "pruned", "pruning"
+        observer = REPAIR_OBSERVERS[self.repair] or self.observer
+        records = calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning")
+        return [keep for keep, _ in records], [scores for _, scores in records]
+
+    def _run_global(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> tuple[Sequence[Keep], Sequence[dict[str, np.ndarray]]]:
+        """Score the dense model, then repair and cut; return the kept units and the scores."""
+        dense = _score_dense(
+            model, tokens, runtime, self.observer, self.score, "measuring channels", self.name
         )
-        keeps, scores = zip(*records, strict=True)
-        return outcome(arch, keeps, request, scores, label)
-
-    def over_all(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        heads, neurons, scores, _ = _measured(
-            model, tokens, request, observer, channels, "measuring channels", name
-        )
-        kept = select_corrected(heads, neurons, request.sparsity, "AL-AM", 0)
-        keeps = _keeps(kept, neurons.metric, round_to)
-        remove(model, tokens, request, sink, keeps, repair)
-        return outcome(model.arch, keeps, request, scores, label)
-
-    def rehearse(
-        model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        if scope == "local":
-            units.rehearse(
-                model, tokens, request, run, OBSERVED[repair] or observer, "pruned", repair
-            )
-        else:
-            units.rehearse(model, tokens, request, run, observer, "dense")
-            units.rehearse(model, tokens, request, run, OBSERVED[repair], "pruned", repair)
-
-    leaves = ShapeChange(GROUPS, scope == "local", repair != "none")
-    run = local if scope == "local" else over_all
-    return Method(run, leaves, check=functools.partial(whole_units, name), rehearse=rehearse)
+        kept = select_corrected(dense.heads, dense.neurons, request.sparsity, "AL-AM", 0)
+        keeps = _round_neurons(kept, dense.neurons.metric, self.round_to)
+        remove(model, tokens, runtime, sink, keeps, self.repair)
+        return keeps, dense.by_reader
 
 
-def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> Method:
-    """Wanda-sp (An et al. 2024): heads and neurons go by the mean of Wanda's scores of what reads them.
+def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> ChannelMethod:
+    """Wanda-sp (An et al. 2024): remove heads and neurons by the mean Wanda score of their readers.
 
     Args:
-      scope: the same share of every block's heads and of its neurons, or the lowest of all by parameters removed, standardised in blocks.
-      repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
-      round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
+      scope: "local" removes the same share of every block's heads and of its neurons; "global" the
+        lowest of all by parameters removed, standardised within blocks.
+      repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
+        what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
     """
-    return by_channels(
-        "wanda_sp", moments, _wanda_of_stats, "Wanda's score of channels", scope, repair, round_to
-    )
+    label = "Wanda's score of channels"
+    return ChannelMethod("wanda_sp", moments, _score_by_wanda, label, scope, repair, round_to)
 
 
-def magnitude_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> Method:
-    """Magnitude-sp (An et al. 2024): heads and neurons go by the norm of the columns that read them.
+def magnitude_sp(
+    scope: Scope = "local", repair: Repair = "none", round_to: int = 0
+) -> ChannelMethod:
+    """Magnitude-sp (An et al. 2024): remove heads and neurons by the norm of the columns reading them.
 
     Args:
-      scope: the same share of every block's heads and of its neurons, or the lowest of all by parameters removed, standardised in blocks.
-      repair: of the readers: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
-      round_to: keep a multiple of so many neurons in each block; 0: as many as asked.
+      scope: "local" removes the same share of every block's heads and of its neurons; "global" the
+        lowest of all by parameters removed, standardised within blocks.
+      repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
+        what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
     """
-    return by_channels(
-        "magnitude_sp", None, _magnitude, "norm of the columns", scope, repair, round_to
-    )
+    label = "norm of the columns"
+    return ChannelMethod("magnitude_sp", None, _score_by_magnitude, label, scope, repair, round_to)

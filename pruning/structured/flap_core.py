@@ -48,7 +48,6 @@ official_fluctuation = Observer(
 )
 
 
-@jax.jit
 def input_feature_metrics(w: jax.Array, stats: Fluctuation | Moments) -> dict[str, jax.Array]:
     """Every metric of the inputs of W [out c], float32 [c]: IFV the fluctuation, WIFV it times the column's squared norm (eq. 5), WIFN the
     mean of |W| times the norm of the input."""

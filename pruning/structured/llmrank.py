@@ -1,22 +1,23 @@
-"""LLMRank over a model: statistics from one dense walk, importance along the blocks, selection, and rows zeroed or neurons cut."""
+"""LLMRank over a model: one dense pass for statistics, importance along the blocks, selection, removal."""
 
-import functools
+import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import Observer, batch_norms
-from calibration.passes import Rehearse, rehearse_fold
+from calibration.passes import calibrate_blocks
+from calibration.runtime import Runtime
 from models.arch import Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
-from models.sharding import to_host
+from models.programs import Program, program
+from models.sharding import to_host, tree_to_host
 from models.surgery import zero_rows
-from pruning.structured import remove as whole
 from pruning.structured import select
 from pruning.structured.llmrank_core import (
     Centrality,
@@ -25,93 +26,132 @@ from pruning.structured.llmrank_core import (
     flow,
     official_centrality,
 )
-from pruning.structured.remove import Keep, Repair, check_round_to, outcome, remove
-from pruning.types import BlockSink, Method, Outcome, Removed, Request, dropped_indices, whole_units
-from pruning.walk import fold
+from pruning.structured.remove import Keep, Repair, check_round_to, remove, removed_outcome
+from pruning.types import (
+    BlockSink,
+    Outcome,
+    Removed,
+    Request,
+    dropped_indices,
+    reject_weight_settings,
+)
 
 ScorerName = Literal["wpr", "mpr", "norm", "activation", "wanda", "random"]
 Scope = Literal["local", "global"]
-ZEROED = (
-    0.3  # the share that mpr zeroes: the released scorer's own amount, whatever the pruner's is
-)
-HostRanks = tuple[np.ndarray, np.ndarray]  # of neurons [f] and of channels [d]
-RUN_BYTES = (
-    2 << 30
-)  # weights stacked for one scan; the importance is carried from one scan to the next
+ZEROED = 0.3  # share that mpr zeroes: the authors' scorer has its own, whatever the pruner's is
+STACK_BYTES = 2 << 30  # most weights stacked for one scan; importance is carried between scans
+
+_flow = Program(flow, "importance", static=(0, 1))
 
 
-def _linears(model: Model) -> tuple[tuple[str, ...], str, str]:
-    """The gates, the linear path into the neurons, and their reader: ("gate",), "up", "down" for LLaMA; (), "fc1", "fc2" for OPT."""
+class Ranks(NamedTuple):
+    """Importance of one block, on the host.
+
+    Attributes:
+      neurons: Of its neurons [f].
+      channels: Of the residual channels it writes [d].
+    """
+
+    neurons: np.ndarray
+    channels: np.ndarray
+
+
+class _Linears(NamedTuple):
+    """Slots of the feed-forward part.
+
+    Attributes:
+      gates: Linears that gate the neurons: ("gate",) for LLaMA, () for OPT.
+      up: Linear path into the neurons.
+      down: Reader of the neurons.
+    """
+
+    gates: tuple[str, ...]
+    up: str
+    down: str
+
+
+def _linears(model: Model) -> _Linears:
     group = model.arch.group("neurons")
-    *gates, up = (w.name for w in group.writers)
-    return tuple(gates), up, group.reader.name
+    *gates, up = (writer.name for writer in group.writers)
+    return _Linears(tuple(gates), up, group.reader.name)
 
 
-def _watch(model: Model) -> dict[str, Observer]:
-    """The norms of what enters and leaves up and down."""
-    _, up, down = _linears(model)
-    return dict.fromkeys((*map(model.arch.tap, (up, down)), up, down), batch_norms)
-
-
-def _statistics(model: Model, tokens: np.ndarray, request: Request) -> list[dict[str, np.ndarray]]:
-    """A block's norms of what enters up and down, and of what leaves them; one dense forward."""
-    _, up, down = _linears(model)
-    into_up, into_down = map(model.arch.tap, (up, down))
+def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict[str, np.ndarray]]:
+    """Return every block's activation norms at the inputs and outputs of up and down."""
+    names = _linears(model)
+    into_up, into_down = model.arch.tap(names.up), model.arch.tap(names.down)
+    watch: dict[str, Observer] = dict.fromkeys(
+        (into_up, into_down, names.up, names.down), batch_norms
+    )
 
     def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
-        norms = {name: s.mean for name, s in stats.items()}
+        norms = {name: tree_to_host(s).mean for name, s in stats.items()}
         return block, {
             "a_in": norms[into_up],
-            "a_up": norms[up],
+            "a_up": norms[names.up],
             "a_mid": norms[into_down],
-            "a_down": norms[down],
+            "a_down": norms[names.down],
         }
 
-    return fold(
+    return calibrate_blocks(
         model,
         tokens,
-        request,
+        runtime,
         visit,
-        watch=_watch(model),
+        watch=watch,
         propagate="dense",
-        what="measuring activations",
+        name="measuring activations",
         key="norms",
     )
 
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:
+    """Return uniform noise [width] for block i, for the scorer "random"."""
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 2 * i + which), (width,))
 
 
-def _stacked(model: Model, stats: Sequence[dict[str, np.ndarray]], run: range, seed: int) -> Ffn:
-    """The run's feed-forward parts with every array stacked [blocks ...]."""
-    gates, up, down = _linears(model)
+@program("feed-forward parts stacked")
+def _stack(parts: Sequence[Ffn]) -> Ffn:
+    """Return the parts of several blocks as one, every array stacked [blocks ...]."""
+    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
 
-    def ffn(i: int) -> Ffn:
-        block, s = model.blocks[i], jax.tree.map(jnp.asarray, stats[i])
-        weights = (
-            getattr(block, up).w,
-            tuple(getattr(block, g).w for g in gates),
-            getattr(block, down).w,
+
+def _stacked(model: Model, stats: Sequence[dict[str, np.ndarray]], blocks: range, seed: int) -> Ffn:
+    """Return the feed-forward parts of these blocks, every array stacked [blocks ...]."""
+    names = _linears(model)
+    parts = []
+    for i in blocks:
+        block, s = model.blocks[i], {n: jnp.asarray(x) for n, x in stats[i].items()}
+        parts.append(
+            Ffn(
+                getattr(block, names.up).w,
+                tuple(getattr(block, gate).w for gate in names.gates),
+                getattr(block, names.down).w,
+                s["a_in"],
+                s["a_up"],
+                s["a_mid"],
+                s["a_down"],
+                _noise(seed, i, s["a_up"].shape[0], 0),
+                _noise(seed, i, s["a_down"].shape[0], 1),
+            )
         )
-        noise = (_noise(seed, i, s["a_up"].shape[0], 0), _noise(seed, i, s["a_down"].shape[0], 1))
-        return Ffn(*weights, s["a_in"], s["a_up"], s["a_mid"], s["a_down"], *noise)
-
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *(ffn(i) for i in run))
+    return _stack(parts)
 
 
-def _runs(stats: Sequence[dict[str, np.ndarray]], linears: int) -> list[range]:
-    """Consecutive blocks of equal widths, no more in one run than RUN_BYTES of stacked weights."""
-    runs = []
-    for (f, d), group in itertools.groupby(
-        range(len(stats)), lambda i: (stats[i]["a_up"].shape[0], stats[i]["a_in"].shape[0])
-    ):
-        members, longest = list(group), max(1, RUN_BYTES // (4 * linears * f * d))
-        runs += [
-            range(r[0], r[-1] + 1)
-            for r in (members[k : k + longest] for k in range(0, len(members), longest))
-        ]
-    return runs
+def _stacks(stats: Sequence[dict[str, np.ndarray]], linears: int) -> list[range]:
+    """Return runs of consecutive blocks of equal widths whose weights fit in STACK_BYTES."""
+
+    def widths(i: int) -> tuple[int, int]:
+        return stats[i]["a_up"].shape[0], stats[i]["a_in"].shape[0]
+
+    stacks = []
+    for (f, d), equal in itertools.groupby(range(len(stats)), widths):
+        blocks = list(equal)
+        most = max(1, STACK_BYTES // (4 * linears * f * d))
+        for start in range(0, len(blocks), most):
+            part = blocks[start : start + most]
+            stacks.append(range(part[0], part[-1] + 1))
+    return stacks
 
 
 def _importance(
@@ -120,151 +160,169 @@ def _importance(
     centrality: Centrality,
     backward: bool,
     seed: int,
-) -> list[HostRanks]:
-    """Every block's ranks of neurons [f] and channels [d], the importance carried along all blocks."""
-    runs = _runs(stats, len(model.arch.group("neurons").writers) + 1)
-    carried = jnp.ones_like(stats[0]["a_in"]) if backward else jnp.asarray(stats[0]["a_in"])
-    found: dict[int, HostRanks] = {}
-    for run in reversed(runs) if backward else runs:
-        carried, (neurons, channels) = flow(
-            centrality, backward, _stacked(model, stats, run, seed), carried
+) -> list[Ranks]:
+    """Return every block's ranks, with the importance carried along all blocks."""
+    stacks = _stacks(stats, len(model.arch.group("neurons").writers) + 1)
+    first = stats[0]["a_in"]
+    carried = np.ones_like(first) if backward else first
+    ranks: dict[int, Ranks] = {}
+    for blocks in reversed(stacks) if backward else stacks:
+        carried, (neurons, channels) = _flow(
+            centrality, backward, _stacked(model, stats, blocks, seed), carried
         )
-        found |= {i: (to_host(neurons[k]), to_host(channels[k])) for k, i in enumerate(run)}
-    return [found[i] for i in range(len(stats))]
+        neurons, channels = to_host(neurons), to_host(channels)
+        for k, i in enumerate(blocks):
+            ranks[i] = Ranks(neurons[k], channels[k])
+    return [ranks[i] for i in range(len(stats))]
 
 
-def _keep_rows(
-    ranks: Sequence[HostRanks], fraction: float, scope: Scope, chain: bool, official: bool
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Which rows of up and of down stay, a pair a block."""
-    flat = [r for pair in ranks for r in pair]
-    if scope == "local":
-        keeps = select.local(flat, fraction)
-    elif not official:
-        # A row of up holds d parameters, a row of down f: the length of the other's ranks.
-        keeps = select.global_(flat, fraction, [len(o) for up, down in ranks for o in (down, up)])
-    elif chain:
-        keeps = select.global_by_count(flat, fraction)
-    else:  # the released code's lists hold one block each
-        keeps = [k for pair in ranks for k in select.global_by_count(pair, fraction)]
-    return list(zip(keeps[::2], keeps[1::2], strict=True))
-
-
-def _keep_neurons(
-    ranks: Sequence[np.ndarray], fraction: float, scope: Scope, round_to: int
-) -> list[Keep]:
-    """Which neurons stay; all of a model's neurons hold the same number of parameters."""
-    keeps = (
-        select.local(ranks, fraction)
-        if scope == "local"
-        else select.global_(ranks, fraction, [1.0] * len(ranks))
-    )
-    return [{"neurons": keep} for keep in select.rounded(ranks, keeps, round_to)]
-
-
-def _zero_rows(
-    model: Model, keeps: Sequence[tuple[np.ndarray, np.ndarray]], sink: BlockSink
-) -> list[dict[str, Removed]]:
-    """Zero the rows of up and of down that do not stay."""
-    _, up, down = _linears(model)
-    for i, (block, keep) in enumerate(zip(model.blocks, keeps, strict=True)):
-        sink(
-            i,
-            block.replace(
-                **{
-                    n: zero_rows(getattr(block, n), np.flatnonzero(~k))
-                    for n, k in zip((up, down), keep, strict=True)
-                }
-            ),
-        )
-    return [
-        {up: Removed(rows=dropped_indices(a)), down: Removed(rows=dropped_indices(b))}
-        for a, b in keeps
-    ]
-
-
-def llmrank(
-    scorer: ScorerName = "wpr",
-    gamma: float | None = None,
-    theta: float = 0.5,
-    zero_pruned: bool = False,
-    chain: bool = True,
-    scope: Scope = "local",
-    units: Literal["neurons", "rows"] = "neurons",
-    repair: Repair = "none",
-    round_to: int = 0,
-    variant: Literal["corrected", "official"] = "corrected",
-) -> Method:
-    """LLM-Rank (Hoffmann et al. 2024): feed-forward neurons ranked by their centrality in the network's weighted graph.
+@dataclasses.dataclass(frozen=True)
+class LLMRank:
+    """LLM-Rank (Hoffmann et al. 2024): rank feed-forward neurons by centrality in the weighted graph.
 
     Args:
-      scorer: weighted PageRank, modified PageRank, or a baseline (L1 norm of the weights, norm of the activations, Wanda's, random).
-      gamma: share of the graph against the activations in "wpr"; None: 0 in the official variant, as its authors have it, else 0.5.
-      theta: share of the weighted edges against unweighted ones in "wpr".
-      zero_pruned: "mpr" first zeroes the lowest 30 % of the importance that comes in (the released code's z_importance).
-      chain: importance flows from block to block; else each block stands alone.
-      scope: the same fraction of every block, or the lowest of all blocks (which gives blocks of different widths).
-      units: "neurons" removes up and gate rows with their down columns for good; "rows" zeroes output rows of up and down, as the
-        authors' code does: a row of down is a channel that the block no longer writes.
-      repair: of the readers of removed neurons: "bias" adds the mean output of what goes, "refit" fits what stays by least squares.
-      round_to: keep a multiple of so many neurons in each block, as hardware likes it (8 to 128); 0: as many as asked.
-      variant: "official" is the released code's graph and counts to the letter; "corrected" has the whole neuron as the node and follows
-        importance back from the outputs. On SmolLM2-135M, 30 % of the neurons, corrected wpr gives less than half the perplexity of
-        the official one (BUILD_NOTES.md has the table), so it is the default.
+      scorer: "wpr" weighted PageRank, "mpr" modified PageRank, or a baseline: "norm" the L1 norm of
+        the weights, "activation" the norm of the activations, "wanda" Wanda's score, "random".
+      gamma: Share of the graph against the activations in "wpr". None: 0 in the official variant,
+        as its authors have it, else 0.5.
+      theta: Share of the weighted edges against unweighted ones in "wpr".
+      zero_pruned: First zero the lowest 30 % of the importance that comes in, for "mpr" (the authors'
+        z_importance).
+      chain: Let importance flow from block to block; else each block stands alone.
+      scope: "local" removes the same fraction of every block, "global" the lowest of all blocks,
+        which gives blocks of different widths.
+      units: "neurons" removes up and gate rows with their down columns for good; "rows" zeroes
+        output rows of up and down, as the authors' code does: a row of down is a channel that the
+        block no longer writes.
+      repair: Repair of the readers of removed neurons: "bias" adds the mean output of what is
+        removed, "refit" fits what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block, as hardware likes it (8 to 128);
+        0: as many as asked.
+      variant: "official" is the authors' graph and counts to the letter. "corrected", the default,
+        has the whole neuron as the node and follows importance back from the outputs. On
+        SmolLM2-135M, 30 % of the neurons, corrected wpr gives less than half the perplexity of the
+        official one (docs/methods/llmrank.md).
     """
-    official = variant == "official"
-    gamma = (0.0 if official else 0.5) if gamma is None else gamma
-    if not (0 <= gamma <= 1 and 0 <= theta <= 1):
-        raise InputError(f"llmrank: gamma={gamma} and theta={theta} must lie between 0 and 1")
-    make = official_centrality if official else corrected_centrality
-    centrality = make(scorer, gamma, theta, ZEROED if zero_pruned else 0.0, chain)
-    backward = not official and scorer == "wpr"
 
-    if units == "rows" and (repair != "none" or round_to):
-        raise InputError(
-            'llmrank: repair and round_to are for whole neurons: leave them out, or units="rows"'
-        )
-    check_round_to("llmrank", round_to)
+    scorer: ScorerName = "wpr"
+    gamma: float | None = None
+    theta: float = 0.5
+    zero_pruned: bool = False
+    chain: bool = True
+    scope: Scope = "local"
+    units: Literal["neurons", "rows"] = "neurons"
+    repair: Repair = "none"
+    round_to: int = 0
+    variant: Literal["corrected", "official"] = "corrected"
 
-    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        _, up, down = _linears(model)
-        ranks = _importance(
-            model, _statistics(model, tokens, request), centrality, backward, request.seed
-        )
-        if units == "rows":
-            removed = _zero_rows(
-                model, _keep_rows(ranks, request.sparsity, scope, chain, official), sink
+    def __post_init__(self) -> None:
+        if not (0 <= self._gamma <= 1 and 0 <= self.theta <= 1):
+            raise InputError(
+                f"llmrank: gamma={self._gamma} and theta={self.theta} must lie between 0 and 1"
             )
-            return Outcome(
-                asked=tuple(dict.fromkeys(r, request.sparsity) for r in removed),
-                removed=tuple(removed),
-                scores=tuple({up: n, down: c} for n, c in ranks),
-                scores_label=f"importance of rows ({scorer})",
+        if self.units == "rows" and (self.repair != "none" or self.round_to):
+            raise InputError(
+                "llmrank: repair and round_to are for whole neurons",
+                'leave them out, or set units="neurons"',
             )
-        keeps = _keep_neurons([r for r, _ in ranks], request.sparsity, scope, round_to)
-        remove(model, tokens, request, sink, keeps, repair)
-        return outcome(
-            model.arch,
-            keeps,
-            request,
-            [{up: n} for n, _ in ranks],
-            f"importance of MLP neurons ({scorer})",
-        )
+        check_round_to("llmrank", self.round_to)
 
-    narrower = ("neurons",) if units == "neurons" else ()
-    leaves = ShapeChange(narrower, scope == "local", repair != "none")
+    @property
+    def _official(self) -> bool:
+        return self.variant == "official"
 
-    def rehearse(
-        model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        rehearse_fold(
-            model, tokens, run, watch=_watch(model), propagate="dense", batch=request.batch
-        )
-        if repair != "none":
-            whole.rehearse(
-                model, tokens, request, run, whole.OBSERVED[repair], "pruned", repair, ("neurons",)
+    @property
+    def _gamma(self) -> float:
+        if self.gamma is None:
+            return 0.0 if self._official else 0.5
+        return self.gamma
+
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that neurons are cut, or nothing where rows are zeroed."""
+        cut = ("neurons",) if self.units == "neurons" else ()
+        return ShapeChange(cut, self.scope == "local", self.repair != "none")
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return that the request sets the sparsity."""
+        return False
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        reject_weight_settings("llmrank", request)
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        make = official_centrality if self._official else corrected_centrality
+        zeroed = ZEROED if self.zero_pruned else 0.0
+        centrality = make(self.scorer, self._gamma, self.theta, zeroed, self.chain)
+        backward = not self._official and self.scorer == "wpr"
+        stats = _statistics(model, tokens, runtime)
+        ranks = _importance(model, stats, centrality, backward, request.seed)
+        if self.units == "rows":
+            return self._zero_rows(model, ranks, request, sink)
+        neurons = [r.neurons for r in ranks]
+        keeps = self._keep_neurons(neurons, request.sparsity)
+        remove(model, tokens, runtime, sink, keeps, self.repair)
+        up = _linears(model).up
+        label = f"importance of MLP neurons ({self.scorer})"
+        return removed_outcome(model.arch, keeps, request, [{up: n} for n in neurons], label)
+
+    def _keep_neurons(self, neurons: Sequence[np.ndarray], fraction: float) -> list[Keep]:
+        """Return the neurons that stay; all of a model's hold the same number of parameters."""
+        if self.scope == "local":
+            keeps = select.local(neurons, fraction)
+        else:
+            keeps = select.global_(neurons, fraction, [1.0] * len(neurons))
+        return [{"neurons": keep} for keep in select.rounded(neurons, keeps, self.round_to)]
+
+    def _keep_rows(
+        self, ranks: Sequence[Ranks], fraction: float
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the rows of up and of down that stay, by block."""
+        flat = [scores for block in ranks for scores in block]
+        if self.scope == "local":
+            keeps = select.local(flat, fraction)
+        elif not self._official:
+            # A row of up holds d parameters, a row of down f: the length of the other's ranks.
+            costs = [len(other) for block in ranks for other in (block.channels, block.neurons)]
+            keeps = select.global_(flat, fraction, costs)
+        elif self.chain:
+            keeps = select.global_by_count(flat, fraction)
+        else:  # without a chain the authors' lists hold one block each
+            keeps = [k for block in ranks for k in select.global_by_count(block, fraction)]
+        return list(zip(keeps[::2], keeps[1::2], strict=True))
+
+    def _zero_rows(
+        self, model: Model, ranks: Sequence[Ranks], request: Request, sink: BlockSink
+    ) -> Outcome:
+        """Zero the rows of up and down with the lowest ranks."""
+        names = _linears(model)
+        keeps = self._keep_rows(ranks, request.sparsity)
+        removed = []
+        for i, (block, (up, down)) in enumerate(zip(model.blocks, keeps, strict=True)):
+            zeroed = {
+                names.up: zero_rows(getattr(block, names.up), np.flatnonzero(~up)),
+                names.down: zero_rows(getattr(block, names.down), np.flatnonzero(~down)),
+            }
+            sink(i, block.replace(**zeroed))
+            removed.append(
+                {
+                    names.up: Removed(rows=dropped_indices(up)),
+                    names.down: Removed(rows=dropped_indices(down)),
+                }
             )
-
-    return Method(
-        method, leaves, check=functools.partial(whole_units, "llmrank"), rehearse=rehearse
-    )
+        return Outcome(
+            asked=tuple(dict.fromkeys(linears, request.sparsity) for linears in removed),
+            removed=tuple(removed),
+            scores=tuple({names.up: r.neurons, names.down: r.channels} for r in ranks),
+            scores_label=f"importance of rows ({self.scorer})",
+        )

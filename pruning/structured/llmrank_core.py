@@ -234,7 +234,6 @@ def official_centrality(
     return functools.partial(official, scorer(name, gamma, theta, zeroed), chained)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 def flow(
     centrality: Centrality, backward: bool, blocks: Ffn, carried: jax.Array
 ) -> tuple[jax.Array, Ranks]:

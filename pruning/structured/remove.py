@@ -1,60 +1,86 @@
-"""Removing whole units, whoever chose them: attention heads and neurons cut, their readers repaired, what became of it told.
+"""Remove heads and neurons, repair their readers, and report what was removed.
 
-Any choice (`{group: bool [units]}` a block) goes with any repair of the linear that reads the group: none; the mean output of what went in
-its bias (FLAP's); or a least-squares refit of what it still reads.
+Any choice of units goes with any repair of the linear that reads them: none; the mean output of the
+removed channels added to its bias (FLAP); or a least-squares refit of the columns that stay.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
 from calibration.observers import Observer, gram, moments, pair
-from calibration.passes import Rehearse, rehearse_fold
+from calibration.passes import calibrate_blocks
+from calibration.runtime import Runtime
 from models.arch import Arch, Block, Group, Model
 from models.errors import InputError
+from models.programs import Program
+from models.sharding import tree_to_host
 from models.surgery import cut, mask
 from pruning.structured import repair
 from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
-from pruning.walk import fold
 
 GROUPS = ("heads", "neurons")
-Keep = Mapping[
-    str, np.ndarray
-]  # group -> bool [units], True stays; groups that are absent stay whole
+Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; absent groups stay whole
 Repair = Literal["none", "bias", "refit"]
+
+_repair_by_bias = Program(repair.bias, "readers repaired")
+_repair_by_refit = Program(repair.least_squares, "readers repaired")
 
 
 class Mean(NamedTuple):
-    """All that repair by the bias wants of a tap's statistics: the mean of its channels [c]."""
+    """Statistics that repair by the bias needs.
+
+    Attributes:
+      mean: Mean of each channel over the calibration tokens [c].
+    """
 
     mean: np.ndarray
 
 
-OBSERVED: Mapping[Repair, Observer | None] = {
+# Observer of a reader's input that each repair needs.
+REPAIR_OBSERVERS: Mapping[Repair, Observer | None] = {
     "none": None,
     "bias": moments,
     "refit": pair(moments, gram),
 }
 
 
-def check_round_to(name: str, round_to: int) -> None:
-    """InputError unless it is a number of units."""
+def check_round_to(method: str, round_to: int) -> None:
+    """Raise InputError unless `round_to` is a number of units.
+
+    Args:
+      method: Name of the method, for the message.
+      round_to: Multiple to round to; 0 for off.
+    """
     if round_to < 0:
         raise InputError(
-            f"{name}: round_to={round_to} must be 0 for off, or a number of neurons such as 64"
+            f"{method}: round_to={round_to} must not be negative",
+            "give 0 for off, or a number of neurons such as 64",
         )
 
 
 def cost(block: Block, group: Group) -> float:
-    """Parameters of the matrices that one unit of the group holds in a block."""
+    """Return the number of matrix parameters that one unit of the group holds in a block.
+
+    Args:
+      block: Only its shapes are read.
+      group: The coupled channels.
+    """
     members = (group.reader, *group.writers)
     return float(sum(m.width * getattr(block, m.name).w.shape[1 - m.axis] for m in members))
 
 
-def without(arch: Arch, block: Block, keep: Keep) -> Block:
-    """The block without the units that go. Where all of a kind go, one stays as zeros: nothing has empty matrices."""
+def remove_units(arch: Arch, block: Block, keep: Keep) -> Block:
+    """Return the block without the dropped units.
+
+    Where all units of a kind are dropped, one stays as zeros: no format stores empty matrices.
+
+    Args:
+      arch: Architecture.
+      block: Parameters.
+      keep: Units that stay, by group.
+    """
     for name, stays in keep.items():
         if not stays.any():
             block = mask(block, arch.group(name), stays)
@@ -63,155 +89,164 @@ def without(arch: Arch, block: Block, keep: Keep) -> Block:
     return block
 
 
-def repaired(arch: Arch, block: Block, stats: Mapping[str, Any], keep: Keep, how: Repair) -> Block:
-    """The block whose readers make up for the channels that go.
+def repair_readers(
+    arch: Arch, block: Block, stats: Mapping[str, Any], keep: Keep, how: Repair
+) -> Block:
+    """Return the block whose readers make up for the channels about to be dropped.
 
     Args:
-      stats: by tap: something with a `mean` of the channels for "bias", (Moments, Gram) for "refit".
+      arch: Architecture.
+      block: Dense parameters.
+      stats: By tap: something with the channels' `mean` for "bias", (Moments, Gram) for "refit".
+      keep: Units that stay, by group.
+      how: The repair.
     """
-    new = {}
+    repaired = {}
     for name, stays in keep.items():
-        group = arch.group(name)
-        p, channels = getattr(block, group.reader.name), np.repeat(stays, group.reader.width)
         if stays.all() or how == "none":
             continue
-        seen = stats[arch.tap(group.reader.name)]
-        if how == "refit":
-            m, g = seen
-            new[group.reader.name] = repair.least_squares(
-                p, g.total, m.mean, g.samples * m.length, channels
-            )
+        reader = arch.group(name).reader
+        linear = getattr(block, reader.name)
+        channels = np.repeat(stays, reader.width)
+        tap_stats = stats[arch.tap(reader.name)]
+        if how == "bias":
+            mean = tree_to_host(tap_stats).mean
+            repaired[reader.name] = _repair_by_bias(linear, mean, channels)
         else:
-            new[group.reader.name] = repair.bias(p, seen.mean, channels)
-    return block.replace(**new)
+            of_channels, of_pairs = tap_stats
+            host = tree_to_host(of_channels)
+            tokens = tree_to_host(of_pairs.samples) * host.length
+            repaired[reader.name] = _repair_by_refit(
+                linear, of_pairs.total, host.mean, tokens, channels
+            )
+    return block.replace(**repaired)
 
 
-def _watch(arch: Arch, observer: Observer | None, groups: Sequence[str]) -> dict[str, Observer]:
-    """What the readers of the groups get, watched."""
-    return {arch.tap(arch.group(name).reader.name): observer for name in groups} if observer else {}
+def watch_readers(
+    arch: Arch, observer: Observer | None, groups: Sequence[str] = GROUPS
+) -> dict[str, Observer]:
+    """Return the observer for every tap that a reader of the groups reads; nothing without one.
+
+    Args:
+      arch: Architecture.
+      observer: Observer of the readers' inputs.
+      groups: Names of groups.
+    """
+    if observer is None:
+        return {}
+    return {arch.tap(arch.group(name).reader.name): observer for name in groups}
 
 
-def walk(
+def calibrate_readers(
     model: Model,
     tokens: np.ndarray,
-    request: Request,
+    runtime: Runtime,
     visit: Callable[[int, Block, Mapping[str, Any]], tuple[Block, Any]],
     observer: Observer | None,
     propagate: Literal["pruned", "dense"],
-    what: str,
+    name: str,
     groups: Sequence[str] = GROUPS,
     key: Hashable = None,
 ) -> list[Any]:
-    """`fold` that watches what the readers of the groups get; without an observer, blocks alone."""
-    return fold(
-        model,
-        tokens,
-        request,
-        visit,
-        watch=_watch(model.arch, observer, groups),
-        propagate=propagate,
-        what=what,
-        key=key,
-    )
+    """Visit every block with statistics of what the readers of the groups read.
 
+    Args:
+      model: Read one block at a time.
+      tokens: Calibration windows, int [samples length].
+      runtime: How to execute.
+      visit: As `calibrate_blocks` has it.
+      observer: Observer of the readers' inputs; None: blocks are visited without activations.
+      propagate: Outputs that the next block sees.
+      name: What the progress bar says.
+      groups: Groups whose readers are observed.
+      key: As `calibrate_blocks` has it.
 
-def rehearse(
-    model: Model,
-    tokens: jax.ShapeDtypeStruct,
-    request: Request,
-    run: Rehearse,
-    observer: Observer | None,
-    propagate: Literal["pruned", "dense"],
-    how: Repair = "none",
-    groups: Sequence[str] = GROUPS,
-) -> None:
-    """What `walk` compiles, and the repair of readers that lose half of what they read, told to `run`; model and tokens of shapes."""
-    arch, block = model.arch, model.blocks[0]
-    watch = _watch(arch, observer, groups)
-    _, stats = rehearse_fold(
-        model, tokens, run, watch=watch, propagate=propagate, batch=request.batch
+    Returns:
+      Record of every block.
+    """
+    watch = watch_readers(model.arch, observer, groups)
+    return calibrate_blocks(
+        model, tokens, runtime, visit, watch=watch, propagate=propagate, name=name, key=key
     )
-    if how != "none":
-        counts = {
-            g.name: getattr(block, g.reader.name).w.shape[1] // g.reader.width
-            for g in map(arch.group, groups)
-        }
-        keep = {name: np.arange(n) < n // 2 for name, n in counts.items()}
-        run(
-            "readers repaired",
-            lambda b, s: repaired(arch, b, s, keep, how),
-            block,
-            stats,
-            calls=len(model.blocks),
-        )
 
 
 def remove(
     model: Model,
     tokens: np.ndarray,
-    request: Request,
+    runtime: Runtime,
     sink: BlockSink,
     keeps: Sequence[Keep],
     how: Repair,
-    known: Sequence[Mapping[str, np.ndarray]] | None = None,
+    means: Sequence[Mapping[str, np.ndarray]] | None = None,
 ) -> None:
-    """Repair and cut every block and hand it over.
+    """Repair and cut every block and hand it to the sink.
+
+    A repair takes its statistics from what reaches each block of the model pruned so far.
 
     Args:
-      keeps: a block's choice.
-      how: a repair takes its statistics from what reaches each block of the model pruned so far,
-      known: unless it is the bias and each block's {tap: mean of its channels} is given.
+      model: The dense model.
+      tokens: Calibration windows, int [samples length].
+      runtime: How to execute.
+      sink: Takes the finished blocks.
+      keeps: Units that stay, by block and group.
+      how: Repair of the readers.
+      means: By block: tap -> mean of its channels, for a repair by the bias that needs no
+        statistics of its own.
     """
 
-    def finish(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-        seen = {tap: Mean(mean) for tap, mean in known[i].items()} if known else stats
-        block = without(model.arch, repaired(model.arch, block, seen, keeps[i], how), keeps[i])
+    def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+        if means is not None:
+            stats = {tap: Mean(mean) for tap, mean in means[i].items()}
+        block = repair_readers(model.arch, block, stats, keeps[i], how)
+        block = remove_units(model.arch, block, keeps[i])
         sink(i, block)
         return block, None
 
-    walk(
-        model,
-        tokens,
-        request,
-        finish,
-        None if known else OBSERVED[how],
-        "pruned",
-        "pruning",
-        list(keeps[0]),
-    )
+    observer = REPAIR_OBSERVERS[how] if means is None else None
+    groups = list(keeps[0])
+    calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning", groups)
 
 
-def outcome(
+def removed_outcome(
     arch: Arch,
     keeps: Sequence[Keep],
     request: Request,
     scores: Sequence[Mapping[str, np.ndarray]],
-    label: str,
+    scores_label: str,
 ) -> Outcome:
-    """What left every linear, and which units stayed."""
+    """Return the outcome of removing units.
+
+    Args:
+      arch: Architecture.
+      keeps: Units that stay, by block and group.
+      request: Its sparsity was asked of every linear.
+      scores: By block: slot -> scores of its channels.
+      scores_label: Name of the scores.
+
+    Returns:
+      Outcome whose details hold the kept indices of each group by block, and the number of units of
+      each group in a dense block.
+    """
     removed = []
     for keep in keeps:
-        found = {}
+        linears = {}
         for name, stays in keep.items():
             group = arch.group(name)
-            found[group.reader.name] = Removed(
-                columns=dropped_indices(np.repeat(stays, group.reader.width)), cut=True
-            )
-            found |= {
-                w.name: Removed(rows=dropped_indices(np.repeat(stays, w.width)), cut=True)
-                for w in group.writers
-            }
-        removed.append(found)
+            columns = dropped_indices(np.repeat(stays, group.reader.width))
+            linears[group.reader.name] = Removed(columns=columns, cut=True)
+            for writer in group.writers:
+                rows = dropped_indices(np.repeat(stays, writer.width))
+                linears[writer.name] = Removed(rows=rows, cut=True)
+        removed.append(linears)
+    kept_units = {
+        f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps]
+        for name in keeps[0]
+    }
+    units = {name: len(stays) for name, stays in keeps[0].items()}
     return Outcome(
-        asked=tuple(dict.fromkeys(r, request.sparsity) for r in removed),
+        asked=tuple(dict.fromkeys(linears, request.sparsity) for linears in removed),
         removed=tuple(removed),
         scores=tuple(scores),
-        scores_label=label,
-        details={
-            f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps]
-            for name in keeps[0]
-        }
-        | {
-            "units": {name: len(mask) for name, mask in keeps[0].items()}
-        },  # of each kind, in every block of the dense model
+        scores_label=scores_label,
+        details={**kept_units, "units": units},
     )

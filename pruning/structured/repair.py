@@ -11,7 +11,6 @@ from pruning import linalg as inverse
 RIDGE = 0.1
 
 
-@jax.jit
 def bias(p: Linear, mean: jax.Array, keep: jax.Array) -> Linear:
     """The linear [out in] with the mean output of the inputs that go in its bias (FLAP, An et al. 2024, eq. 8).
 
@@ -22,7 +21,6 @@ def bias(p: Linear, mean: jax.Array, keep: jax.Array) -> Linear:
     return _with_bias(p, p.w, lost)
 
 
-@jax.jit
 def least_squares(
     p: Linear, total: jax.Array, mean: jax.Array, tokens: jax.Array, keep: jax.Array
 ) -> Linear:

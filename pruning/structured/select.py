@@ -30,14 +30,14 @@ def global_(scores: Sequence[np.ndarray], fraction: float, costs: Sequence[float
     """
     flat = np.concatenate(scores)
     cost = np.repeat(np.asarray(costs, np.float64), [len(s) for s in scores])
-    non_block = np.cumsum([len(s) for s in scores])
-    best = [end - len(s) + int(np.argmax(s)) for end, s in zip(non_block, scores, strict=True)]
+    ends = np.cumsum([len(s) for s in scores])
+    best = [end - len(s) + int(np.argmax(s)) for end, s in zip(ends, scores, strict=True)]
     order = np.argsort(flat, kind="stable")
     order = order[~np.isin(order, best)]
     removed = np.concatenate([[0.0], np.cumsum(cost[order])])
     keep = np.ones(len(flat), bool)
     keep[order[: int(np.argmin(np.abs(removed - fraction * cost.sum())))]] = False
-    return np.split(keep, non_block[:-1])
+    return np.split(keep, ends[:-1])
 
 
 def within(scores: Sequence[np.ndarray], fraction: float, spread: float) -> list[np.ndarray]:

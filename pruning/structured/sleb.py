@@ -1,17 +1,16 @@
 """SLEB over a model: whole blocks (or their two halves) leave, one after the other, each time the one that is missed least."""
 
-import functools
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from calibration.passes import Rehearse, rehearse_fold
+from calibration.runtime import Runtime
 from calibration.states import OFFLOADS
-from models.arch import Arch, Model, apply_block
+from models.arch import Arch, Model
+from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
-from pruning.structured import sleb_core as sleb_loss
 from pruning.structured.sleb_runner import (
     Candidate,
     Path,
@@ -22,7 +21,7 @@ from pruning.structured.sleb_runner import (
     try_all,
     without,
 )
-from pruning.types import BlockSink, Method, Outcome, Request, whole_units
+from pruning.types import SAME_SHAPES, BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
 Search = Literal["greedy", "perplexity", "influence"]
@@ -80,10 +79,10 @@ def _after(path: Path, gone: Sequence[Unit], writers: tuple[str, ...]) -> Path:
 
 
 def _influences(
-    runner: Runner, path: Path, units: Mapping[int, Unit], batches: Sequence[int], request: Request
+    runner: Runner, path: Path, units: Mapping[int, Unit], batches: Sequence[int], runtime: Runtime
 ) -> dict[int, float]:
     """Each unit's influence over these micro-batches, the mean over their windows."""
-    advance, found = request.stage("measuring influence", len(batches)), []
+    advance, found = runtime.progress("measuring influence", len(batches)), []
     for m in batches:
         found.append(runner.influences(m, path, units, _writers(runner.arch)))
         advance()
@@ -97,7 +96,7 @@ def _phase(
     best: int,
     stop: bool,
     advance: Callable[[], None],
-    request: Request,
+    runtime: Runtime,
 ) -> tuple[dict[int, Trial], int]:
     """`try_all` as a durable step: the trials, and what was run for them."""
 
@@ -107,12 +106,12 @@ def _phase(
         return [[u, *t] for u, t in trials.items()], runner.evaluations - before
 
     paths = tuple((u, candidate.path) for u, candidate in candidates.items())
-    trials, run = request.step(compute, ("losses", runner.digest, paths, best, stop))
+    trials, run = runtime.step(compute, ("losses", runner.digest, paths, best, stop))
     return {u: Trial(*t) for u, *t in trials}, run
 
 
 def _search(
-    runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop: bool, request: Request
+    runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop: bool, runtime: Runtime
 ) -> Trace:
     """Remove `n` of the units in `rounds` phases of trials: as many as go (greedy), one, or none, which leaves it to their influence."""
     writers, order = _writers(runner.arch), list(units)
@@ -123,7 +122,7 @@ def _search(
     if stop or not rounds:  # the first micro-batch is enough to put candidates in an order
         seen = range(len(runner.sizes) if not rounds else 1)
         key = ("influences", runner.digest, tuple(units.items()), seen)
-        found = request.step(lambda: _influences(runner, path, units, seen, request), key)
+        found = runtime.step(lambda: _influences(runner, path, units, seen, runtime), key)
         influence = {int(u): x for u, x in found.items()}
         order = sorted(order, key=lambda u: (influence[u], u))
     if not rounds:
@@ -136,11 +135,11 @@ def _search(
             [runner.evaluations],
             [runner.evaluations],
         )
-    advance = request.stage("trying removals", sum(len(order) - p for p in range(rounds)))
+    advance = runtime.progress("trying removals", sum(len(order) - p for p in range(rounds)))
     trace = Trace(path, [], [], influence, [], [])
     for _ in range(rounds):
         candidates = {u: without(path, units[u], writers) for u in order}
-        trials, run = _phase(runner, candidates, n // rounds, stop, advance, request)
+        trials, run = _phase(runner, candidates, n // rounds, stop, advance, runtime)
         gone = _lowest({u: t.loss for u, t in trials.items()}, n // rounds, "the loss")
         for piece in [path[candidates[u].shared] for u in gone]:
             runner.forget(piece)
@@ -202,7 +201,7 @@ def _warnings(trace: Trace) -> Iterator[str]:
         yield f"{halves} blocks have one part zeroed in place: the file holds its zeros"
 
 
-def _put(model: Model, path: Path, sink: BlockSink) -> None:
+def _finish(model: Model, path: Path, sink: BlockSink) -> None:
     """Hand over what is left, numbered anew; of a removed part every linear is zeroed, so that all of it counts as gone."""
     for new, (i, silent) in enumerate(path):
         sink(
@@ -239,122 +238,105 @@ def _rounds(search: Search, n: int) -> int:
     return {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
 
 
-def rehearse_search(
-    model: Model,
-    tokens: jax.ShapeDtypeStruct,
-    request: Request,
-    run: Rehearse,
-    rounds: int,
-    candidates: int,
-) -> None:
-    """What a search compiles, told to `run`, with what the plain one would run of it; model and tokens of shapes."""
-    steps, blocks = -(-tokens.shape[0] // request.batch), len(model.blocks)
-    losses = steps * sum(candidates - p for p in range(rounds))
-    passes = steps * max(blocks, sum((candidates - p) * (blocks - 1 - p) for p in range(rounds)))
-    arch = model.arch
-    x, _ = rehearse_fold(model, tokens, run, watch={}, propagate="pruned", batch=request.batch)
-    part = jax.ShapeDtypeStruct(
-        (request.batch, *tokens.shape[1:]), tokens.dtype, sharding=tokens.sharding
-    )
-    run(
-        "block of a candidate, at most",
-        functools.partial(apply_block, arch),
-        model.blocks[0],
-        x,
-        calls=passes,
-    )
-    picked = run(
-        "logits of the next tokens",
-        functools.partial(sleb_loss.chosen, arch),
-        model.non_block,
-        x,
-        part,
-        calls=losses,
-    )
-    add = functools.partial(sleb_loss.add, arch, part=0)
-    run(
-        "part of a candidate's loss",
-        add,
-        model.non_block,
-        x,
-        part,
-        picked,
-        picked,
-        calls=losses * sleb_loss.PARTS,
-    )
+@dataclasses.dataclass(frozen=True)
+class Sleb:
+    """SLEB (Song et al. 2024, algorithm 1): remove the block whose absence costs the least loss, again and again.
 
-
-def sleb(
-    blocks: int | None = None,
-    early_barrier: int = 1,
-    latter_barrier: int = 1,
-    search: Search = "greedy",
-    units: Kind = "blocks",
-    device_gib: float = 2.0,
-    host_gib: float = 4.0,
-    disk_gib: float = 0.0,
-    variant: Literal["corrected", "official"] = "corrected",
-) -> Method:
-    """SLEB (Song et al. 2024, algorithm 1): the block whose absence costs the least loss goes; then all are tried again without it.
+    Losses are the authors' code's: the sum over windows of the mean cross-entropy times the window's
+    length.
 
     Args:
-      blocks: how many units go; None: the request's sparsity is the fraction of them.
-      early_barrier: so many blocks at the start must stay.
-      latter_barrier: so many at the end.
-      search: "greedy" is SLEB; "perplexity" takes those of lowest loss after the first phase (Shortened LLaMA, Kim et al. 2024);
-        "influence" those whose output is most like their input (ShortGPT, Men et al. 2024), without a loss.
-      units: "blocks", or "sublayers", where a block's attention and feed-forward part go separately; a part that goes alone is zeroed.
-      device_gib: room on the devices for hidden states between blocks, which spares running blocks again; no result depends on it.
-      host_gib: room on the host for those that do not fit there.
-      disk_gib: room in the temporary directory for those that fit on neither.
-      variant: "corrected", the default, stops a candidate when a part of its loss (over part of the vocabulary, or of the windows)
-        exceeds the lowest whole loss of its phase: same order, less work (BUILD_NOTES.md has how much); "official" knows every loss, as
-        the released code.
-    Losses are the released code's: the sum over windows of the mean cross-entropy times the window's length.
+      blocks: Units to remove; None: the request's sparsity is the fraction of them.
+      early_barrier: Blocks at the start that must stay.
+      latter_barrier: Blocks at the end that must stay.
+      search: "greedy" is SLEB; "perplexity" takes the units of lowest loss after the first phase
+        (Shortened LLaMA, Kim et al. 2024); "influence" those whose output is most like their input
+        (ShortGPT, Men et al. 2024), without a loss.
+      units: "blocks", or "sublayers", where a block's attention and feed-forward part are removed
+        separately; a part removed alone is zeroed.
+      device_gib: Room on the devices for hidden states between blocks, which saves running blocks
+        again; no result depends on it.
+      host_gib: Room on the host for those that do not fit there.
+      disk_gib: Room in the temporary directory for those that fit on neither.
+      variant: "corrected", the default, stops a candidate when a part of its loss (over part of the
+        vocabulary, or of the windows) exceeds the lowest whole loss of its phase: the same order with
+        less work (docs/methods/sleb.md). "official" computes every loss, as the authors' code does.
     """
-    if early_barrier < 0 or latter_barrier < 0 or (blocks is not None and blocks < 0):
-        raise InputError(
-            f"sleb: blocks={blocks}, early_barrier={early_barrier} and latter_barrier={latter_barrier} must not be negative"
-        )
-    there = _room(device_gib, host_gib, disk_gib)
 
-    def choice(model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
-        total = len(model.blocks)
-        n = (
-            round(request.sparsity * len(_units(model.arch, total, units)))
-            if blocks is None
-            else blocks
-        )
-        return n, _candidates(model.arch, total, n, units, early_barrier, latter_barrier)
+    blocks: int | None = None
+    early_barrier: int = 1
+    latter_barrier: int = 1
+    search: Search = "greedy"
+    units: Kind = "blocks"
+    device_gib: float = 2.0
+    host_gib: float = 4.0
+    disk_gib: float = 0.0
+    variant: Literal["corrected", "official"] = "corrected"
 
-    def check(model: Model, request: Request) -> None:
-        whole_units("sleb", model, request)
-        if units == "sublayers" and not model.arch.residual:
+    def __post_init__(self) -> None:
+        barriers = min(self.early_barrier, self.latter_barrier)
+        if barriers < 0 or (self.blocks is not None and self.blocks < 0):
             raise InputError(
-                'units="sublayers" needs parts that only add to the residual stream; here a norm follows: use "blocks"'
+                f"sleb: blocks={self.blocks}, early_barrier={self.early_barrier} and "
+                f"latter_barrier={self.latter_barrier} must not be negative"
             )
-        choice(model, request)
+        _room(self.device_gib, self.host_gib, self.disk_gib)
 
-    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        total, every = len(model.blocks), _units(model.arch, len(model.blocks), units)
-        n, candidates = choice(model, request)
-        asked = request.sparsity if blocks is None else n / len(every)
-        runner = Runner(model, tokens, request.batch, request.mesh, there, request.offload)
-        trace = _search(runner, candidates, n, _rounds(search, n), variant == "corrected", request)
-        _put(model, trace.path, sink)
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that the shapes of what stays do not change."""
+        return SAME_SHAPES
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return whether `blocks` says how much to remove."""
+        return self.blocks is not None
+
+    def _choice(self, model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
+        """Return the number of units to remove, and the candidates by index."""
+        total = len(model.blocks)
+        n = self.blocks
+        if n is None:
+            n = round(request.sparsity * len(_units(model.arch, total, self.units)))
+        candidates = _candidates(
+            model.arch, total, n, self.units, self.early_barrier, self.latter_barrier
+        )
+        return n, candidates
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        reject_weight_settings("sleb", request)
+        if self.units == "sublayers" and not model.arch.residual:
+            raise InputError(
+                'sleb: units="sublayers" needs parts that only add to the residual stream; here a '
+                "norm follows",
+                'use units="blocks"',
+            )
+        self._choice(model, request)
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        total = len(model.blocks)
+        units = _units(model.arch, total, self.units)
+        n, candidates = self._choice(model, request)
+        asked = request.sparsity if self.blocks is None else n / len(units)
+        room = _room(self.device_gib, self.host_gib, self.disk_gib)
+        runner = Runner(model, tokens, runtime, room)
+        rounds = _rounds(self.search, n)
+        stop = self.variant == "corrected"
+        trace = _search(runner, candidates, n, rounds, stop, runtime)
+        _finish(model, trace.path, sink)
+        slots = [slot.name for slot in model.arch.slots]
         return Outcome(
-            asked=tuple(
-                dict.fromkeys((s.name for s in model.arch.slots), asked) for _ in range(total)
-            ),
+            asked=tuple(dict.fromkeys(slots, asked) for _ in range(total)),
             kept_blocks=tuple(i for i, _ in trace.path),
-            details=_details(runner, trace, every, units),
+            details=_details(runner, trace, units, self.units),
             warnings=tuple(_warnings(trace)),
         )
-
-    def rehearse(
-        model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        n, candidates = choice(model, request)
-        rehearse_search(model, tokens, request, run, _rounds(search, n), len(candidates))
-
-    return Method(method, counts=blocks is not None, check=check, rehearse=rehearse)

@@ -8,18 +8,18 @@ import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from calibration.journal import digest
+from calibration.passes import micro_batches
+from calibration.runtime import Runtime
 from calibration.states import (
     OFFLOADS,
     Kept,
-    Offload,
     OnDisk,
     States,
     fetch,
@@ -30,8 +30,9 @@ from calibration.states import (
 from models.arch import Arch, Block, Model, apply_block, embed
 from models.checkpoint.reader import LazyBlocks, prefetch
 from models.processes import is_multiprocess
+from models.programs import Program, program
 from models.sharding import place, split, to_host
-from pruning.structured.sleb_core import PARTS, add, chosen
+from pruning.structured.sleb_core import PARTS, add_part, chosen_logits, influence
 
 Piece = tuple[
     int, tuple[str, ...]
@@ -77,7 +78,7 @@ def _taken(need: int, there: Sequence[int]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def plan(depth: int, state: int, there: Sequence[int]) -> tuple[Room, Room]:
+def plan_stores(depth: int, state: int, there: Sequence[int]) -> tuple[Room, Room]:
     """How the bytes are spent: first on the states that the surviving blocks leave, then on those that candidates leave.
 
     Args:
@@ -98,60 +99,69 @@ def plan(depth: int, state: int, there: Sequence[int]) -> tuple[Room, Room]:
     )
 
 
-class Store:
-    """Hidden states [b t d] by (micro-batch, path): on the devices while there is room, then on the host, in files, or not at all."""
+class _Held(NamedTuple):
+    """States in a store, with the index of their kind of memory and their bytes."""
 
-    def __init__(self, room: Room, directory: pathlib.Path):
+    kept: Kept
+    tier: int
+    nbytes: int
+
+
+class Store:
+    """Hidden states [b t d] by (micro-batch, path), in the fastest memory with room for them.
+
+    Args:
+      room: States to keep, and bytes by kind of memory.
+      directory: Place of the files.
+    """
+
+    def __init__(self, room: Room, directory: pathlib.Path) -> None:
         self.room, self._directory, self._files = room, directory, itertools.count()
-        self._held: dict[tuple[int, Path], tuple[int, Kept]] = {}  # with the tier
+        self._held: dict[tuple[int, Path], _Held] = {}
         self._used = [0] * len(OFFLOADS)
-        self.most = [0] * len(OFFLOADS)
+        self.most = [0] * len(OFFLOADS)  # largest number of bytes so far
 
     def get(self, m: int, path: Path) -> jax.Array | np.ndarray | None:
-        """The states that the path leaves of micro-batch `m`, if they were kept."""
-        found = self._held.get((m, path))
-        return fetch(found[1]) if found else None
+        """Return the states that a path leaves of micro-batch `m`, or None if they are not kept."""
+        held = self._held.get((m, path))
+        return fetch(held.kept) if held else None
 
     def put(self, m: int, path: Path, x: jax.Array) -> None:
-        """Keep the states if the plan says so and there is room."""
+        """Keep the states if the plan asks for them and there is room."""
         if not self.room.every or len(path) % self.room.every or (m, path) in self._held:
             return
-        for offload, limit in enumerate(self.room.bytes):
-            if self._used[offload] + x.nbytes <= limit:
-                self._held[m, path] = (
-                    offload,
-                    keep(
-                        x,
-                        OFFLOADS[offload],
-                        self._directory / f"{id(self)}-{next(self._files)}.npy",
-                    ),
-                )
-                self._used[offload] += x.nbytes
-                self.most[offload] = max(self.most[offload], self._used[offload])
+        for tier, limit in enumerate(self.room.bytes):
+            if self._used[tier] + x.nbytes <= limit:
+                file = self._directory / f"{id(self)}-{next(self._files)}.npy"
+                kept = keep(x, OFFLOADS[tier], file)
+                self._held[m, path] = _Held(kept, tier, x.nbytes)
+                self._used[tier] += x.nbytes
+                self.most[tier] = max(self.most[tier], self._used[tier])
                 return
 
     def forget(self, piece: Piece) -> None:
-        """Drop what has been through a piece that has left the model."""
+        """Drop the states that have been through a removed piece."""
         for key in [k for k in self._held if piece in k[1]]:
-            offload, x = self._held.pop(key)
-            self._used[offload] -= x.nbytes
-            if isinstance(x, OnDisk):
-                x.path.unlink()
+            held = self._held.pop(key)
+            self._used[held.tier] -= held.nbytes
+            if isinstance(held.kept, OnDisk):
+                held.kept.path.unlink()
 
 
-@jax.jit
-def influence(x: jax.Array, y: jax.Array) -> jax.Array:
-    """1 - the mean over tokens of cos(x, y), float32 (), for hidden states [b t d]: block influence (Men et al. 2024, eq. 1)."""
-    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
-    cos = jnp.sum(x * y, axis=-1) * jax.lax.rsqrt(
-        jnp.sum(x * x, axis=-1) * jnp.sum(y * y, axis=-1) + 1e-30
-    )
-    return 1 - jnp.mean(cos)
+_chosen_logits = Program(chosen_logits, "logits of the next tokens", static=(0,))
+_add_part = Program(add_part, "part of a candidate's loss", static=(0,))
+_influence = Program(influence, "influence of a block")
+
+
+@program("linears silenced")
+def _zeros_like(linears: Any) -> Any:
+    """Return zeros of the same shapes."""
+    return jax.tree.map(jnp.zeros_like, linears)
 
 
 def silenced(block: Block, writers: Iterable[str]) -> Block:
     """The block with these linears zero, biases too: of equal shapes, so what is compiled for one block runs it."""
-    return block.replace(**{w: jax.tree.map(jnp.zeros_like, getattr(block, w)) for w in writers})
+    return block.replace(**{w: _zeros_like(getattr(block, w)) for w in writers})
 
 
 class Runner:
@@ -164,38 +174,27 @@ class Runner:
     """
 
     def __init__(
-        self,
-        model: Model,
-        tokens: np.ndarray,
-        batch: int,
-        mesh: Mesh | None,
-        there: Sequence[int],
-        offload: Offload = "device",
-    ):
+        self, model: Model, tokens: np.ndarray, runtime: Runtime, room: Sequence[int]
+    ) -> None:
         self.arch: Arch = model.arch
-        self._tier, self._mesh = offload, mesh
-        self._ends, self.digest = place(model.non_block, mesh), digest(tokens)
-        self.held = not isinstance(model.blocks, LazyBlocks) or fits_in_memory(
-            model.blocks.nbytes, mesh.shape["model"] if mesh else 1
-        )
-        self._blocks = list(prefetch(model.blocks, mesh=mesh)) if self.held else model.blocks
-        self._tokens = [
-            split(tokens[j : j + batch], mesh, "sample") for j in range(0, len(tokens), batch)
-        ]
-        width = jax.eval_shape(
-            model.arch.embed, self._ends, jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
-        )
-        kept = (
-            (there[0], 0, 0) if is_multiprocess() else there
-        )  # what lies over several processes stays on their devices
-        shared, own = plan(len(self._blocks), width.size * width.dtype.itemsize, kept)
+        self.digest = digest(tokens)
+        self._offload, self._mesh = runtime.offload, runtime.mesh
+        self._non_block = place(model.non_block, self._mesh)
+        blocks = model.blocks
+        shards = self._mesh.shape["model"] if self._mesh else 1
+        self.held = not isinstance(blocks, LazyBlocks) or fits_in_memory(blocks.nbytes, shards)
+        self._blocks = list(prefetch(blocks, mesh=self._mesh)) if self.held else blocks
+        self._tokens = list(micro_batches(tokens, runtime.batch, self._mesh))
+        shape = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
+        x = jax.eval_shape(model.arch.embed, model.non_block, shape)
+        # States that lie over several processes stay on their devices.
+        usable = (room[0], 0, 0) if is_multiprocess() else tuple(room)
+        shared, own = plan_stores(len(blocks), x.size * x.dtype.itemsize, usable)
         directory = scratch(self)
         self.stores = Store(shared, directory), Store(own, directory)
-        self.depth, self.sizes, self.evaluations = (
-            len(self._blocks),
-            [len(t) for t in self._tokens],
-            0,
-        )
+        self.depth = len(blocks)
+        self.sizes = [len(t) for t in self._tokens]
+        self.evaluations = 0
         self.steps = PARTS * len(self._tokens)
 
     def _along(self, path: Path) -> Iterator[Block]:
@@ -215,7 +214,7 @@ class Runner:
             for store in self.stores:
                 if (x := store.get(m, path[:k])) is not None:
                     return k, split(x, self._mesh, "sample")
-        return 0, embed(self.arch, self._ends, self._tokens[m])
+        return 0, embed(self.arch, self._non_block, self._tokens[m])
 
     def run(self, m: int, candidate: Candidate) -> jax.Array:
         """What the path makes of micro-batch `m`: [b t d]."""
@@ -231,7 +230,7 @@ class Runner:
         """The candidate's loss as the released code sums it, the mean cross-entropy of each window times its length, from below: after
         every part of every micro-batch's vocabulary, the first part of all of them first. The last of `steps` is the loss."""
         xs, picked, sums, found = (
-            States([], self._tier, self._mesh),
+            States([], self._offload, self._mesh),
             [],
             [],
             np.zeros(len(self.sizes)),
@@ -240,9 +239,18 @@ class Runner:
             for m, tokens in enumerate(self._tokens):
                 if part == 0:
                     xs.append(self.run(m, candidate))
-                    picked.append(chosen(self.arch, self._ends, xs[m], tokens))
+                    logits = _chosen_logits(self.arch.head, self._non_block, xs[m], tokens)
+                    picked.append(logits)
                     sums.append(picked[m])
-                sums[m], bound = add(self.arch, self._ends, xs[m], tokens, picked[m], sums[m], part)
+                sums[m], bound = _add_part(
+                    self.arch.head,
+                    self._non_block,
+                    xs[m],
+                    tokens,
+                    picked[m],
+                    sums[m],
+                    np.int32(part),
+                )
                 found[m] = to_host(bound).astype(np.float64).sum() * tokens.shape[1]
                 yield float(found.sum())
 
@@ -250,7 +258,7 @@ class Runner:
         self, m: int, path: Path, units: Mapping[int, Unit], writers: tuple[str, ...]
     ) -> dict[int, float]:
         """The influence of each unit on what leaves its block, in micro-batch `m`; one walk along the path to the last of them."""
-        found, x = {}, embed(self.arch, self._ends, self._tokens[m])
+        found, x = {}, embed(self.arch, self._non_block, self._tokens[m])
         last = max(unit.block for unit in units.values())
         path = path[: 1 + [i for i, _ in path].index(last)]
         for k, block in enumerate(self._along(path)):
@@ -258,7 +266,7 @@ class Runner:
             self.stores[0].put(m, path[: k + 1], y)
             for u in [u for u, unit in units.items() if unit.block == path[k][0]]:
                 left, _ = without((path[k],), units[u], writers)
-                found[u] = influence(self._apply(left[0], block, x) if left else x, y)
+                found[u] = _influence(self._apply(left[0], block, x) if left else x, y)
             x = y
         return {u: float(f) for u, f in found.items()}
 

@@ -1,5 +1,6 @@
-"""From a layer-wise pruner to a method over a whole model: every slot of every block, in one walk."""
+"""Prune every linear of every block on its own, in one pass over the blocks."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -9,63 +10,94 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import Observer
-from calibration.passes import Rehearse, rehearse_fold
+from calibration.passes import calibrate_blocks
+from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model
+from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from models.programs import Program, program
 from pruning.budget import all_shapes, uniform
 from pruning.types import (
+    SAME_SHAPES,
     Allocation,
     BlockSink,
     Budget,
     Layerwise,
     Mask,
-    Method,
     Outcome,
     Pattern,
     Pruner,
     Request,
-    as_it_is,
+    unprepared,
 )
-from pruning.walk import fold
 from pruning.weights.patterns import n_of_m
 
-Notes = Mapping[str, jax.Array]
+Notes = Mapping[str, jax.Array]  # figures of a pruner by name, float32 ()
 
 
 @functools.cache
-def scored(
+def score_solver(
     score: Callable[[jax.Array, Any], jax.Array], keep: Callable[[jax.Array, jax.Array], Mask]
 ) -> Callable:
-    """The solver that zeroes what `keep` drops by `score` and leaves the rest as it is."""
+    """Return the solver that zeroes the entries that `keep` drops by their score.
+
+    Args:
+      score: (W [out in], statistics) -> score [out in].
+      keep: `Pattern.keep`.
+    """
 
     def solve(
         ws: Sequence[jax.Array], stats: Any, counts: Sequence[jax.Array]
     ) -> list[tuple[jax.Array, Mask]]:
-        masks = [keep(score(w, stats), n) for w, n in zip(ws, counts, strict=True)]
-        return [
-            (jnp.where(kept, w, jnp.zeros_like(w)), kept) for w, kept in zip(ws, masks, strict=True)
-        ]
+        pruned = []
+        for w, count in zip(ws, counts, strict=True):
+            with jax.named_scope("score"):
+                scores = score(w, stats)
+            with jax.named_scope("select"):
+                kept = keep(scores, count)
+            pruned.append((jnp.where(kept, w, jnp.zeros_like(w)), kept))
+        return pruned
 
     return solve
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("linears pruned", static=(0,))
 def _solve(
     pruner: Pruner, prepared: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]
 ) -> list[jax.Array]:
+    """Return the pruned matrices [out in]."""
     return [w for w, _ in pruner.solve(ws, prepared, counts)]
 
 
-def solve_tap(
-    pruner: Pruner, stats: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]
-) -> tuple[list, Notes]:
-    """The linears that read one tap, pruned together: (W [out in] of each, the pruner's figures)."""
-    prepared, notes = pruner.prepare(stats)
-    return _solve(pruner, prepared, ws, counts), notes
+@functools.cache
+def _prepare(prepare: Callable[[Any], Any]) -> Program:
+    """Return a pruner's `prepare` as a program."""
+    return Program(prepare, "statistics prepared")
+
+
+def prepare_tap(pruner: Pruner, stats: Any, tap: str) -> tuple[Any, Notes]:
+    """Prepare the statistics of one tap for `Pruner.solve`.
+
+    Args:
+      pruner: The layer-wise rule.
+      stats: Final state of its observer; None without one.
+      tap: Name of the tap.
+
+    Returns:
+      Prepared statistics, and the pruner's figures.
+    """
+    if pruner.prepare is unprepared:
+        return stats, {}
+    return _prepare(pruner.prepare)(stats, name=f"{tap}: statistics prepared")
 
 
 def readers(arch: Arch, names: Collection[str]) -> dict[str, list[str]]:
-    """The slots among `names` by the tap that they read."""
+    """Return the slots among `names` by the tap that they read.
+
+    Args:
+      arch: Architecture.
+      names: Slots to look at.
+    """
     taps: dict[str, list[str]] = {}
     for slot in arch.slots:
         if slot.name in names:
@@ -74,7 +106,12 @@ def readers(arch: Arch, names: Collection[str]) -> dict[str, list[str]]:
 
 
 def with_weights(block: Block, ws: Mapping[str, jax.Array]) -> Block:
-    """The block with other matrices [out in] of some slots."""
+    """Return the block with other matrices [out in] in some slots.
+
+    Args:
+      block: Parameters.
+      ws: Slot -> matrix.
+    """
     return block.replace(**{name: getattr(block, name).replace(w=w) for name, w in ws.items()})
 
 
@@ -85,180 +122,228 @@ def solve_block(
     stats: Mapping[str, Any],
     counts: Mapping[str, Any],
 ) -> tuple[Block, dict[str, Notes]]:
-    """The slots in `counts` pruned by the pruner of their tap: (the block, the pruners' figures by tap)."""
-    new: dict[str, Any] = {}
+    """Prune the slots in `counts`, each with the pruner of its tap.
+
+    Args:
+      arch: Architecture.
+      pruners: Tap -> pruner.
+      block: Parameters.
+      stats: Tap -> statistics.
+      counts: Slot -> entries to remove, as `Pattern.counts` gives them.
+
+    Returns:
+      The pruned block, and the pruners' figures by tap.
+    """
+    new: dict[str, jax.Array] = {}
     notes: dict[str, Notes] = {}
     for tap, names in readers(arch, counts).items():
-        before = [getattr(block, name).w for name in names]
-        after, notes[tap] = solve_tap(
-            pruners[tap], stats.get(tap), before, [counts[name] for name in names]
-        )
-        new |= dict(zip(names, after, strict=True))
+        prepared, notes[tap] = prepare_tap(pruners[tap], stats.get(tap), tap)
+        dense = [getattr(block, name).w for name in names]
+        label = f"{tap}: {', '.join(names)} pruned"
+        pruned = _solve(pruners[tap], prepared, dense, [counts[n] for n in names], name=label)
+        new |= dict(zip(names, pruned, strict=True))
     return with_weights(block, new), notes
 
 
 def unrefined(arch: Arch, pruners: Mapping[str, Pruner]) -> Mapping[str, Pruner]:
-    """The pruners as they are."""
+    """Return the pruners as they are."""
     return pruners
 
 
 def every_tap(arch: Arch, pruner: Pruner) -> dict[str, Pruner]:
-    """The same pruner for every tap that linears read."""
+    """Return the same pruner for every tap that linears read."""
     return {slot.reads: pruner for slot in arch.slots}
 
 
 def watched(pruners: Mapping[str, Pruner]) -> dict[str, Observer]:
-    """What the pruners must see."""
+    """Return the observers that pruners need, by tap."""
     return {tap: p.observer for tap, p in pruners.items() if p.observer}
 
 
 def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
-    """A pruner's figures of block i as floats, by tap; InputError for one that is not finite."""
-    found = {
-        tap: {name: float(f"{float(x):.6g}") for name, x in n.items()} for tap, n in notes.items()
-    }  # float32 has no more
-    for tap, n in found.items():
-        for name, x in n.items():
-            if not np.isfinite(x):
+    """Return a block's figures as floats: tap -> name -> value.
+
+    Args:
+      i: Index of the block, for messages.
+      notes: Figures by tap.
+
+    Raises:
+      InputError: A figure is not finite, which means that a matrix could not be factored.
+    """
+    values: dict[str, dict[str, float]] = {}
+    for tap, by_name in notes.items():
+        # float32 holds no more than six digits.
+        values[tap] = {name: float(f"{float(x):.6g}") for name, x in by_name.items()}
+        for name, value in values[tap].items():
+            if not np.isfinite(value):
                 raise InputError(
-                    f"block {i}, {tap}: no {name} makes its statistics solvable: use more, or other, calibration text"
+                    f"block {i}, {tap}: no {name} makes its statistics solvable",
+                    "use more, or other, calibration text",
                 )
-    return found
+    return values
 
 
-def by_name(found: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
-    """Every block's figures as the report has them: for each name a list with one {tap: figure} a block, empty where nothing was done."""
-    names = {name for taps in found for n in taps.values() for name in n}
+def by_figure(blocks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, Any]:
+    """Return every block's figures as the report has them.
+
+    Args:
+      blocks: By block: tap -> name -> value; empty where nothing was done.
+
+    Returns:
+      Name -> by block: tap -> value.
+    """
+    names = {name for taps in blocks for by_name in taps.values() for name in by_name}
     return {
-        name: [{tap: n[name] for tap, n in taps.items()} for taps in found]
+        name: [{tap: by_name[name] for tap, by_name in taps.items()} for taps in blocks]
         for name in sorted(names)
     }
 
 
-def rule_of(request: Request, unstructured: Pattern) -> Pattern:
-    """The request's n:m, else `unstructured`."""
+def pattern_of(request: Request, unstructured: Pattern) -> Pattern:
+    """Return the request's N:M pattern, else `unstructured`."""
     return n_of_m(*request.pattern) if request.pattern else unstructured
 
 
-def fits(model: Model, rule: Pattern) -> None:
-    """InputError if the pattern does not divide the inputs of a linear."""
-    for shape in dict.fromkeys(shape for shapes in all_shapes(model) for shape in shapes.values()):
-        rule.counts(shape, np.zeros(()))
+def check_pattern(model: Model, pattern: Pattern) -> None:
+    """Raise InputError if the pattern does not divide the inputs of a linear.
+
+    Args:
+      model: Only its shapes are read.
+      pattern: The pattern.
+    """
+    shapes = dict.fromkeys(shape for block in all_shapes(model) for shape in block.values())
+    for shape in shapes:
+        pattern.counts(shape, np.zeros(()))
 
 
 def allocate(
-    model: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise
+    model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
 ) -> Allocation:
-    """What the request's allocation gives; the same fraction of every linear without one, or where nothing is to be removed."""
-    return (request.allocation if request.allocation and request.sparsity else uniform)(
-        model, tokens, request, layerwise
-    )
+    """Return the request's allocation; an even one without it, or at sparsity 0.
+
+    Args:
+      model: The dense model.
+      tokens: Calibration windows, int [samples length].
+      request: What to remove.
+      runtime: How to execute.
+      layerwise: What linears will be pruned with.
+    """
+    allocator = request.allocation if request.allocation and request.sparsity else uniform
+    return allocator(model, tokens, request, runtime, layerwise)
 
 
 def counts_for(
-    arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]
+    arch: Arch, pattern: Pattern, block: Block, fractions: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """How many entries of each slot go."""
+    """Return the number of entries to remove from each slot of a block.
+
+    Args:
+      arch: Architecture.
+      pattern: Turns fractions into counts.
+      block: Only its shapes are read.
+      fractions: Slot -> fraction to remove, () or [out].
+    """
     return {
-        s.name: rule.counts(getattr(block, s.name).w.shape, fractions[s.name]) for s in arch.slots
+        s.name: pattern.counts(getattr(block, s.name).w.shape, fractions[s.name])
+        for s in arch.slots
     }
 
 
-def counts_of(
-    arch: Arch, rule: Pattern, block: Block, fractions: Mapping[str, np.ndarray]
+def counts_if_any(
+    arch: Arch, pattern: Pattern, block: Block, fractions: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """`counts_for`, but empty where nothing is asked of the block: its parameters then stay bit for bit."""
-    return (
-        counts_for(arch, rule, block, fractions)
-        if any(np.any(fraction) for fraction in fractions.values())
-        else {}
-    )
+    """Return `counts_for`, but nothing where all fractions are 0: such a block stays bit for bit.
+
+    Args:
+      arch: Architecture.
+      pattern: Turns fractions into counts.
+      block: Only its shapes are read.
+      fractions: Slot -> fraction to remove, () or [out].
+    """
+    if not any(np.any(fraction) for fraction in fractions.values()):
+        return {}
+    return counts_for(arch, pattern, block, fractions)
 
 
-def asked_of(budget: Budget) -> tuple[dict[str, float], ...]:
-    """A block's {slot: fraction to remove}, the mean of its rows."""
+def mean_fractions(budget: Budget) -> tuple[dict[str, float], ...]:
+    """Return the fraction to remove of every slot, the mean of its rows, by block."""
     return tuple(
         {name: float(np.mean(fraction)) for name, fraction in block.items()} for block in budget
     )
 
 
-def rehearse_taps(
-    arch: Arch,
-    pruners: Mapping[str, Pruner],
-    rule: Pattern,
-    block: Block,
-    stats: Mapping[str, Any],
-    request: Request,
-    run: Rehearse,
-    calls: int,
-) -> None:
-    """What `solve_block` compiles for the slots that read the taps of `pruners`, told to `run`; blocks and statistics of shapes."""
-    for tap, names in readers(arch, [s.name for s in arch.slots if s.reads in pruners]).items():
-        pruner, ws = pruners[tap], [getattr(block, name).w for name in names]
-        counts = [rule.counts(w.shape, np.asarray(request.sparsity)) for w in ws]
-        prepared = stats.get(tap)
-        if pruner.prepare is not as_it_is:
-            prepared, _ = run(f"{tap}: statistics prepared", pruner.prepare, prepared, calls=calls)
-        run(
-            f"{tap}: {', '.join(names)} pruned",
-            functools.partial(_solve, pruner),
-            prepared,
-            ws,
-            counts,
-            calls=calls,
-        )
+@dataclasses.dataclass(frozen=True)
+class PerLinear:
+    """Method that prunes each linear on its own; each block sees the outputs of the pruned ones.
 
-
-def per_linear(pruner: Callable[[Pattern], Pruner], unstructured: Pattern) -> Method:
-    """The method that prunes each linear on its own, block after block, each block seeing what the pruned ones before it give.
-
-    Args:
-      pruner: the pruner for a pattern; made from module-level functions, so that equal ones compile once.
-      unstructured: the pattern for runs without n:m.
+    Attributes:
+      pruner: pattern -> layer-wise rule; a module-level or cached function, so that equal rules
+        compile once.
+      unstructured: Pattern of runs without N:M.
+      warn: details of the outcome -> sentences for its warnings.
     """
 
-    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        arch, rule = model.arch, rule_of(request, unstructured)
-        own = pruner(rule)
-        allocation = allocate(model, tokens, request, Layerwise(own, rule))
-        budget = allocation.budget
-        pruners = (request.refine or unrefined)(arch, every_tap(arch, own))
+    pruner: Callable[[Pattern], Pruner]
+    unstructured: Pattern
+    warn: Callable[[Mapping[str, Any]], Sequence[str]] = lambda details: ()
+
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that all shapes stay."""
+        return SAME_SHAPES
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return that the request sets the sparsity."""
+        return False
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        if request.refine and request.pattern:
+            raise InputError(
+                "swaps weights within a whole row, which an N:M `pattern` does not allow",
+                "leave one of them out",
+                field="refine",
+            )
+        check_pattern(model, pattern_of(request, self.unstructured))
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        arch, pattern = model.arch, pattern_of(request, self.unstructured)
+        pruner = self.pruner(pattern)
+        layerwise = Layerwise(pruner, pattern)
+        allocation = allocate(model, tokens, request, runtime, layerwise)
+        refine = request.refine or unrefined
+        pruners = refine(arch, every_tap(arch, pruner))
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-            found: dict[str, dict[str, float]] = {}
-            if counts := counts_of(arch, rule, block, budget[i]):
+            record: dict[str, dict[str, float]] = {}
+            counts = counts_if_any(arch, pattern, block, allocation.budget[i])
+            if counts:
                 block, notes = solve_block(arch, pruners, block, stats, counts)
-                found = figures(i, notes)
+                record = figures(i, notes)
             sink(i, block)
-            return block, found
+            return block, record
 
-        found = fold(
+        records = calibrate_blocks(
             model,
             tokens,
-            request,
+            runtime,
             visit,
             watch=watched(pruners),
             propagate="pruned",
-            what="pruning",
+            name="pruning",
         )
-        details = {**allocation.details, **by_name(found)}
-        return Outcome(asked_of(budget), details=details, warnings=allocation.warnings)
-
-    def check(model: Model, request: Request) -> None:
-        if request.refine and request.pattern:
-            raise InputError(
-                "--refine swaps weights of a whole row, which --pattern=N:M does not allow: leave one of them out"
-            )
-        fits(model, rule_of(request, unstructured))
-
-    def rehearse(
-        model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        arch, rule = model.arch, rule_of(request, unstructured)
-        pruners = (request.refine or unrefined)(arch, every_tap(arch, pruner(rule)))
-        _, stats = rehearse_fold(
-            model, tokens, run, watch=watched(pruners), propagate="pruned", batch=request.batch
+        details = {**allocation.details, **by_figure(records)}
+        return Outcome(
+            mean_fractions(allocation.budget),
+            details=details,
+            warnings=(*allocation.warnings, *self.warn(details)),
         )
-        rehearse_taps(arch, pruners, rule, model.blocks[0], stats, request, run, len(model.blocks))
-
-    return Method(method, check=check, rehearse=rehearse)

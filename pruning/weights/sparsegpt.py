@@ -1,216 +1,70 @@
-"""SparseGPT (Frantar & Alistarh 2023): prune a linear column by column, each removed weight's error made good by the columns to come.
+"""SparseGPT (Frantar & Alistarh 2023) as a layer-wise rule; the maths is in `sparsegpt_core`."""
 
-Maths first, below it the layer-wise method made of it. Letters as in the paper: H = X X^T of the layer's inputs, W its weights, U the
-upper Cholesky factor of H^-1, whose row i says how an error in column i is best spread over the columns after it (Algorithm 1).
-"""
-
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from calibration.observers import Gram, gram
-from models.arch import Model
-from pruning.linalg import inverse_factor
-from pruning.types import BlockSink, Mask, Method, Outcome, Pattern, Pruner, Request
-
-COLUMNS = 128  # columns decided on together: the paper's B
-STEPS = 4  # columns swept between two matrix products with the errors so far
-TRIES = 7  # how often a factorisation is tried
-RAISE, LEAST = 10.0, 1e-6  # how much more damping each time, and the least of it then
+from models.errors import InputError
+from pruning.types import Pattern, Pruner
+from pruning.weights.patterns import per_column_block
+from pruning.weights.per_linear import PerLinear
+from pruning.weights.sparsegpt_core import COLUMNS, Factor, factor, hessian, solve
 
 
-class Factor(NamedTuple):
-    """u: upper Cholesky factor of the damped H^-1, float32 [c c]; dead: inputs that never fire, bool [c]; damping: as a share of H's mean
-    diagonal, float32 [], NaN if no damping tried made H positive definite."""
+@functools.cache
+def _prepare_with(damp: float) -> Callable[[Gram], tuple[Factor, dict[str, jax.Array]]]:
+    """Return the function that factors H at this damping."""
 
-    u: jax.Array
-    dead: jax.Array
-    damping: jax.Array
+    def prepare(stats: Gram) -> tuple[Factor, dict[str, jax.Array]]:
+        factored = factor(hessian(stats), damp)
+        return factored, {"damping": factored.damping}
 
-
-def hessian(gram: Gram) -> jax.Array:
-    """H = 2/n X X^T [c c] over n sequences: the scale of the released code, which only dead inputs (H_ii set to 1) can tell."""
-    return gram.total * (2.0 / gram.samples)
-
-
-def damped(h: jax.Array, damp: jax.Array | float) -> jax.Array:
-    """H [c c] with 1 where an input never fires, and `damp` times its mean diagonal added to the diagonal."""
-    diagonal = jnp.diagonal(h)
-    diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
-    return jnp.fill_diagonal(h, diagonal + damp * jnp.mean(diagonal), inplace=False)
-
-
-def factor(h: jax.Array, damp: float) -> Factor:
-    """Factor H [c c]; while that fails, damp RAISE times more; TRIES attempts in all."""
-
-    def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        tries, _, u = state
-        return (tries < TRIES) & ~jnp.all(jnp.isfinite(u))
-
-    def attempt(
-        state: tuple[jax.Array, jax.Array, jax.Array],
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        tries, share, _ = state
-        share = jnp.where(tries == 0, damp, jnp.maximum(share * RAISE, LEAST))
-        return tries + 1, share, inverse_factor(damped(h, share))
-
-    _, share, u = jax.lax.while_loop(
-        failed, attempt, (jnp.asarray(0), jnp.asarray(0.0), jnp.full_like(h, jnp.nan))
-    )
-    return Factor(u, jnp.diagonal(h) == 0, jnp.where(jnp.all(jnp.isfinite(u)), share, jnp.nan))
-
-
-Keep = Callable[[jax.Array, jax.Array], Mask]  # (score [out c], count) -> bool [out c]
-Decide = Callable[
-    [jax.Array, Sequence[jax.Array]], Mask
-]  # (score [c rows], a count a matrix) -> bool [c rows]
-
-
-def _decide_each(keep: Keep, rows: Sequence[int]) -> Decide:
-    """`keep` for each of the matrices whose rows lie side by side."""
-
-    def decide(score: jax.Array, counts: Sequence[jax.Array]) -> Mask:
-        parts = jnp.split(score.T, np.cumsum(rows)[:-1], axis=0)
-        return jnp.concatenate([keep(s, n) for s, n in zip(parts, counts, strict=True)]).T
-
-    return decide
-
-
-def _columns(w: jax.Array, u: jax.Array, kept: Mask) -> tuple[jax.Array, jax.Array]:
-    """Columns w [s rows] one after the other, u [s s] their corner of U: (what they become, their errors over U_ii), both [s rows]."""
-    new, errors = [], []
-    for i in range(len(w)):
-        errors.append(jnp.where(kept[i], 0.0, w[i] / u[i, i]))
-        new.append(jnp.where(kept[i], w[i], 0.0))
-        w = w - u[i][:, None] * errors[i][None, :]
-    return jnp.stack(new), jnp.stack(errors)
-
-
-def _block(
-    w: jax.Array, u: jax.Array, kept: Mask, step: int, decide: Callable[[jax.Array], Mask] | None
-) -> tuple[jax.Array, ...]:
-    """A block's columns w [b rows], `step` at a time, u [b b] their corner of U: (new, errors, kept), each [b rows].
-
-    kept: what stays, unless `decide` (scores [s rows] -> bool) settles it when the sweep gets there.
-    """
-
-    def sweep(
-        errors: jax.Array, xs: tuple[jax.Array, jax.Array, Mask]
-    ) -> tuple[jax.Array, tuple[jax.Array, Mask]]:
-        start, w, kept = xs
-        w = (
-            w - jax.lax.dynamic_slice_in_dim(u, start, step, 1).T @ errors
-        )  # those to come are still zero
-        corner = jax.lax.dynamic_slice(u, (start, start), (step, step))
-        if decide:
-            kept = decide((w / jnp.diagonal(corner)[:, None]) ** 2)
-        new, e = _columns(w, corner, kept)
-        return jax.lax.dynamic_update_slice_in_dim(errors, e, start, 0), (new, kept)
-
-    starts = jnp.arange(0, len(w), step)
-    parts, masks = (x.reshape(len(starts), step, -1) for x in (w, kept))
-    errors, (new, kept) = jax.lax.scan(sweep, jnp.zeros_like(w), (starts, parts, masks))
-    return new.reshape(w.shape), errors, kept.reshape(w.shape)
-
-
-def _sweep(
-    w: jax.Array,
-    u: jax.Array,
-    quotas: Sequence[jax.Array],
-    decide: Decide,
-    inputs: int,
-    size: int,
-    group: int | None,
-) -> tuple[jax.Array, Mask]:
-    """All columns w [c rows], blocks of `size` (which divides c), of which the first `inputs` are real: (new, kept)."""
-
-    def sweep(
-        errors: jax.Array, xs: tuple[jax.Array, jax.Array, list[jax.Array]]
-    ) -> tuple[jax.Array, tuple[jax.Array, Mask]]:
-        start, w, counts = xs
-        w = w - jax.lax.dynamic_slice_in_dim(u, start, size, 1).T @ errors
-        corner = jax.lax.dynamic_slice(u, (start, start), (size, size))
-        if group:
-            new, e, kept = _block(
-                w, corner, jnp.ones(w.shape, bool), group, lambda score: decide(score, counts)
-            )
-        else:
-            real = (start + jnp.arange(size) < inputs)[:, None]
-            score = jnp.where(real, (w / jnp.diagonal(corner)[:, None]) ** 2, jnp.inf)
-            new, e, kept = _block(w, corner, decide(score, counts), STEPS, None)
-        return jax.lax.dynamic_update_slice_in_dim(errors, e, start, 0), (new, kept)
-
-    starts = jnp.arange(0, len(w), size)
-    _, (new, kept) = jax.lax.scan(
-        sweep, jnp.zeros_like(w), (starts, w.reshape(len(starts), size, -1), list(quotas))
-    )
-    return new.reshape(w.shape), kept.reshape(w.shape)
-
-
-def solve(
-    ws: Sequence[jax.Array], f: Factor, counts: Sequence[jax.Array], keep: Keep, group: int | None
-) -> list[tuple[jax.Array, Mask]]:
-    """Prune matrices that read the same inputs, in one sweep over their columns.
-
-    Args:
-      ws: [out in] each; worked on in float32, given back in their own type.
-      f: of their common inputs.
-      counts: for each, how many entries go: [blocks] or [blocks out] as `patterns.per_column_block` has it, or [] with a group.
-      keep: chooses by the score W^2 / U_ii^2 (eq. 3 of the paper), the lowest go.
-      group: None: a block's entries are chosen when the sweep reaches it. m: those of every m consecutive columns are chosen when the
-        sweep reaches these, as the paper does for n:m.
-    Returns (W [out in], kept bool [out in]) for each.
-    """
-    rows, inputs = [len(w) for w in ws], ws[0].shape[1]
-    size = COLUMNS if group is None else group * max(1, COLUMNS // group)
-    blocks = -(-inputs // size)
-    pad = (0, blocks * size - inputs)
-    # Columns lie as rows, so each step of the sweep reads and writes consecutive memory. Padding is neither pruned nor spread to.
-    w = jnp.concatenate([w.astype(jnp.float32) for w in ws]).T
-    w = jnp.pad(jnp.where(f.dead[:, None], 0.0, w), (pad, (0, 0)))
-    u = jnp.pad(f.u, (pad, pad)) + jnp.diag(jnp.pad(jnp.zeros(inputs), pad, constant_values=1.0))
-    quotas = [jnp.broadcast_to(n, (blocks,)) if n.ndim == 0 else n for n in counts]
-    with jax.default_matmul_precision("highest"):
-        new, kept = _sweep(w, u, quotas, _decide_each(keep, rows), inputs, size, group)
-    non_block = np.cumsum(rows)[:-1]
-    parts = (jnp.split(x[:inputs].T, non_block) for x in (new, kept))
-    return [(n.astype(w.dtype), k & ~f.dead[None, :]) for w, n, k in zip(ws, *parts, strict=True)]
+    return prepare
 
 
 @functools.cache
 def pruner(damp: float, pattern: Pattern) -> Pruner:
-    """SparseGPT as a layer-wise method; equal arguments give one object, so one compilation."""
+    """Return SparseGPT as a layer-wise rule; equal arguments give one object, so one compilation.
 
-    @jax.jit
-    def prepare(stats: Gram) -> tuple[Factor, dict[str, jax.Array]]:
-        f = factor(hessian(stats), damp)
-        return f, {"damping": f.damping}
+    Args:
+      damp: Share of H's mean diagonal that is added to the diagonal.
+      pattern: Chooses the entries to remove.
+    """
+    solver = functools.partial(solve, keep=pattern.keep, group=pattern.group)
+    return Pruner(gram, solver, _prepare_with(damp))
 
-    return Pruner(gram, functools.partial(solve, keep=pattern.keep, group=pattern.group), prepare)
 
+def damping_warnings(damp: float, details: Mapping[str, Any]) -> list[str]:
+    """Return a sentence for every input whose H needed more damping than `damp`.
 
-def raised(details: Mapping[str, Any], damp: float) -> list[str]:
-    """A sentence for every input whose H needed more damping than `damp`."""
+    Args:
+      damp: Damping asked for.
+      details: Figures of the outcome; "damping" has tap -> damping used, by block.
+    """
     return [
-        f"block {i}, {tap}: damping raised from {damp:g} to {found:g}, H did not factor"
+        f"block {i}, {tap}: damping raised from {damp:g} to {used:g}, H did not factor"
         for i, taps in enumerate(details.get("damping", ()))
-        for tap, found in taps.items()
-        if found > damp * 1.001
+        for tap, used in taps.items()
+        if used > damp * 1.001
     ]
 
 
-def reporting(method: Method, damp: float) -> Method:
-    """The method with these sentences among its warnings."""
+def sparsegpt(damp: float = 0.01) -> PerLinear:
+    """SparseGPT (Frantar & Alistarh 2023): remove weights by their effect on the output, column by column.
 
-    def reported(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        outcome = method(model, tokens, request, sink)
-        return dataclasses.replace(
-            outcome, warnings=(*outcome.warnings, *raised(outcome.details, damp))
-        )
+    The weights that stay in a row make up for each removed one.
 
-    return dataclasses.replace(method, run=reported)
+    Args:
+      damp: Share of H's mean diagonal added to its diagonal. It is raised, and the report says so,
+        where H does not factor.
+    """
+    if not damp >= 0:
+        raise InputError(f"sparsegpt: damp={damp} must not be negative")
+    return PerLinear(
+        functools.partial(pruner, damp),
+        per_column_block(COLUMNS),
+        functools.partial(damping_warnings, damp),
+    )

@@ -1,7 +1,8 @@
 """SparseLLM over a model: attention through SparseGPT, the feed-forward part of each block jointly."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -9,151 +10,223 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import gram
-from calibration.passes import BlockResult, Rehearse, observe, overflow, rehearse_fold
+from calibration.passes import BlockResult, observe, overflow, visit_blocks
+from calibration.runtime import Runtime
 from calibration.states import States
 from models.arch import Arch, Block, Model
+from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
-from pruning.types import Allocation, BlockSink, Layerwise, Method, Outcome, Request, not_refined
-from pruning.walk import walk
-from pruning.weights import patterns, sparsegpt
+from models.programs import Program, program
+from pruning.types import (
+    SAME_SHAPES,
+    Allocation,
+    BlockSink,
+    Layerwise,
+    Outcome,
+    Request,
+    reject_refinement,
+)
+from pruning.weights import patterns, sparsegpt, sparsegpt_core
 from pruning.weights.per_linear import (
     allocate,
-    asked_of,
-    by_name,
-    counts_of,
+    by_figure,
+    check_pattern,
+    counts_if_any,
     every_tap,
     figures,
-    fits,
-    rehearse_taps,
-    rule_of,
+    mean_fractions,
+    pattern_of,
     solve_block,
 )
-from pruning.weights.sparsellm_core import Counts, Ffn, Penalties, Settings, Solved, solve_corrected
+from pruning.weights.sparsellm_core import (
+    Counts,
+    Ffn,
+    Penalties,
+    Settings,
+    Solved,
+    solve_corrected,
+)
 from pruning.weights.sparsellm_official_core import Aux, solve_official
 
-KNOWN = (
-    "relu",
-    "silu",
-    "swish",
-)  # activations with an auxiliary update: relu without a gate, the others with one
-ONCE = (
-    1,
-    30,
-    31,
-)  # blocks that the released code for gated models iterates once, whatever the model's depth
-RELEASED = {True: Penalties(5.0, 5.0, 5.0), False: Penalties(0.1, 0.1, 0.1)}  # with a gate, without
-SOUND = Penalties(0.01, 10.0, 1.0)
-RIDGE = 1.0  # the corrected variant's; SparseGPT's 0.01 fits the calibration text more than the model (BUILD_NOTES.md)
-PART = "feed-forward"  # what the report calls the part's figures
+# Activations with an auxiliary update: relu without a gate, the others with one.
+KNOWN_ACTIVATIONS = ("relu", "silu", "swish")
+# Blocks that the authors' code for gated models iterates once, whatever the model's depth.
+ITERATED_ONCE = (1, 30, 31)
+OFFICIAL_GATED, OFFICIAL_PLAIN = Penalties(5.0, 5.0, 5.0), Penalties(0.1, 0.1, 0.1)
+CORRECTED = Penalties(0.01, 10.0, 1.0)
+# SparseGPT's 0.01 fits the calibration text more than the model (docs/methods/sparsellm.md).
+RIDGE = 1.0
+FFN_FIGURES = "feed-forward"  # what the report calls the figures of the joint solution
 
 
 class _Names(NamedTuple):
-    """The slots of the feed-forward part, the taps that enter it and its W2."""
+    """Slots and taps of the feed-forward part.
 
-    one: str
+    Attributes:
+      w1: Linear path into the neurons.
+      gate: Linear that gates them; None without one.
+      w2: Reader of the neurons.
+      input_tap: Tap that enters the part.
+      hidden_tap: Tap that enters W2.
+    """
+
+    w1: str
     gate: str | None
-    two: str
-    enters: str
-    inside: str
+    w2: str
+    input_tap: str
+    hidden_tap: str
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Return the slots that write the neurons: W1 and its gate."""
+        return (self.w1, self.gate) if self.gate else (self.w1,)
 
     @property
     def slots(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.one, self.gate, self.two)))
+        """Return all slots of the part."""
+        return (*self.writers, self.w2)
 
 
 @functools.cache
 def _names(arch: Arch) -> _Names:
     group = arch.group("neurons")
-    *gate, one = (w.name for w in group.writers)
-    return _Names(
-        one,
-        gate[0] if gate else None,
-        group.reader.name,
-        arch.tap(one),
-        arch.tap(group.reader.name),
-    )
+    *gates, w1 = (writer.name for writer in group.writers)
+    w2 = group.reader.name
+    return _Names(w1, gates[0] if gates else None, w2, arch.tap(w1), arch.tap(w2))
 
 
 def _ffn(arch: Arch, block: Block) -> Ffn:
-    n = _names(arch)
-    parts = Ffn(
-        getattr(block, n.one), getattr(block, n.gate) if n.gate else None, getattr(block, n.two)
-    )
-    return jax.tree.map(lambda w: w.astype(jnp.float32), parts)
+    """Return the block's feed-forward part in float32."""
+    names = _names(arch)
+    gate = getattr(block, names.gate) if names.gate else None
+    part = Ffn(getattr(block, names.w1), gate, getattr(block, names.w2))
+    return jax.tree.map(lambda w: w.astype(jnp.float32), part)
 
 
+@program("solution stored", static=(0,))
 def _with_ffn(arch: Arch, block: Block, ffn: Ffn) -> Block:
-    """The block with the part's matrices, in its own types."""
-    parts = {name: p for name, p in zip(_names(arch)[:3], ffn, strict=True) if name and p}
-    old = {name: getattr(block, name) for name in parts}
-    return block.replace(
-        **{name: old[name].replace(w=p.w.astype(old[name].w.dtype)) for name, p in parts.items()}
-    )
+    """Return the block with the part's matrices, in the block's types."""
+    names = _names(arch)
+    solved = {names.w1: ffn.w1, names.w2: ffn.w2}
+    if names.gate and ffn.gate is not None:
+        solved[names.gate] = ffn.gate
+    stored = {}
+    for name, linear in solved.items():
+        dense = getattr(block, name)
+        stored[name] = dense.replace(w=linear.w.astype(dense.w.dtype))
+    return block.replace(**stored)
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@program("activations", static=(0,))
 def _activations(arch: Arch, block: Block, x: jax.Array) -> dict[str, jax.Array]:
-    taps, n = arch.block(block, x)[1], _names(arch)
-    return {name: taps[name].astype(jnp.float32) for name in (*n.slots, n.enters, n.inside)}
+    """Return the activations of the feed-forward part in float32, [b t ...] by slot or tap."""
+    taps, names = arch.block(block, x)[1], _names(arch)
+    wanted = (*names.slots, names.input_tap, names.hidden_tap)
+    return {name: taps[name].astype(jnp.float32) for name in wanted}
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "c"))
+@program("activations joined")
+def _join(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Return the micro-batches' activations as one, [samples t ...]."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+_hessian = Program(sparsegpt_core.hessian, "Hessian scaled")
+
+
+@program("alternation", static=(0, 6))
 def _solve_official(
     arch: Arch,
     block: Block,
-    t: Mapping[str, jax.Array],
+    taps: Mapping[str, jax.Array],
     h1: jax.Array,
     h2: jax.Array,
     counts: Counts,
-    c: Settings,
+    settings: Settings,
 ) -> Solved:
-    n = _names(arch)
-    aux = Aux(t[n.one], t[n.gate] if n.gate else None, t[n.inside])
-    return solve_official(_ffn(arch, block), t[n.enters], t[n.two], aux, h1, h2, counts, c)
+    """Solve the feed-forward part as the authors' code does."""
+    names = _names(arch)
+    gate = taps[names.gate] if names.gate else None
+    aux = Aux(taps[names.w1], gate, taps[names.hidden_tap])
+    part = _ffn(arch, block)
+    return solve_official(
+        part, taps[names.input_tap], taps[names.w2], aux, h1, h2, counts, settings
+    )
 
 
-@functools.partial(jax.jit, static_argnames="arch")
-def _aims(arch: Arch, dense: Block, pruned: Block, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What enters the feed-forward part behind pruned attention, and what should leave it, [b t d] in x's type: its dense output, and where
-    it is added to the residual stream (no norm after it) what the pruned attention got wrong there.
+@program("targets", static=(0,))
+def ffn_inputs_and_targets(
+    arch: Arch, dense: Block, pruned: Block, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the feed-forward input after pruned attention, and its target.
 
-    All from what linears give: the stream itself, whose largest channels are thousands, would leave few digits of a bfloat16 difference.
+    The target is the dense output, plus the error of pruned attention where the part is added to
+    the residual stream without a norm after it. Both come from the outputs of linears: the stream
+    itself, whose largest channels are thousands, would leave few digits of a bfloat16 difference.
+
+    Args:
+      arch: Architecture.
+      dense: The dense block.
+      pruned: The block with pruned attention.
+      x: Inputs of the block [b t d].
+
+    Returns:
+      Input and target of the part, both [b t d] in x's type.
     """
-    n, attention = _names(arch), arch.group("heads").reader.name
+    names, attention = _names(arch), arch.group("heads").reader.name
     taps = arch.block(pruned, x)[1]
     if not arch.residual:
-        return taps[n.enters], taps[n.two]
-    want = arch.block(dense, x)[1]
-    lacks = want[attention].astype(jnp.float32) - taps[attention]
-    return taps[n.enters], (want[n.two] + lacks).astype(x.dtype)
+        return taps[names.input_tap], taps[names.w2]
+    dense_taps = arch.block(dense, x)[1]
+    attention_error = dense_taps[attention].astype(jnp.float32) - taps[attention]
+    return taps[names.input_tap], (dense_taps[names.w2] + attention_error).astype(x.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "c"))
+@program("alternation", static=(0, 5))
 def _solve_corrected(
     arch: Arch,
     block: Block,
     x: tuple[jax.Array, ...],
     y: tuple[jax.Array, ...],
     counts: Counts,
-    c: Settings,
+    settings: Settings,
 ) -> Solved:
-    return solve_corrected(_ffn(arch, block), x, y, counts, c)
+    """Solve the feed-forward part toward its targets."""
+    return solve_corrected(_ffn(arch, block), x, y, counts, settings)
 
 
-@jax.jit
-def _stack(*parts: jax.Array) -> jax.Array:
+@program("targets stacked")
+def _stack(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return micro-batches of one size as [micro-batches b t d]."""
     return jnp.stack(parts)
 
 
-def _together(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
-    """Micro-batches [b t d] as [micro-batches b t d], the last alone if it is smaller. Empties the list: they would lie there twice."""
-    sizes = dict.fromkeys(map(len, parts))
-    found = tuple(_stack(*(p for p in parts if len(p) == size)) for size in sizes)
+def _stack_by_size(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """Return micro-batches as stacks [micro-batches b t d], the last alone if it is smaller.
+
+    Empties the list, so that the parts do not lie in memory twice.
+    """
+    sizes = dict.fromkeys(len(part) for part in parts)
+    stacks = tuple(_stack([p for p in parts if len(p) == size]) for size in sizes)
     parts.clear()
-    return found
+    return stacks
 
 
-class _Run(NamedTuple):
+class _Solution(NamedTuple):
+    """A pruned block.
+
+    Attributes:
+      block: The block.
+      figures: Figures of the solvers: tap -> name -> value.
+      losses: Mean squared error of the feed-forward part after each iteration.
+    """
+
+    block: Block
+    figures: dict[str, dict[str, float]]
+    losses: list[float]
+
+
+class _BlockSolver(NamedTuple):
     """What stays the same from block to block."""
 
     arch: Arch
@@ -161,227 +234,200 @@ class _Run(NamedTuple):
     official: bool
 
     def _official(
-        self, i: int, dense: Block, xs: States, h1: jax.Array, h2: jax.Array, counts: Counts
+        self, i: int, dense: Block, xs: States, stats: Mapping[str, Any], counts: Counts
     ) -> Solved:
-        parts = [_activations(self.arch, dense, x) for x in xs]
-        together = {name: jnp.concatenate([p[name] for p in parts]) for name in parts[0]}
-        once = i in ONCE and _names(self.arch).gate is not None
-        c = self.settings._replace(iterations=1) if once else self.settings
-        return _solve_official(self.arch, dense, together, h1, h2, counts, c)
+        names = _names(self.arch)
+        h1, h2 = _hessian(stats[names.input_tap]), _hessian(stats[names.hidden_tap])
+        taps = _join([_activations(self.arch, dense, x) for x in xs])
+        settings = self.settings
+        if i in ITERATED_ONCE and names.gate is not None:
+            settings = settings._replace(iterations=1)
+        return _solve_official(self.arch, dense, taps, h1, h2, counts, settings)
 
     def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solved:
-        enters, leaves = [], []  # type: list[jax.Array], list[jax.Array]
-        for states in xs:
-            for part, into in zip(
-                _aims(self.arch, dense, pruned, states), (enters, leaves), strict=True
-            ):
-                into.append(part)
-        x, y = _together(enters), _together(leaves)
-        return _solve_corrected(self.arch, dense, x, y, counts, self.settings)
+        inputs: list[jax.Array] = []
+        targets: list[jax.Array] = []
+        for x in xs:
+            ffn_input, target = ffn_inputs_and_targets(self.arch, dense, pruned, x)
+            inputs.append(ffn_input)
+            targets.append(target)
+        stacks = _stack_by_size(inputs), _stack_by_size(targets)
+        return _solve_corrected(self.arch, dense, *stacks, counts, self.settings)
 
-    def block(
-        self, i: int, block: Block, xs: States, counts: Mapping[str, Any]
-    ) -> tuple[Block, dict[str, dict[str, float]], list[float]]:
-        """Block i pruned: (the block, the solvers' figures, the part's error after each iteration)."""
-        arch, rule, n = self.arch, self.settings.rule, _names(self.arch)
-        attention = {name: count for name, count in counts.items() if name not in n.slots}
-        watched = [s.reads for s in arch.slots if self.official or s.name in attention]
-        stats = observe(arch, dict.fromkeys(watched, gram), i, block, xs)
-        new, notes = solve_block(
-            arch,
-            every_tap(arch, sparsegpt.pruner(self.settings.damp, rule)),
-            block,
-            stats,
-            attention,
-        )
-        mine = Counts(tuple(counts[name] for name in (n.one, n.gate) if name), counts[n.two])
+    def solve(self, i: int, block: Block, xs: States, counts: Mapping[str, Any]) -> _Solution:
+        """Prune block i.
+
+        Args:
+          i: Index of the block.
+          block: The dense block.
+          xs: Its inputs [b t d] by micro-batch.
+          counts: Slot -> entries to remove.
+
+        Raises:
+          InputError: The official alternation diverged, or the activations overflow.
+        """
+        arch, pattern, names = self.arch, self.settings.rule, _names(self.arch)
+        attention = {name: count for name, count in counts.items() if name not in names.slots}
+        taps = [s.reads for s in arch.slots if self.official or s.name in attention]
+        stats = observe(arch, dict.fromkeys(taps, gram), i, block, xs)
+        pruners = every_tap(arch, sparsegpt.pruner(self.settings.damp, pattern))
+        pruned, notes = solve_block(arch, pruners, block, stats, attention)
+        of_part = Counts(tuple(counts[name] for name in names.writers), counts[names.w2])
         if self.official:
-            h1, h2 = (sparsegpt.hessian(stats[tap]) for tap in (n.enters, n.inside))
-            solved = self._official(i, block, xs, h1, h2, mine)
+            solved = self._official(i, block, xs, stats, of_part)
         else:
-            solved = self._corrected(block, new, xs, mine)
-        found = figures(i, {**notes, PART: {"damping": solved.damping}})
+            del stats  # memory: the alternation reads its own sums
+            solved = self._corrected(block, pruned, xs, of_part)
+        block_figures = figures(i, {**notes, FFN_FIGURES: {"damping": solved.damping}})
         losses = [float(x) for x in solved.losses]
         if self.official and not np.isfinite(losses[-1]):
             raise InputError(
-                f'block {i}: the released alternation diverged, as it does on this model: use variant="corrected"'
+                f"block {i}: the official alternation diverged, as it does on this model",
+                'use variant="corrected"',
             )
         if not np.any(np.isfinite(losses)):
             raise overflow(i)
-        return _with_ffn(arch, new, solved.ffn), found, losses
-
-    def rehearse(
-        self, model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        """What `block` compiles for all blocks of a model of shapes, told to `run`."""
-        arch, settings, block, n = self.arch, self.settings, model.blocks[0], _names(self.arch)
-        solved = [s.reads for s in arch.slots if s.name not in n.slots]
-        watch = dict.fromkeys([s.reads for s in arch.slots] if self.official else solved, gram)
-        x, stats = rehearse_fold(
-            model, tokens, run, watch=watch, propagate="pruned", batch=request.batch
-        )
-        pruners = dict.fromkeys(solved, sparsegpt.pruner(settings.damp, settings.rule))
-        blocks, steps = len(model.blocks), -(-tokens.shape[0] // request.batch)
-        rehearse_taps(arch, pruners, settings.rule, block, stats, request, run, blocks)
-        mine: list[Any] = [
-            settings.rule.counts(getattr(block, name).w.shape, np.asarray(request.sparsity))
-            for name in n.slots
-        ]
-        counts, calls = Counts(tuple(mine[:-1]), mine[-1]), {"calls": steps * blocks}
-        if self.official:
-            parts = [
-                run("activations", functools.partial(_activations, arch), block, x, **calls)
-            ] * steps
-            every = run(
-                "activations together",
-                lambda ps: jax.tree.map(lambda *p: jnp.concatenate(p), *ps),
-                parts,
-                calls=blocks,
-            )
-            h1, h2 = (
-                run(f"{tap}: H", sparsegpt.hessian, stats[tap], calls=blocks)
-                for tap in (n.enters, n.inside)
-            )
-            solve = functools.partial(_solve_official, arch, c=settings)
-            run(
-                "alternation",
-                lambda b, t, h1, h2: solve(b, t, h1, h2, counts),
-                block,
-                every,
-                h1,
-                h2,
-                calls=blocks,
-            )
-        else:
-            pair = run("targets", functools.partial(_aims, arch), block, block, x, **calls)
-            every = [run("targets together", _stack, *[p] * steps, calls=blocks) for p in pair]
-            run(
-                "alternation",
-                lambda b, x, y: _solve_corrected(arch, b, (x,), (y,), counts, settings),
-                block,
-                *every,
-                calls=blocks,
-            )
+        return _Solution(_with_ffn(arch, pruned, solved.ffn), block_figures, losses)
 
 
-def _settings(
-    arch: Arch,
-    request: Request,
-    damp: float,
-    ridge: float | None,
-    penalties: tuple[float | None, ...],
-    iterations: int,
-    official: bool,
-) -> Settings:
-    gated, act = _names(arch).gate is not None, arch.config.act
-    if act not in KNOWN or (act == "relu") == gated:
-        raise InputError(
-            f"sparsellm: no update of the auxiliary activations is known for {act}: use sparsegpt"
-        )
-    default = RELEASED[gated] if official else SOUND
-    rule = rule_of(request, patterns.per_column_block(sparsegpt.COLUMNS))
-    filled = Penalties(*(d if x is None else x for d, x in zip(default, penalties, strict=True)))
-    return Settings(act, rule, damp, RIDGE if ridge is None else ridge, filled, iterations)
-
-
-def _outcome(
-    allocation: Allocation,
-    covered: int,
-    found: list[Any],
-    losses: list[list[float]],
-    official: bool,
-    damp: float,
-) -> Outcome:
-    asked = tuple(b if i < covered else {} for i, b in enumerate(asked_of(allocation.budget)))
-    kept = [None if not x else len(x) - 1 if official else int(np.nanargmin(x)) for x in losses]
-    details = {**allocation.details, "loss": losses, "iteration_kept": kept, **by_name(found)}
-    same = [i for i, (k, x) in enumerate(zip(kept, losses, strict=True)) if k == 0 and len(x) > 1]
-    warnings = [
-        f"block {i}: no iteration was better than SparseGPT's solution, which stays" for i in same
-    ]
-    return Outcome(
-        asked,
-        details=details,
-        warnings=(*allocation.warnings, *warnings, *sparsegpt.raised(details, damp)),
-    )
-
-
-def sparsellm(
-    iterations: int = 4,
-    alpha: float | None = None,
-    beta: float | None = None,
-    gamma: float | None = None,
-    first_half: bool = False,
-    damp: float = 0.01,
-    ridge: float | None = None,
-    variant: Literal["corrected", "official"] = "corrected",
-) -> Method:
-    """SparseLLM (Bai et al. 2024): attention through SparseGPT, the feed-forward part of each block pruned as a whole.
+@dataclasses.dataclass(frozen=True)
+class SparseLLM:
+    """SparseLLM (Bai et al. 2024): SparseGPT for attention, the feed-forward part solved as a whole.
 
     Args:
-      iterations: of the alternation; the first is SparseGPT.
-      alpha: penalty on what leaves W1 and its gate. None: as released in the official variant (0.1 for OPT, 5 for LLaMA), else 0.01.
-      beta: of the part's output. None: as released (0.1, 5), else 10.
-      gamma: of what enters W2. None: as released (0.1, 5), else 1.
-      first_half: prune only the first half of the blocks, as the paper's tables do; the others stay dense.
-      damp: SparseGPT's.
-      ridge: how firmly the corrected variant's fits hold to the weights they start from: what they add to H's diagonal, as a share of its
-        mean. None: 1. At 0.01 they follow the calibration text, and other text is the worse for it (BUILD_NOTES.md).
-      variant: "official" is the released code to the letter, which diverges on SmolLM2 and on tiny OPT models. "corrected" has the same
-        objective with sums over tokens and Cholesky factors in place of pseudo-inverses, W2 fitted to what W1 and its gate really give,
-        and the output that makes good what pruned attention got wrong as its target; the best iteration stays. At 70 % on SmolLM2-135M it
-        gives perplexity 88 where SparseGPT gives 145 (BUILD_NOTES.md), so it is the default.
+      iterations: Iterations of the alternation; the first is SparseGPT.
+      alpha: Penalty on the outputs of W1 and its gate. None: the authors' in the official variant
+        (0.1 for OPT, 5 for LLaMA), else 0.01.
+      beta: Penalty on the part's output. None: the authors' (0.1, 5), else 10.
+      gamma: Penalty on the input of W2. None: the authors' (0.1, 5), else 1.
+      first_half: Prune only the first half of the blocks, as the paper's tables do.
+      damp: SparseGPT's damping, as a share of H's mean diagonal.
+      ridge: How firmly the corrected variant's fits hold to the weights they start from: what they
+        add to H's diagonal, as a share of its mean. None: 1. At 0.01 they follow the calibration
+        text, and other text suffers (docs/methods/sparsellm.md).
+      variant: "official" is the authors' code to the letter, which diverges on SmolLM2 and on tiny
+        OPT models. "corrected", the default, has the same objective with sums over tokens and
+        Cholesky factors in place of pseudo-inverses, W2 fitted to what W1 and its gate really
+        give, and as its target the output that makes up for pruned attention; the best iteration
+        stays. At 70 % on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145.
     """
-    if iterations < 1:
-        raise InputError(f"sparsellm: iterations={iterations} must be at least 1")
-    if not damp >= 0 or any(x is not None and not x > 0 for x in (alpha, beta, gamma)):
-        raise InputError("sparsellm: alpha, beta and gamma must be positive, and damp not negative")
-    official = variant == "official"
-    if ridge is not None and (official or not ridge >= 0):
-        raise InputError(
-            "sparsellm: ridge must not be negative, and belongs to the corrected variant"
-        )
 
-    def settings_of(model: Model, request: Request) -> Settings:
-        return _settings(
-            model.arch, request, damp, ridge, (alpha, beta, gamma), iterations, official
-        )
+    iterations: int = 4
+    alpha: float | None = None
+    beta: float | None = None
+    gamma: float | None = None
+    first_half: bool = False
+    damp: float = 0.01
+    ridge: float | None = None
+    variant: Literal["corrected", "official"] = "corrected"
 
-    def check(model: Model, request: Request) -> None:
-        not_refined("sparsellm", model, request)
-        fits(model, settings_of(model, request).rule)
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise InputError(f"sparsellm: iterations={self.iterations} must be at least 1")
+        penalties = (self.alpha, self.beta, self.gamma)
+        if not self.damp >= 0 or any(x is not None and not x > 0 for x in penalties):
+            raise InputError(
+                "sparsellm: alpha, beta and gamma must be positive, and damp not negative"
+            )
+        if self.ridge is not None and (self._official or not self.ridge >= 0):
+            raise InputError(
+                "sparsellm: ridge must not be negative, and belongs to the corrected variant"
+            )
 
-    def method(model: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        settings = settings_of(model, request)
-        run = _Run(model.arch, settings, official)
+    @property
+    def _official(self) -> bool:
+        return self.variant == "official"
+
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that all shapes stay."""
+        return SAME_SHAPES
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return that the request sets the sparsity."""
+        return False
+
+    def _settings(self, arch: Arch, request: Request) -> Settings:
+        """Return the settings of the alternation; InputError for an unknown activation."""
+        gated, act = _names(arch).gate is not None, arch.config.act
+        if act not in KNOWN_ACTIVATIONS or (act == "relu") == gated:
+            raise InputError(
+                f"sparsellm: no update of the auxiliary activations is known for {act}",
+                "use sparsegpt",
+            )
+        default = CORRECTED
+        if self._official:
+            default = OFFICIAL_GATED if gated else OFFICIAL_PLAIN
+        given = (self.alpha, self.beta, self.gamma)
+        penalties = Penalties(*(d if x is None else x for d, x in zip(default, given, strict=True)))
+        pattern = pattern_of(request, patterns.per_column_block(sparsegpt_core.COLUMNS))
+        ridge = RIDGE if self.ridge is None else self.ridge
+        return Settings(act, pattern, self.damp, ridge, penalties, self.iterations)
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        reject_refinement("sparsellm", request)
+        check_pattern(model, self._settings(model.arch, request).rule)
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        arch, settings = model.arch, self._settings(model.arch, request)
+        solver = _BlockSolver(arch, settings, self._official)
         # Budgets are tried with SparseGPT, which the alternation starts from.
-        allocation = allocate(
-            model, tokens, request, Layerwise(sparsegpt.pruner(damp, settings.rule), settings.rule)
-        )
-        covered = len(model.blocks) // 2 if first_half else len(model.blocks)
+        layerwise = Layerwise(sparsegpt.pruner(self.damp, settings.rule), settings.rule)
+        allocation = allocate(model, tokens, request, runtime, layerwise)
+        depth = len(model.blocks)
+        covered = depth // 2 if self.first_half else depth
 
         def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
-            found: dict[str, dict[str, float]] = {}
+            block_figures: dict[str, dict[str, float]] = {}
             losses: list[float] = []
-            if i < covered and (
-                counts := counts_of(model.arch, settings.rule, block, allocation.budget[i])
-            ):
-                block, found, losses = run.block(i, block, xs, counts)
+            counts = counts_if_any(arch, settings.rule, block, allocation.budget[i])
+            if i < covered and counts:
+                block, block_figures, losses = solver.solve(i, block, xs, counts)
             sink(i, block)
-            return BlockResult(block, record=(found, losses))
+            return BlockResult(block, record=(block_figures, losses))
 
-        records = walk(model, tokens, request, visit, "pruning")
-        return _outcome(
-            allocation, covered, [f for f, _ in records], [x for _, x in records], official, damp
-        )
+        records = visit_blocks(model, tokens, runtime, visit, name="pruning")
+        return self._outcome(allocation, covered, records)
 
-    def rehearse(
-        model: Model, tokens: jax.ShapeDtypeStruct, request: Request, run: Rehearse
-    ) -> None:
-        settings = settings_of(model, request)
-        half = (
-            model._replace(blocks=model.blocks[: len(model.blocks) // 2]) if first_half else model
-        )
-        _Run(model.arch, settings, official).rehearse(half, tokens, request, run)
-
-    return Method(method, check=check, rehearse=rehearse)
+    def _outcome(
+        self,
+        allocation: Allocation,
+        covered: int,
+        records: Sequence[tuple[dict[str, dict[str, float]], list[float]]],
+    ) -> Outcome:
+        """Return the outcome, with the loss of every iteration and the one that was kept."""
+        by_block = mean_fractions(allocation.budget)
+        asked = tuple(b if i < covered else {} for i, b in enumerate(by_block))
+        losses = [block_losses for _, block_losses in records]
+        kept: list[int | None] = []
+        for block_losses in losses:
+            if not block_losses:
+                kept.append(None)
+            elif self._official:
+                kept.append(len(block_losses) - 1)
+            else:
+                kept.append(int(np.nanargmin(block_losses)))
+        figures_by_name = by_figure([block_figures for block_figures, _ in records])
+        details = {
+            **allocation.details,
+            "loss": losses,
+            "iteration_kept": kept,
+            **figures_by_name,
+        }
+        warnings = [
+            f"block {i}: no iteration was better than SparseGPT's solution, which stays"
+            for i, (k, block_losses) in enumerate(zip(kept, losses, strict=True))
+            if k == 0 and len(block_losses) > 1
+        ]
+        raised = sparsegpt.damping_warnings(self.damp, details)
+        return Outcome(asked, details=details, warnings=(*allocation.warnings, *warnings, *raised))

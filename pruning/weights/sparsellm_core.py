@@ -19,7 +19,7 @@ from calibration.observers import outer_products
 from models.layers import ACTIVATIONS, Linear, linear
 from pruning import linalg as inverse
 from pruning.types import Pattern
-from pruning.weights import sparsegpt
+from pruning.weights import sparsegpt_core as sparsegpt
 
 Stacks = Sequence[
     jax.Array
@@ -29,30 +29,30 @@ Stacks = Sequence[
 class Ffn(NamedTuple):
     """The linears of a feed-forward part, float32: W1 [f d], its gate Wg [f d] or None, W2 [d f], with their biases."""
 
-    one: Linear
+    w1: Linear
     gate: Linear | None
-    two: Linear
+    w2: Linear
 
     @property
     def writers(self) -> list[Linear]:
         """Those that read X."""
-        return [self.one] if self.gate is None else [self.one, self.gate]
+        return [self.w1] if self.gate is None else [self.w1, self.gate]
 
     def with_writers(self, ws: Sequence[jax.Array]) -> "Ffn":
         """New matrices for `writers`."""
-        one, *gate = (Linear(w, p.b) for p, w in zip(self.writers, ws, strict=True))
-        return self._replace(one=one, gate=gate[0] if gate else None)
+        w1, *gate = (Linear(w, p.b) for p, w in zip(self.writers, ws, strict=True))
+        return self._replace(w1=w1, gate=gate[0] if gate else None)
 
-    def with_two(self, w: jax.Array) -> "Ffn":
+    def with_w2(self, w: jax.Array) -> "Ffn":
         """A new W2."""
-        return self._replace(two=Linear(w, self.two.b))
+        return self._replace(w2=Linear(w, self.w2.b))
 
 
 class Counts(NamedTuple):
     """What is to go, as `sparsegpt.solve` takes it: of the `writers`, one each, and of W2."""
 
     writers: tuple[jax.Array, ...]
-    two: jax.Array
+    w2: jax.Array
 
 
 class Penalties(NamedTuple):
@@ -94,28 +94,28 @@ def hidden(z: jax.Array, s: jax.Array | None, act: str) -> jax.Array:
 
 def inside(ffn: Ffn, x: jax.Array, act: str) -> jax.Array:
     """What the part gives its W2 for x [... d], [... f]."""
-    return hidden(linear(ffn.one, x), None if ffn.gate is None else linear(ffn.gate, x), act)
+    return hidden(linear(ffn.w1, x), None if ffn.gate is None else linear(ffn.gate, x), act)
 
 
 def squared_error(ffn: Ffn, x: jax.Array, y: jax.Array, act: str) -> jax.Array:
     """Sum of squares of what the part gives for x [... d] less y [... d], []."""
-    return jnp.sum((linear(ffn.two, inside(ffn, x, act)) - y) ** 2)
+    return jnp.sum((linear(ffn.w2, inside(ffn, x, act)) - y) ** 2)
 
 
-def p_gain(two: Linear, c: Penalties) -> jax.Array:
+def p_gain(w2: Linear, c: Penalties) -> jax.Array:
     """W2^T (W2 W2^T + gamma/beta I)^-1 [f d]: how p follows what the part's output lacks."""
-    w = two.w
+    w = w2.w
     a = w @ w.T + (c.gamma / c.beta) * jnp.eye(len(w))
     return inverse.solve(a, w).T
 
 
-def p_step(two: Linear, gain: jax.Array, y: jax.Array, h: jax.Array) -> jax.Array:
+def p_step(w2: Linear, gain: jax.Array, y: jax.Array, h: jax.Array) -> jax.Array:
     """The p that minimises the objective (eq. 8) for h = act(s) z, [... f].
 
     The paper's (beta W2^T W2 + gamma I)^-1 (beta W2^T (Y - b2) + gamma h), by the matrix inversion lemma: h and a correction, with a
     d x d system in place of an f x f one.
     """
-    return h + (y - linear(two, h)) @ gain.T
+    return h + (y - linear(w2, h)) @ gain.T
 
 
 def z_relu(m: jax.Array, p: jax.Array, c: Penalties) -> jax.Array:
@@ -157,8 +157,8 @@ def aimed(
     m = [linear(w, x) for w in ffn.writers]
     z, s = m[0], m[1] if ffn.gate is not None else None
     h = hidden(z, s, act)
-    p = p_step(ffn.two, gain, y, h)
-    error = jnp.sum((linear(ffn.two, h) - y) ** 2)
+    p = p_step(ffn.w2, gain, y, h)
+    error = jnp.sum((linear(ffn.w2, h) - y) ** 2)
     if s is None:
         return [z_relu(m[0], p, c) - m[0]], error
     z = z_gated(m[0], p, ACTIVATIONS[act](s), c)
@@ -225,7 +225,7 @@ def _start(
     f1, f2 = (sparsegpt.factor(h, c.damp) for h in (h1, h2))
     ffn = dense.with_writers(pruned([p.w for p in dense.writers], f1, counts.writers, c.rule))
     return (
-        ffn.with_two(pruned([dense.two.w], f2, [counts.two], c.rule)[0]),
+        ffn.with_w2(pruned([dense.w2.w], f2, [counts.w2], c.rule)[0]),
         h1,
         f1,
         jnp.stack([f1.damping, f2.damping]),
@@ -247,15 +247,13 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
 
     def reading(ffn: Ffn, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = inside(ffn, x, c.act)
-        return outer_products(h), _outer(
-            y if dense.two.b is None else y - dense.two.b[None, None], h
-        )
+        return outer_products(h), _outer(y if dense.w2.b is None else y - dense.w2.b[None, None], h)
 
     def iterate(
         carry: tuple[Ffn, _Best], _: None
     ) -> tuple[tuple[Ffn, _Best], tuple[jax.Array, jax.Array]]:
         ffn, best = carry
-        gain = p_gain(ffn.two, c.penalties)
+        gain = p_gain(ffn.w2, c.penalties)
 
         def aims(x: jax.Array, y: jax.Array) -> tuple[list[jax.Array], jax.Array]:
             residuals, error = aimed(ffn, gain, x, y, c.act, c.penalties)
@@ -269,11 +267,11 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
         ffn = ffn.with_writers(pruned(fitted, f1, counts.writers, c.rule))
         h2, wanted = _total(functools.partial(reading, ffn), x, y)
         residual = (
-            wanted - dense.two.w @ h2
+            wanted - dense.w2.w @ h2
         )  # of y less what the dense W2 gives h, which H holds already
         f2, fit2 = (sparsegpt.factor(scale * h2, share) for share in (c.damp, c.ridge))
-        ffn = ffn.with_two(
-            pruned([_toward(dense.two.w, scale * residual, fit2)], f2, [counts.two], c.rule)[0]
+        ffn = ffn.with_w2(
+            pruned([_toward(dense.w2.w, scale * residual, fit2)], f2, [counts.w2], c.rule)[0]
         )
         return (ffn, best), (error, f2.damping)
 

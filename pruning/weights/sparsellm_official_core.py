@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from models.layers import ACTIVATIONS, Linear, linear
-from pruning.weights import sparsegpt
+from pruning.weights import sparsegpt_core as sparsegpt
 from pruning.weights.sparsellm_core import (
     Counts,
     Ffn,
@@ -82,17 +82,17 @@ def _half(
     """Prune the weights as they are, then set p, z, s in turn: (the state, (the part's mean squared error, damping))."""
     z, s, _ = state.aux
     ws, h1, damping1 = _prune([p.w for p in state.ffn.writers], state.h1, counts.writers, c)
-    (two,), h2, damping2 = _prune([state.ffn.two.w], state.h2, [counts.two], c)
-    ffn, k = state.ffn.with_writers(ws).with_two(two), c.penalties
-    gain = p_gain(ffn.two, k)
+    (w2,), h2, damping2 = _prune([state.ffn.w2.w], state.h2, [counts.w2], c)
+    ffn, k = state.ffn.with_writers(ws).with_w2(w2), c.penalties
+    gain = p_gain(ffn.w2, k)
 
     def sample(a: tuple[jax.Array, ...]) -> Aux:
         x, y, z, *gate = a
-        p = p_step(ffn.two, gain, y, hidden(z, gate[0] if gate else None, c.act))
+        p = p_step(ffn.w2, gain, y, hidden(z, gate[0] if gate else None, c.act))
         if ffn.gate is None:
-            return Aux(z_relu(linear(ffn.one, x), p, k), None, p)
+            return Aux(z_relu(linear(ffn.w1, x), p, k), None, p)
         # The released formula has no penalties in it.
-        z = z_gated(linear(ffn.one, x), p, ACTIVATIONS[c.act](gate[0]), Penalties(1.0, 1.0, 1.0))
+        z = z_gated(linear(ffn.w1, x), p, ACTIVATIONS[c.act](gate[0]), Penalties(1.0, 1.0, 1.0))
         m = linear(ffn.gate, x)
         s = _descend(
             lambda s: jnp.sum(
@@ -119,13 +119,13 @@ def _fit(state: _State, x_pinv: jax.Array, y: jax.Array) -> _State:
     ffn, (z, s, p) = state.ffn, state.aux
     targets = [z] if s is None else [z, s]
     ws = [(x_pinv @ (_flat(t) - _bias(w))).T for w, t in zip(ffn.writers, targets, strict=True)]
-    right, flat = _flat(y) - _bias(ffn.two), _flat(p)
-    two = (
-        _descend(lambda w: jnp.mean((flat @ w.T - right) ** 2), ffn.two.w, W_STEPS)
+    right, flat = _flat(y) - _bias(ffn.w2), _flat(p)
+    w2 = (
+        _descend(lambda w: jnp.mean((flat @ w.T - right) ** 2), ffn.w2.w, W_STEPS)
         if s is None
         else (_pinv(p) @ right).T
     )
-    return state._replace(ffn=ffn.with_writers(ws).with_two(two), h2=(2.0 / len(p)) * flat.T @ flat)
+    return state._replace(ffn=ffn.with_writers(ws).with_w2(w2), h2=(2.0 / len(p)) * flat.T @ flat)
 
 
 def solve_official(

@@ -136,10 +136,10 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
         m.arch, Request(0.5), 0.01, None, (None, None, None), ITERATIONS, False
     )
     *writers, two = (
-        settings.rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.two)
+        settings.rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.w2)
     )
     few, other = (jnp.asarray(normal(1, n, 16, 16, seed=n)) for n in (4, 64))
-    y, unseen = (linear(ffn.two, core.inside(ffn, x, act)) for x in (few, other))
+    y, unseen = (linear(ffn.w2, core.inside(ffn, x, act)) for x in (few, other))
 
     def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solved:
         c = settings._replace(ridge=ridge, iterations=iterations)
@@ -161,7 +161,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
     m = model(family)
     ffn, x, y = part(m), jnp.asarray(normal(6, 12, 16)), jnp.asarray(normal(6, 12, 16, seed=1))
     residuals, error = core.aimed(
-        ffn, core.p_gain(ffn.two, PENALTIES), x, y, m.arch.config.act, PENALTIES
+        ffn, core.p_gain(ffn.w2, PENALTIES), x, y, m.arch.config.act, PENALTIES
     )
     assert [r.shape for r in residuals] == [(6, 12, 24)] * len(ffn.writers)
     assert float(error) == pytest.approx(
@@ -170,7 +170,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
     act = ACTIVATIONS[m.arch.config.act]
     outs = [x @ p.w.T + (0 if p.b is None else p.b[None, None]) for p in ffn.writers]
     hidden = act(outs[0]) if len(outs) == 1 else act(outs[1]) * outs[0]
-    out = np.asarray(hidden @ ffn.two.w.T + (0 if ffn.two.b is None else ffn.two.b[None, None]))
+    out = np.asarray(hidden @ ffn.w2.w.T + (0 if ffn.w2.b is None else ffn.w2.b[None, None]))
     assert float(error) == pytest.approx(
         float(np.sum((out - np.asarray(y)).astype(np.float64) ** 2)), rel=1e-5
     )

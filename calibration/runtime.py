@@ -1,0 +1,46 @@
+"""How a run executes, as against what it asks for: no result depends on these settings."""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from calibration.journal import Journal, to_serialisable
+from calibration.states import Offload
+
+# (description, number of steps) -> function to call after each step
+Progress = Callable[[str, int], Callable[[], None]]
+
+
+def no_progress(description: str, steps: int) -> Callable[[], None]:
+    """Return a function that reports nothing after each step."""
+    return lambda: None
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """Settings of how a run executes.
+
+    Attributes:
+      batch: Windows in one micro-batch.
+      mesh: Devices that windows (axis `data`) and matrices (axis `model`) are split over; None: one.
+      offload: Memory that holds the hidden states between two blocks.
+      progress: Shows the progress of a stage.
+      journal: Keeps finished steps, so that an interrupted run goes on; None: nothing is kept.
+    """
+
+    batch: int = 8
+    mesh: Mesh | None = None
+    offload: Offload = "device"
+    progress: Progress = no_progress
+    journal: Journal | None = None
+
+    def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
+        """Return `compute()`, as a durable step where there is a journal.
+
+        Args:
+          compute: Gives a value that `Journal.step` can keep.
+          key: Everything the value depends on, for runs of one process to share it; None: not shared.
+        """
+        return self.journal.step(compute, key) if self.journal else to_serialisable(compute())
