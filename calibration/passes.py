@@ -16,7 +16,7 @@ from calibration.journal import Journal, ResumePoint, to_serialisable
 from calibration.observers import Observer
 from calibration.states import Offload, States
 from models.arch import Arch, Block, Model, Taps, apply_block, embed
-from models.checkpoint.reader import prefetch
+from models.checkpoint.blocks import prefetch
 from models.errors import InputError
 from models.sharding import place, placement, split
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.arch import Model
-from models.checkpoint.reader import LazyBlocks
+from models.checkpoint.blocks import LazyBlocks
 from pruning.types import Allocation, Budget, Layerwise, Request
 
 LEAST, MOST = (
