@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.arch import Model, NonBlockParams, apply_block, embed
-from models.checkpoint.reader import prefetch
+from models.checkpoint.blocks import prefetch
 from models.sharding import split
 
 # Bytes of hidden states that pass through the blocks together; more batches read the blocks again.

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from orbax.checkpoint import StandardCheckpointer
 
 from models.arch import Block, Model
-from models.checkpoint.reader import ReadBlocks, abstract, read_config
+from models.checkpoint.blocks import ReadBlocks
+from models.checkpoint.reader import abstract, read_config
 from models.errors import InputError
 from models.families import hf
 from models.sharding import make_mesh, place, specs_on

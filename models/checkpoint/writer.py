@@ -1,6 +1,5 @@
 """Hugging Face checkpoints written block by block, with at most one shard in memory."""
 
-import json
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from models.arch import Block, Model, NonBlockParams, Slot
+from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import load_tensor
 from models.checkpoint.output_format import (
     CODE,
@@ -33,16 +33,6 @@ from models.sharding import to_host
 SHARD_BYTES = 1 << 30
 # transformers refuses safetensors files without it.
 METADATA = {"format": "pt"}
-# Files of the tokenizer and the generation settings, by transformers' names.
-COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 class Writer:
@@ -316,41 +306,6 @@ def _with_biases(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
         bias: Any = None if b is None else hf.Spec(_bias_name(spec), b.shape)
         linears[slot.name] = Linear(spec.w, bias)
     return specs.replace(**linears)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON with a final newline.
-
-    Args:
-      path: The file.
-      value: JSON-able value; infinities and NaN are written as Python's json does.
-    """
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: pathlib.Path, target: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Copy the tokenizer and generation files of a checkpoint.
-
-    Args:
-      source: Checkpoint directory, or `.gguf` file whose tokenizer is written out.
-      target: Directory to copy to.
-      config: Contents of the new `config.json`, whose token ids fill a missing
-        generation_config.json.
-    """
-    if source.is_file():
-        from models.checkpoint.gguf import gguf_tokenizer, gguf_tokenizer_config
-
-        gguf_tokenizer(source).save(str(target / "tokenizer.json"))
-        write_json(target / "tokenizer_config.json", gguf_tokenizer_config(source))
-    else:
-        matches = {file for pattern in COPIED for file in source.glob(pattern)}
-        for file in sorted(f for f in matches if f.is_file()):
-            shutil.copyfile(file, target / file.name)
-    if not (target / "generation_config.json").exists():
-        # transformers reads the end token from this file first.
-        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-        tokens = {k: config[k] for k in keys if config.get(k) is not None}
-        write_json(target / "generation_config.json", tokens)
 
 
 def save(

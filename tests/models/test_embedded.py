@@ -8,8 +8,9 @@ from calibration.data import evaluation_tokens
 from calibration.tokenizer import load_tokenizer
 from eval.perplexity import perplexity
 from launch.pretrain import train_tokenizer
-from models import hub, store
 from models.arch import Model, logits
+from models.checkpoint import hub
+from models.checkpoint import reader as store
 
 BOUNDS = {"tiny-llama": 2.1, "tiny-opt": 2.1}  # perplexity on 16 windows of the evaluation split
 

@@ -16,7 +16,7 @@ from launch import prune
 from launch.flags.cli import run
 from launch.run.export import RoundTripCheck
 from models.arch import Block
-from models.checkpoint.reader import LazyBlocks
+from models.checkpoint.blocks import LazyBlocks
 from models.checkpoint.writer import Writer
 
 most = 0

@@ -261,7 +261,7 @@ def test_a_bin_without_torch_names_the_package(
 ) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    fails(tmp_path, "pytorch_model.bin", "install the torch extra", "safetensors")
+    fails(tmp_path, "pytorch_model.bin", "pip install torch", "safetensors")
 
 
 class Malicious:

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from models.checkpoint import reader as store
-from models.checkpoint.reader import LazyBlocks, in_memory, open_checkpoint, prefetch
+from models.checkpoint.blocks import LazyBlocks, prefetch
+from models.checkpoint.reader import in_memory, open_checkpoint
 from models.errors import InputError
 from models.families import hf
 from reference import tiny
