@@ -139,8 +139,8 @@ def _field(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
     return value
 
 
-def _config(file: GgufFile) -> dict[str, Any]:
-    """Return the `config.json` of a file."""
+def _architecture(file: GgufFile) -> str:
+    """Return the architecture of a whole model; InputError if it is not read."""
     kind = _field(file, "general.architecture", str)
     if kind not in _ARCHITECTURES:
         raise InputError(
@@ -153,55 +153,71 @@ def _config(file: GgufFile) -> dict[str, Any]:
             f"{file.path} holds no token_embd.weight, so it is not a whole model",
             "download it again",
         )
+    return kind
 
-    def count(key: str, default: int | None = None) -> int:
-        value = _field(file, f"{kind}.{key}", int, default)
-        if value < 1:
-            raise InputError(
-                f"{file.path}: metadata {kind}.{key} is {value}, not a positive number",
-                "download it again",
-            )
-        return value
 
-    # Absent lengths follow from the hidden size, as in llama.cpp.
-    width, heads = count("embedding_length"), count("attention.head_count")
-    rotated = count("rope.dimension_count", count("attention.key_length", width // heads))
-    keys = count("attention.key_length", rotated)
-    values = count("attention.value_length", rotated)
+def _count(file: GgufFile, key: str, default: int | None = None) -> int:
+    """Return a positive integer of the metadata; InputError if it is none."""
+    value = _field(file, key, int, default)
+    if value < 1:
+        raise InputError(
+            f"{file.path}: metadata {key} is {value}, not a positive number", "download it again"
+        )
+    return value
+
+
+def _head_dim(file: GgufFile, kind: str, default: int) -> int:
+    """Return the size of a head, which keys, values and rotary dimensions must share."""
+    rotated = _count(
+        file,
+        f"{kind}.rope.dimension_count",
+        _count(file, f"{kind}.attention.key_length", default),
+    )
+    keys = _count(file, f"{kind}.attention.key_length", rotated)
+    values = _count(file, f"{kind}.attention.value_length", rotated)
     if keys != rotated or values != rotated:
         raise InputError(
             f"{file.path}: keys, values and rotary dimensions differ in width, unlike LLaMA's and "
             "Qwen2's",
             _REMEDY,
         )
-    tokens = {
-        f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in _TOKENS.items()
-    }
+    return rotated
+
+
+def _config(file: GgufFile) -> dict[str, Any]:
+    """Return the `config.json` of a file."""
+    kind = _architecture(file)
+    width = _count(file, f"{kind}.embedding_length")
+    heads = _count(file, f"{kind}.attention.head_count")
+    # Absent lengths follow from the hidden size, as in llama.cpp.
+    head_dim = _head_dim(file, kind, width // heads)
+    eps = _field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)
     config = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": width,
-        "intermediate_size": count("feed_forward_length"),
-        "num_hidden_layers": count("block_count"),
+        "intermediate_size": _count(file, f"{kind}.feed_forward_length"),
+        "num_hidden_layers": _count(file, f"{kind}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": count("attention.head_count_kv", heads),
-        "head_dim": rotated,
-        "max_position_embeddings": count("context_length"),
-        "rms_norm_eps": _short(_field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)),
-        "rope_parameters": _rope(file, kind, rotated),
+        "num_key_value_heads": _count(file, f"{kind}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": _count(file, f"{kind}.context_length"),
+        "rms_norm_eps": _short(eps),
+        "rope_parameters": _rope(file, kind, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "dtype": "float32",
     }
     if kind == "llama":
         # The file has no field for biases: the tensors of the first block tell.
-        config |= {
-            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        }
-    return config | {name: token for name, token in tokens.items() if token is not None}
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    for name, key in _TOKENS.items():
+        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            config[f"{name}_token_id"] = token
+    return config
 
 
 def _short(value: float) -> float:

@@ -81,7 +81,7 @@ class Counted(Sequence[Block]):
 def test_batches_and_passes_do_not_matter(
     batch: int, windows_at_once: int, walks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many windows are walked together, each walk reads each block once."""
+    """Each pass reads each block once, however many windows it has."""
     monkeypatch.setattr(module, "ACTIVATION_BYTES", windows_at_once * tiny.LENGTH * 32 * 4)
     model = tiny.random_model(tiny.GQA)
     counted = Counted(model.blocks)

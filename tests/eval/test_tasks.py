@@ -59,7 +59,7 @@ def write_task(
     more: str = "",
     documents: int = 7,
 ) -> pathlib.Path:
-    """A YAML file, and its documents in a folder beside it."""
+    """Write a YAML file, and its documents in a folder beside it."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     rows = [
         {"question": f"What is {i}?", "choices": ["a dog", "cat", "the bird"], "answer": i % 3}

@@ -109,7 +109,7 @@ def test_it_continues_a_story(embedded: Embedded) -> None:
 
 
 def test_removing_neurons_costs_more_the_more_are_removed(embedded: Embedded) -> None:
-    """The neurons of smallest weights, 30 and 60 % of them, set to nothing."""
+    """Zero the 30 and 60 % of neurons with the smallest weights."""
     rising = [
         embedded.dense,
         *(embedded.perplexity(without_neurons(embedded.model, share)) for share in (0.3, 0.6)),

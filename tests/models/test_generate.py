@@ -111,7 +111,7 @@ def test_a_model_of_fewer_blocks_has_the_same_logits_cached() -> None:
 
 @pytest.mark.parametrize("name", ["windowed", "opt"])
 def test_several_tokens_may_follow_others_at_once(name: str) -> None:
-    """A prompt processed in two pieces."""
+    """Process a prompt in two pieces."""
     model, tokens = tiny.random_model(CONFIGS[name]), tiny.tokens()
     _, caches = prefill(*model, jnp.asarray(tokens[:, :10]), 40)
     found, _ = step(*model, tokens[:, 10:], caches, jnp.int32(10))
@@ -208,7 +208,7 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_nucleus() -> None:
-    """The first tokens of 4,000 equal prompts."""
+    """Count the first tokens of 4,000 equal prompts."""
     model, prompt = tiny.random_model(tiny.GQA), tiny.tokens(1, 6)
     drawn = generate(
         model, np.repeat(prompt, 4000, 0), 1, temperature=1.5, top_p=0.8, key=jax.random.key(3)
@@ -245,7 +245,7 @@ def test_a_text_ends_at_eos() -> None:
 
 
 def test_the_loop_stops_when_all_rows_have_ended() -> None:
-    """What was never computed is not in the cache."""
+    """The cache holds no position that was not computed."""
     model, prompts = tiny.random_model(tiny.GQA), tiny.tokens(1, 6)
     eos = jnp.asarray([generate(model, prompts, 4)[0, 3]])
     found, caches = prefill(*model, jnp.asarray(prompts), 26)
@@ -290,7 +290,7 @@ def test_settings_out_of_range_are_refused(change: dict[str, float], message: st
 
 @pytest.mark.parametrize("name", ["grouped", "windowed", "opt", "dynamic, within its positions"])
 def test_prompts_of_different_lengths_stand_in_one_batch(name: str) -> None:
-    """What stands after a prompt is not seen: each row says what it says alone."""
+    """Padding after a prompt is not seen: each row gives its own text."""
     model, prompts, lengths = ragged(CONFIGS[name]), tiny.tokens(4, 20), np.array([20, 3, 11, 1])
     got = generate(model, prompts, 9, lengths=lengths, eos=[5])
     alone = [generate(model, prompts[i : i + 1, :n], 9, eos=[5])[0] for i, n in enumerate(lengths)]

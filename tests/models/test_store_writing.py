@@ -20,7 +20,7 @@ from reference import tiny, torch_models
 
 
 def pruned(model: Model, group: str, ragged: bool) -> Model:
-    """The model with units of `group` cut: every other one, or in block 1 all but the first."""
+    """Cut units of `group`: every other one, or in block 1 all but the first."""
     g = model.arch.group(group)
     keeps = [np.arange(40 if group == "neurons" else 2) % 2 == 0 for _ in model.blocks]
     if ragged:
@@ -133,7 +133,7 @@ def test_a_block_without_neurons_is_stored_with_one_of_zeros(tmp_path: pathlib.P
 
 
 def check_index(directory: pathlib.Path, shards: int | None = None) -> list[pathlib.Path]:
-    """The shards' names, their index and its total agree with what the files hold."""
+    """Assert that the shards' names, their index and its total agree with the files."""
     files = sorted(directory.glob("*.safetensors"))
     if shards == 1:
         assert [f.name for f in files] == ["model.safetensors"] and not (

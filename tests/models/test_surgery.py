@@ -45,7 +45,7 @@ def test_mask_and_cut_give_the_same_logits(name: str, group: str) -> None:
 
 
 def rows_of(config: dict[str, Any], field: str, group: str, keep: np.ndarray) -> np.ndarray:
-    """Which entries of a linear's coupled axis a unit owns, bool, from the configuration alone."""
+    """Return the entries of a linear's coupled axis that a unit owns, from the configuration."""
     heads = config["num_attention_heads"]
     size, kv = config["hidden_size"] // heads, config.get("num_key_value_heads", heads)
     return np.repeat(

@@ -77,7 +77,7 @@ def random_state(family: str, dtype: type = np.float32) -> State:
 
 
 def as_flax(state: State) -> State:
-    """What transformers' FlaxLlama and FlaxOPT call these parameters, under slashed names."""
+    """Return the names of these parameters in transformers' FlaxLlama and FlaxOPT."""
     out = {}
     for name, value in state.items():
         module, role = name.rsplit(".", 1)
@@ -101,7 +101,7 @@ def write_index(directory: pathlib.Path, name: str, weight_map: dict[str, object
 def halves(
     directory: pathlib.Path, name: str, state: State, write: Callable[[State, pathlib.Path], None]
 ) -> None:
-    """The state in two shards with an index, the tensors alternating between them."""
+    """Write the state as two shards with an index, tensors alternating between them."""
     stem, _, suffix = name.partition(".")
     shards = [f"{stem}-0000{k + 1}-of-00002.{suffix}" for k in range(2)]
     for k, shard in enumerate(shards):
@@ -182,7 +182,7 @@ def test_safetensors_come_before_the_other_formats(tmp_path: pathlib.Path) -> No
 
 @contextlib.contextmanager
 def memory_below(size: int) -> Iterator[None]:
-    """The block allocates at most `size` bytes at any time."""
+    """Assert that the block allocates at most `size` bytes at any time."""
     tracemalloc.start()
     try:
         yield
@@ -389,7 +389,7 @@ def test_a_file_cut_or_gone_after_opening_is_reported(tmp_path: pathlib.Path, fo
 
 
 def test_opening_reads_no_data(tmp_path: pathlib.Path) -> None:
-    """A file of 64 GiB that takes no disk: `last.weight` holds ones, the rest is a hole."""
+    """Write a file of 64 GiB that takes no disk: `last.weight` holds ones, the rest is a hole."""
     size, path = 64 << 30, tmp_path / "model.safetensors"
     entries = {"big": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
     entries["last.weight"] = {"dtype": "F32", "shape": [4], "data_offsets": [size, size + 16]}

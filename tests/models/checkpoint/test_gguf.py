@@ -44,7 +44,7 @@ SHAPES = {
 
 
 def random_state(tied: bool = False, biases: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """A LLaMA checkpoint under Hugging Face names."""
+    """Return a LLaMA checkpoint under Hugging Face names."""
     rng = np.random.default_rng(0)
     shapes = {f"model.layers.{i}.{n}.weight": s for i in range(BLOCKS) for n, s in SHAPES.items()}
     shapes |= {f"model.layers.{i}.{n}.bias": SHAPES[n][:1] for i in range(BLOCKS) for n in biases}

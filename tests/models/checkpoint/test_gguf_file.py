@@ -23,7 +23,7 @@ TENSORS = {
 
 
 def write(path: pathlib.Path) -> pathlib.Path:
-    """A file with metadata of every type, and two tensors."""
+    """Write a file with metadata of every type and two tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     for bits in (8, 16, 32, 64):
         getattr(writer, f"add_uint{bits}")(f"u{bits}", 2**bits - 1)

@@ -22,7 +22,7 @@ def metadata(**fields: Any) -> dict[str, Any]:
 
 
 def of_tokenizer_json(path: pathlib.Path, **fields: Any) -> dict[str, Any]:
-    """What llama.cpp's converter would write of a BPE tokenizer.json."""
+    """Return the metadata that llama.cpp's converter writes of a BPE tokenizer.json."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = spec["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)

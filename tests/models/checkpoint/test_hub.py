@@ -11,7 +11,7 @@ from models.errors import InputError
 
 @pytest.fixture
 def embedded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A folder of two embedded models, with a secret beside it."""
+    """Make a folder of two embedded models, with a secret beside it."""
     folder = tmp_path / "embedded"
     for name in ("embedded/tiny-llama", "embedded/tiny-opt", "x"):
         (tmp_path / name).mkdir(parents=True)

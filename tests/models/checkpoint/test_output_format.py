@@ -44,7 +44,7 @@ UNBIASED_OPT = {**OPT, "enable_bias": False}
 def pruned(
     config: Mapping[str, Any], heads: list[int], neurons: list[int], biases: tuple[str, ...] = ()
 ) -> Model:
-    """A random model with so many units left in each block, and random biases on some linears."""
+    """Return a random model with given units left in each block and random biases."""
     model = tiny.random_model(config)
     rng, blocks = np.random.default_rng(1), []
     for block, counts in zip(model.blocks, zip(heads, neurons, strict=True), strict=True):

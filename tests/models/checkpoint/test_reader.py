@@ -276,7 +276,7 @@ def test_numbers_that_are_not_finite_are_refused(
     "dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda t: t.__name__
 )
 def test_large_numbers_are_finite(dtype: Any, tmp_path: pathlib.Path) -> None:
-    """Their sum is not, which must neither be taken for infinity nor warn."""
+    """Their sum overflows, which must neither count as infinity nor warn."""
     largest = np.full((40, 32), ml_dtypes.finfo(dtype).max, dtype)
     model = open_checkpoint(tiny.write(tmp_path, {**random_state(), UP: largest})).model
     np.testing.assert_array_equal(model.blocks[1].up.w, largest.astype(np.float32))
