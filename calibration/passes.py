@@ -19,7 +19,7 @@ from calibration.observers import Observer
 from calibration.runtime import Runtime
 from calibration.states import Offload, States
 from models.arch import Arch, Block, Model, Taps, apply_block, embed
-from models.checkpoint.reader import prefetch
+from models.checkpoint.blocks import prefetch
 from models.errors import InputError
 from models.programs import program
 from models.sharding import place, placement, split

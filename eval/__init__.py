@@ -1,1 +1,1 @@
-"""What a model is worth: perplexity and size. Sees models only, never a pruning method."""
+"""Evaluation of models: perplexity, zero-shot tasks, size, speed. Sees no pruning method."""

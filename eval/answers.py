@@ -1,4 +1,4 @@
-"""What a model answered before: a model and a request decide the answer, so no task is run twice on the same weights."""
+"""Cache of a model's answers to task requests, so that no task runs twice on the same weights."""
 
 import contextlib
 import hashlib
@@ -10,66 +10,77 @@ from typing import Any
 
 
 def digest(*parts: Any) -> str:
-    """SHA-256 of JSON-able values."""
+    """Return the SHA-256 of JSON-able values, as hexadecimal digits.
+
+    Args:
+      *parts: The values.
+    """
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def cache_directory() -> pathlib.Path:
-    """Where answers are kept unless told otherwise: `topiary/tasks` in XDG_CACHE_HOME, else in ~/.cache."""
+    """Return the default directory of answers: `topiary/tasks` in XDG_CACHE_HOME or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     return pathlib.Path(base) / "topiary" / "tasks"
 
 
-class Answers:
-    """The answers of one model, a JSON file for every task's requests; nothing is kept without a directory.
+class AnswerCache:
+    """Cache of one model's answers, a JSON file for each group of requests.
 
     Args:
-      model: all that its answers depend on beside the requests, JSON-able.
+      directory: Directory of the files; None to keep nothing.
+      model: JSON-able values that the answers depend on beside the requests.
     """
 
     def __init__(self, directory: pathlib.Path | None, model: Mapping[str, Any]):
-        self._directory, self._model = directory, digest(model)
+        self._directory = directory
+        self._model = digest(model)
 
-    def of(
+    def get(
         self,
         kind: str,
         requests: Sequence[Any],
         groups: Iterable[str | None],
         compute: Callable[[list[int]], Sequence[Any]],
     ) -> list[Any]:
-        """The answer to each request: read where its whole group is known, the rest computed together and kept.
+        """Return the answer to each request, computing those that are not cached.
+
+        A group is read if its whole file is there. The rest is computed in one call and written.
 
         Args:
-          kind: of the requests; what else decides their answers is in the requests (JSON-able).
-          groups: the name of each request's group.
-          compute: gives the answers of the requests with these indices.
+          kind: Kind of the requests. Everything else that their answers depend on is in them.
+          requests: JSON-able requests.
+          groups: Name of each request's group, such as its task.
+          compute: Function from the indices of requests to their answers.
+
+        Returns:
+          Answers in the order of the requests.
         """
         members: dict[str | None, list[int]] = {}
         for i, name in enumerate(groups):
             members.setdefault(name, []).append(i)
         files = {
-            name: self._file(kind, [requests[i] for i in own]) for name, own in members.items()
+            name: self._file(kind, [requests[i] for i in ids]) for name, ids in members.items()
         }
-        known = {
-            name: found
-            for name, own in members.items()
-            if (found := _read(files[name], len(own))) is not None
-        }
-        missing = [i for name, own in members.items() if name not in known for i in own]
+        cached = {name: _read(files[name], len(ids)) for name, ids in members.items()}
+        missing = [i for name, ids in members.items() if cached[name] is None for i in ids]
         answers = dict(zip(missing, compute(missing), strict=True)) if missing else {}
-        for name, own in members.items():
-            if name in known:
-                answers |= dict(zip(own, known[name], strict=True))
+        for name, ids in members.items():
+            group_answers = cached[name]
+            if group_answers is None:
+                _write(files[name], [answers[i] for i in ids])
             else:
-                _write(files[name], [answers[i] for i in own])
+                answers |= dict(zip(ids, group_answers, strict=True))
         return [answers[i] for i in range(len(requests))]
 
     def _file(self, kind: str, requests: Sequence[Any]) -> pathlib.Path | None:
-        return self._directory and self._directory / f"{digest(self._model, kind, requests)}.json"
+        if self._directory is None:
+            return None
+        return self._directory / f"{digest(self._model, kind, requests)}.json"
 
 
 def _read(file: pathlib.Path | None, count: int) -> list[Any] | None:
-    """The answers in a file; None where it is not there or not whole."""
+    """Return the answers of a file; None if it is missing, damaged or of another length."""
     try:
         answers = json.loads(file.read_text(encoding="utf-8")) if file else None
     except (OSError, ValueError):
@@ -80,10 +91,10 @@ def _read(file: pathlib.Path | None, count: int) -> list[Any] | None:
 def _write(file: pathlib.Path | None, answers: Sequence[Any]) -> None:
     if file is None:
         return
-    beside = file.with_name(f"{file.name}.{os.getpid()}")
-    with contextlib.suppress(
-        OSError
-    ):  # a full or read-only home directory costs the cache, not the run
+    # Written beside and renamed: another process never reads half a file.
+    temporary = file.with_name(f"{file.name}.{os.getpid()}")
+    # A full or read-only home directory costs the cache, not the run.
+    with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        beside.write_text(json.dumps(answers), encoding="utf-8")
-        beside.replace(file)
+        temporary.write_text(json.dumps(answers), encoding="utf-8")
+        temporary.replace(file)

@@ -1,4 +1,4 @@
-"""Many batches of tokens through a model whose blocks are read one at a time."""
+"""Forward passes of many batches through a model whose blocks are read one at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,37 +8,40 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.arch import Model, NonBlockParams, apply_block, embed
-from models.checkpoint.reader import prefetch
+from models.checkpoint.blocks import prefetch
 from models.sharding import split
 
-ACTIVATION_BYTES = (
-    1 << 30
-)  # hidden states of the batches walked together; more of them walk the blocks again
+# Bytes of hidden states that pass through the blocks together; more batches read the blocks again.
+ACTIVATION_BYTES = 1 << 30
 
 
 def last_states(
     model: Model, non_block: NonBlockParams, batches: Sequence[np.ndarray], mesh: Mesh | None
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
-    """Each batch's tokens int [b t] where they were put, and what leaves the last block for them [b t d], in the batches' order.
+    """Yield the hidden states after the last block for each batch, in order.
 
     Args:
-      model: its blocks are read once for every ACTIVATION_BYTES of hidden states, or for every batch if one is larger.
-      ends: `model.non_block` placed on `mesh`.
-      batches: int [b t], of any shapes: each shape is compiled once.
-      mesh: batches are split over its `data` axis.
+      model: Model, whose blocks are read once for every ACTIVATION_BYTES of hidden states, or for
+        every batch if one is larger.
+      non_block: `model.non_block`, placed on `mesh`.
+      batches: Token ids, each int [b t]. They may differ in shape; each shape is compiled once.
+      mesh: Mesh, batches are split over its `data` axis; None for one device.
+
+    Yields:
+      Token ids on the mesh, int [b t], and hidden states after the last block, [b t d].
     """
-    width = jax.eval_shape(model.arch.embed, non_block, jax.ShapeDtypeStruct((1, 1), jnp.int32))
-    room = ACTIVATION_BYTES // (width.shape[-1] * width.dtype.itemsize)  # tokens
+    state = jax.eval_shape(model.arch.embed, non_block, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+    max_tokens = ACTIVATION_BYTES // (state.shape[-1] * state.dtype.itemsize)
     first = 0
     while first < len(batches):
-        end, held = first + 1, batches[first].size
-        while end < len(batches) and held + batches[end].size <= room:
-            held, end = held + batches[end].size, end + 1
+        end, tokens_held = first + 1, batches[first].size
+        while end < len(batches) and tokens_held + batches[end].size <= max_tokens:
+            tokens_held += batches[end].size
+            end += 1
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
         xs = [embed(model.arch, non_block, t) for t in tokens]
         for block in prefetch(model.blocks, mesh=mesh):
-            xs = jax.block_until_ready(
-                [apply_block(model.arch, block, x) for x in xs]
-            )  # no blocks gather that wait to be run
+            # Wait: calls that are queued but have not run would keep several blocks in memory.
+            xs = jax.block_until_ready([apply_block(model.arch, block, x) for x in xs])
         yield from zip(tokens, xs, strict=True)
         first = end

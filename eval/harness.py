@@ -1,4 +1,7 @@
-"""Topiary's models as EleutherAI's lm-evaluation-harness sees them (pip install lm-eval; torch is not needed)."""
+"""Adapter of Topiary's models for EleutherAI's lm-evaluation-harness.
+
+It needs the package lm-eval (pip install lm-eval), not torch.
+"""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -16,50 +19,61 @@ from lm_eval.models.utils import (
 )
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from eval.answers import Answers, digest
-from eval.scoring import SHORTEST, bucket, log_likelihoods
+from eval.answers import AnswerCache, digest
+from eval.scoring import SHORTEST, Score, bucket, log_likelihoods
 from models.arch import Model
 from models.errors import InputError
 from models.generate import generate
 from models.sharding import place, split
 
-NEW_TOKENS = 256  # of a generated answer whose task does not say, as with lm-eval's own models
+# Tokens of a generated answer whose task does not say, as with lm-eval's own models.
+NEW_TOKENS = 256
+# (description, number of steps) -> function that is called after each step.
 Stage = Callable[[str, int], Callable[[], None]]
 
 
 class Tokenizer(Protocol):
-    """A model's tokenizer."""
+    """Tokenizer of a model."""
 
     @property
     def encode(self) -> Callable[[str, bool], list[int]]:
-        """Text to tokens; if so asked, with what the tokenizer puts around every text."""
+        """Return a function (text, add special tokens) -> tokens."""
 
     @property
     def decode(self) -> Callable[[Sequence[int]], str]:
-        """Tokens to text, special tokens left out."""
+        """Return a function from tokens to text without special tokens."""
 
 
 class Vocabulary(NamedTuple):
-    """A tokenizer, and what it does not say itself.
+    """Tokenizer with the special tokens that it does not name itself.
 
-    `start` is the token that a text without context follows (BOS, or EOS where there is none), `start_text` its text (empty if that is
-    not known), and `non_block` are the tokens that end a text.
+    Attributes:
+      tokenizer: Tokenizer of the model.
+      start: Token that a text without context follows: BOS, or EOS where there is no BOS.
+      start_text: Text of that token; empty if it is not known.
+      eos: Tokens that end a text.
     """
 
     tokenizer: Tokenizer
     start: int
     start_text: str
-    non_block: tuple[int, ...]
+    eos: tuple[int, ...]
 
 
 class HarnessModel(TemplateLM):
-    """A model for `lm_eval.evaluate`, which hands it all requests at once: it batches by length and uses the mesh by itself.
+    """Model for `lm_eval.evaluate`.
+
+    The harness hands over all requests at once. The model batches them by length and runs them on
+    the mesh.
 
     Args:
-      longest: tokens that the model reads: longer texts lose their beginning.
-      batch: requests in one micro-batch, which the `data` axis of `mesh` divides.
-      answers: where answers are kept.
-      stage: shows progress.
+      model: Model to evaluate.
+      vocabulary: Tokenizer and special tokens.
+      longest: Tokens that the model reads; longer texts lose their beginning.
+      batch: Requests in one micro-batch, which the `data` axis of `mesh` divides.
+      mesh: Mesh; None for one device.
+      answers: Cache of answers; None to keep none.
+      stage: Function that shows progress.
     """
 
     def __init__(
@@ -70,73 +84,95 @@ class HarnessModel(TemplateLM):
         longest: int,
         batch: int = 8,
         mesh: Mesh | None = None,
-        answers: Answers | None = None,
+        answers: AnswerCache | None = None,
         stage: Stage = lambda description, steps: lambda: None,
     ):
         super().__init__()
-        self._model, self._vocabulary, self._longest = model, vocabulary, longest
-        self._batch, self._mesh, self._stage = batch, mesh, stage
-        self._answers = answers or Answers(None, {})
+        self._model = model
+        self._vocabulary = vocabulary
+        self._longest = longest
+        self._batch = batch
+        self._mesh = mesh
+        self._stage = stage
+        self._answers = answers or AnswerCache(None, {})
 
     @property
     def eot_token_id(self) -> int:
-        """The token that ends a text."""
-        return next(iter(self._vocabulary.non_block), self._vocabulary.start)
+        """Return the token that ends a text."""
+        return next(iter(self._vocabulary.eos), self._vocabulary.start)
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context."""
+        """Return the token before a text without context."""
         return self._vocabulary.start
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Tokens of a text, with what the tokenizer puts around it unless it begins with BOS already.
+        """Tokenize a text, with special tokens unless it begins with BOS already.
 
-        Raises InputError for tokens that the model does not have.
+        Args:
+          string: Text.
+          add_special_tokens: True to add them, False to leave them out; None decides by the text.
+          **kwargs: Ignored.
+
+        Returns:
+          Token ids.
+
+        Raises:
+          InputError: The model does not have one of the tokens.
         """
         if add_special_tokens is None:
+            # A chat template may have written BOS already.
             start = self._vocabulary.start_text
             add_special_tokens = not (start and string.startswith(start))
-        ids, vocab = (
-            self._vocabulary.tokenizer.encode(string, add_special_tokens),
-            self._model.arch.config.vocab,
-        )
+        ids = self._vocabulary.tokenizer.encode(string, add_special_tokens)
+        vocab = self._model.arch.config.vocab
         if ids and max(ids) >= vocab:
             raise InputError(
-                f"--tasks: a text has token {max(ids)}, the model has {vocab}: use this model's own tokenizer"
+                f"has a text with token {max(ids)}, the model has {vocab}",
+                "use this model's own tokenizer",
+                field="tasks",
             )
         return ids
 
-    def _kept(
+    def _cached(
         self,
         kind: str,
         requests: Sequence[Instance],
         compute: Callable[[list[Instance]], Sequence[Any]],
     ) -> list[Any]:
-        """The answers to requests of one kind, a task's from the cache where it has them."""
-        args = [list(r.args) for r in requests]
-        return self._answers.of(
+        """Answer requests of one kind, from the cache where it has the whole task."""
+        return self._answers.get(
             kind,
-            args,
+            [list(r.args) for r in requests],
             [r.task_name for r in requests],
-            lambda own: compute([requests[i] for i in own]),
+            lambda indices: compute([requests[i] for i in indices]),
         )
 
-    def loglikelihood(
-        self, requests: list[Instance], disable_tqdm: bool = True
-    ) -> list[tuple[float, bool]]:
-        """(log-likelihood in nats, whether greedy decoding would say it) of each (context, continuation)."""
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[Score]:
+        """Score each (context, continuation).
+
+        Args:
+          requests: Requests of lm-eval.
+          disable_tqdm: Without effect; `stage` shows progress.
+
+        Returns:
+          Log-likelihood in nats, and True if greedy decoding gives the continuation.
+        """
         compute = super().loglikelihood
-        found = self._kept("loglikelihood", requests, lambda own: compute(own, disable_tqdm=True))
-        return [(value, greedy) for value, greedy in found]
+        answers = self._cached(
+            "loglikelihood", requests, lambda some: compute(some, disable_tqdm=True)
+        )
+        # The cache's JSON has lists.
+        return [(value, greedy) for value, greedy in answers]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
-    ) -> list[tuple[float, bool]]:
+    ) -> list[Score]:
         return self._scores([(context, continuation) for _, context, continuation in requests])
 
-    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+    def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
         stage = functools.partial(self._stage, "log-likelihoods")
         return log_likelihoods(
             self._model,
@@ -150,53 +186,73 @@ class HarnessModel(TemplateLM):
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
     ) -> list[float]:
-        """The log-likelihood of each text as a whole: windows of the model's length, of which every token is predicted once."""
-        return self._kept("loglikelihood_rolling", requests, self._rolling)
+        """Compute the log-likelihood of each text as a whole.
+
+        A text is cut into windows of the model's length, so that every token is predicted once.
+
+        Args:
+          requests: Requests of lm-eval.
+          disable_tqdm: Without effect; `stage` shows progress.
+
+        Returns:
+          Log-likelihood of each text in nats.
+        """
+        return self._cached("loglikelihood_rolling", requests, self._rolling)
 
     def _rolling(self, requests: list[Instance]) -> list[float]:
-        windows = [
-            [
-                make_disjoint_window(pair)
-                for pair in get_rolling_token_windows(
-                    self.tok_encode(r.args[0]), self.prefix_token_id, self._longest, 1
-                )
-            ]
-            for r in requests
-        ]
-        scores = iter(self._scores([pair for own in windows for pair in own]))
-        return [sum(next(scores)[0] for _ in own) for own in windows]
+        windows = []  # of each request
+        for r in requests:
+            pairs = get_rolling_token_windows(
+                self.tok_encode(r.args[0]), self.prefix_token_id, self._longest, 1
+            )
+            windows.append([make_disjoint_window(pair) for pair in pairs])
+        # All windows in one call, so that they fill batches together.
+        scores = iter(self._scores([pair for pairs in windows for pair in pairs]))
+        return [sum(next(scores)[0] for _ in pairs) for pairs in windows]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """A text for each (context, settings): to the model's end token or `max_gen_toks`, cut where one of `until` begins."""
-        return self._kept("generate_until", requests, self._texts)
+        """Generate a text for each (context, settings).
+
+        A text ends at an end token, after `max_gen_toks`, or where one of `until` begins.
+
+        Args:
+          requests: Requests of lm-eval.
+          disable_tqdm: Without effect; `stage` shows progress.
+
+        Returns:
+          Text of each request.
+        """
+        return self._cached("generate_until", requests, self._texts)
 
     def _texts(self, requests: list[Instance]) -> list[str]:
+        """Generate the texts, requests of equal settings together."""
         arch, non_block, blocks = self._model
         model = Model(
             arch, place(non_block, self._mesh), tuple(place(b, self._mesh) for b in blocks)
         )
-        kinds: dict[str, list[int]] = {}
+        by_settings: dict[str, list[int]] = {}
         for i, r in enumerate(requests):
-            kinds.setdefault(digest(r.args[1]), []).append(i)
+            by_settings.setdefault(digest(r.args[1]), []).append(i)
         texts = [""] * len(requests)
-        for own in kinds.values():
-            settings = normalize_gen_kwargs(requests[own[0]].args[1], NEW_TOKENS)
-            room = self._longest - settings["max_gen_toks"]
-            if room < 1:
+        for indices in by_settings.values():
+            first = requests[indices[0]]
+            settings = normalize_gen_kwargs(first.args[1], NEW_TOKENS)
+            prompt_room = self._longest - settings["max_gen_toks"]
+            if prompt_room < 1:
                 raise InputError(
-                    f"--tasks: {requests[own[0]].task_name} asks for {settings['max_gen_toks']} tokens, "
-                    f"the model reads {self._longest}: leave the task out"
+                    f"has {first.task_name}, which asks for {settings['max_gen_toks']} tokens, the "
+                    f"model reads {self._longest}",
+                    "leave the task out",
+                    field="tasks",
                 )
-            prompts = {i: self._prompt(requests[i].args[0])[-room:] for i in own}
-            order = sorted(own, key=lambda i: (-len(prompts[i]), prompts[i]))
+            prompts = {i: self._prompt(requests[i].args[0])[-prompt_room:] for i in indices}
+            # The longest first: a batch is padded to its longest prompt.
+            order = sorted(indices, key=lambda i: (-len(prompts[i]), prompts[i]))
             advance = self._stage("texts", len(order))
             for n in range(0, len(order), self._batch):
-                some = order[n : n + self._batch]
-                for i, text in zip(
-                    some,
-                    self._continued(model, [prompts[i] for i in some], settings, n),
-                    strict=True,
-                ):
+                batch = order[n : n + self._batch]
+                continuations = self._continue(model, [prompts[i] for i in batch], settings, n)
+                for i, text in zip(batch, continuations, strict=True):
                     texts[i] = text
                     advance()
         return texts
@@ -204,15 +260,15 @@ class HarnessModel(TemplateLM):
     def _prompt(self, context: str) -> list[int]:
         return self.tok_encode(context) or [self.prefix_token_id]
 
-    def _continued(
+    def _continue(
         self, model: Model, prompts: list[list[int]], settings: Mapping[str, Any], seed: int
     ) -> list[str]:
-        """What follows each of at most a batch of prompts; rows that are left over repeat the first."""
+        """Continue at most a batch of prompts, the longest first."""
         new = settings["max_gen_toks"]
+        # Spare rows repeat the first prompt, so that every batch has one shape.
         rows = prompts + [prompts[0]] * (self._batch - len(prompts))
-        tokens = np.zeros(
-            (len(rows), min(bucket(len(prompts[0]), SHORTEST), self._longest - new)), np.int32
-        )
+        length = min(bucket(len(prompts[0]), SHORTEST), self._longest - new)
+        tokens = np.zeros((len(rows), length), np.int32)
         for row, prompt in zip(tokens, rows, strict=True):
             row[: len(prompt)] = prompt
         out = generate(
@@ -222,7 +278,7 @@ class HarnessModel(TemplateLM):
             temperature=settings.get("temperature", 0.0) if settings["do_sample"] else 0.0,
             top_p=settings.get("top_p", 1.0),
             key=jax.random.key(seed),
-            eos=self._vocabulary.non_block or None,
+            eos=self._vocabulary.eos or None,
             lengths=np.asarray([len(row) for row in rows]),
         )
         stops = handle_stop_sequences(list(settings["until"]), None)
@@ -231,5 +287,6 @@ class HarnessModel(TemplateLM):
         ]
 
     def _text(self, row: np.ndarray) -> str:
-        ended = np.flatnonzero(np.isin(row, self._vocabulary.non_block))
-        return self._vocabulary.tokenizer.decode(row[: ended[0] if ended.size else None].tolist())
+        """Decode the tokens before the first end token."""
+        ends = np.flatnonzero(np.isin(row, self._vocabulary.eos))
+        return self._vocabulary.tokenizer.decode(row[: ends[0] if ends.size else None].tolist())

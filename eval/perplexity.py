@@ -1,4 +1,7 @@
-"""Perplexity as SparseGPT, Wanda, FLAP and SLEB report it: windows of one stream, no BOS added, the incomplete tail dropped."""
+"""Perplexity as SparseGPT, Wanda, FLAP and SLEB report it.
+
+Windows are cut from one stream, without BOS, and the incomplete tail is dropped.
+"""
 
 from typing import NamedTuple
 
@@ -11,43 +14,54 @@ from models.sharding import place, to_host
 
 
 class Perplexity(NamedTuple):
-    """`value` = exp(mean over windows of the window's mean cross-entropy); `cross_entropy` in nats, float64 [windows]."""
+    """Perplexity of a model over token windows.
+
+    Attributes:
+      value: exp of the mean over windows of each window's mean cross-entropy.
+      cross_entropy: Mean cross-entropy of each window in nats, float64 [windows].
+      tokens: Number of predicted positions, windows * (length - 1).
+    """
 
     value: float
     cross_entropy: np.ndarray
-    tokens: int  # predicted positions: windows * (length - 1)
+    tokens: int
 
     @property
     def error(self) -> float | None:
-        """Standard error of the value over windows, to first order: value * that of the mean cross-entropy. None for one window, or where
-        it is not finite."""
+        """Return the standard error of the value over windows, to first order.
+
+        It is the value times the standard error of the mean cross-entropy; None for one window or
+        where it is not finite.
+        """
         if len(self.cross_entropy) < 2 or not np.all(np.isfinite(self.cross_entropy)):
             return None
-        error = (
-            self.value * float(np.std(self.cross_entropy, ddof=1)) / len(self.cross_entropy) ** 0.5
-        )
+        deviation = float(np.std(self.cross_entropy, ddof=1))
+        error = self.value * deviation / len(self.cross_entropy) ** 0.5
         return error if np.isfinite(error) else None
 
 
 def perplexity(
     model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh | None = None
 ) -> Perplexity:
-    """Perplexity of a model over token windows.
+    """Compute the perplexity of a model over token windows.
 
     Args:
-      model: its blocks are read as `eval.forward.last_states` says.
-      windows: int [windows length], length at least 2.
-      batch: windows in one micro-batch.
-      mesh: windows are split over its `data` axis.
-    Returns a Perplexity; its value is inf or nan when the model's own output is.
+      model: Model, whose blocks are read as `eval.forward.last_states` does.
+      windows: Token ids, int [windows length], length at least 2.
+      batch: Windows in one micro-batch.
+      mesh: Mesh, windows are split over its `data` axis; None for one device.
+
+    Returns:
+      Perplexity, inf or nan where the model's own output is.
     """
     non_block = place(model.non_block, mesh)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
-    found = [
+    # float64 from here on: the mean over many windows must not depend on their order.
+    per_batch = [
         to_host(cross_entropy(model.arch, non_block, x, t)).astype(np.float64)
         for t, x in last_states(model, non_block, batches, mesh)
     ]
-    ce = np.concatenate(found)
+    ce = np.concatenate(per_batch)
     with np.errstate(over="ignore"):
         value = float(np.exp(np.mean(ce)))
     return Perplexity(value, ce, ce.size * (windows.shape[1] - 1))

@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations: what zero-shot tasks ask of a model."""
+"""Log-likelihoods of continuations, which zero-shot tasks ask for."""
 
 import functools
 import itertools
@@ -14,18 +14,33 @@ from models.arch import Model, NonBlockParams
 from models.errors import InputError
 from models.sharding import place, to_host
 
-POSITIONS = 64  # whose logits are computed together
-SHORTEST = 32  # tokens; a shorter text is padded to them
+# Positions whose logits are computed together.
+POSITIONS = 64
+# Shorter texts are padded to this many tokens.
+SHORTEST = 32
 
-Pair = tuple[
-    Sequence[int], Sequence[int]
-]  # tokens of a context, one at least, and of what follows it
+# Tokens of a context, at least one, and of the continuation after it.
+Pair = tuple[Sequence[int], Sequence[int]]
+# (log-probability of the continuation in nats, True if each of its tokens is the most likely).
+Score = tuple[float, bool]
 
 
 def bucket(n: int, least: int) -> int:
-    """The smallest of 2, 3, 4, 6, 8, 12, … that is at least `n` and `least`: few sizes to compile for, a third of padding at most."""
-    power = 1 << (max(n, least, 2) - 1).bit_length()
-    return power * 3 // 4 if max(n, least) <= power * 3 // 4 else power
+    """Round a size up to one of 2, 3, 4, 6, 8, 12, ….
+
+    Few sizes are compiled for, and at most a third of a bucket is padding.
+
+    Args:
+      n: Size.
+      least: Smallest size to return.
+
+    Returns:
+      Smallest bucket that is at least `n` and `least`.
+    """
+    size = max(n, least, 2)
+    power = 1 << (size - 1).bit_length()
+    three_quarters = power * 3 // 4
+    return three_quarters if max(n, least) <= three_quarters else power
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -37,31 +52,43 @@ def _scores(
     column: jax.Array,
     target: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The log-probability float32 [n] of each `target` after the hidden state x[row, column], and whether it is the most likely."""
+    """Score target tokens after the hidden states x[row, column].
 
-    def some(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    Returns:
+      Log-probability of each target, float32 [n], and True where it is the most likely token,
+      bool [n].
+    """
+
+    def score_some(args: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         states, target = args
         logits = head(non_block, states[None])[0]
         chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
         return chosen - jax.nn.logsumexp(logits, axis=1), jnp.argmax(logits, axis=1) == target
 
-    # The states first: of a whole batch's logits, which are far larger, few are asked for.
+    # States are selected before the head: the logits of a whole batch are far larger, and only
+    # those of the continuations are needed.
     states = x[row, column].reshape(-1, POSITIONS, x.shape[-1])
-    log_p, best = jax.lax.map(some, (states, target.reshape(-1, POSITIONS)))
+    log_p, best = jax.lax.map(score_some, (states, target.reshape(-1, POSITIONS)))
     return log_p.reshape(-1), best.reshape(-1)
 
 
-def _inputs(pairs: Sequence[Pair], longest: int) -> dict[tuple[int, ...], list[int]]:
-    """What the model reads, each text once, with the pairs that it serves: answers of one token to a question share all that is read."""
-    found: dict[tuple[int, ...], list[int]] = {}
+def _pairs_by_text(pairs: Sequence[Pair], longest: int) -> dict[tuple[int, ...], list[int]]:
+    """Return the distinct texts that the model reads, each with the indices of its pairs.
+
+    Answers of one token to a question share all that is read.
+    """
+    texts: dict[tuple[int, ...], list[int]] = {}
     for i, (context, continuation) in enumerate(pairs):
         if len(continuation) > longest:
             raise InputError(
-                f"--tasks: a continuation has {len(continuation)} tokens, the model reads {longest}: leave its task out"
+                f"has a continuation of {len(continuation)} tokens, the model reads {longest}",
+                "leave its task out",
+                field="tasks",
             )
+        # The last token is only predicted, never read.
         text = (*context, *continuation)[-(longest + 1) : -1]
-        found.setdefault(text, []).append(i)
-    return found
+        texts.setdefault(text, []).append(i)
+    return texts
 
 
 def log_likelihoods(
@@ -72,20 +99,29 @@ def log_likelihoods(
     batch: int = 8,
     mesh: Mesh | None = None,
     stage: Callable[[int], Callable[[], None]] = lambda steps: lambda: None,
-) -> list[tuple[float, bool]]:
-    """(log-probability in nats of the continuation after its context, whether every token of it is the most likely one) of each pair.
+) -> list[Score]:
+    """Score each continuation after its context.
 
-    Texts are padded on the right, which under causal attention changes nothing before. They are run from the longest to the shortest,
-    whatever their order; the result is in the pairs' order.
+    Texts are padded on the right, which under causal attention changes nothing before. They run
+    from the longest to the shortest.
 
     Args:
-      longest: tokens that the model reads; of a longer text the first are dropped.
-      batch: texts in one micro-batch, which the `data` axis of `mesh` divides.
-      stage: told how many micro-batches there are, gives what to call after each.
-    Raises InputError for a continuation of more than `longest` tokens.
+      model: Model, whose blocks are read as `eval.forward.last_states` does.
+      pairs: Context and continuation of each request.
+      longest: Tokens that the model reads; a longer text loses its beginning.
+      batch: Texts in one micro-batch, which the `data` axis of `mesh` divides.
+      mesh: Mesh, texts are split over its `data` axis; None for one device.
+      stage: Function from the number of micro-batches to a function that is called after each.
+
+    Returns:
+      For each pair, in order: the log-probability of the continuation in nats, and True if every
+      token of it is the most likely one.
+
+    Raises:
+      InputError: A continuation has more than `longest` tokens.
     """
-    served = _inputs(pairs, longest)
-    texts = sorted(served, key=lambda text: (-len(text), text))
+    pairs_of = _pairs_by_text(pairs, longest)
+    texts = sorted(pairs_of, key=lambda text: (-len(text), text))
     groups = [texts[i : i + batch] for i in range(0, len(texts), batch)]
     batches = []
     for group in groups:
@@ -93,39 +129,39 @@ def log_likelihoods(
         for row, text in zip(tokens, group, strict=False):
             row[: len(text)] = text
         batches.append(tokens)
-    non_block, found, advance = (
-        place(model.non_block, mesh),
-        [(0.0, True)] * len(pairs),
-        stage(len(batches)),
-    )
+    non_block = place(model.non_block, mesh)
+    scores = [(0.0, True)] * len(pairs)
+    advance = stage(len(batches))
     for group, (_, x) in zip(groups, last_states(model, non_block, batches, mesh), strict=True):
-        asked = [(r, i) for r, text in enumerate(group) for i in served[text]]
-        for i, answer in zip(
-            [i for _, i in asked], _answers(model, non_block, x, group, asked, pairs), strict=True
-        ):
-            found[i] = answer
+        row_and_pair = [(r, i) for r, text in enumerate(group) for i in pairs_of[text]]
+        batch_scores = _batch_scores(model, non_block, x, group, row_and_pair, pairs)
+        for (_, i), score in zip(row_and_pair, batch_scores, strict=True):
+            scores[i] = score
         advance()
-    return found
+    return scores
 
 
-def _answers(
+def _batch_scores(
     model: Model,
     non_block: NonBlockParams,
     x: jax.Array,
     group: Sequence[Sequence[int]],
-    asked: Sequence[tuple[int, int]],
+    row_and_pair: Sequence[tuple[int, int]],
     pairs: Sequence[Pair],
-) -> list[tuple[float, bool]]:
-    """The answers of the pairs of one batch, whose last states are x [b t d]; `asked` has (row, pair) of each."""
+) -> list[Score]:
+    """Score the pairs of one batch from its last hidden states x [b t d]."""
+    # The state before a token predicts it.
     places = [
         (r, len(group[r]) - len(pairs[i][1]) + j, token)
-        for r, i in asked
+        for r, i in row_and_pair
         for j, token in enumerate(pairs[i][1])
-    ]  # the state before a token predicts it
+    ]
     padded = np.zeros((bucket(len(places), 2 * POSITIONS), 3), np.int32)
     padded[: len(places)] = np.asarray(places, np.int32).reshape(-1, 3)
-    log_p, best = (to_host(a) for a in _scores(model.arch.head, non_block, x, *padded.T))
-    bounds = np.cumsum([0, *(len(pairs[i][1]) for _, i in asked)])
+    row, column, target = padded.T
+    log_p, best = (to_host(a) for a in _scores(model.arch.head, non_block, x, row, column, target))
+    bounds = np.cumsum([0, *(len(pairs[i][1]) for _, i in row_and_pair)])
+    # Sums in float64: hundreds of float32 terms would lose digits.
     return [
         (float(log_p[a:b].sum(dtype=np.float64)), bool(best[a:b].all()))
         for a, b in itertools.pairwise(bounds)

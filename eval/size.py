@@ -1,4 +1,4 @@
-"""How large a model is, and how much of it is zero."""
+"""Size of a model: entries, non-zero weights, and memory used so far."""
 
 import resource
 import sys
@@ -13,44 +13,65 @@ from models.arch import Model
 
 
 class Size(NamedTuple):
-    """Entries of a model. `nonzero`: of each block's prunable linears, weights that are not zero, by slot."""
+    """Size of a model.
+
+    Attributes:
+      parameters: Number of entries of all arrays.
+      nonzero: Number of non-zero weights of each block's prunable linears, by slot.
+    """
 
     parameters: int
     nonzero: tuple[dict[str, int], ...]
 
 
 @jax.jit
-def _nonzero(w: jax.Array) -> jax.Array:
-    return jnp.sum(w != 0, axis=1)  # a row's count fits an int32, a matrix's may not
+def _nonzero_by_row(w: jax.Array) -> jax.Array:
+    # By row, because the count of a whole matrix may exceed an int32.
+    return jnp.sum(w != 0, axis=1)
 
 
-def entries(tree: Any) -> int:
-    """The number of array entries of a pytree."""
+def count_entries(tree: Any) -> int:
+    """Count the array entries of a pytree.
+
+    Args:
+      tree: Pytree of arrays or of their shapes.
+
+    Returns:
+      Number of entries.
+    """
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def measure(model: Model) -> Size:
-    """Count a model's parameters and the non-zero weights of its linears, reading each block once."""
-    total, nonzero = entries(model.non_block), []
+def measure_size(model: Model) -> Size:
+    """Count a model's entries and the non-zero weights of its linears, reading each block once.
+
+    Args:
+      model: Model.
+
+    Returns:
+      Size.
+    """
+    total, nonzero = count_entries(model.non_block), []
     for block in model.blocks:
-        total += entries(block)
-        nonzero.append(
-            {
-                s.name: int(np.asarray(_nonzero(getattr(block, s.name).w)).sum())
-                for s in model.arch.slots
-            }
-        )
+        total += count_entries(block)
+        counts = {s.name: _nonzero_by_row(getattr(block, s.name).w) for s in model.arch.slots}
+        nonzero.append({name: int(np.asarray(rows).sum()) for name, rows in counts.items()})
     return Size(total, tuple(nonzero))
 
 
 def peak_memory(devices: Sequence[jax.Device]) -> dict[str, int | None]:
-    """Most bytes held so far by this process on the host, and on the fullest device (None where it does not say, as on a CPU)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
-    found = [
-        s["peak_bytes_in_use"]
-        for d in devices
-        if (s := d.memory_stats()) and "peak_bytes_in_use" in s
-    ]
-    return {"host": peak, "device": max(found, default=None)}
+    """Return the most bytes that this process has held so far.
+
+    Args:
+      devices: Devices to ask.
+
+    Returns:
+      Bytes on the "host", and on the fullest "device"; None where devices do not report it, as on
+      a CPU.
+    """
+    # Linux counts kibibytes, macOS bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    statistics = [device.memory_stats() or {} for device in devices]
+    peaks = [s["peak_bytes_in_use"] for s in statistics if "peak_bytes_in_use" in s]
+    return {"host": host, "device": max(peaks, default=None)}

@@ -1,4 +1,4 @@
-"""Zero-shot tasks of lm-evaluation-harness: opened from names or local YAML files, and run on a model."""
+"""Zero-shot tasks of lm-evaluation-harness, opened by name or from local YAML files."""
 
 import contextlib
 import io
@@ -18,20 +18,23 @@ from eval.answers import digest
 from eval.harness import HarnessModel
 from models.errors import InputError
 
-SEED = 1234  # of the examples in a prompt, as lm-eval has it
-BOOTSTRAP = 1000  # samples behind a standard error that has no formula
-GENERATION = {
-    "until",
-    "do_sample",
-    "temperature",
-    "top_p",
-    "max_gen_toks",
-}  # what a generated answer may be asked to follow
+# Seed of the examples in a prompt, lm-eval's own.
+SEED = 1234
+# Resamples for a standard error without a formula.
+BOOTSTRAP = 1000
+# Generation settings that the adapter supports.
+GENERATION_SETTINGS = {"until", "do_sample", "temperature", "top_p", "max_gen_toks"}
 
 
 class Tasks(NamedTuple):
-    """Tasks with their documents. `protocol` has for each its version, documents, examples in a prompt, and the SHA-256 of all that is
-    asked and expected."""
+    """Tasks with their documents.
+
+    Attributes:
+      loaded: Tasks and groups as lm-eval loads them.
+      limit: Most documents of a task; None for all.
+      protocol: Of each task its version, number of documents, number of examples in a prompt,
+        accuracy of guessing, and SHA-256 of all requests and targets.
+    """
 
     loaded: Mapping[str, Any]
     limit: int | None
@@ -40,26 +43,28 @@ class Tasks(NamedTuple):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log, bars and prints; what it has to say comes as an exception. Nothing forks: JAX has threads."""
-    levels = {
-        log: log.level for log in map(logging.getLogger, ("lm_eval", "datasets", "huggingface_hub"))
-    }
-    bars, single = datasets.are_progress_bars_disabled(), os.environ.get("DISABLE_MULTIPROC")
-    for log in levels:
-        log.setLevel(logging.CRITICAL)
+    """Silence the harness's log, progress bars and prints; errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "huggingface_hub")]
+    levels = [logger.level for logger in loggers]
+    bars_disabled = datasets.are_progress_bars_disabled()
+    multiprocessing = os.environ.get("DISABLE_MULTIPROC")
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
     datasets.disable_progress_bars()
+    # JAX has threads, and a process with threads must not fork.
     os.environ["DISABLE_MULTIPROC"] = "1"
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
-        for log, level in levels.items():
-            log.setLevel(level)
-        if not bars:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if not bars_disabled:
             datasets.enable_progress_bars()
-        os.environ.pop("DISABLE_MULTIPROC") if single is None else os.environ.update(
-            DISABLE_MULTIPROC=single
-        )
+        if multiprocessing is None:
+            del os.environ["DISABLE_MULTIPROC"]
+        else:
+            os.environ["DISABLE_MULTIPROC"] = multiprocessing
 
 
 def _is_path(name: str) -> bool:
@@ -67,108 +72,132 @@ def _is_path(name: str) -> bool:
 
 
 def _files(name: str) -> list[pathlib.Path]:
-    """The YAML files of a path: itself, or those of a directory that do not begin with an underscore, which others include."""
+    """Return the YAML files of a path, which is a file or a directory."""
     path = pathlib.Path(name).expanduser()
     if path.is_dir():
-        found = sorted(
+        # By lm-eval's custom a leading underscore marks a file that others include.
+        files = sorted(
             p
             for p in path.iterdir()
             if p.suffix in (".yaml", ".yml") and not p.name.startswith("_")
         )
-        if not found:
+        if not files:
             raise InputError(
-                f"--tasks={name} has no .yaml file: name a task, a YAML file or a directory of them"
+                "has no .yaml file",
+                "name a task, a YAML file or a directory of them",
+                field="tasks",
+                value=name,
             )
-        return found
+        return files
     if not path.is_file():
-        raise InputError(f"--tasks={name}: there is no such file, check the path")
+        raise InputError("is no such file", "check the path", field="tasks", value=name)
     return [path]
 
 
-def _beside(folder: pathlib.Path, files: Any) -> Any:
-    """`data_files` (a path, a list, or a mapping of them) with relative paths taken from the YAML file's folder."""
+def _resolve_data_files(folder: pathlib.Path, files: Any) -> Any:
+    """Make the relative paths of `data_files`, a path or a list or mapping of them, absolute."""
     if isinstance(files, Mapping):
-        return {split: _beside(folder, own) for split, own in files.items()}
+        return {split: _resolve_data_files(folder, part) for split, part in files.items()}
     if isinstance(files, list):
-        return [_beside(folder, own) for own in files]
+        return [_resolve_data_files(folder, part) for part in files]
     return files if "://" in files else str((folder / pathlib.Path(files).expanduser()).resolve())
 
 
 def _config(file: pathlib.Path) -> dict[str, Any]:
-    """A local YAML file, its data files found from where it lies."""
+    """Read a local YAML file and resolve its data files from the file's folder."""
     config = load_yaml(file)
     if isinstance(config.get("task"), list) or "group" in config:
-        raise InputError(f"--tasks={file} is a group: name the YAML files of its tasks")
+        raise InputError(
+            "is a group", "name the YAML files of its tasks", field="tasks", value=file
+        )
     if "task" not in config:
-        raise InputError(f"--tasks={file} has no `task:`, the name that its results get: add it")
+        raise InputError(
+            "has no `task:`, the name that its results get", "add it", field="tasks", value=file
+        )
     kwargs = config.get("dataset_kwargs") or {}
     if "data_files" in kwargs:
-        config["dataset_kwargs"] = {
-            **kwargs,
-            "data_files": _beside(file.parent, kwargs["data_files"]),
-        }
+        data_files = _resolve_data_files(file.parent, kwargs["data_files"])
+        config["dataset_kwargs"] = {**kwargs, "data_files": data_files}
     return config
 
 
-def _opened(name: str, catalogue: TaskManager) -> Mapping[str, Any]:
-    """What lm-eval loads for one name or path; InputError with its reason where it cannot."""
+def _load(name: str, catalogue: TaskManager) -> Mapping[str, Any]:
+    """Load what one name or path stands for."""
     try:
         if _is_path(name):
             return catalogue.load([_config(file) for file in _files(name)])
         known = catalogue.match_tasks([name])
         if not known:
             raise InputError(
-                f"--tasks={name}: lm-eval has no such task: `lm-eval ls tasks` lists them; a file is named with .yaml"
+                "is no such task of lm-eval",
+                "`lm-eval ls tasks` lists them; a file is named with .yaml",
+                field="tasks",
+                value=name,
             )
         return catalogue.load(known)
     except InputError:
         raise
-    except Exception as e:  # of every kind: YAML, templates, data sets, network
+    except Exception as e:
+        # YAML, templates, data sets and the network raise exceptions of every kind.
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(
-            f"--tasks={name} cannot be opened ({reason}): check its data, and the network if they are on the hub"
+            f"cannot be opened ({reason})",
+            "check its data, and the network if they are on the hub",
+            field="tasks",
+            value=name,
         ) from e
 
 
 def open_tasks(names: Sequence[str], *, limit: int = 0, num_fewshot: int = -1) -> Tasks:
-    """Open tasks and all their documents, and build every request once.
+    """Open tasks with all their documents, and build every request once.
 
     Args:
-      names: of lm-eval's tasks, groups and tags, with wildcards; or paths of YAML files or directories of them (with .yaml or a slash).
-      limit: most documents of a task, the first; 0 for all.
-      num_fewshot: examples in a prompt; -1 for what the task says, or none.
-    Raises InputError for what lm-eval does not know or cannot open, and for tasks that need more than text.
+      names: Names of lm-eval's tasks, groups and tags, with wildcards, or paths of YAML files or of
+        directories of them. A path has .yaml or a slash in it.
+      limit: Most documents of a task, counted from the first; 0 for all.
+      num_fewshot: Examples in a prompt; -1 for the task's own number, or none.
+
+    Returns:
+      Tasks, ready to run.
+
+    Raises:
+      InputError: lm-eval does not know or cannot open a task, or a task needs more than text.
     """
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     with _quiet():
         catalogue = TaskManager(include_defaults=not all(map(_is_path, names)))
         for name in names:
-            found = _opened(name, catalogue)
+            new = _load(name, catalogue)
             for part, entries in loaded.items():
-                entries |= found.get(part, {})
+                entries |= new.get(part, {})
         protocol = {
-            name: _prepared(name, task, limit or None, num_fewshot)
+            name: _prepare(name, task, limit or None, num_fewshot)
             for name, task in loaded["tasks"].items()
         }
     return Tasks(loaded, limit or None, protocol)
 
 
-def _prepared(name: str, task: Any, limit: int | None, num_fewshot: int) -> dict[str, Any]:
-    """Set how a task is run; returns what the protocol says of it."""
+def _prepare(name: str, task: Any, limit: int | None, num_fewshot: int) -> dict[str, Any]:
+    """Set how a task is run and return its protocol."""
     if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
         raise InputError(
-            f"--tasks: {name} runs code or needs more than text, which is not supported: leave it out"
+            f"has {name}, which runs code or needs more than text: neither is supported",
+            "leave it out",
+            field="tasks",
         )
     if task.OUTPUT_TYPE == "generate_until":
-        unknown = normalize_gen_kwargs(task.config.generation_kwargs or {}).keys() - GENERATION
+        settings = normalize_gen_kwargs(task.config.generation_kwargs or {})
+        unknown = settings.keys() - GENERATION_SETTINGS
         if unknown:
             raise InputError(
-                f"--tasks: {name} asks to generate with {', '.join(sorted(unknown))}, which is not supported"
+                f"has {name}, which asks to generate with {', '.join(sorted(unknown))}: that is "
+                "not supported",
+                "leave it out",
+                field="tasks",
             )
     own = task.get_config("num_fewshot")
-    if own is None or (
-        own > 0 and num_fewshot >= 0
-    ):  # as lm-eval has it, a task that says 0 means it
+    # As in lm-eval, a task that sets 0 means it.
+    if own is None or (own > 0 and num_fewshot >= 0):
         task.set_config("num_fewshot", max(num_fewshot, 0))
     try:
         task.set_fewshot_seed(SEED)
@@ -179,43 +208,53 @@ def _prepared(name: str, task: Any, limit: int | None, num_fewshot: int) -> dict
             if task.OUTPUT_TYPE == "multiple_choice"
         }
         asked = [[r.request_type, r.args, str(task.doc_to_target(r.doc))] for r in task.instances]
-    except Exception as e:  # of every kind, from the task's templates and functions
+    except Exception as e:
+        # The task's templates and functions raise exceptions of every kind.
         raise InputError(
-            f"--tasks: {name} cannot be put into words ({e}): check its YAML against its documents"
+            f"has {name}, whose requests cannot be made ({e})",
+            "check its YAML against its documents",
+            field="tasks",
         ) from e
+    # The accuracy of guessing.
+    chance = sum(1 / n for n in choices.values()) / len(choices) if choices else None
     return {
         "version": task.VERSION,
         "documents": len({r.doc_id for r in task.instances}),
         "num_fewshot": task.get_config("num_fewshot"),
-        "chance": sum(1 / n for n in choices.values()) / len(choices)
-        if choices
-        else None,  # the accuracy of guessing
+        "chance": chance,
         "sha256": digest(asked),
     }
 
 
 def run_tasks(tasks: Tasks, model: HarnessModel) -> dict[str, dict[str, float | None]]:
-    """{task or group: {metric: value, metric_stderr: its standard error or None}} of a model; metrics by lm-eval's names.
+    """Run tasks on a model.
 
-    A metric of a filter is called `metric,filter`.
+    Args:
+      tasks: Tasks that `open_tasks` opened.
+      model: Adapter of the model.
+
+    Returns:
+      Metrics of each task and group by lm-eval's names. A metric of a filter is called
+      `metric,filter`; `metric_stderr` is its standard error or None.
     """
     for task in tasks.loaded["tasks"].values():
-        task.set_fewshot_seed(
-            SEED
-        )  # again for every model: the draws go on from one document to the next
+        # Again for every model: the draws go on from one document to the next.
+        task.set_fewshot_seed(SEED)
     with _quiet():
-        found = lm_eval.evaluate(
+        output = lm_eval.evaluate(
             model,
             dict(tasks.loaded),
             limit=tasks.limit,
             bootstrap_iters=BOOTSTRAP,
             log_samples=False,
         )
+    return {name: _metrics(results) for name, results in output["results"].items()}
+
+
+def _metrics(results: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the metrics of one task or group; lm-eval calls them `metric,filter`."""
     return {
-        name: {
-            key.removesuffix(",none"): float(value) if isinstance(value, int | float) else None
-            for key, value in results.items()
-            if "," in key
-        }
-        for name, results in found["results"].items()
+        key.removesuffix(",none"): float(value) if isinstance(value, int | float) else None
+        for key, value in results.items()
+        if "," in key
     }

@@ -27,7 +27,8 @@ from launch.run.job import RunConfig, request_of
 from launch.run.measure import write_report
 from models.arch import Model
 from models.checkpoint import hub
-from models.checkpoint.reader import ShapeBlocks, abstract, open_checkpoint, read_config
+from models.checkpoint.blocks import ShapeBlocks
+from models.checkpoint.reader import abstract, open_checkpoint, read_config
 from models.checkpoint.writer import SHARD_BYTES
 from models.errors import InputError
 from models.families import hf

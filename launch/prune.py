@@ -62,7 +62,7 @@ from models.arch import Model
 from models.checkpoint.output_format import preview
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.checkpoint.writer import Writer, write_json
-from models.processes import agree, is_primary, run_on_primary
+from models.processes import check_agreement, is_primary, run_on_primary
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
@@ -369,7 +369,7 @@ def prune(config: RunConfig, memory: StepCache | None = None) -> dict[str, Any]:
         work = directory / UNFINISHED
         writer = Writer(directory, checkpoint.config, config.layout, work=work / "blocks")
         facts = fingerprint(config, inputs)
-        agree(facts)
+        check_agreement(facts)
         journal = journal_of(work / "journal", facts, writer, memory)
         if went_on := journal.finished > EVALUATED:
             console.note(

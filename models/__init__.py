@@ -1,1 +1,4 @@
-"""Flax ports of the LLaMA and OPT families, their checkpoints, and surgery on them. Nothing here knows why a weight is removed."""
+"""LLaMA and OPT families in JAX, their checkpoints, and surgery on them.
+
+No module of this package knows why a weight is removed.
+"""

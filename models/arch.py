@@ -1,33 +1,59 @@
-"""What an architecture declares of itself, once, so that no pruning method has to know its name.
+"""Architectures as values, so that no pruning method has to know a family's name.
 
-A model is `Model(arch, ends, blocks)`: `non_block` holds the parameters outside the blocks (embeddings, last norm, head), `blocks` is a
-sequence of one pytree per decoder block, either a tuple in memory or a lazy view of a checkpoint (`models.checkpoint.reader`). Widths live in the
-arrays alone, so a block whose heads or neurons were cut needs no new configuration.
+A model is `Model(arch, non_block, blocks)`. `non_block` holds the parameters outside the blocks:
+embeddings, final norm, head. `blocks` has one pytree per decoder block. It is a tuple in memory or
+a lazy view of a checkpoint (`models.checkpoint.reader`). Widths live in the arrays alone, so a
+block that lost heads or neurons needs no new configuration.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, Self
 
 import jax
 import jax.numpy as jnp
 
 from models.cache import Cache, Start
+from models.layers import Linear
 from models.programs import program
 
-Block = Any  # flax.struct dataclass: models.families.llama.Block or models.families.opt.Block
-NonBlockParams = (
-    Any  # flax.struct dataclass: models.families.llama.Ends or models.families.opt.Ends
-)
-Taps = Mapping[
-    str, jax.Array
-]  # activations of one block call, each [b t c]; jit drops those that nobody reads
+# Activations of one block call by name, each [b t c]. jit drops those that nobody reads.
+Taps = Mapping[str, jax.Array]
+
+
+class Block(Protocol):
+    """Parameters of one decoder block: a pytree with a Linear under the name of every slot."""
+
+    @property
+    def k(self) -> Linear:
+        """Return the key projection, whose output rows say how many key-value heads there are."""
+
+    def replace(self, **fields: Any) -> Self:
+        """Return a copy with other values of the given fields."""
+
+
+class NonBlockParams(Protocol):
+    """Parameters outside the blocks: embeddings, final norm, head."""
+
+    @property
+    def embed(self) -> Any:
+        """Return the token embedding, [vocab d]."""
+
+    @property
+    def head(self) -> Linear | None:
+        """Return the output head; None where the embedding serves as the head."""
+
+    def replace(self, **fields: Any) -> Self:
+        """Return a copy with other values of the given fields."""
 
 
 class Slot(NamedTuple):
     """One prunable linear of a block.
 
-    `name` is the field of the block that holds it; a block's taps hold its output under the same name. `reads` is the tap it consumes:
-    linears that read one tap share its statistics. `feeds` is the tap its output reaches, or "next" for the residual stream.
+    Attributes:
+      name: Field of the block that holds the linear. The block's taps hold its output under this
+        name.
+      reads: Tap that the linear consumes. Linears that read one tap share its statistics.
+      feeds: Tap that the output reaches, or "next" for the residual stream.
     """
 
     name: str
@@ -36,7 +62,13 @@ class Slot(NamedTuple):
 
 
 class Member(NamedTuple):
-    """A slice of a coupled group: `width` consecutive entries a unit along `axis` of linear `name` (axis 0 outputs, 1 inputs)."""
+    """Slice of a coupled group within one linear.
+
+    Attributes:
+      name: Slot of the linear.
+      axis: Axis of its matrix, 0 for outputs and 1 for inputs.
+      width: Number of consecutive entries along `axis` that belong to one unit.
+    """
 
     name: str
     axis: int
@@ -44,9 +76,13 @@ class Member(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Channels that live and die together: the `reader`'s input columns with the `writers`' output rows.
+    """Channels that live and die together: input columns of the reader, output rows of the writers.
 
-    The last writer is the linear path into the channel; those before it gate it (SwiGLU's gate) or pair with it (q, k of attention).
+    Attributes:
+      name: "heads" or "neurons".
+      reader: Linear that consumes the channels.
+      writers: Linears that produce them. The last one is the linear path into the channel. Those
+        before it gate it (SwiGLU's gate) or pair with it (q and k of attention).
     """
 
     name: str
@@ -55,17 +91,25 @@ class Group(NamedTuple):
 
 
 class Arch(NamedTuple):
-    """A family's pure functions with its configuration bound. Made by a cached factory, so equal configurations give one object;
-    hashable, for use as a static argument of jit. Its functions are the same objects wherever they compute the same, so a program that
-    is compiled for one of them serves the dense and the pruned model.
+    """Pure functions of a family with a configuration bound, hashable as a static argument of jit.
+
+    A cached factory makes it, so equal configurations give one object. Its functions are the same
+    objects wherever they compute the same, so a program compiled for the dense model also serves
+    the pruned one.
 
     Attributes:
-      embed: (ends, tokens int [b t], start=0) -> x [b t d]; `start` is the first token's position, an int or traced.
+      config: Configuration of the family, such as `models.families.llama.Config`.
+      embed: (non_block, tokens int [b t], start=0) -> x [b t d]. `start` is the position of the
+        first token, an int or traced.
       block: (block, x [b t d]) -> (x [b t d], taps).
-      head: (ends, x [b t d]) -> logits float32 [b t vocab].
-      step: (block, x [b t d], cache, start) -> (x [b t d], cache): `block` for the next t positions of a text whose earlier keys and
-          values the cache holds. With `start` the int 0 it holds none, and the work is that of `block`.
-      residual: a block's output is its last linear's output added to the residual stream, with no norm after it.
+      head: (non_block, x [b t d]) -> logits float32 [b t vocab].
+      step: (block, x [b t d], cache, start) -> (x [b t d], cache). It runs `block` on the next t
+        positions of a text whose earlier keys and values are in the cache. With `start` the int 0
+        the cache is empty and the work is that of `block`.
+      slots: Prunable linears of a block.
+      groups: Coupled channels of a block.
+      residual: True if a block's output is its last linear's output added to the residual stream,
+        with no norm after it.
     """
 
     config: Any
@@ -78,16 +122,36 @@ class Arch(NamedTuple):
     residual: bool = True
 
     def tap(self, slot: str) -> str:
-        """The tap that the slot of this name reads; KeyError if the architecture has none."""
+        """Return the tap that a slot reads.
+
+        Args:
+          slot: Name of the slot.
+
+        Raises:
+          KeyError: The architecture has no such slot.
+        """
         return {s.name: s.reads for s in self.slots}[slot]
 
     def group(self, name: str) -> Group:
-        """The coupled group called `name`; KeyError if the architecture has none."""
+        """Return the coupled group of a name.
+
+        Args:
+          name: "heads" or "neurons".
+
+        Raises:
+          KeyError: The architecture has no such group.
+        """
         return {g.name: g for g in self.groups}[name]
 
 
 class Model(NamedTuple):
-    """An architecture with its parameters: what methods read. `blocks` is a tuple, or a lazy sequence of a checkpoint's blocks."""
+    """Architecture with its parameters.
+
+    Attributes:
+      arch: Functions of the family.
+      non_block: Parameters outside the blocks.
+      blocks: Parameters of each block, a tuple or a lazy sequence that reads a checkpoint.
+    """
 
     arch: Arch
     non_block: NonBlockParams
@@ -95,7 +159,15 @@ class Model(NamedTuple):
 
 
 def logits(model: Model, tokens: jax.Array) -> jax.Array:
-    """The model's float32 logits [b t vocab] for tokens int [b t]."""
+    """Compute the logits of a whole text.
+
+    Args:
+      model: Model whose blocks are visited in order.
+      tokens: Token ids, int [b t].
+
+    Returns:
+      Logits, float32 [b t vocab].
+    """
     x = model.arch.embed(model.non_block, tokens)
     for block in model.blocks:
         x, _ = model.arch.block(block, x)
@@ -110,7 +182,16 @@ def _embed(
 
 
 def embed(arch: Arch, non_block: NonBlockParams, tokens: jax.Array) -> jax.Array:
-    """`arch.embed`, compiled once for all ends of equal shapes."""
+    """Run `arch.embed`, compiled once for all parameters of equal shapes.
+
+    Args:
+      arch: Architecture.
+      non_block: Parameters outside the blocks.
+      tokens: Token ids, int [b t].
+
+    Returns:
+      Hidden states that enter the first block, [b t d].
+    """
     return _embed(arch.embed, non_block, tokens)
 
 
@@ -122,17 +203,33 @@ def _apply(
 
 
 def apply_block(arch: Arch, block: Block, x: jax.Array, name: str = "") -> jax.Array:
-    """`arch.block` without its taps, compiled once for all blocks of equal shapes."""
+    """Run `arch.block` without its taps, compiled once for all blocks of equal shapes.
+
+    Args:
+      arch: Architecture.
+      block: Parameters of the block.
+      x: Hidden states, [b t d].
+      name: Name of the program in a plan; empty for the default.
+
+    Returns:
+      Hidden states after the block, [b t d].
+    """
     return _apply(arch.block, block, x, name=name)
 
 
 def cross_entropy(
     arch: Arch, non_block: NonBlockParams, x: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Mean cross-entropy of each window [b] in nats, float32, over its length-1 predicted positions.
+    """Compute the mean cross-entropy of each window over its t - 1 predicted positions.
 
     Args:
-      x: what leaves the last block [b t d]; tokens: int [b t].
+      arch: Architecture.
+      non_block: Parameters outside the blocks.
+      x: Hidden states after the last block, [b t d].
+      tokens: Token ids, int [b t].
+
+    Returns:
+      Cross-entropy in nats, float32 [b].
     """
     return _cross_entropy(arch.head, non_block, x, tokens)
 

@@ -13,7 +13,8 @@ class InputError(ValueError):
     escapes is a defect of the program and keeps its traceback.
 
     Library code names settings as arguments are named, never as flags. Inside `reason` and `remedy`
-    a setting stands in backticks, as in "leave `pattern` out"; a command shows it as a flag.
+    a setting stands in backticks, as in "leave `pattern` out"; a command shows it as a flag. A
+    boolean setting to be switched off has the prefix "no", as in `noresume`.
 
     Attributes:
       reason: What is wrong, a clause that continues "field=value" where there is a field.
@@ -39,6 +40,7 @@ class InputError(ValueError):
             subject += f"={self.value}"
         text = " ".join(filter(None, (subject, self.reason)))
         text += f": {self.remedy}" if self.remedy else ""
+        # Only single words in backticks are settings; commands and code keep theirs.
         return re.sub(r"`(\w+)`", lambda match: name(match[1]), text)
 
 
@@ -49,7 +51,7 @@ def damaged(path: pathlib.Path) -> InputError:
       path: The file.
     """
     return InputError(
-        f"{path} of the unfinished run is damaged or missing", "start over with --noresume"
+        f"{path} of the unfinished run is damaged or missing", "start over with `noresume`"
     )
 
 

@@ -1,6 +1,7 @@
-"""Text from a model: a prompt processed in one piece, then a compiled loop of one token at a time over the cached keys and values.
+"""Text generation: prefill of whole prompts, then a compiled loop over single tokens.
 
-The whole model is in memory and is an argument of the compiled programs, which are made once for every shape of model and prompts.
+The whole model is in memory and is an argument of the compiled programs, so one compilation serves
+every model and prompt of the same shapes.
 """
 
 import functools
@@ -12,19 +13,31 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Arch, Block, Model, NonBlockParams
-from models.cache import Cache, empty
-
-State = tuple[
-    jax.Array, jax.Array, jax.Array, jax.Array, tuple[Cache, ...]
-]  # count, last token [b], ended [b], text [b new], caches
+from models.cache import Cache, empty_cache
 
 
-class Choice(NamedTuple):
-    """How the next token is chosen, all traced: `temperature` and `top_p` float [], `key` of the draws."""
+class Sampling(NamedTuple):
+    """Traced settings of random sampling.
+
+    Attributes:
+      temperature: Divisor of the logits, float [].
+      top_p: Probability of the nucleus, float [].
+      key: Key of the draws.
+    """
 
     temperature: jax.Array
     top_p: jax.Array
     key: jax.Array
+
+
+class _State(NamedTuple):
+    """State of the decoding loop: number of new tokens, last tokens, ended rows, text, caches."""
+
+    length: jax.Array  # int []
+    token: jax.Array  # int32 [b]
+    ended: jax.Array  # bool [b]
+    text: jax.Array  # int32 [b new_tokens]
+    caches: tuple[Cache, ...]
 
 
 def forward(
@@ -36,19 +49,30 @@ def forward(
     start: int | jax.Array,
     last: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """The logits float32 [b vocab] of tokens int [b t] at the positions from `start`, and the caches with them in.
+    """Run the model on new tokens of texts whose earlier tokens are in the caches.
 
-    The logits are those of each row's token `last` (int [b]); None: of the last column's.
+    Args:
+      arch: Architecture.
+      non_block: Parameters outside the blocks.
+      blocks: Parameters of each block.
+      tokens: New token ids, int [b t].
+      caches: Cache of each block.
+      start: Position of the first new token.
+      last: Column of each row whose logits are wanted, int [b]; None for the last column.
+
+    Returns:
+      Logits, float32 [b vocab], and the caches with the new tokens in them.
     """
-    x, kept = arch.embed(non_block, tokens, start), []
+    x, written = arch.embed(non_block, tokens, start), []
     for block, cache in zip(blocks, caches, strict=True):
         x, cache = arch.step(block, x, cache, start)
-        kept.append(cache)
+        written.append(cache)
+    # One column before the head: the logits of all would be the largest array.
     x = x[:, -1:] if last is None else jnp.take_along_axis(x, last[:, None, None], axis=1)
-    return arch.head(non_block, x)[:, 0], tuple(kept)
+    return arch.head(non_block, x)[:, 0], tuple(written)
 
 
-def _next(
+def _next_logits(
     arch: Arch,
     non_block: NonBlockParams,
     blocks: Sequence[Block],
@@ -56,18 +80,19 @@ def _next(
     caches: tuple[Cache, ...],
     start: jax.Array,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """`forward` of one token int [b] for each row, at the position `start`: int [], or int [b] where each row has its own."""
+    """Run `forward` on one token int [b] a row, at the position `start`, int [] or int [b]."""
     if start.ndim == 0:
         return forward(arch, non_block, blocks, token[:, None], caches, start)
 
-    def row(
+    # Rows have positions of their own: each is a batch of one under vmap.
+    def run_row(
         token: jax.Array, caches: tuple[Cache, ...], start: jax.Array
     ) -> tuple[jax.Array, tuple[Cache, ...]]:
-        alone = jax.tree.map(lambda x: x[None], caches)
-        logits, kept = forward(arch, non_block, blocks, token[None, None], alone, start)
-        return logits[0], jax.tree.map(lambda x: x[0], kept)
+        batched = jax.tree.map(lambda x: x[None], caches)
+        logits, written = forward(arch, non_block, blocks, token[None, None], batched, start)
+        return logits[0], jax.tree.map(lambda x: x[0], written)
 
-    return jax.vmap(row)(token, caches, start)
+    return jax.vmap(run_row)(token, caches, start)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -79,38 +104,59 @@ def prefill(
     capacity: int,
     lengths: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """The logits float32 [b vocab] after prompts int [b t], and each block's cache with room for `capacity` positions.
+    """Run the model on whole prompts.
 
-    Of a row, `lengths` (int [b]; None: all) tokens are the prompt; what stands after them is written over before it is seen.
+    Args:
+      arch: Architecture, static.
+      non_block: Parameters outside the blocks.
+      blocks: Parameters of each block.
+      prompts: Token ids, int [b t].
+      capacity: Number of positions of each cache, static.
+      lengths: Number of tokens of each prompt, int [b]; None for t. Padding after a prompt is
+        overwritten before any token sees it.
+
+    Returns:
+      Logits after each prompt, float32 [b vocab], and the cache of each block.
     """
-    caches = [empty(b, arch.config.head_dim, prompts.shape[0], capacity) for b in blocks]
-    return forward(
-        arch, non_block, blocks, prompts, caches, 0, None if lengths is None else lengths - 1
-    )
+    caches = [empty_cache(b.k, arch.config.head_dim, prompts.shape[0], capacity) for b in blocks]
+    last = None if lengths is None else lengths - 1
+    return forward(arch, non_block, blocks, prompts, caches, 0, last)
 
 
-def nucleus(logits: jax.Array, choice: Choice) -> jax.Array:
-    """Logits [b vocab] divided by the temperature, -inf outside the nucleus (Holtzman et al. 2020, section 3.1).
+def nucleus(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Restrict logits to the nucleus.
 
-    The nucleus is the fewest most likely tokens, one at least, whose probability together is at least `top_p`, and those that tie with
-    its last.
+    The nucleus is the smallest set of most likely tokens, at least one, whose total probability
+    reaches `top_p`, with those that tie with its last.
+
+    Source: Holtzman et al. 2020, section 3.1.
+
+    Args:
+      logits: Logits, [b vocab].
+      sampling: Temperature and top_p.
+
+    Returns:
+      Logits divided by the temperature, -inf outside the nucleus, [b vocab].
     """
-    logits = logits / choice.temperature
+    logits = logits / sampling.temperature
+    # From the most likely token down.
     order = -jnp.sort(-logits, axis=-1)
     p = jax.nn.softmax(order, axis=-1)
-    inside = jnp.cumsum(p, axis=-1) - p < choice.top_p  # what is more likely does not fill it yet
+    # A token is inside if the more likely ones together do not reach top_p.
+    inside = jnp.cumsum(p, axis=-1) - p < sampling.top_p
+    # The first token is inside whatever top_p and rounding say.
     inside = inside.at[:, 0].set(True)
     least = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def _pick(logits: jax.Array, choice: Choice | None, i: int | jax.Array) -> jax.Array:
-    """The i-th new token int32 [b] from logits [b vocab]; the most likely one without a choice."""
-    if choice is None:
+def _select_token(logits: jax.Array, sampling: Sampling | None, i: int | jax.Array) -> jax.Array:
+    """Select new token i, int32 [b], from logits [b vocab]; the most likely without sampling."""
+    if sampling is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    return jax.random.categorical(
-        jax.random.fold_in(choice.key, i), nucleus(logits, choice)
-    ).astype(jnp.int32)
+    # One key for each position, so that a longer text begins with the shorter one.
+    key = jax.random.fold_in(sampling.key, i)
+    return jax.random.categorical(key, nucleus(logits, sampling)).astype(jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=4)
@@ -122,34 +168,51 @@ def decode(
     caches: tuple[Cache, ...],
     start: jax.Array,
     new_tokens: int,
-    choice: Choice | None,
+    sampling: Sampling | None,
     eos: jax.Array,
 ) -> tuple[jax.Array, tuple[Cache, ...]]:
-    """`new_tokens` tokens int32 [b new_tokens], of which the first is taken from the logits [b vocab] and stands at position `start`,
-    int [], or int [b] after prompts of different lengths.
+    """Generate tokens after prefilled prompts.
 
-    The caches' memory is taken over, and they are returned with the tokens in. The loop ends when every row has given one of `eos`
-    (int [e], may be empty); what follows it in a row is `eos[0]`.
+    The loop ends early when every row has produced one of `eos`.
+
+    Args:
+      arch: Architecture, static.
+      non_block: Parameters outside the blocks.
+      blocks: Parameters of each block.
+      logits: Logits of the first new token, [b vocab].
+      caches: Cache of each block; their memory is donated.
+      start: Position of the first new token, int [], or int [b] after prompts of different lengths.
+      new_tokens: Number of tokens to generate, static.
+      sampling: Settings of random sampling; None takes the most likely token.
+      eos: Tokens that end a text, int [e], may be empty.
+
+    Returns:
+      Token ids, int32 [b new_tokens], in a row filled with `eos[0]` after its end, and the caches
+      with the new tokens in them.
     """
     fill = eos[0] if eos.size else jnp.int32(0)
 
-    def ended(token: jax.Array) -> jax.Array:
+    def ends_text(token: jax.Array) -> jax.Array:
         return jnp.any(token[:, None] == eos[None, :], axis=1)
 
-    def go_on(state: State) -> jax.Array:
-        i, _, done, *_ = state
-        return (i < new_tokens) & ~jnp.all(done)
+    def unfinished(state: _State) -> jax.Array:
+        return (state.length < new_tokens) & ~jnp.all(state.ended)
 
-    def one(state: State) -> State:
-        i, token, done, out, caches = state
-        logits, caches = _next(arch, non_block, blocks, token, caches, start + i - 1)
-        token = jnp.where(done, fill, _pick(logits, choice, i))
-        out = jax.lax.dynamic_update_slice(out, token[:, None], (0, i))
-        return i + 1, token, done | ended(token), out, caches
+    def append_token(state: _State) -> _State:
+        i = state.length
+        logits, caches = _next_logits(
+            arch, non_block, blocks, state.token, state.caches, start + i - 1
+        )
+        # Rows that have ended still run, because shapes are static; their tokens are replaced.
+        token = jnp.where(state.ended, fill, _select_token(logits, sampling, i))
+        text = jax.lax.dynamic_update_slice(state.text, token[:, None], (0, i))
+        return _State(i + 1, token, state.ended | ends_text(token), text, caches)
 
-    token = _pick(logits, choice, 0)
-    out = jnp.full((token.shape[0], new_tokens), fill, jnp.int32).at[:, 0].set(token)
-    return jax.lax.while_loop(go_on, one, (jnp.int32(1), token, ended(token), out, caches))[3:]
+    token = _select_token(logits, sampling, 0)
+    text = jnp.full((token.shape[0], new_tokens), fill, jnp.int32).at[:, 0].set(token)
+    state = _State(jnp.int32(1), token, ends_text(token), text, caches)
+    state = jax.lax.while_loop(unfinished, append_token, state)
+    return state.text, state.caches
 
 
 def generate(
@@ -163,39 +226,47 @@ def generate(
     eos: int | Sequence[int] | None = None,
     lengths: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A continuation int32 [b new_tokens] of each prompt int [b t].
+    """Continue prompts.
 
     Args:
-      model: read into memory if it is not there.
-      temperature: 0 takes the most likely token; above, tokens are drawn with their logits divided by it.
-      top_p: tokens are drawn from the nucleus alone, see `nucleus`; 0 < top_p <= 1.
-      key: of the draws, needed for a temperature above 0; the same key gives the same text.
-      eos: the token, or tokens, that end a text; what follows in a row that has ended is the first of them.
-      lengths: int [b], how many tokens of each row are its prompt where they differ: the rest of the row is padding. None: all are.
-    Raises ValueError for settings out of range, no new token or an empty prompt, a temperature without a key, or more positions than a
-    model with learned ones has.
+      model: Model, read into memory if it is not there.
+      prompts: Token ids, int [b t].
+      new_tokens: Number of tokens to generate.
+      temperature: 0 takes the most likely token; above 0, tokens are drawn with their logits
+        divided by it.
+      top_p: Probability of the nucleus that tokens are drawn from, 0 < top_p <= 1.
+      key: Key of the draws, needed for a temperature above 0. One key gives one text.
+      eos: Token or tokens that end a text. The rest of a row that has ended is the first of them.
+      lengths: Number of tokens of each prompt, int [b], where the rest of its row is padding; None
+        for t.
+
+    Returns:
+      Continuations, int32 [b new_tokens].
+
+    Raises:
+      ValueError: A setting is out of range, there is no new token, a prompt is empty, a temperature
+        has no key, or the model has fewer learned positions than needed.
     """
     prompts = jnp.asarray(prompts, jnp.int32)
     arch, non_block, blocks = model.arch, model.non_block, tuple(model.blocks)
+    # Room for the whole text from the start: a cache that grew would compile at every length.
     capacity = prompts.shape[1] + new_tokens
     if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or prompts.shape[1] < 1:
         raise ValueError(
-            f"{temperature=}, {top_p=}, {new_tokens=} and prompts of {prompts.shape[1]} tokens: one is out of range"
+            f"{temperature=}, {top_p=}, {new_tokens=} and prompts of {prompts.shape[1]} tokens: "
+            "one is out of range"
         )
     if temperature and key is None:
         raise ValueError("a temperature above 0 needs a key to draw with")
     if capacity > getattr(arch.config, "positions", capacity):
         raise ValueError(f"{capacity} tokens, the model has {arch.config.positions} positions")
-    choice = (
-        Choice(jnp.float32(temperature), jnp.float32(top_p), key)
-        if temperature and key is not None
-        else None
-    )
-    ends_at = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
+    sampling = None
+    if temperature and key is not None:
+        sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), key)
+    eos_ids = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
     start = jnp.asarray(prompts.shape[1] if lengths is None else lengths, jnp.int32)
     logits, caches = prefill(
         arch, non_block, blocks, prompts, capacity, None if lengths is None else start
     )
-    return np.asarray(
-        decode(arch, non_block, blocks, logits, caches, start, new_tokens, choice, ends_at)[0]
-    )
+    text, _ = decode(arch, non_block, blocks, logits, caches, start, new_tokens, sampling, eos_ids)
+    return np.asarray(text)

@@ -1,7 +1,8 @@
-"""The Flax face of a model: one linen module over the same pure functions, for `.init`, `.apply` and `.tabulate`.
+"""Flax interface of a model: a linen module over the same pure functions.
 
-Parameters are created under the names of the pytrees' fields: {"params": {"ends": {"embed": ...}, "blocks_0": {"q.w": ...}, ...}}.
-Widths live in the arrays, so a pruned model's variables apply too when their shapes are those of its configuration.
+Parameters are created under the field names of the pytrees:
+{"params": {"ends": {"embed": ...}, "blocks_0": {"q.w": ...}, ...}}. Widths live in the arrays, so
+variables of a pruned model apply too when their shapes are those of its configuration.
 """
 
 from collections.abc import Mapping
@@ -20,41 +21,63 @@ def _name(path: tuple[Any, ...]) -> str:
 
 
 class Parameters(nn.Module):
-    """One parameter for every Spec of a tree; returns the tree with the arrays in place."""
+    """Parameters of a tree, one for every Spec.
+
+    Attributes:
+      specs: Pytree of Spec.
+      config: Contents of `config.json`, which the initialisers read.
+    """
 
     specs: Any
     config: Mapping[str, Any]
 
     @nn.compact
     def __call__(self) -> Any:
-        def one(path: tuple[Any, ...], spec: hf.Spec) -> jax.Array:
+        """Return the tree with arrays in place of the specs."""
+
+        def make(path: tuple[Any, ...], spec: hf.Spec) -> jax.Array:
             return self.param(_name(path), initializer(self.config, spec))
 
-        return jax.tree.map_with_path(one, self.specs, is_leaf=hf.is_spec)
+        return jax.tree.map_with_path(make, self.specs, is_leaf=hf.is_spec)
 
 
 class CausalLM(nn.Module):
-    """A LLaMA- or OPT-family language model from its Hugging Face configuration (the contents of `config.json`)."""
+    """LLaMA- or OPT-family language model for `.init`, `.apply` and `.tabulate`.
+
+    Attributes:
+      config: Contents of `config.json`.
+    """
 
     config: Mapping[str, Any]
 
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Logits float32 [b t vocab] of tokens int [b t]."""
-        arch, non_block, blocks = hf.specs(self.config)
-        parts = [Parameters(b, self.config, name=f"blocks_{i}")() for i, b in enumerate(blocks)]
-        return logits(
-            Model(arch, Parameters(non_block, self.config, name="ends")(), tuple(parts)), tokens
+        """Compute the logits of a whole text.
+
+        Args:
+          tokens: Token ids, int [b t].
+
+        Returns:
+          Logits, float32 [b t vocab].
+        """
+        arch, non_block_specs, block_specs = hf.specs(self.config)
+        blocks = tuple(
+            Parameters(b, self.config, name=f"blocks_{i}")() for i, b in enumerate(block_specs)
         )
+        non_block = Parameters(non_block_specs, self.config, name="ends")()
+        return logits(Model(arch, non_block, blocks), tokens)
 
 
 def variables(model: Model) -> dict[str, Any]:
-    """A model's parameters as the variables that `CausalLM.apply` takes."""
+    """Return the parameters of a model as the variables that `CausalLM.apply` takes.
 
-    def flat(tree: Any) -> dict[str, jax.Array]:
+    Args:
+      model: Model, read into memory if it is not there.
+    """
+
+    def flatten(tree: Any) -> dict[str, jax.Array]:
         return {_name(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
-    return {
-        "params": {"ends": flat(model.non_block)}
-        | {f"blocks_{i}": flat(b) for i, b in enumerate(model.blocks)}
-    }
+    params = {"ends": flatten(model.non_block)}
+    params |= {f"blocks_{i}": flatten(b) for i, b in enumerate(model.blocks)}
+    return {"params": params}

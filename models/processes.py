@@ -1,6 +1,6 @@
-"""Several processes that run one program over one mesh, as several hosts do: who writes, and how the others learn of it.
+"""Coordination of several processes that run one program over one mesh.
 
-Every process does the same in the same order; files that they share are written by the first alone.
+Every process runs the same steps in the same order. Shared files are written by the primary alone.
 """
 
 import json
@@ -15,51 +15,69 @@ from models.errors import InputError
 
 
 def is_multiprocess() -> bool:
-    """Whether there are several processes."""
+    """Return True if several processes run."""
     return jax.process_count() > 1
 
 
 def is_primary() -> bool:
-    """Whether this process is the one that prints and writes."""
+    """Return True in the process that prints and writes."""
     return jax.process_index() == 0
 
 
 def barrier(what: str) -> None:
-    """Wait until every process is here; `what` is happening, the same in all of them."""
+    """Wait until every process has arrived.
+
+    Args:
+      what: Name of the point, the same in all processes.
+    """
     if is_multiprocess():
         multihost_utils.sync_global_devices(what)
 
 
 def run_on_primary(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives in the first process, where alone it runs: JSON-able. All processes must call this.
+    """Run a function in the primary process and broadcast its result.
 
-    Its InputError is raised in all of them; of any other exception the others raise a RuntimeError.
+    All processes must call this.
+
+    Args:
+      compute: Function that returns a JSON-able value.
+
+    Returns:
+      Value of `compute`, in every process.
+
+    Raises:
+      InputError: The primary raised it; every process raises it.
+      RuntimeError: The primary raised another exception, which it raises itself.
     """
     if not is_multiprocess():
         return compute()
-    answer, error = {}, None  # type: dict[str, Any], Exception | None
+    answer: dict[str, Any] = {}
+    error: Exception | None = None
     if is_primary():
+        # An exception must not leave here before the others have their answer: they would wait
+        # for the broadcast for ever.
         try:
             answer = {"value": compute()}
         except InputError as e:
             answer = {
-                "refused": {"reason": e.reason, "remedy": e.remedy, "field": e.field},
+                "input_error": {"reason": e.reason, "remedy": e.remedy, "field": e.field},
                 "value": None if e.value is None else str(e.value),
             }
         except Exception as e:
-            answer, error = {"failed": f"{type(e).__name__}: {e}"}, e
-    answer = json.loads(_from_first(json.dumps(answer).encode()))
+            answer, error = {"failure": f"{type(e).__name__}: {e}"}, e
+    answer = json.loads(_broadcast_text(json.dumps(answer).encode()))
     if error:
         raise error
-    if "refused" in answer:
-        raise InputError(**answer["refused"], value=answer["value"])
-    if "failed" in answer:
-        raise RuntimeError(f"the first process failed ({answer['failed']})")
+    if "input_error" in answer:
+        raise InputError(**answer["input_error"], value=answer["value"])
+    if "failure" in answer:
+        raise RuntimeError(f"the first process failed ({answer['failure']})")
     return answer["value"]
 
 
-def _from_first(text: bytes) -> bytes:
-    """The first process's text, in all of them."""
+def _broadcast_text(text: bytes) -> bytes:
+    """Return the primary's text in every process."""
+    # The length first: a broadcast needs arrays of one shape in all processes.
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(text))))
     padded = np.zeros(size, np.uint8)
     if is_primary():
@@ -67,17 +85,27 @@ def _from_first(text: bytes) -> bytes:
     return bytes(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8))
 
 
-def agree(facts: dict[str, Any]) -> None:
-    """InputError in every process, with their names, where JSON-able facts differ from the first process's."""
+def check_agreement(facts: dict[str, Any]) -> None:
+    """Check that all processes have the same facts.
+
+    Args:
+      facts: JSON-able values by name.
+
+    Raises:
+      InputError: A process differs from the primary; every process raises it.
+    """
     if not is_multiprocess():
         return
+    # Through JSON, as the primary's are, so that tuples equal lists.
     facts = json.loads(json.dumps(facts))
-    whole = run_on_primary(lambda: facts)
-    mine = [name for name in {**whole, **facts} if whole.get(name) != facts.get(name)]
-    differ = multihost_utils.process_allgather(np.bool_(bool(mine)))
-    if differ.any():
-        who = ", ".join(str(k) for k in np.flatnonzero(differ))
-        what = f": {', '.join(mine)}" if mine else ""
+    primary = run_on_primary(lambda: facts)
+    differing = [name for name in {**primary, **facts} if primary.get(name) != facts.get(name)]
+    # Gathered, so that all processes raise and none waits for one that has stopped.
+    differs = multihost_utils.process_allgather(np.bool_(bool(differing)))
+    if differs.any():
+        processes = ", ".join(str(k) for k in np.flatnonzero(differs))
+        names = f" ({', '.join(differing)})" if differing else ""
         raise InputError(
-            f"process {who} differs from process 0 in what it was given{what}; every process needs the same command and files"
+            f"process {processes} differs from process 0 in what it was given{names}",
+            "start every process with the same command and files",
         )

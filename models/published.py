@@ -1,10 +1,15 @@
-"""Configurations of published models as their `config.json` gives them, with the parameter counts their pages state."""
+"""Configurations of published models, with the parameter counts that their pages state."""
 
 from typing import Any, NamedTuple
 
 
 class Published(NamedTuple):
-    """A model's `config.json`, and how many parameters its page states."""
+    """A published model.
+
+    Attributes:
+      config: Contents of its `config.json`.
+      parameters: Number of parameters that its page states.
+    """
 
     config: dict[str, Any]
     parameters: int

@@ -1,4 +1,4 @@
-"""One table from what an axis means to the mesh axis it is split over, and the few placements made from it."""
+"""Placement of arrays on a mesh: one table from logical axes to mesh axes, and its users."""
 
 import re
 from collections.abc import Sequence
@@ -20,75 +20,128 @@ from models.errors import InputError
 from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
-LOGICAL = {"sample": "data", "out": "model"}  # calibration windows; output rows of a linear
+# Logical axis -> mesh axis: calibration windows, and output rows of a linear.
+LOGICAL = {"sample": "data", "out": "model"}
 
 
-def make_mesh(spec: str, batch: int = 0, devices: Sequence[Any] | None = None) -> Mesh:
-    """A mesh from a text such as "data=4,model=2"; empty puts all devices on `data`.
+def _parse_mesh(spec: str) -> dict[str, int]:
+    """Parse a text such as "data=4,model=2" into the sizes of mesh axes."""
+    sizes: dict[str, int] = {}
+    for part in filter(None, spec.split(",")):
+        match = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
+        if not match or match[1] not in MESH_AXES or match[1] in sizes:
+            raise InputError(
+                f"must be like data=4,model=2 (axes {', '.join(MESH_AXES)})",
+                field="mesh",
+                value=repr(spec),
+            )
+        sizes[match[1]] = int(match[2])
+    return sizes
+
+
+def make_mesh(spec: str, batch: int = 0, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Make a mesh from a text such as "data=4,model=2".
+
+    An empty text puts devices on `data` alone: as many as divide the batch, because the others
+    would repeat the work of the first.
 
     Args:
-      batch: windows in one micro-batch, which `data` must divide; 0 for any. An empty text then takes as many devices as do divide it:
-        one that does not would repeat all the work on every device.
-      devices: to choose from, the first ones are taken; None: all, of every process.
-    Raises InputError for a malformed text, one that asks for more devices than there are, leaves a whole process without any, or does
-    not divide the batch.
+      spec: Sizes of the mesh axes; an axis left out has size 1.
+      batch: Windows in one micro-batch, which `data` must divide; 0 for any number.
+      devices: Devices to choose from, of which the first are taken; None for all devices of all
+        processes.
+
+    Returns:
+      Mesh with the axes `data` and `model`.
+
+    Raises:
+      InputError: The text is malformed, asks for more devices than there are, leaves a process
+        without any, or does not divide the batch.
     """
-    every = jax.devices() if devices is None else devices
-    sizes = {"data": max(n for n in range(1, len(every) + 1) if batch % n == 0)} if not spec else {}
-    for part in filter(None, spec.split(",")):
-        found = re.fullmatch(r"(\w+)=([1-9]\d*)", part.strip())
-        if not found or found[1] not in MESH_AXES or found[1] in sizes:
-            raise InputError(
-                f"--mesh={spec!r} must be like data=4,model=2 (axes {', '.join(MESH_AXES)})"
-            )
-        sizes[found[1]] = int(found[2])
+    available = jax.devices() if devices is None else devices
+    sizes = _parse_mesh(spec)
+    if not spec:
+        sizes["data"] = max(n for n in range(1, len(available) + 1) if batch % n == 0)
     shape = tuple(sizes.get(axis, 1) for axis in MESH_AXES)
     needed = shape[0] * shape[1]
-    if needed > len(every):
+    if needed > len(available):
         raise InputError(
-            f"--mesh={spec!r} needs {needed} devices, there are {len(every)}: ask for fewer"
+            f"needs {needed} devices, there are {len(available)}",
+            "ask for fewer",
+            field="mesh",
+            value=repr(spec),
         )
     if batch % shape[0]:
         raise InputError(
-            f"--mesh={spec!r} splits micro-batches of {batch} windows over {shape[0]} devices: make the batch a multiple of it"
+            f"splits micro-batches of {batch} windows over {shape[0]} devices",
+            f"make the batch a multiple of {shape[0]}",
+            field="mesh",
+            value=repr(spec),
         )
-    if devices is None and jax.process_count() > len({d.process_index for d in every[:needed]}):
+    # A process without a device could not take part in collective operations.
+    processes_used = len({d.process_index for d in available[:needed]})
+    if devices is None and jax.process_count() > processes_used:
         raise InputError(
-            f"--mesh={spec!r} leaves processes idle: choose a mesh of all {len(every)} devices, and a batch that data divides"
+            "leaves processes idle",
+            f"choose a mesh of all {len(available)} devices, and a batch that data divides",
+            field="mesh",
+            value=repr(spec),
         )
-    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * 2, devices=every[:needed])
+    # Auto axes: jax.make_mesh defaults to Explicit ones, which want a sharding in every type.
+    axis_types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh(shape, MESH_AXES, axis_types, devices=available[:needed])
 
 
 def placement(shape: Sequence[int], mesh: Mesh | None, logical: str) -> Sharding:
-    """The first axis split over the mesh axis of `logical` where that divides it, else every device has the whole."""
+    """Choose the sharding of an array whose first axis has a logical name.
+
+    Args:
+      shape: Shape of the array.
+      mesh: Mesh; None for the first local device.
+      logical: Logical name of the first axis, a key of `LOGICAL`.
+
+    Returns:
+      First axis split over its mesh axis where that divides it, else replicated.
+    """
     if mesh is None or mesh.size == 1:
         return SingleDeviceSharding(jax.local_devices()[0])
+    # An axis that does not divide is replicated rather than padded: padding would enter the
+    # statistics.
     axis = LOGICAL[logical]
-    return NamedSharding(
-        mesh, PartitionSpec(axis) if shape and shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
-    )
+    divides = bool(shape) and shape[0] % mesh.shape[axis] == 0
+    return NamedSharding(mesh, PartitionSpec(axis) if divides else PartitionSpec())
 
 
 def specs_on(tree: Any, mesh: Mesh, logical: str = "") -> Any:
-    """Shapes, of ShapeDtypeStructs, with the placements that `split` (with a `logical`) or `place` gives to such arrays."""
+    """Add the placements to a tree of shapes that arrays of these shapes would have.
 
-    def one(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    Args:
+      tree: Pytree of jax.ShapeDtypeStruct.
+      mesh: Mesh.
+      logical: Logical name of the first axes, as in `split`; empty for parameters, as in `place`.
+
+    Returns:
+      The tree with shardings.
+    """
+
+    def with_sharding(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axis = LOGICAL[logical or "out"]
-        along = len(x.shape) == 2 if not logical else bool(x.shape)
-        spec = (
-            PartitionSpec(axis) if along and x.shape[0] % mesh.shape[axis] == 0 else PartitionSpec()
-        )
+        # Of parameters only matrices are split.
+        may_split = bool(x.shape) if logical else len(x.shape) == 2
+        divides = may_split and x.shape[0] % mesh.shape[axis] == 0
+        spec = PartitionSpec(axis) if divides else PartitionSpec()
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
-    return jax.tree.map(one, tree)
+    return jax.tree.map(with_sharding, tree)
 
 
-def _put(x: Any, sharding: Sharding) -> jax.Array:
-    """`x`, which every process holds whole unless it lies over their devices already; a process moves only what its own devices get."""
+def _put_on_devices(x: Any, sharding: Sharding) -> jax.Array:
+    """Put `x` on devices; every process holds it whole unless it is global already."""
     if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, sharding)
-    held = np.asarray(x)
-    return jax.make_array_from_callback(held.shape, sharding, lambda part: held[part])
+    # A callback, so that a process moves only the parts of its own devices.
+    whole = np.asarray(x)
+    return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
 
 
 def _planned(recorder: Recorder, x: Any, mesh: Mesh | None, logical: str) -> DeviceArray:
@@ -101,16 +154,36 @@ def _planned(recorder: Recorder, x: Any, mesh: Mesh | None, logical: str) -> Dev
 
 
 def split(x: Any, mesh: Mesh | None, logical: str) -> Any:
-    """`x` where `placement` says."""
-    if recorder := planner():
+    """Put an array on the mesh, its first axis split as `placement` says.
+
+    Args:
+      x: Array, on the host or on devices.
+      mesh: Mesh; None leaves the array on its device.
+      logical: Logical name of the first axis.
+
+    Returns:
+      Array on the mesh.
+    """
+    recorder = planner()
+    if recorder:
         return _planned(recorder, x, mesh, logical)
     if mesh is None or mesh.size == 1:
         return jax.numpy.asarray(x)
-    return _put(x, placement(x.shape, mesh, logical))
+    return _put_on_devices(x, placement(x.shape, mesh, logical))
 
 
 def to_host(x: Any) -> np.ndarray:
-    """An array whole in host memory, in every process, wherever it lies; where it lies over several, all of them must call this."""
+    """Copy a whole array into host memory, in every process.
+
+    All processes must call this where the array is spread over several.
+
+    Args:
+      x: Array, on the host or on devices.
+
+    Returns:
+      Array in host memory.
+    """
+    # Only an array that is spread over processes needs communication.
     if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
@@ -122,30 +195,53 @@ def tree_to_host(tree: Any) -> Any:
 
 
 def own_rows(shape: Sequence[int], mesh: Mesh | None) -> slice:
-    """The rows of a parameter that `place` gives to this process's devices."""
+    """Return the rows of a parameter that `place` gives to this process's devices.
+
+    Args:
+      shape: Shape of the parameter.
+      mesh: Mesh; None for one device.
+
+    Returns:
+      Slice of the first axis, slice(None) for all rows.
+    """
     if mesh is None or len(shape) != 2:
         return slice(None)
-    parts = [
-        index[0]
-        for index in placement(shape, mesh, "out")
-        .addressable_devices_indices_map(tuple(shape))
-        .values()
-        if index
-    ]
-    start, stop = min(p.start or 0 for p in parts), max(p.stop or shape[0] for p in parts)
+    indices = placement(shape, mesh, "out").addressable_devices_indices_map(tuple(shape)).values()
+    # A replicated matrix has whole slices, whose start and stop are None.
+    rows = [index[0] for index in indices if index]
+    start = min(r.start or 0 for r in rows)
+    stop = max(r.stop or shape[0] for r in rows)
     return slice(None) if stop - start == shape[0] else slice(start, stop)
 
 
 def local(params: Any) -> Any:
-    """Parameters that this process can use by itself: what lies over several is gathered into host memory."""
+    """Make parameters usable by this process alone.
+
+    Args:
+      params: Pytree of arrays.
+
+    Returns:
+      The tree, arrays spread over several processes gathered into host memory.
+    """
     return jax.tree.map(lambda x: x if x.is_fully_addressable else to_host(x), params)
 
 
 def place(params: Any, mesh: Mesh | None) -> Any:
-    """Parameters on the mesh: the output rows of matrices split over `model`, vectors on every device."""
-    if recorder := planner():
+    """Put parameters on the mesh.
+
+    Args:
+      params: Pytree of arrays.
+      mesh: Mesh; None leaves them on their device.
+
+    Returns:
+      The tree, output rows of matrices split over `model`, vectors on every device.
+    """
+    recorder = planner()
+    if recorder:
         return jax.tree.map(lambda w: _planned(recorder, w, mesh, "out"), params)
     if mesh is None or mesh.size == 1:
         return params
     whole = NamedSharding(mesh, PartitionSpec())
-    return jax.tree.map(lambda w: split(w, mesh, "out") if w.ndim == 2 else _put(w, whole), params)
+    return jax.tree.map(
+        lambda w: split(w, mesh, "out") if w.ndim == 2 else _put_on_devices(w, whole), params
+    )

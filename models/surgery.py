@@ -1,6 +1,9 @@
-"""Removing parts of a block: `mask` writes zeros and keeps the shapes, `cut` takes the same channels away. Same function, fewer numbers."""
+"""Removal of units of a block: `mask` zeroes them, `cut` makes the arrays narrower.
 
-from typing import Any
+Both compute the same function.
+"""
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,76 +13,112 @@ from models.arch import Block, Group, Member
 from models.layers import Linear
 from models.programs import program
 
+# (linear, its place in the group, units int [u]) -> changed linear.
+Change = Callable[[Linear, Member, np.ndarray], Linear]
 
-def _entries(member: Member, units: np.ndarray) -> np.ndarray:
-    """The indices along the member's axis that belong to units (int [u]), in order."""
+
+def _indices(member: Member, units: np.ndarray) -> np.ndarray:
+    """Return the indices along the member's axis that belong to units (int [u]), in order."""
     return (units[:, None] * member.width + np.arange(member.width)[None, :]).reshape(-1)
 
 
-def _stays(size: int, gone: np.ndarray) -> np.ndarray:
-    """bool [size]. A mask is as long whatever goes, so zeroing compiles once; a scatter would for every number of indices."""
-    stays = np.ones(size, bool)
-    stays[gone] = False
-    return stays
+def _keep_mask(size: int, removed: np.ndarray) -> np.ndarray:
+    """Return a mask, bool [size], that is False at the removed indices."""
+    # A mask has one length however many indices it removes, so zeroing compiles once. A scatter
+    # would compile for every number of indices.
+    keep = np.ones(size, bool)
+    keep[removed] = False
+    return keep
 
 
 @program("rows zeroed")
-def _zero_rows(p: Linear, stays: jax.Array) -> Linear:
-    """Zero the output rows where `stays` (bool [out]) is False, biases included."""
-    b = None if p.b is None else jnp.where(stays, p.b, 0)
-    return Linear(jnp.where(stays[:, None], p.w, 0), b)
+def _zero_rows(p: Linear, keep: jax.Array) -> Linear:
+    """Zero the output rows where `keep` (bool [out]) is False, biases included."""
+    b = None if p.b is None else jnp.where(keep, p.b, 0)
+    return Linear(jnp.where(keep[:, None], p.w, 0), b)
 
 
 @program("columns zeroed")
-def _zero_columns(p: Linear, stays: jax.Array) -> Linear:
-    """Zero the input columns where `stays` (bool [in]) is False."""
-    return Linear(jnp.where(stays[None, :], p.w, 0), p.b)
+def _zero_columns(p: Linear, keep: jax.Array) -> Linear:
+    """Zero the input columns where `keep` (bool [in]) is False."""
+    return Linear(jnp.where(keep[None, :], p.w, 0), p.b)
 
 
 @program("units cut", static=(2,))
-def _take_entries(p: Linear, at: jax.Array, axis: int) -> Linear:
+def _take_entries(p: Linear, indices: jax.Array, axis: int) -> Linear:
     """Keep the rows (axis 0, biases included) or columns (axis 1) at these indices."""
-    b = p.b if axis == 1 or p.b is None else jnp.take(p.b, at, axis=0)
-    return Linear(jnp.take(p.w, at, axis=axis), b)
+    # A bias belongs to output rows: taking input columns leaves it whole.
+    b = p.b if axis == 1 or p.b is None else jnp.take(p.b, indices, axis=0)
+    return Linear(jnp.take(p.w, indices, axis=axis), b)
 
 
 def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
-    """Zero output rows of a linear, biases included.
+    """Zero output rows of a linear, with their biases.
 
     Args:
-      p: The linear.
-      rows: Indices, int [r].
+      p: Linear, w [out in].
+      rows: Indices of the rows, int [r].
+
+    Returns:
+      Linear of the same shapes.
     """
-    return _zero_rows(p, _stays(p.w.shape[0], rows))
+    return _zero_rows(p, _keep_mask(p.w.shape[0], rows))
 
 
 def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
-    at = _entries(member, units)
+    indices = _indices(member, units)
     if member.axis == 0:
-        return zero_rows(p, at)
-    return _zero_columns(p, _stays(p.w.shape[1], at))
+        return zero_rows(p, indices)
+    return _zero_columns(p, _keep_mask(p.w.shape[1], indices))
 
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:
-    return _take_entries(p, _entries(member, units), member.axis)
+    return _take_entries(p, _indices(member, units), member.axis)
 
 
 def units(block: Block, group: Group) -> int:
-    """How many units of a coupled group a block has."""
+    """Count the units of a coupled group in a block.
+
+    Args:
+      block: Parameters of the block.
+      group: Coupled group, such as the heads.
+
+    Returns:
+      Number of units.
+    """
     w = getattr(block, group.reader.name).w
     return w.shape[group.reader.axis] // group.reader.width
 
 
-def _each(block: Block, group: Group, change: Any, at: np.ndarray) -> Block:
+def _change_members(block: Block, group: Group, change: Change, units: np.ndarray) -> Block:
+    """Apply a change to every linear of a group."""
     members = (group.reader, *group.writers)
-    return block.replace(**{m.name: change(getattr(block, m.name), m, at) for m in members})
+    return block.replace(**{m.name: change(getattr(block, m.name), m, units) for m in members})
 
 
 def mask(block: Block, group: Group, keep: np.ndarray) -> Block:
-    """The block with the units of `group` that `keep` (bool [units]) drops set to zero, biases of their rows included."""
-    return _each(block, group, _zero, np.flatnonzero(~np.asarray(keep)))
+    """Zero the units of a group that are not kept, biases of their rows included.
+
+    Args:
+      block: Parameters of the block.
+      group: Coupled group.
+      keep: True for the units that stay, bool [units].
+
+    Returns:
+      Block of the same shapes.
+    """
+    return _change_members(block, group, _zero, np.flatnonzero(~np.asarray(keep)))
 
 
 def cut(block: Block, group: Group, keep: np.ndarray) -> Block:
-    """The block without the units of `group` that `keep` (bool [units]) drops: narrower arrays, the same outputs as `mask`."""
-    return _each(block, group, _take, np.flatnonzero(np.asarray(keep)))
+    """Remove the units of a group that are not kept.
+
+    Args:
+      block: Parameters of the block.
+      group: Coupled group.
+      keep: True for the units that stay, bool [units].
+
+    Returns:
+      Block with narrower arrays and the same outputs as after `mask`.
+    """
+    return _change_members(block, group, _take, np.flatnonzero(np.asarray(keep)))

@@ -7,7 +7,7 @@ import numpy as np
 
 from calibration.runtime import Runtime
 from models.arch import Model
-from models.checkpoint.reader import LazyBlocks
+from models.checkpoint.blocks import LazyBlocks
 from pruning.types import Allocation, Budget, Layerwise, Request
 
 LEAST, MOST = (

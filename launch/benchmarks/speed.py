@@ -17,7 +17,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval.size import entries, peak_memory
+from eval.size import count_entries, peak_memory
 from launch.flags.cli import Flags
 from launch.flags.common import DTYPES
 from launch.report import plots, summary
@@ -91,7 +91,7 @@ def topiary(task: Task) -> tuple[Once, Facts]:
         name: {part: (c or {}).get(key) for part, c in costs.items()}
         for name, key in COUNTED.items()
     }
-    return once, {"parameters": entries((non_block, blocks)), **counted}
+    return once, {"parameters": count_entries((non_block, blocks)), **counted}
 
 
 COUNTED = {"flops": "flops", "bytes": "bytes accessed"}

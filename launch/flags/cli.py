@@ -88,7 +88,8 @@ class Flags:
 
     def shown(self, name: str) -> str:
         """Return a setting's name as the user knows it: a flag, where this command has one."""
-        return f"--{name}" if name in self.values else name
+        known = name in self.values or name.removeprefix("no") in self.values
+        return f"--{name}" if known else name
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
         """The values of all flags by name; InputError for an unknown flag, a wrong value, or anything that is not a flag."""

@@ -4,7 +4,7 @@ import pathlib
 
 from jax.sharding import Mesh
 
-from eval.size import measure
+from eval.size import measure_size
 from launch.report import figures
 from launch.run import export
 from models.checkpoint import orbax as pytrees
@@ -37,7 +37,7 @@ def complete(
     )
     if output_format == "orbax":
         pytrees.save(directory, written.loaded.model, mesh)
-    counts = figures.count(checkpoint, measure(written.loaded.model), outcome.kept_blocks)
+    counts = figures.count(checkpoint, measure_size(written.loaded.model), outcome.kept_blocks)
     record = export.pruning_record(checkpoint, outcome, counts.gone)
     run_on_primary(lambda: write_json(directory / "pruning.json", record))
     return written, counts

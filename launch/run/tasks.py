@@ -14,7 +14,7 @@ from rich.console import Console
 
 from calibration.journal import file_digest
 from calibration.tokenizer import TextTokenizer
-from eval.answers import Answers, cache_directory
+from eval.answers import AnswerCache, cache_directory
 from launch import __version__
 from launch.flags.cli import Flags
 from launch.flags.common import LONGEST_DEFAULT, dataset_list
@@ -126,7 +126,7 @@ def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
     return {
         "configuration": checkpoint.config,
         "files": {p.name: file_digest(p) for p in files},
-        "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.non_block],
+        "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.eos],
         "dtype": str(dtype),
         "device": [platform.machine(), jax.devices()[0].device_kind],
         "versions": {"topiary": __version__} | {p: importlib.metadata.version(p) for p in packages},
@@ -149,7 +149,7 @@ def evaluate_tasks(
 
     # Several processes must ask the model the same, so none may know more answers than the others.
     answers = (
-        Answers(cache_directory(), identity(checkpoint, zero_shot))
+        AnswerCache(cache_directory(), identity(checkpoint, zero_shot))
         if cache and not is_multiprocess()
         else None
     )

@@ -1,8 +1,9 @@
-"""Flax checkpoints (`flax_model.msgpack`) read tensor by tensor, and Flax's parameter names as PyTorch's.
+"""Flax checkpoints (`flax_model.msgpack`), read tensor by tensor under PyTorch's names.
 
-`flax.serialization` writes one nested msgpack map whose leaves are extension objects (shape, dtype name, bytes); an array above
-1 GiB is a map of chunks. Its `msgpack_restore` decodes a whole file into memory, so here the map's headers are walked once,
-skipping the data, and `msgpack_restore` decodes one leaf at a time.
+`flax.serialization` writes one nested msgpack map whose leaves are extension objects (shape, dtype
+name, bytes). An array above 1 GiB is a map of chunks. Its `msgpack_restore` decodes a whole file
+into memory. Here the map's headers are visited once, skipping the data, and `msgpack_restore`
+decodes one leaf at a time.
 """
 
 import mmap
@@ -21,15 +22,17 @@ from flax.traverse_util import flatten_dict
 from models.checkpoint.tensors import Entry, corrupt, not_floating
 from models.errors import InputError
 
-# Code of an extension object with a length of 1, 2 or 4 bytes, to the struct format of that length.
+# Code of an extension object whose length takes 1, 2 or 4 bytes -> struct format of that length.
 _EXTENSIONS = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
 _CHUNKED = "__msgpack_chunked_array__"
-# Longer than any map header, key, or (shape, dtype) that opens an array.
+# Bytes given to the decoder at once: more than any map header, key, or the (shape, dtype) that
+# opens an array.
 _WINDOW = 1024
-_DEEPEST = 32
+# Nesting beyond this is a damaged file; without a bound it would exhaust Python's stack.
+_MAX_DEPTH = 32
 _FLOATS = (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
-# Flax modules name a parameter by its role; PyTorch names them all `weight` but for the bias.
-_LEAVES = {
+# Flax names a parameter by its role; PyTorch calls every one `weight` except the bias.
+_ROLES = {
     "kernel": "weight",
     "embedding": "weight",
     "scale": "weight",
@@ -39,7 +42,13 @@ _LEAVES = {
 
 
 class _Leaf(NamedTuple):
-    """An array's place in the file, bytes `start` to `end`, and its shape."""
+    """Place of an array in the file.
+
+    Attributes:
+      start: Offset of its first byte.
+      end: Offset after its last byte.
+      shape: Shape of the array.
+    """
 
     start: int
     end: int
@@ -47,9 +56,16 @@ class _Leaf(NamedTuple):
 
 
 def msgpack_entries(path: pathlib.Path) -> dict[str, Entry]:
-    """The arrays of a Flax msgpack file under dotted Flax names ("model.norm.weight"), data not read.
+    """List the arrays of a Flax msgpack file without reading their data.
 
-    Raises InputError when the file is damaged, cut short, or not a map of arrays.
+    Args:
+      path: The file.
+
+    Returns:
+      Entry of each array under its dotted Flax name, such as "model.norm.weight".
+
+    Raises:
+      InputError: The file is damaged, cut short, or not a map of arrays.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -67,38 +83,47 @@ def msgpack_entries(path: pathlib.Path) -> dict[str, Entry]:
     ) as e:
         raise corrupt(path, e) from e
     leaves = flatten_dict(tree, sep=".") if isinstance(tree, dict) else {}
-    odd = next((name for name, leaf in leaves.items() if not isinstance(leaf, _Leaf)), None)
-    if odd is not None or not leaves:
-        raise corrupt(path, f"{odd or 'it'} is not an array")
+    wrong = next((name for name, leaf in leaves.items() if not isinstance(leaf, _Leaf)), None)
+    if wrong is not None or not leaves:
+        raise corrupt(path, f"{wrong or 'it'} is not an array")
     return {
         name: Entry(leaf.shape, partial(_load, path, name, leaf)) for name, leaf in leaves.items()
     }
 
 
 def _node(data: mmap.mmap, at: int, depth: int) -> tuple[Any, int]:
-    """The msgpack object at byte `at` (a dict, a `_Leaf` or a scalar) and the offset of what follows."""
+    """Read the msgpack object at byte `at`; return it and the offset after it.
+
+    A map becomes a dict, an array a `_Leaf`, anything else its value.
+    """
     code = data[at]
     if code in _EXTENSIONS:
         return _array(data, at)
     unpacker = msgpack.Unpacker(max_buffer_size=_WINDOW)
     unpacker.feed(data[at : at + _WINDOW])
+    # 0x80 to 0x8F and 0xDE, 0xDF open a map; anything else here is a scalar or a string.
     if not (0x80 <= code <= 0x8F or code in (0xDE, 0xDF)):
         return unpacker.unpack(), at + unpacker.tell()
-    if depth == _DEEPEST:
-        raise ValueError(f"maps nested deeper than {_DEEPEST}")
+    if depth == _MAX_DEPTH:
+        raise ValueError(f"maps nested deeper than {_MAX_DEPTH}")
     start, count, children = at, unpacker.read_map_header(), {}
     at += unpacker.tell()
     for _ in range(count):
-        key, at = _node(data, at, _DEEPEST)
+        # At the greatest depth: a key that is itself a map is refused.
+        key, at = _node(data, at, _MAX_DEPTH)
         children[str(key)], at = _node(data, at, depth + 1)
     if _CHUNKED in children:
+        # An array above 1 GiB: the leaf spans the whole map, which msgpack_restore joins.
         shape = children["shape"]
         return _Leaf(start, at, tuple(shape[str(i)] for i in range(len(shape)))), at
     return children, at
 
 
 def _array(data: mmap.mmap, at: int) -> tuple[_Leaf, int]:
-    """The array whose extension object starts at byte `at`: length, type 1, then shape, dtype and bytes as msgpack."""
+    """Read the place of the array whose extension object starts at byte `at`.
+
+    The object is its length, type 1, then shape, dtype and bytes as msgpack.
+    """
     length = struct.Struct(_EXTENSIONS[data[at]])
     start = at + 1 + length.size
     end = start + 1 + length.unpack(data[at + 1 : start])[0]
@@ -116,29 +141,47 @@ def _load(path: pathlib.Path, name: str, leaf: _Leaf) -> np.ndarray:
             array = msgpack_restore(file.read(leaf.end - leaf.start))
     except (ValueError, TypeError, OSError, msgpack.UnpackException) as e:
         raise corrupt(path, e) from e
+    # Integers would be cast without a word later.
     if array.dtype not in _FLOATS:
         raise not_floating(path, name, array.dtype)
     return array
 
 
 def is_flax(names: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's names are Flax's: PyTorch has neither kernels nor embeddings by name."""
+    """Return True if a checkpoint's names are Flax's.
+
+    PyTorch names no parameter `kernel` or `embedding`.
+
+    Args:
+      names: Mapping by tensor name.
+    """
     return any(name.endswith((".kernel", ".embedding")) for name in names)
 
 
 def as_torch(entries: Mapping[str, Entry], where: pathlib.Path) -> dict[str, Entry]:
-    """Entries named as transformers' FlaxLlama and FlaxOPT did, renamed as PyTorch's: kernels [in, out] become [out, in].
+    """Rename Flax entries as PyTorch's, with kernels [in out] transposed to [out in].
 
-    Raises InputError, naming `where`, for a parameter whose role is not known.
+    The names are those of transformers' FlaxLlama and FlaxOPT.
+
+    Args:
+      entries: Entry of each tensor by its Flax name.
+      where: File or directory that errors name.
+
+    Returns:
+      Entry of each tensor by its PyTorch name.
+
+    Raises:
+      InputError: A parameter's role is not known.
     """
     renamed = {}
     for name, entry in entries.items():
         module, _, role = name.removeprefix("params.").rpartition(".")
-        if role not in _LEAVES:
+        if role not in _ROLES:
             raise InputError(
-                f"{where}: {name} is no parameter of a Flax LLaMA or OPT model: convert the checkpoint to safetensors"
+                f"{where}: {name} is no parameter of a Flax LLaMA or OPT model",
+                "convert the checkpoint to safetensors",
             )
-        renamed[f"{module}.{_LEAVES[role]}"] = _transposed(entry) if role == "kernel" else entry
+        renamed[f"{module}.{_ROLES[role]}"] = _transposed(entry) if role == "kernel" else entry
     return renamed
 
 

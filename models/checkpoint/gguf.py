@@ -1,7 +1,8 @@
-"""`.gguf` files of the LLaMA and Qwen2 architectures as Hugging Face checkpoints: configuration, tensors, tokenizer.
+"""GGUF files of the LLaMA and Qwen2 architectures as Hugging Face checkpoints.
 
-llama.cpp stores what transformers does under other names, with three differences: the rows of LLaMA's query and key matrices are
-ordered for interleaved rotary pairs, LLaMA 3's rotary scaling is a tensor of factors, and tied embeddings have no output matrix.
+llama.cpp stores the same parameters under other names, with three differences. Rows of LLaMA's
+query and key matrices are ordered for interleaved rotary pairs. LLaMA 3's rotary scaling is a
+tensor of factors. Tied embeddings have no output matrix.
 """
 
 import math
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_NON_BLOCK = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -32,15 +33,24 @@ _BLOCK = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_FACTORS = "rope_freqs.weight"
+_ROPE_FACTORS = "rope_freqs.weight"
+# Name of a special token in config.json -> name in the file.
 _TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-_INSTEAD = "use the original Hugging Face checkpoint"
+_REMEDY = "use the original Hugging Face checkpoint"
 
 
 def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
-    """A GGUF file as the `config.json` of transformers' LlamaConfig (or Qwen2Config) and tensors under its names.
+    """Open a GGUF file as a configuration and tensors of transformers' Llama or Qwen2.
 
-    Raises InputError when the file is damaged, of another architecture, or holds what that configuration cannot say.
+    Args:
+      path: The `.gguf` file.
+
+    Returns:
+      Contents of the `config.json`, and the tensors under Hugging Face names.
+
+    Raises:
+      InputError: The file is damaged, of another architecture, or not expressible as such a
+        configuration.
     """
     file = read_gguf(path)
     config = _config(file)
@@ -50,46 +60,66 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
         part, renamed = _name(file, name)
         if renamed is None:
             continue
+        # Nothing is read or dequantised before a block is asked for.
         entries[renamed] = lazy(path, name, stored)
+        # llama.cpp reorders LLaMA's rotary rows when it converts, but not Qwen2's.
         if part in rotary and config["model_type"] == "llama":
             heads = rotary[part]
             if stored.shape[0] != heads * config["head_dim"]:
                 raise InputError(
-                    f"{path}: {name} has {stored.shape[0]} rows for {heads} heads of {config['head_dim']}: {_INSTEAD}"
+                    f"{path}: {name} has {stored.shape[0]} rows for {heads} heads of "
+                    f"{config['head_dim']}",
+                    _REMEDY,
                 )
             entries[renamed] = _unpermuted(entries[renamed], heads)
     return config, LazyTensors(entries, path)
 
 
 def gguf_tokenizer(path: pathlib.Path) -> "Tokenizer":
-    """The tokenizer of a GGUF file, from its metadata; InputError when it is of a kind that is not known."""
+    """Build the tokenizer of a GGUF file from its metadata.
+
+    Args:
+      path: The `.gguf` file.
+
+    Returns:
+      Tokenizer.
+
+    Raises:
+      InputError: The kind of tokenizer is not known.
+    """
     return build_tokenizer(read_gguf(path).metadata, path)
 
 
 def gguf_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
-    """The `tokenizer_config.json` that belongs to `gguf_tokenizer`: special tokens by role, and the chat template."""
+    """Return the `tokenizer_config.json` that belongs to `gguf_tokenizer`.
+
+    Args:
+      path: The `.gguf` file.
+
+    Returns:
+      Special tokens by role, and the chat template.
+    """
     return tokenizer_config(read_gguf(path).metadata)
 
 
 def _name(file: GgufFile, name: str) -> tuple[str, str | None]:
-    """The part of the model a tensor is, and its Hugging Face name (None for the rotary factors, which are configuration)."""
-    if name == _FACTORS:
+    """Return the part of the model that a tensor is, and its Hugging Face name or None."""
+    if name == _ROPE_FACTORS:
+        # Rotary factors become part of the configuration.
         return "rope_freqs", None
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     block, part, kind = match.groups() if match else (None, "", "")
-    known = _ENDS if block is None else _BLOCK
+    known = _NON_BLOCK if block is None else _BLOCK
     if part not in known:
         raise InputError(
-            f"{file.path}: tensor {name} is not part of a plain LLaMA or Qwen2 model: {_INSTEAD}"
+            f"{file.path}: tensor {name} is not part of a plain LLaMA or Qwen2 model", _REMEDY
         )
-    return (
-        part,
-        f"{known[part]}.{kind}" if block is None else f"model.layers.{block}.{known[part]}.{kind}",
-    )
+    prefix = "" if block is None else f"model.layers.{block}."
+    return part, f"{prefix}{known[part]}.{kind}"
 
 
 def _unpermuted(entry: Entry, heads: int) -> Entry:
-    """A query or key matrix or bias with rows rotated in pairs (i, i + d/2) of a head, as transformers does, not (2i, 2i + 1)."""
+    """Reorder the rows of a LLaMA query or key from rotary pairs (2i, 2i + 1) to (i, i + d/2)."""
 
     def load() -> np.ndarray:
         stored = entry.load()  # [heads * d, ...]
@@ -100,127 +130,169 @@ def _unpermuted(entry: Entry, heads: int) -> Entry:
 
 
 def _field(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
-    """A metadata value of the given type; InputError when it is missing without a default, or of another type."""
+    """Return a metadata value of the given type; InputError if it is absent or of another type."""
     value = file.metadata.get(key, default)
     if not isinstance(value, kind):
         raise InputError(
-            f"{file.path}: metadata {key} is {value!r}, not one {kind.__name__}: {_INSTEAD}"
+            f"{file.path}: metadata {key} is {value!r}, not one {kind.__name__}", _REMEDY
         )
     return value
 
 
-def _config(file: GgufFile) -> dict[str, Any]:
+def _architecture(file: GgufFile) -> str:
+    """Return the architecture of a whole model; InputError if it is not read."""
     kind = _field(file, "general.architecture", str)
     if kind not in _ARCHITECTURES:
         raise InputError(
-            f"{file.path}: architecture {kind!r} is not read from GGUF, only {' and '.join(_ARCHITECTURES)}: {_INSTEAD}"
+            f"{file.path}: architecture {kind!r} is not read from GGUF, only "
+            f"{' and '.join(_ARCHITECTURES)}",
+            _REMEDY,
         )
     if "token_embd.weight" not in file.tensors:
         raise InputError(
-            f"{file.path} holds no token_embd.weight: it is not a whole model; download it again"
+            f"{file.path} holds no token_embd.weight, so it is not a whole model",
+            "download it again",
         )
+    return kind
 
-    def count(key: str, default: int | None = None) -> int:
-        value = _field(file, f"{kind}.{key}", int, default)
-        if value < 1:
-            raise InputError(
-                f"{file.path}: metadata {kind}.{key} is {value}, not a positive number: download it again"
-            )
-        return value
 
-    width, heads = count("embedding_length"), count("attention.head_count")
-    rotated = count("rope.dimension_count", count("attention.key_length", width // heads))
-    if {count("attention.key_length", rotated), count("attention.value_length", rotated)} != {
-        rotated
-    }:
+def _count(file: GgufFile, key: str, default: int | None = None) -> int:
+    """Return a positive integer of the metadata; InputError if it is none."""
+    value = _field(file, key, int, default)
+    if value < 1:
         raise InputError(
-            f"{file.path}: keys, values and rotary dimensions differ in width, unlike LLaMA's and Qwen2's: {_INSTEAD}"
+            f"{file.path}: metadata {key} is {value}, not a positive number", "download it again"
         )
-    tokens = {
-        f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in _TOKENS.items()
-    }
+    return value
+
+
+def _head_dim(file: GgufFile, kind: str, default: int) -> int:
+    """Return the size of a head, which keys, values and rotary dimensions must share."""
+    rotated = _count(
+        file,
+        f"{kind}.rope.dimension_count",
+        _count(file, f"{kind}.attention.key_length", default),
+    )
+    keys = _count(file, f"{kind}.attention.key_length", rotated)
+    values = _count(file, f"{kind}.attention.value_length", rotated)
+    if keys != rotated or values != rotated:
+        raise InputError(
+            f"{file.path}: keys, values and rotary dimensions differ in width, unlike LLaMA's and "
+            "Qwen2's",
+            _REMEDY,
+        )
+    return rotated
+
+
+def _config(file: GgufFile) -> dict[str, Any]:
+    """Return the `config.json` of a file."""
+    kind = _architecture(file)
+    width = _count(file, f"{kind}.embedding_length")
+    heads = _count(file, f"{kind}.attention.head_count")
+    # Absent lengths follow from the hidden size, as in llama.cpp.
+    head_dim = _head_dim(file, kind, width // heads)
+    eps = _field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)
     config = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": width,
-        "intermediate_size": count("feed_forward_length"),
-        "num_hidden_layers": count("block_count"),
+        "intermediate_size": _count(file, f"{kind}.feed_forward_length"),
+        "num_hidden_layers": _count(file, f"{kind}.block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": count("attention.head_count_kv", heads),
-        "head_dim": rotated,
-        "max_position_embeddings": count("context_length"),
-        "rms_norm_eps": _short(_field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)),
-        "rope_parameters": _rope(file, kind, rotated),
+        "num_key_value_heads": _count(file, f"{kind}.attention.head_count_kv", heads),
+        "head_dim": head_dim,
+        "max_position_embeddings": _count(file, f"{kind}.context_length"),
+        "rms_norm_eps": _short(eps),
+        "rope_parameters": _rope(file, kind, head_dim),
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "dtype": "float32",
     }
     if kind == "llama":
-        config |= {
-            "attention_bias": "blk.0.attn_q.bias" in file.tensors,
-            "mlp_bias": "blk.0.ffn_up.bias" in file.tensors,
-        }
-    return config | {name: token for name, token in tokens.items() if token is not None}
+        # The file has no field for biases: the tensors of the first block tell.
+        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
+    for name, key in _TOKENS.items():
+        token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if token is not None:
+            config[f"{name}_token_id"] = token
+    return config
 
 
 def _short(value: float) -> float:
-    """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    """Return the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
 def _rope(file: GgufFile, kind: str, rotated: int) -> dict[str, Any]:
-    """transformers' `rope_parameters` for heads of `rotated` dimensions: plain, linear, or LLaMA 3's from its factors."""
+    """Return transformers' `rope_parameters` for heads of `rotated` dimensions."""
     theta = _short(_field(file, f"{kind}.rope.freq_base", float, 10000.0))
     scaling = file.metadata.get(f"{kind}.rope.scaling.type", "linear")
+    # Older files say scale_linear instead of scaling.factor.
     factor = _field(
         file,
         f"{kind}.rope.scaling.factor",
         float,
         file.metadata.get(f"{kind}.rope.scale_linear", 0.0),
     )
-    linear = scaling == "linear" and factor not in (0.0, 1.0)  # llama.cpp reads 0 as unscaled
-    if scaling not in ("none", "linear") or (linear and _FACTORS in file.tensors):
+    # llama.cpp reads a factor of 0 as unscaled.
+    is_linear = scaling == "linear" and factor not in (0.0, 1.0)
+    stored = file.tensors.get(_ROPE_FACTORS)
+    if scaling not in ("none", "linear") or (is_linear and stored is not None):
         raise InputError(
-            f"{file.path}: rotary scaling {scaling!r} is not read from GGUF, only linear or LLaMA 3's: {_INSTEAD}"
+            f"{file.path}: rotary scaling {scaling!r} is not read from GGUF, only linear or "
+            "LLaMA 3's",
+            _REMEDY,
         )
-    if _FACTORS in file.tensors:
-        factors = lazy(file.path, _FACTORS, file.tensors[_FACTORS]).load().astype(np.float64)
-        scaled = (
-            _llama3(factors, theta)
-            if factors.shape == (rotated // 2,) and (factors > 0.999).all()
-            else None
-        )
+    if stored is not None:
+        factors = lazy(file.path, _ROPE_FACTORS, stored).load().astype(np.float64)
+        # Stored in float32, a factor of 1 may be a little below.
+        plausible = factors.shape == (rotated // 2,) and (factors > 0.999).all()
+        scaled = _llama3(factors, theta) if plausible else None
         if scaled is None:
-            raise InputError(f"{file.path}: {_FACTORS} is not LLaMA 3's rotary scaling: {_INSTEAD}")
+            raise InputError(
+                f"{file.path}: {_ROPE_FACTORS} is not LLaMA 3's rotary scaling", _REMEDY
+            )
         return {"rope_theta": theta, **scaled}
-    return {"rope_theta": theta, "rope_type": "default"} | (
-        {"rope_type": "linear", "factor": _short(factor)} if linear else {}
-    )
+    if is_linear:
+        return {"rope_theta": theta, "rope_type": "linear", "factor": _short(factor)}
+    return {"rope_theta": theta, "rope_type": "default"}
 
 
 def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any] | None:
-    """LLaMA 3's scaling from the factors [d/2], 1 and above, that divide each rotary frequency; None when they are not its.
+    """Recover LLaMA 3's scaling from the factors [d/2] that divide the rotary frequencies.
 
-    With λ the wavelength, the factor is 1 / ((1 - s)/f + s), s = (L/λ - low) / (high - low) clipped to [0, 1] (transformers'
-    `_compute_llama3_parameters`). Where 0 < s < 1, s is a straight line in 1/λ, which gives L/low and high/low; every released
-    model has low = 1.
+    With λ the wavelength, the factor is 1 / ((1 - s)/f + s), s = (L/λ - low) / (high - low) clipped
+    to [0, 1]. Where 0 < s < 1, s is a straight line in 1/λ, which gives L/low and high/low. Every
+    published model has low = 1.
+
+    Source: transformers' `_compute_llama3_parameters`.
+
+    Args:
+      factors: Factors of 1 and above, float64 [d/2].
+      theta: Base of the frequencies.
+
+    Returns:
+      Fields of `rope_parameters`; None if the factors are of another scaling.
     """
+    # Factors of one scale nothing.
     if np.allclose(factors, 1):
         return {"rope_type": "default"}
-    waves = theta ** (-np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # 1/λ
+    inverse_waves = theta ** (-np.arange(len(factors)) / len(factors)) / (2 * math.pi)  # 1/λ
     scale = factors.max()
     smooth = (1 / factors - 1 / scale) / (1 - 1 / scale)
     inner = (smooth > 1e-4) & (smooth < 1 - 1e-4)
     if inner.sum() < 2:
+        # Two points are needed to find the line.
         return None
-    slope, intercept = np.polyfit(waves[inner], smooth[inner], 1)
+    slope, intercept = np.polyfit(inverse_waves[inner], smooth[inner], 1)
     if slope <= 0 or intercept >= 0:
         return None
     high = round(1 - 1 / intercept, 2)
     length = round(slope * (high - 1))
-    line = np.clip((length * waves - 1) / (high - 1), 0, 1)
+    # Both were rounded to what a configuration would say; the factors must follow from them.
+    line = np.clip((length * inverse_waves - 1) / (high - 1), 0, 1)
     if not np.allclose(1 / ((1 - line) / scale + line), factors, rtol=1e-3):
         return None
     return {

@@ -1,4 +1,7 @@
-"""Tokenizers from a GGUF file's `tokenizer.ggml.*` metadata: byte-level BPE ("gpt2") and SentencePiece BPE ("llama")."""
+"""Tokenizers from the `tokenizer.ggml.*` metadata of a GGUF file.
+
+Two kinds are known: byte-level BPE ("gpt2") and SentencePiece BPE ("llama").
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -12,8 +15,8 @@ if TYPE_CHECKING:
 # The format's token types that matter here.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
 
-# How each pre-tokenizer cuts text into words, one expression after the other: llama.cpp's names (src/llama-vocab.cpp), and the
-# expressions of the tokenizer.json files they stand for.
+# Expressions that cut text into words, applied one after the other, by llama.cpp's name of the
+# pre-tokenizer (src/llama-vocab.cpp). They are those of the tokenizer.json files behind the names.
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
@@ -35,15 +38,26 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+", r"\p{N}"),
     "tekken": (_TEKKEN,),
 }
-# A word that is itself a token is one, whatever the merges make of it; llama.cpp prepends BOS to these unless told otherwise.
+# Pre-tokenizers after which a word that is a token is kept whole, whatever the merges say.
+# llama.cpp also prepends BOS after these, unless the metadata says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 _SPACE = "▁"
+_REMEDY = "use the original checkpoint"
 
 
 def build_tokenizer(metadata: Mapping[str, Any], path: pathlib.Path) -> "Tokenizer":
-    """The tokenizer that a GGUF file's metadata describes; `path` is for errors.
+    """Build the tokenizer that a GGUF file's metadata describes.
 
-    Raises InputError for a kind or a pre-tokenizer that is not known, and for a vocabulary that is missing or contradicts itself.
+    Args:
+      metadata: Metadata of the file.
+      path: The file, for errors.
+
+    Returns:
+      Tokenizer.
+
+    Raises:
+      InputError: The kind or the pre-tokenizer is not known, or the vocabulary is absent or
+        contradicts itself.
     """
     fields = {
         key.removeprefix("tokenizer.ggml."): value
@@ -54,24 +68,23 @@ def build_tokenizer(metadata: Mapping[str, Any], path: pathlib.Path) -> "Tokeniz
     kind, words = fields.get("model"), fields.get("pre", "default")
     if kind not in builders:
         raise InputError(
-            f"{path}: tokenizer kind {kind!r} is not known, only {', '.join(builders)}: use the original checkpoint"
+            f"{path}: tokenizer kind {kind!r} is not known, only {', '.join(builders)}", _REMEDY
         )
     if kind == "gpt2" and words not in _WORDS:
         raise InputError(
-            f"{path}: pre-tokenizer {words!r} is not known, only {', '.join(_WORDS)}: use the original checkpoint"
+            f"{path}: pre-tokenizer {words!r} is not known, only {', '.join(_WORDS)}", _REMEDY
         )
     try:
         tokenizer = builders[kind](fields)
         _add_special_tokens(tokenizer, fields)
     except Exception as e:  # tokenizers raises bare Exceptions
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
-        raise InputError(
-            f"{path}: its tokenizer contradicts itself ({reason}): use the original checkpoint"
-        ) from e
+        raise InputError(f"{path}: its tokenizer contradicts itself ({reason})", _REMEDY) from e
     return tokenizer
 
 
 def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
+    """Build a byte-level BPE tokenizer."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     words = fields.get("pre", "default")
@@ -79,6 +92,7 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
     tokenizer = Tokenizer(
         models.BPE(_vocabulary(fields), merges, ignore_merges=words in _WHOLE_WORDS)
     )
+    # Of the known pre-tokenizers only Qwen2's normalises.
     if words == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _WORDS[words]]
@@ -90,9 +104,11 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
 
 
 def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
+    """Build a SentencePiece BPE tokenizer."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    vocabulary, unknown = _vocabulary(fields), fields["tokens"][fields.get("unknown_token_id", 0)]
+    vocabulary = _vocabulary(fields)
+    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
     merges = _merges(fields["tokens"], fields["scores"], fields["token_type"])
     tokenizer = Tokenizer(
         models.BPE(vocabulary, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -102,6 +118,7 @@ def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
     tokenizer.normalizer = (
         normalizers.Sequence([normalizers.Prepend(_SPACE), spaces]) if prefix else spaces
     )
+    # The space that the normaliser put before the text is taken off again.
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
@@ -110,7 +127,9 @@ def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
 
 
 def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
+    """Return the id of each token; ValueError if a token occurs twice."""
     vocabulary = {token: i for i, token in enumerate(fields["tokens"])}
+    # Two ids of one token could not both be encoded.
     if len(vocabulary) != len(fields["tokens"]):
         raise ValueError("a token occurs twice")
     return vocabulary
@@ -119,12 +138,16 @@ def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
 def _merges(
     tokens: Sequence[str], scores: Sequence[float], types: Sequence[int]
 ) -> list[tuple[str, str]]:
-    """The merge list that makes BPE join pairs in SentencePiece's order: first the pair that gives the token of highest score."""
+    """List the merges that make BPE join pairs in SentencePiece's order.
+
+    SentencePiece joins the pair that gives the token of the highest score first.
+    """
     score = {
         t: s
         for t, s, kind in zip(tokens, scores, types, strict=True)
         if kind not in (_UNKNOWN, _CONTROL, _BYTE)
     }
+    # GGUF keeps no merge list for this kind: every split of a token into two tokens is a merge.
     pairs = (
         (t[:i], t[i:]) for t in score for i in range(1, len(t)) if t[:i] in score and t[i:] in score
     )
@@ -132,7 +155,7 @@ def _merges(
 
 
 def _add_special_tokens(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> None:
-    """Tokens that are matched whole in the text, and those that open or close every text."""
+    """Add the tokens that are matched whole, and those that open or close every text."""
     from tokenizers import AddedToken, processors
 
     typed = list(zip(fields["tokens"], fields.get("token_type", ()), strict=False))
@@ -146,14 +169,15 @@ def _add_special_tokens(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> No
     tokenizer.add_tokens(
         [AddedToken(t, normalized=False, special=False) for t, k in typed if k == _USER_DEFINED]
     )
-    around = {
+    ends = {
         name: fields["tokens"][fields[f"{name}_token_id"]]
         for name in ("bos", "eos")
         if f"{name}_token_id" in fields
     }
-    usual = "bos" in around and (fields["model"] == "llama" or fields.get("pre") in _WHOLE_WORDS)
-    head = [around["bos"]] if fields.get("add_bos_token", usual) else []
-    tail = [around["eos"]] if fields.get("add_eos_token", False) else []
+    # llama.cpp's default where the metadata does not say.
+    add_bos = "bos" in ends and (fields["model"] == "llama" or fields.get("pre") in _WHOLE_WORDS)
+    head = [ends["bos"]] if fields.get("add_bos_token", add_bos) else []
+    tail = [ends["eos"]] if fields.get("add_eos_token", False) else []
     if head or tail:
         first, second = [*head, "$A:0", *tail], [*head, "$B:1", *tail]
         ids = [(token, tokenizer.token_to_id(token)) for token in {*head, *tail}]
@@ -163,7 +187,14 @@ def _add_special_tokens(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> No
 
 
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The `tokenizer_config.json` that goes with the tokenizer: its special tokens by role, and its chat template."""
+    """Return the `tokenizer_config.json` that goes with the tokenizer.
+
+    Args:
+      metadata: Metadata of the file.
+
+    Returns:
+      Special tokens by role, and the chat template.
+    """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,

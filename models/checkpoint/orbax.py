@@ -1,4 +1,4 @@
-"""A model's pytrees as Orbax writes them, for JAX users: read back in the shapes of `config.json`, and where a mesh wants them."""
+"""Orbax checkpoints of a model's pytrees, for JAX users."""
 
 import pathlib
 from collections.abc import Sequence
@@ -10,69 +10,92 @@ from jax.sharding import Mesh
 from orbax.checkpoint import StandardCheckpointer
 
 from models.arch import Block, Model
-from models.checkpoint.reader import ReadBlocks, abstract, read_config
+from models.checkpoint.blocks import ReadBlocks
+from models.checkpoint.reader import abstract, read_config
 from models.errors import InputError
 from models.families import hf
 from models.sharding import make_mesh, place, specs_on
 
-FOLDER = "orbax"  # beside the Hugging Face checkpoint, whose config.json says what is in it
+# Folder beside the Hugging Face checkpoint, whose config.json gives the shapes.
+FOLDER = "orbax"
 
 
-def _block(directory: pathlib.Path, i: int) -> pathlib.Path:
+def _non_block_path(directory: pathlib.Path) -> pathlib.Path:
+    # Orbax accepts absolute paths only.
+    return directory.absolute() / FOLDER / "ends"
+
+
+def _block_path(directory: pathlib.Path, i: int) -> pathlib.Path:
     return directory.absolute() / FOLDER / f"block-{i:04d}"
 
 
 def save(directory: pathlib.Path, model: Model, mesh: Mesh | None = None) -> None:
-    """Write `non_block` and every block, one after the other, below a checkpoint's directory: each an Orbax checkpoint of its own.
+    """Write the parameters below a checkpoint's directory, each block an Orbax checkpoint.
 
     Args:
-      mesh: of several processes, which all call this: each writes what its devices hold.
+      directory: Directory of the Hugging Face checkpoint.
+      model: Model, whose blocks are read one after the other.
+      mesh: Mesh of several processes, which all call this; each writes what its devices hold.
     """
     with StandardCheckpointer() as checkpointer:
-        checkpointer.save(directory.absolute() / FOLDER / "ends", place(model.non_block, mesh))
+        checkpointer.save(_non_block_path(directory), place(model.non_block, mesh))
         for i, block in enumerate(model.blocks):
-            checkpointer.save(_block(directory, i), place(block, mesh))
-            checkpointer.wait_until_finished()  # or several blocks were held
+            checkpointer.save(_block_path(directory, i), place(block, mesh))
+            # Saving is asynchronous: without a wait several blocks would be in memory.
+            checkpointer.wait_until_finished()
 
 
-def _restored(path: pathlib.Path, like: Any) -> Any:
+def _restore(path: pathlib.Path, like: Any) -> Any:
     with StandardCheckpointer() as checkpointer:
         return checkpointer.restore(path, like)
 
 
-class _Blocks(ReadBlocks):
-    """The blocks that `save` wrote."""
+class _OrbaxBlocks(ReadBlocks):
+    """Blocks that `save` wrote, each read when it is indexed."""
 
     def __init__(self, directory: pathlib.Path, like: Sequence[Block]):
-        self._directory, self._like = directory, like
+        self._directory = directory
+        self._like = like
 
     def __len__(self) -> int:
         return len(self._like)
 
     def read(self, i: int) -> Block:
-        """Block i, each device its own part."""
-        return _restored(_block(self._directory, i), self._like[i])
+        """Read block i, each device its own part.
+
+        Args:
+          i: Index of the block.
+
+        Returns:
+          Parameters of the block, on the mesh.
+        """
+        return _restore(_block_path(self._directory, i), self._like[i])
 
 
 def load(directory: pathlib.Path, mesh: Mesh | None = None) -> Model:
-    """The model that `launch.prune --output_format=orbax` wrote; its blocks are read when they are indexed, each device its own part.
+    """Open the Orbax checkpoint that a pruning run wrote.
 
     Args:
-      directory: the output directory.
-      mesh: matrices are split over its `model` axis, as `models.sharding.place` does; None: the first local device.
-    Raises InputError where no such thing is.
+      directory: Output directory of the run.
+      mesh: Mesh, matrices are split over its `model` axis as by `models.sharding.place`; None for
+        the first local device.
+
+    Returns:
+      Model whose blocks are read when they are indexed, each device its own part.
+
+    Raises:
+      InputError: The directory holds no Orbax checkpoint.
     """
     config = read_config(directory)
-    if not (directory / FOLDER / "ends").is_dir():
-        raise InputError(f"{directory} has no {FOLDER} folder: prune with --output_format=orbax")
+    if not _non_block_path(directory).is_dir():
+        raise InputError(f"{directory} has no {FOLDER} folder", "prune with `output_format`=orbax")
     arch, non_block, blocks = hf.specs(config)
+    # transformers 5 writes `dtype`, transformers 4 `torch_dtype`.
     name = config.get("dtype") or config.get("torch_dtype") or "float32"
-    like = specs_on(
-        abstract(arch, non_block, blocks, jnp.dtype(name))[1:],
-        mesh or make_mesh("", 1, jax.local_devices()),
-    )
+    shapes = abstract(arch, non_block, blocks, jnp.dtype(name))
+    mesh = mesh or make_mesh("", 1, jax.local_devices())
     return Model(
         arch,
-        _restored(directory.absolute() / FOLDER / "ends", like[0]),
-        _Blocks(directory, like[1]),
+        _restore(_non_block_path(directory), specs_on(shapes.non_block, mesh)),
+        _OrbaxBlocks(directory, specs_on(shapes.blocks, mesh)),
     )

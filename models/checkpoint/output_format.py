@@ -1,8 +1,10 @@
-"""What a pruned model is written as: the plainest configuration that holds its shapes and biases.
+"""Choice of the configuration that a pruned model is written under: the plainest that holds it.
 
-The model's own type where that holds them; then stock `llama`, `mistral` (any number of heads, no biases) and `granite` (both, with
-multipliers that multiply by one), which compute the same function; then a small class that ships with the checkpoint, for blocks that
-differ in width. A stock form is taken only if reading it back gives the architecture that was meant: no field is silently ignored.
+First choice is the model's own type. Next are stock `llama`, `mistral` (any number of heads, no
+biases) and `granite` (both, with multipliers that multiply by one), which compute the same
+function. Last is a small class that ships with the checkpoint, for blocks that differ in width. A
+stock form is chosen only if reading it back gives the intended architecture, so no field is
+silently ignored.
 """
 
 import dataclasses
@@ -13,29 +15,42 @@ from typing import Any, Literal, NamedTuple
 from models.arch import Arch, Block
 from models.errors import InputError
 from models.families import hf
+from models.families.fields import OWN, granite_identity, kind_of
 from models.surgery import units
 
 Layout = Literal["auto", "padded"]
-NAMES = {
+# model_type -> prefix of transformers' class names.
+CLASS_PREFIX = {
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
     "granite": "Granite",
     "opt": "OPT",
 }
-CODE = "modeling_pruned.py"  # the class that ships with a checkpoint of our own type
+# File of the class that ships with a checkpoint of our own type.
+CODE = "modeling_pruned.py"
 
 
 class Shape(NamedTuple):
-    """Units of a block's coupled groups: attention heads (with grouped-query attention key-value heads) and neurons."""
+    """Units of a block's coupled groups.
+
+    Attributes:
+      heads: Attention heads; key-value heads with grouped-query attention.
+      neurons: Neurons of the feed-forward part.
+    """
 
     heads: int
     neurons: int
 
 
 class ShapeChange(NamedTuple):
-    """What a method leaves, as far as is known before it runs: the groups that get narrower, whether by as much in every block, and
-    whether the readers of these groups get biases."""
+    """Change of shapes by a method, as far as it is known before the run.
+
+    Attributes:
+      narrower: Groups that lose units.
+      alike: True if every block loses as many units.
+      biased: True if the readers of these groups get biases.
+    """
 
     narrower: tuple[str, ...] = ()
     alike: bool = True
@@ -43,159 +58,223 @@ class ShapeChange(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How a model is written. `code` is the class that ships with it, None for a stock one, whose blocks are all as wide as the
-    configuration says: narrower ones are to be padded."""
+    """Configuration and code that a model is written under.
+
+    Attributes:
+      config: Contents of `config.json`.
+      code: Source of the class that ships with the checkpoint. None for a stock form, whose blocks
+        have the widths of the configuration, so narrower ones must be padded.
+    """
 
     config: dict[str, Any]
     code: str | None = None
 
     @property
     def label(self) -> str:
-        """What it loads as, for people."""
+        """Return what the checkpoint loads as, for people."""
         kind = self.config["model_type"]
-        return (
-            f"stock {kind}"
-            if self.code is None
-            else f"{kind}, a class that ships with it (trust_remote_code=True)"
-        )
+        if self.code is None:
+            return f"stock {kind}"
+        return f"{kind}, a class that ships with it (trust_remote_code=True)"
 
 
 def shape_of(arch: Arch, block: Block) -> Shape:
-    """The units that a block has. One that lost all of a kind is stored with one of zeros: no format has empty matrices."""
-    return Shape(*(max(1, units(block, arch.group(name))) for name in Shape._fields))
+    """Count the units of a block as they are stored.
+
+    Args:
+      arch: Architecture.
+      block: Parameters or specs of the block.
+
+    Returns:
+      Units, at least one of each kind: no format has empty matrices, so a block that lost all
+      units is stored with one of zeros.
+    """
+    return Shape(
+        heads=max(1, units(block, arch.group("heads"))),
+        neurons=max(1, units(block, arch.group("neurons"))),
+    )
 
 
-def _without_own(config: Mapping[str, Any]) -> dict[str, Any]:
+def _without_own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("auto_map", "widths", "biases")}
 
 
-def _stock_llama(config: Mapping[str, Any], kind: str, wanted: Any) -> dict[str, Any] | None:
-    """The configuration as that of a stock LLaMA-family `kind` with the architecture `wanted` (llama.Config), or None."""
-    if kind == "llama" and wanted.dim % wanted.query_heads:
-        return None  # transformers refuses it, head_dim given or not
-    new = _without_own(config) | {
+def _stock_llama(config: Mapping[str, Any], kind: str, target: Any) -> dict[str, Any] | None:
+    """Return the configuration of stock `kind` with the architecture `target`, or None."""
+    if kind == "llama" and target.dim % target.query_heads:
+        # transformers refuses it, head_dim given or not.
+        return None
+    new = _without_own_fields(config) | {
         "model_type": kind,
-        "architectures": [f"{NAMES[kind]}ForCausalLM"],
-        "head_dim": wanted.head_dim,
-    }
-    new |= {
-        "num_attention_heads": wanted.query_heads,
-        "num_key_value_heads": wanted.kv_heads,
-        "intermediate_size": wanted.ffn_dim,
-    }
-    # What the types have different defaults for.
-    new |= {
-        "rms_norm_eps": wanted.eps,
-        "hidden_act": wanted.act,
-        "tie_word_embeddings": wanted.tied,
+        "architectures": [f"{CLASS_PREFIX[kind]}ForCausalLM"],
+        "head_dim": target.head_dim,
+        "num_attention_heads": target.query_heads,
+        "num_key_value_heads": target.kv_heads,
+        "intermediate_size": target.ffn_dim,
+        # The defaults of these differ between the types.
+        "rms_norm_eps": target.eps,
+        "hidden_act": target.act,
+        "tie_word_embeddings": target.tied,
     }
     if kind in ("llama", "granite"):
-        new["attention_bias"] = bool({"q", "k", "v", "o"} & set(wanted.biases))
-        new["mlp_bias"] = bool({"gate", "up", "down"} & set(wanted.biases))
+        new["attention_bias"] = bool({"q", "k", "v", "o"} & set(target.biases))
+        new["mlp_bias"] = bool({"gate", "up", "down"} & set(target.biases))
     if kind == "granite":
-        new |= hf.granite_identity(wanted.head_dim)
+        new |= granite_identity(target.head_dim)
     if kind == "mistral":
-        new["sliding_window"] = wanted.windows[0]
-    read = hf.LLAMA.arch(new).config
-    same = dataclasses.replace(read, biases=()) == dataclasses.replace(wanted, biases=())
-    return new if same and set(wanted.biases) <= set(read.biases) else None
+        # Its default is a window of 4096, so full attention needs an explicit null.
+        new["sliding_window"] = target.windows[0]
+    # Read it back: the type may not know a field, such as the windows.
+    actual = hf.LLAMA.arch(new).config
+    same = dataclasses.replace(actual, biases=()) == dataclasses.replace(target, biases=())
+    # More biases than needed are filled with zeros.
+    return new if same and set(target.biases) <= set(actual.biases) else None
 
 
-def _stock(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) -> Form | None:
-    """The first stock form of blocks that all have this shape, or None."""
-    own = hf.kind_of(config)
+def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) -> Form | None:
+    """Return the first stock form of blocks that all have this shape, or None."""
+    own = kind_of(config)
     if hf.family(config) is hf.OPT:
-        new = _without_own(config) | {"model_type": own, "architectures": ["OPTForCausalLM"]}
-        new |= {"ffn_dim": shape.neurons, "enable_bias": bool(biases)}
-        return Form(new) if shape.heads == _all_heads(config) else None
+        new = _without_own_fields(config) | {
+            "model_type": own,
+            "architectures": ["OPTForCausalLM"],
+            "ffn_dim": shape.neurons,
+            "enable_bias": bool(biases),
+        }
+        return Form(new) if shape.heads == _dense_heads(config) else None
     dense = hf.family(config).arch(config).config
-    heads = {
-        "kv_heads": shape.heads,
-        "query_heads": shape.heads * (dense.query_heads // dense.kv_heads),
-    }
-    wanted = dataclasses.replace(
-        dense, ffn_dim=shape.neurons, biases=tuple(biases), widths=(), **heads
+    target = dataclasses.replace(
+        dense,
+        ffn_dim=shape.neurons,
+        kv_heads=shape.heads,
+        # A key-value head keeps all the query heads that share it.
+        query_heads=shape.heads * (dense.query_heads // dense.kv_heads),
+        biases=tuple(biases),
+        widths=(),
     )
-    first = [own] if shape.heads == dense.kv_heads else []
-    for kind in dict.fromkeys([*first, "llama", "mistral", "granite", own]):
-        if found := _stock_llama(config, kind, wanted):
-            return Form(found)
+    preferred = [own] if shape.heads == dense.kv_heads else []
+    for kind in dict.fromkeys([*preferred, "llama", "mistral", "granite", own]):
+        stock = _stock_llama(config, kind, target)
+        if stock is not None:
+            return Form(stock)
     return None
 
 
-def _all_heads(config: Mapping[str, Any]) -> int:
-    """Units of heads that the configuration itself says, whatever its blocks have."""
+def _dense_heads(config: Mapping[str, Any]) -> int:
+    """Return the head units of the configuration itself, whatever its blocks have."""
     dense = hf.family(config).arch(config).config
     return dense.dim // dense.head_dim if hf.family(config) is hf.OPT else dense.kv_heads
 
 
-def _of_our_own(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str]) -> Form:
-    kind, family = hf.kind_of(config), hf.family(config)
-    widths = {name: [getattr(s, name) for s in shapes] for name in Shape._fields}
-    new = dict(config) | {
-        "model_type": hf.OWN + kind,
-        "architectures": ["PrunedForCausalLM"],
-        "widths": widths,
-    }
-    new["biases"] = [name for slot, name in family.linears.items() if slot in biases]
+def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str]) -> Form:
+    """Return the form of our own type, whose class ships with the checkpoint."""
+    kind, family = kind_of(config), hf.family(config)
+    # The names that `auto_map` gives are those of the classes in remote/.
     module = CODE.removesuffix(".py")
-    new["auto_map"] = {
-        "AutoConfig": f"{module}.PrunedConfig",
-        "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
+    new = dict(config) | {
+        "model_type": OWN + kind,
+        "architectures": ["PrunedForCausalLM"],
+        "widths": {
+            "heads": [s.heads for s in shapes],
+            "neurons": [s.neurons for s in shapes],
+        },
+        "biases": [name for slot, name in family.linears.items() if slot in biases],
+        "auto_map": {
+            "AutoConfig": f"{module}.PrunedConfig",
+            "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
+        },
+        family.neurons: max(s.neurons for s in shapes),
     }
-    new[family.neurons] = max(s.neurons for s in shapes)
     base = "opt" if family is hf.OPT else "llama"
     text = (pathlib.Path(__file__).parent / "remote" / f"{base}.py").read_text(encoding="utf-8")
-    code = text.replace(f"topiary_{base}", hf.OWN + kind).replace(NAMES[base], NAMES[kind])
+    code = text.replace(f"topiary_{base}", OWN + kind)
+    code = code.replace(CLASS_PREFIX[base], CLASS_PREFIX[kind])
     return Form(new, code)
 
 
-def form(
+def choose_form(
     config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str], layout: Layout
 ) -> Form:
-    """How to write a model made from `config`.
+    """Choose the form that a model made from `config` is written under.
 
     Args:
-      shapes: of every block; biases: the slots that have one in any block.
-      layout: "auto" the plainest form of these very shapes; "padded" a stock one, narrower blocks to be filled up with zeros.
-    Raises InputError if "padded" is asked for and no stock architecture has these biases.
+      config: Contents of the dense model's `config.json`.
+      shapes: Units of each block.
+      biases: Slots that have a bias in any block.
+      layout: "auto" for the plainest form of these shapes; "padded" for a stock form, whose
+        narrower blocks are filled up with zeros.
+
+    Returns:
+      Form.
+
+    Raises:
+      InputError: The layout is "padded" and no stock architecture has these biases.
     """
-    widest = Shape(*(max(column) for column in zip(*shapes, strict=True)))
+    # A stock form has one width for all blocks: that of the widest.
+    widest = Shape(max(s.heads for s in shapes), max(s.neurons for s in shapes))
     if layout == "padded" and hf.family(config) is hf.OPT:
-        widest = widest._replace(
-            heads=_all_heads(config)
-        )  # a stock OPT model's heads make up its hidden size
+        # The heads of a stock OPT model make up its hidden size.
+        widest = widest._replace(heads=_dense_heads(config))
     alike = layout == "padded" or all(s == widest for s in shapes)
-    found = _stock(config, widest, biases) if alike else None
-    if found is None and layout == "padded":
+    stock = _stock_form(config, widest, biases) if alike else None
+    if stock is None and layout == "padded":
         raise InputError(
-            f"--layout=padded: no stock architecture has {hf.kind_of(config)}'s sliding window with biases: leave --layout out, or "
-            "choose a method that adds none, such as flap(bias=False)"
+            "asks for a stock architecture, and none has "
+            f"{kind_of(config)}'s sliding window with biases",
+            "leave `layout` out, or choose a method that adds none, such as flap(bias=False)",
+            field="layout",
+            value="padded",
         )
-    return found or _of_our_own(config, shapes, biases)
+    return stock or _own_form(config, shapes, biases)
 
 
-def preview(config: Mapping[str, Any], leaves: ShapeChange, layout: Layout) -> str:
-    """What the result of a method will load as, said before the work begins. Raises InputError as `form` does."""
+def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> str:
+    """Describe what a method's result will load as, before the run.
+
+    Args:
+      config: Contents of the dense model's `config.json`.
+      change: Change of shapes by the method.
+      layout: As in `choose_form`.
+
+    Returns:
+      Label for people.
+
+    Raises:
+      InputError: As in `choose_form`.
+    """
     arch, _, blocks = hf.specs(config)
-    readers = {arch.group(name).reader.name for name in leaves.narrower} if leaves.biased else set()
-    biases, shapes = tuple({*arch.config.biases, *readers}), [shape_of(arch, b) for b in blocks]
-    label = form(config, shapes, biases, layout).label
-    fewer_heads = "heads" in leaves.narrower
-    if layout == "padded" or not leaves.narrower or (leaves.alike and not fewer_heads):
+    readers = {arch.group(name).reader.name for name in change.narrower} if change.biased else set()
+    biases = tuple({*arch.config.biases, *readers})
+    shapes = [shape_of(arch, b) for b in blocks]
+    # The final widths are not known yet; the dense ones stand for any that are all alike.
+    label = choose_form(config, shapes, biases, layout).label
+    fewer_heads = "heads" in change.narrower
+    if layout == "padded" or not change.narrower or (change.alike and not fewer_heads):
         return label
-    if not leaves.alike or hf.family(config) is hf.OPT:
-        return _of_our_own(config, shapes, biases).label
-    return f"{label}, or another stock type of the same function where the heads left do not divide the hidden size"
+    if not change.alike or hf.family(config) is hf.OPT:
+        return _own_form(config, shapes, biases).label
+    return (
+        f"{label}, or another stock type of the same function where the heads left do not divide "
+        "the hidden size"
+    )
 
 
-def finished(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """The configuration with the stored type, and its rotary base in both spellings.
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Add the stored type to a configuration, and its rotary base in both spellings.
 
-    transformers 4 reads `torch_dtype` and `rope_theta`, 5 `dtype` and `rope_parameters`: both are written where they apply.
+    transformers 4 reads `torch_dtype` and `rope_theta`, transformers 5 `dtype` and
+    `rope_parameters`. Both are written where they apply.
+
+    Args:
+      config: Contents of `config.json`.
+      dtype: Name of the stored type, such as "bfloat16".
+
+    Returns:
+      New configuration.
     """
     new = {**config, "torch_dtype": dtype, "dtype": dtype}
-    if rope := config.get("rope_parameters"):
+    rope = config.get("rope_parameters")
+    if rope:
         new["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
         if rope.get("rope_type", "default") != "default":
             new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}

@@ -1,4 +1,4 @@
-"""The view of a checkpoint's weights that every reader gives: named tensors whose shapes are known and whose data is not read."""
+"""Common view of a checkpoint's weights: named tensors with known shapes, data not read yet."""
 
 import pathlib
 from collections.abc import Callable, Mapping
@@ -8,6 +8,7 @@ import numpy as np
 
 from models.errors import InputError
 
+# All rows of a tensor.
 WHOLE = slice(None)
 LFS_POINTER = b"version https://git-lfs"
 
@@ -15,22 +16,37 @@ LFS_POINTER = b"version https://git-lfs"
 class Tensors(Protocol):
     """Named tensors of a checkpoint, read one at a time.
 
-    `shapes` maps Hugging Face's (PyTorch) names to shapes, linears [out, in], and is known without reading data.
+    Attributes:
+      shapes: Shape of each tensor by its Hugging Face (PyTorch) name, linears [out in], known
+        without reading data.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
 
     def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
-        """The tensor, or some of its rows, in its stored dtype (float64, float32, float16 or ml_dtypes.bfloat16); nothing keeps it after
-        the call.
+        """Read a tensor, or some of its rows, and keep nothing of it.
 
-        Raises InputError when there is no such tensor, when it is not of a floating dtype, or when its file is damaged.
+        Args:
+          name: Hugging Face name.
+          rows: Rows to read.
+
+        Returns:
+          Tensor in its stored dtype: float64, float32, float16 or ml_dtypes.bfloat16.
+
+        Raises:
+          InputError: There is no such tensor, its dtype is not floating, or its file is damaged.
         """
         ...
 
 
 class Entry(NamedTuple):
-    """A tensor that is still in its file: its shape, how to read it, and how to read some of its rows where the format can."""
+    """A tensor that is still in its file.
+
+    Attributes:
+      shape: Shape of the tensor.
+      load: Function that reads it.
+      part: Function that reads some of its rows; None where the format cannot.
+    """
 
     shape: tuple[int, ...]
     load: Callable[[], np.ndarray]
@@ -38,47 +54,85 @@ class Entry(NamedTuple):
 
 
 class LazyTensors:
-    """`Tensors` over entries by name; `where` is the file or directory that errors name."""
+    """`Tensors` over entries.
+
+    Args:
+      entries: Entry of each tensor by name.
+      where: File or directory that errors name.
+    """
 
     def __init__(self, entries: Mapping[str, Entry], where: pathlib.Path):
-        self._entries, self._where = dict(entries), where
+        self._entries = dict(entries)
+        self._where = where
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: entry.shape for name, entry in self._entries.items()
         }
 
     def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
-        """See `Tensors.read`."""
+        """Read a tensor or some of its rows, see `Tensors.read`.
+
+        Args:
+          name: Hugging Face name.
+          rows: Rows to read.
+
+        Returns:
+          Tensor in its stored dtype.
+
+        Raises:
+          InputError: There is no such tensor, its dtype is not floating, or its file is damaged.
+        """
         if name not in self._entries:
             raise InputError(
-                f"{self._where} has no tensor {name}: check that its config.json belongs to these weights"
+                f"{self._where} has no tensor {name}",
+                "check that its config.json belongs to these weights",
             )
         entry = self._entries[name]
         if rows == WHOLE:
             return entry.load()
+        # Formats that cannot read a part read the whole and drop the rest.
         return entry.part(rows) if entry.part else entry.load()[rows]
 
 
 def corrupt(
-    path: pathlib.Path, reason: Exception | str, mend: str = "download it again"
+    path: pathlib.Path, reason: Exception | str, remedy: str = "download it again"
 ) -> InputError:
-    """The error for a weights file that cannot be read: the first line of `reason`, and what to do about it."""
+    """Return the error for a weights file that cannot be read.
+
+    Args:
+      path: The file.
+      reason: Cause, of which the first line is shown.
+      remedy: What the user can do about it.
+
+    Returns:
+      Error, which names a missing file, missing permissions and git-lfs pointers as such.
+    """
     try:
         with path.open("rb") as file:
-            pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
+            is_pointer = file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError as e:
         return InputError(
-            f"{path} cannot be read ({e.strerror or e}): check that the file exists and its permissions"
+            f"{path} cannot be read ({e.strerror or e})",
+            "check that the file exists and its permissions",
         )
-    if pointer:
+    # A clone without git-lfs has small text files in place of the weights.
+    if is_pointer:
         return InputError(
-            f"{path} is a git-lfs pointer, not the weights: run git lfs pull in its directory"
+            f"{path} is a git-lfs pointer, not the weights", "run git lfs pull in its directory"
         )
+    # Libraries' messages run over many lines, and some exceptions have none.
     first = (str(reason).strip() or type(reason).__name__).splitlines()[0]
-    return InputError(f"{path} is damaged or not complete ({first}): {mend}")
+    return InputError(f"{path} is damaged or not complete ({first})", remedy)
 
 
 def not_floating(path: pathlib.Path, name: str, dtype: object) -> InputError:
-    """The error for a tensor of integers or of a quantised type."""
+    """Return the error for a tensor of integers or of a quantised type.
+
+    Args:
+      path: The file.
+      name: Name of the tensor.
+      dtype: Stored type.
+    """
     return InputError(
-        f"{path}: tensor {name} is stored as {dtype}, not as a float of 16 bits or more: dequantise the checkpoint first"
+        f"{path}: tensor {name} is stored as {dtype}, not as a float of 16 bits or more",
+        "dequantise the checkpoint first",
     )

@@ -1,6 +1,5 @@
-"""Where blocks go: a Hugging Face checkpoint written block by block, never more than one shard of it in memory."""
+"""Hugging Face checkpoints written block by block, with at most one shard in memory."""
 
-import json
 import math
 import os
 import pathlib
@@ -14,8 +13,17 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from models.arch import Block, Model, NonBlockParams, Slot
-from models.checkpoint import output_format as forms
+from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import load_tensor
+from models.checkpoint.output_format import (
+    CODE,
+    Form,
+    Layout,
+    Shape,
+    choose_form,
+    shape_of,
+    with_dtype,
+)
 from models.errors import damaged
 from models.families import hf
 from models.layers import Linear
@@ -23,111 +31,125 @@ from models.processes import run_on_primary
 from models.sharding import to_host
 
 SHARD_BYTES = 1 << 30
+# transformers refuses safetensors files without it.
 METADATA = {"format": "pt"}
-# The tokenizer's files and the generation settings, by the names that transformers gives them.
-COPIED = (
-    "generation_config.json",
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template*",
-)
 
 
 class Writer:
-    """A checkpoint in the making: blocks go in one after the other, `finish` completes it. Of several processes, which all put every block,
-    the first writes.
+    """A checkpoint in the making: `put` adds blocks in order and `finish` completes it.
 
-    Blocks wait in memory until there are half of `shard_bytes` of them (saving takes as much again), or a `mark` is set; then they go to a
-    file in `work`, from which `finish` makes the checkpoint, so that it can be killed and called again. `parameters` counts what was put
-    in. Blocks may have fewer heads and neurons than the configuration says, and more biases: `models.checkpoint.output_format` finds the form that holds
-    them.
+    Blocks wait in memory until they fill half of `shard_bytes` or `mark` is called. Then they go to
+    a file in `work`, from which `finish` makes the checkpoint, so `finish` can be killed and called
+    again. Blocks may have fewer heads and neurons than the configuration, and more biases:
+    `models.checkpoint.output_format` finds the form that holds them. Of several processes all put
+    every block and the primary writes.
 
     Args:
-      work: a directory that survives for a `rewind`; None: one that `finish` removes.
+      directory: Directory of the checkpoint, created if needed.
+      config: Contents of the dense model's `config.json`.
+      layout: "auto" or "padded", see `models.checkpoint.output_format.choose_form`.
+      shard_bytes: Largest size of a weight file.
+      work: Directory that outlives the process, for a `rewind`; None for one that `finish` removes.
     """
 
     def __init__(
         self,
         directory: pathlib.Path,
         config: Mapping[str, Any],
-        layout: forms.Layout = "auto",
+        layout: Layout = "auto",
         shard_bytes: int = SHARD_BYTES,
         work: pathlib.Path | None = None,
     ):
-        self._directory, self._config, self._layout, self._limit = (
-            directory,
-            dict(config),
-            layout,
-            shard_bytes,
-        )
-        self._work, self._passing = work or directory / "unfinished", work is None
+        self._directory = directory
+        self._config = dict(config)
+        self._layout = layout
+        self._shard_bytes = shard_bytes
+        self._work = work or directory / "unfinished"
+        self._remove_work = work is None
         self._buffer: dict[str, np.ndarray] = {}
-        self._arch, self._ends, self._specs = hf.specs(config)
-        self._shapes: list[forms.Shape] = []
+        self._arch, self._non_block_specs, self._block_specs = hf.specs(config)
+        self._shapes: list[Shape] = []
         self._biases = set(self._arch.config.biases)
-        self._shards: list[dict[str, list[int]]] = []  # of each written file, the tensors' shapes
-        self._sizes: list[int] = []  # and its bytes
-        self._filled: set[str] = set()  # biases of zeros that `finish` adds
+        # Kept as JSON-able values, because `mark` returns them.
+        # Of each written shard: the tensors' shapes by name, and its size in bytes.
+        self._shards: list[dict[str, list[int]]] = []
+        self._sizes: list[int] = []
+        # Biases of zeros that `finish` adds.
+        self._added: set[str] = set()
         directory.mkdir(parents=True, exist_ok=True)
         self._work.mkdir(parents=True, exist_ok=True)
 
     @property
     def blocks(self) -> int:
-        """How many blocks were put."""
+        """Return the number of blocks that were put."""
         return len(self._shapes)
 
     @property
     def parameters(self) -> int:
-        """Numbers that were put in."""
+        """Return the number of parameters that were put, without the biases that `finish` adds."""
+        # From the shapes of the shards, which a rewind restores, rather than a counter.
         written = sum(
             math.prod(shape)
             for shard in self._shards
             for name, shape in shard.items()
-            if name not in self._filled
+            if name not in self._added
         )
         return written + sum(x.size for x in self._buffer.values())
 
     def put(self, i: int, block: Block) -> None:
-        """Write block `i`, the next one."""
+        """Add the next block.
+
+        Args:
+          i: Index of the block, which must be `blocks`.
+          block: Parameters of the block.
+
+        Raises:
+          ValueError: Another block is due, or the block lacks a bias of its configuration.
+        """
+        # Shards hold blocks in order, and a mark counts them.
         if i != self.blocks:
             raise ValueError(f"block {i} was put where block {self.blocks} was due")
-        self._shapes.append(forms.shape_of(self._arch, block))
+        self._shapes.append(shape_of(self._arch, block))
         self._biases |= {s.name for s in self._arch.slots if getattr(block, s.name).b is not None}
-        self._add(_named(self._specs[i], block, self._arch.slots), block)
+        self._add(_with_biases(self._block_specs[i], block, self._arch.slots), block)
 
     def _add(self, specs: Any, values: Any) -> None:
-        names, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
-        for spec, array in zip(names, arrays, strict=True):
+        """Put the arrays of a tree into the buffer under the names of its specs."""
+        leaves, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
+        for spec, array in zip(leaves, arrays, strict=True):
+            # safetensors writes the memory as it lies, so views must be made contiguous.
             value = np.ascontiguousarray(to_host(array))
-            if (
-                self._buffer
-                and sum(x.nbytes for x in self._buffer.values()) + value.nbytes > self._limit // 2
-            ):
+            buffered = sum(x.nbytes for x in self._buffer.values())
+            # Half of a shard, because saving takes as much memory again.
+            if self._buffer and buffered + value.nbytes > self._shard_bytes // 2:
                 self._flush()
             self._buffer[spec.name] = value
 
-    def _shard(self, k: int) -> pathlib.Path:
+    def _shard_path(self, k: int) -> pathlib.Path:
         return self._work / f"shard-{k}.safetensors"
 
     def _flush(self) -> None:
+        """Write the buffer as the next shard and empty it."""
         if self._buffer:
             self._sizes.append(run_on_primary(self._save))
             self._shards.append({name: list(x.shape) for name, x in self._buffer.items()})
             self._buffer = {}
 
     def _save(self) -> int:
-        """Write what waits as the next shard; its bytes."""
-        path = self._shard(len(self._shards))
+        """Write the buffer as the next shard and return its size in bytes."""
+        path = self._shard_path(len(self._shards))
         save_file(self._buffer, path, metadata=METADATA)
+        # On the disk before a mark names it: a mark must survive a power cut.
         with path.open("rb") as file:
             os.fsync(file.fileno())
         return path.stat().st_size
 
     def mark(self) -> dict[str, Any]:
-        """Write what waits, and say how far the checkpoint is: JSON-able."""
+        """Write what waits and describe how far the checkpoint is.
+
+        Returns:
+          JSON-able mark for `rewind`.
+        """
         self._flush()
         shapes = [list(s) for s in self._shapes]
         return {
@@ -138,148 +160,165 @@ class Writer:
         }
 
     def rewind(self, mark: Mapping[str, Any]) -> None:
-        """Go back to a mark, of a writer that was killed too. InputError for a file that is gone or cut short."""
-        self._shapes, self._biases = [forms.Shape(*s) for s in mark["blocks"]], set(mark["biases"])
-        self._shards, self._sizes, self._buffer = list(mark["shards"]), list(mark["sizes"]), {}
+        """Go back to a mark, also of a writer that was killed.
+
+        Args:
+          mark: Value of `mark`.
+
+        Raises:
+          InputError: A shard is missing or cut short.
+        """
+        self._shapes = [Shape(*s) for s in mark["blocks"]]
+        self._biases = set(mark["biases"])
+        self._shards = list(mark["shards"])
+        self._sizes = list(mark["sizes"])
+        self._buffer = {}
         for k, size in enumerate(self._sizes):
-            path = self._shard(k)
+            path = self._shard_path(k)
+            # The size suffices: a shard is written once, then synced to the disk.
             if not path.is_file() or path.stat().st_size != size:
                 raise damaged(path)
 
     def stored(self) -> Iterator[Block]:
-        """The blocks that were put, read back in order after a `rewind`."""
-        where = {name: k for k, shard in enumerate(self._shards) for name in shard}
-        for specs in self._specs[: self.blocks]:
-            new = {}
-            for name in (s.name for s in self._arch.slots):
-                spec = getattr(specs, name)
-                bias = _bias_name(spec)
-                new[name] = Linear(spec.w, hf.Spec(bias, ()) if bias in where else None)  # type: ignore[arg-type]
-            yield jax.tree.map(
-                lambda s: jnp.asarray(load_tensor(self._shard(where[s.name]), s.name)),
-                specs.replace(**new),
-                is_leaf=hf.is_spec,
-            )
+        """Read back the blocks that were put, in order, after a `rewind`.
+
+        Yields:
+          Parameters of a block.
+        """
+        shard_of = {name: k for k, shard in enumerate(self._shards) for name in shard}
+
+        def load(spec: hf.Spec) -> jax.Array:
+            return jnp.asarray(load_tensor(self._shard_path(shard_of[spec.name]), spec.name))
+
+        for specs in self._block_specs[: self.blocks]:
+            linears = {}
+            for slot in self._arch.slots:
+                spec = getattr(specs, slot.name)
+                name = _bias_name(spec)
+                # Any: a tree of specs has the type of the tree of arrays that it describes.
+                bias: Any = hf.Spec(name, ()) if name in shard_of else None
+                linears[slot.name] = Linear(spec.w, bias)
+            yield jax.tree.map(load, specs.replace(**linears), is_leaf=hf.is_spec)
 
     def finish(
         self, non_block: NonBlockParams, companions: pathlib.Path, kept: Sequence[int] | None = None
-    ) -> forms.Form:
-        """Write the ends, `config.json`, the class that our own types need, the shard index if there are several, and copy tokenizer and
-        generation files.
+    ) -> Form:
+        """Complete the checkpoint.
+
+        It has the weights, `config.json`, the class that our own types need, the shard index if
+        there are several shards, and the tokenizer's and generation's files.
 
         Args:
-          kept: the original index of every block that was put, where some were left out.
-        Returns the form that was chosen; where it has one shape for all blocks, narrower ones are padded with zeros, which changes no
-        output.
+          non_block: Parameters outside the blocks.
+          companions: Checkpoint whose tokenizer and generation files are copied.
+          kept: Original index of every block that was put, where some were left out; None for all.
+
+        Returns:
+          Form that was chosen. Where it has one shape for all blocks, narrower ones are padded with
+          zeros, which changes no output.
         """
-        self._add(self._ends, non_block)
+        self._add(self._non_block_specs, non_block)
         config = self._config if kept is None else hf.shallower(self._config, kept)
-        form = forms.form(config, self._shapes, sorted(self._biases), self._layout)
+        form = choose_form(config, self._shapes, sorted(self._biases), self._layout)
         dtype = jax.tree.leaves(non_block)[0].dtype
-        config = forms.finished(form.config, str(dtype))
+        config = with_dtype(form.config, str(dtype))
         wanted = {
             s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
         }
-        held = set(self._buffer).union(*self._shards)
-        self._filled = set(wanted) - held  # other blocks, or other linears, have them
-        self._buffer |= {name: np.zeros(wanted[name], dtype) for name in sorted(self._filled)}
+        written = set(self._buffer).union(*self._shards)
+        # Biases that the form has on every block or linear because some have one.
+        self._added = set(wanted) - written
+        self._buffer |= {name: np.zeros(wanted[name], dtype) for name in sorted(self._added)}
         self._flush()
 
         def complete() -> None:
+            # The weights first: a directory with config.json counts as a checkpoint.
             self._make_files(wanted, dtype.itemsize)
             write_json(self._directory / "config.json", config)
             if form.code is not None:
-                (self._directory / forms.CODE).write_text(form.code, encoding="utf-8")
+                (self._directory / CODE).write_text(form.code, encoding="utf-8")
             copy_companions(companions, self._directory, config)
-            if self._passing:
+            if self._remove_work:
                 shutil.rmtree(self._work)
 
         run_on_primary(complete)
         return form
 
     def _make_files(self, wanted: Mapping[str, tuple[int, ...]], itemsize: int) -> None:
-        """The checkpoint's files: one if `shard_bytes` allow it, else the shards; narrower tensors are padded to the shapes wanted."""
+        """Make the weight files: one if `shard_bytes` allow it, else one from each shard."""
         size = sum(math.prod(wanted[name]) for shard in self._shards for name in shard) * itemsize
-        every = list(range(len(self._shards)))
-        groups = [every] if size <= self._limit else [[k] for k in every]
-        total, where = len(groups), dict[str, str]()
+        shards = list(range(len(self._shards)))
+        # Shards in `work` are half as large, so a small model may have several.
+        groups = [shards] if size <= self._shard_bytes else [[k] for k in shards]
+        total = len(groups)
+        weight_map: dict[str, str] = {}
         for g, members in enumerate(groups):
-            name = (
-                "model.safetensors"
-                if total == 1
-                else f"model-{g + 1:05d}-of-{total:05d}.safetensors"
-            )
-            where |= dict.fromkeys((tensor for k in members for tensor in self._shards[k]), name)
+            name = f"model-{g + 1:05d}-of-{total:05d}.safetensors"
+            if total == 1:
+                name = "model.safetensors"
+            for k in members:
+                weight_map |= dict.fromkeys(self._shards[k], name)
             self._make_file(self._directory / name, members, wanted)
         if total > 1:
-            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(where.items()))}
+            index = {
+                "metadata": {"total_size": size},
+                "weight_map": dict(sorted(weight_map.items())),
+            }
             write_json(self._directory / "model.safetensors.index.json", index)
 
     def _make_file(
         self, path: pathlib.Path, members: Sequence[int], wanted: Mapping[str, tuple[int, ...]]
     ) -> None:
-        as_they_are = all(
+        """Make a weight file from shards, narrower tensors padded with zeros."""
+        unchanged = all(
             tuple(shape) == wanted[name] for k in members for name, shape in self._shards[k].items()
         )
-        if len(members) == 1 and as_they_are:
+        if len(members) == 1 and unchanged:
+            # A link, so that `finish` can be killed and called again while the shard stays.
             path.unlink(missing_ok=True)
             try:
-                os.link(self._shard(members[0]), path)
+                os.link(self._shard_path(members[0]), path)
             except OSError:  # a file system without links
-                shutil.copyfile(self._shard(members[0]), path)
+                shutil.copyfile(self._shard_path(members[0]), path)
             return
-        tensors = {name: x for k in members for name, x in load_file(self._shard(k)).items()}
-        for name in [n for n, x in tensors.items() if x.shape != wanted[n]]:
-            fill = [(0, w - h) for h, w in zip(tensors[name].shape, wanted[name], strict=True)]
-            tensors[name] = np.pad(tensors[name], fill)
+        tensors: dict[str, np.ndarray] = {}
+        for k in members:
+            tensors |= load_file(self._shard_path(k))
+        for name, x in tensors.items():
+            if x.shape != wanted[name]:
+                padding = [(0, w - h) for h, w in zip(x.shape, wanted[name], strict=True)]
+                tensors[name] = np.pad(x, padding)
         save_file(tensors, path, metadata=METADATA)
 
 
 def _bias_name(spec: Any) -> str:
-    """The name of a linear's bias, whether it has one or not."""
+    """Return the name of a linear's bias, present or not."""
     return spec.w.name.removesuffix("weight") + "bias"
 
 
-def _named(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
-    """The specs with a bias for those linears that have one in the block. ValueError where the block lacks one that it should have."""
-    new = {}
-    for name in (s.name for s in slots):
-        spec, b = getattr(specs, name), getattr(block, name).b
+def _with_biases(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
+    """Give the specs the biases that the block has; ValueError if it lost one."""
+    linears = {}
+    for slot in slots:
+        spec, b = getattr(specs, slot.name), getattr(block, slot.name).b
         if b is None and spec.b is not None:
             raise ValueError(f"{spec.b.name} was lost")
         bias: Any = None if b is None else hf.Spec(_bias_name(spec), b.shape)
-        new[name] = Linear(spec.w, bias)
-    return specs.replace(**new)
-
-
-def write_json(path: pathlib.Path, value: Any) -> None:
-    """Write JSON with a final newline; infinities and NaN as Python's json has them."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def copy_companions(source: pathlib.Path, target: pathlib.Path, config: Mapping[str, Any]) -> None:
-    """Copy the tokenizer's and generation's files of a checkpoint; what a `.gguf` file holds of them is written out."""
-    if source.is_file():
-        from models.checkpoint.gguf import gguf_tokenizer, gguf_tokenizer_config
-
-        gguf_tokenizer(source).save(str(target / "tokenizer.json"))
-        write_json(target / "tokenizer_config.json", gguf_tokenizer_config(source))
-    else:
-        for file in sorted({f for pattern in COPIED for f in source.glob(pattern) if f.is_file()}):
-            shutil.copyfile(file, target / file.name)
-    if not (target / "generation_config.json").exists():
-        tokens = {
-            k: config[k]
-            for k in ("bos_token_id", "eos_token_id", "pad_token_id")
-            if config.get(k) is not None
-        }
-        write_json(target / "generation_config.json", tokens)
+        linears[slot.name] = Linear(spec.w, bias)
+    return specs.replace(**linears)
 
 
 def save(
     directory: pathlib.Path, model: Model, config: Mapping[str, Any], companions: pathlib.Path
 ) -> None:
-    """Write a whole model as a Hugging Face checkpoint; `companions` is where its tokenizer's files are."""
+    """Write a whole model as a Hugging Face checkpoint.
+
+    Args:
+      directory: Directory of the checkpoint.
+      model: Model.
+      config: Contents of `config.json`.
+      companions: Checkpoint whose tokenizer and generation files are copied.
+    """
     writer = Writer(directory, config)
     for i, block in enumerate(model.blocks):
         writer.put(i, block)

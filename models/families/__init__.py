@@ -1,1 +1,1 @@
-"""Model families: configuration, forward pass, and tensor names of each."""
+"""Model families: configurations, tensor names and forward functions."""

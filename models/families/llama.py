@@ -1,7 +1,8 @@
-"""The LLaMA family (LLaMA 1-3, Mistral, TinyLlama, SmolLM2, Qwen2) as pure functions over pytrees.
+"""LLaMA family (LLaMA 1-3, Mistral, TinyLlama, SmolLM2, Qwen2) as pure functions over pytrees.
 
-Touvron et al. 2023, with grouped-query attention (Ainslie et al. 2023). Biases are there when the checkpoint has them; head counts come
-from the arrays, so a block may have fewer heads or neurons than its neighbours.
+Source: Touvron et al. 2023, with grouped-query attention (Ainslie et al. 2023). Biases are present
+when the checkpoint has them. Head counts come from the arrays, so a block may have fewer heads or
+neurons than its neighbours.
 """
 
 import dataclasses
@@ -30,8 +31,22 @@ from models.layers import (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the arrays cannot say. `windows` gives each block's sliding window (None: full attention), `biases` the slots that have one,
-    `widths` each block's (key-value heads, neurons) where blocks differ, else ().
+    """Settings that cannot be inferred from parameter shapes, with the sizes of the dense model.
+
+    Attributes:
+      head_dim: Size of a head.
+      eps: Constant of the RMS norms.
+      act: Name of the activation, a key of `models.layers.ACTIVATIONS`.
+      rope: Rotary settings.
+      windows: Sliding window of each block in positions, None for full attention.
+      dim: Hidden size.
+      ffn_dim: Neurons of a block.
+      query_heads: Query heads of a block.
+      kv_heads: Key-value heads of a block.
+      vocab: Number of tokens.
+      tied: True if the embedding serves as the head.
+      biases: Slots that have a bias.
+      widths: Key-value heads and neurons of each block where blocks differ, else empty.
     """
 
     head_dim: int
@@ -49,13 +64,20 @@ class Config:
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
-    def computed(self) -> "StaticConfig":
-        """What of it the functions compute with."""
+    def static(self) -> "StaticConfig":
+        """Return the settings that the functions of the architecture compute with."""
         return StaticConfig(self.head_dim, self.eps, self.act, self.rope)
 
 
 class StaticConfig(NamedTuple):
-    """The settings that the functions of an architecture depend on; all else of its configuration is in the shapes."""
+    """Settings that the functions depend on; everything else is in the parameter shapes.
+
+    Attributes:
+      head_dim: Size of a head.
+      eps: Constant of the RMS norms.
+      act: Name of the activation.
+      rope: Rotary settings.
+    """
 
     head_dim: int
     eps: float
@@ -63,79 +85,122 @@ class StaticConfig(NamedTuple):
     rope: Rope
 
 
-@struct.dataclass
-class Block:
-    """One decoder block's parameters. `window` is static: blocks that differ in it are two compilations."""
+class Block(struct.PyTreeNode):
+    """Parameters of one decoder block.
+
+    Letters: d hidden size, n query heads, k key-value heads, h head size, f neurons.
+
+    Attributes:
+      attn_norm: Norm before attention, scale [d].
+      q: Query projection, [n*h d].
+      k: Key projection, [k*h d].
+      v: Value projection, [k*h d].
+      o: Output projection, [d n*h].
+      mlp_norm: Norm before the feed-forward part, scale [d].
+      gate: Gate projection, [f d].
+      up: Up projection, [f d].
+      down: Down projection, [d f].
+      window: Sliding window in positions, None for full attention. It is static, so blocks that
+        differ in it are compiled separately.
+    """
 
     attn_norm: Norm
-    q: Linear  # [n*h d]
-    k: Linear  # [k*h d]
-    v: Linear  # [k*h d]
-    o: Linear  # [d n*h]
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
     mlp_norm: Norm
-    gate: Linear  # [f d]
-    up: Linear  # [f d]
-    down: Linear  # [d f]
+    gate: Linear
+    up: Linear
+    down: Linear
     window: int | None = struct.field(pytree_node=False, default=None)
 
 
-@struct.dataclass
-class NonBlockParams:
-    """Parameters outside the blocks. `head` is None when it is tied to the embedding."""
+class NonBlockParams(struct.PyTreeNode):
+    """Parameters outside the blocks.
 
-    embed: jax.Array  # [vocab d]
+    Attributes:
+      embed: Token embedding, [vocab d].
+      norm: Final norm, scale [d].
+      head: Output head, [vocab d]; None where the embedding serves as the head.
+    """
+
+    embed: jax.Array
     norm: Norm
     head: Linear | None = None
 
 
 def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> jax.Array:
+    # Positions enter in the blocks, so `start` has no effect here.
     return non_block.embed[tokens]
 
 
 def _head(config: StaticConfig, non_block: NonBlockParams, x: jax.Array) -> jax.Array:
     w = non_block.embed if non_block.head is None else non_block.head.w
     x = rms_norm(non_block.norm, x, config.eps)
+    # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
 def _forward(
-    config: StaticConfig, p: Block, x: jax.Array, mix: AttendFn[T]
+    config: StaticConfig, p: Block, x: jax.Array, attend_fn: AttendFn[T]
 ) -> tuple[jax.Array, Taps, T]:
-    """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
-    t: dict[str, jax.Array] = {}
-    t["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
-    t["q"], t["k"], t["v"] = (
-        linear(p.q, t["attn_in"]),
-        linear(p.k, t["attn_in"]),
-        linear(p.v, t["attn_in"]),
-    )
-    mixed, kept = mix(*(split_heads(t[name], config.head_dim) for name in "qkv"))
-    t["attn_mid"] = mixed.reshape(*x.shape[:2], -1)
-    t["o"] = linear(p.o, t["attn_mid"])
-    x = x + t["o"]
-    t["mlp_in"] = rms_norm(p.mlp_norm, x, config.eps)
-    t["gate"], t["up"] = linear(p.gate, t["mlp_in"]), linear(p.up, t["mlp_in"])
-    t["mlp_mid"] = ACTIVATIONS[config.act](t["gate"]) * t["up"]
-    t["down"] = linear(p.down, t["mlp_mid"])
-    return x + t["down"], t, kept
+    """Run a block with the given attention.
+
+    Args:
+      config: Static settings.
+      p: Parameters of the block.
+      x: Hidden states, [b t d].
+      attend_fn: Attention over queries, keys and values by head.
+
+    Returns:
+      Hidden states [b t d], taps, and the state that `attend_fn` returned. The taps hold each
+      linear's input under its tap's name and each linear's output under the slot's name.
+    """
+    # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
+    taps: dict[str, jax.Array] = {}
+    with jax.named_scope("attention_norm"):
+        taps["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
+    with jax.named_scope("qkv_projections"):
+        # Three products rather than one fused: each linear is pruned and cut by itself.
+        taps["q"] = linear(p.q, taps["attn_in"])
+        taps["k"] = linear(p.k, taps["attn_in"])
+        taps["v"] = linear(p.v, taps["attn_in"])
+    with jax.named_scope("attention"):
+        values, state = attend_fn(*(split_heads(taps[name], config.head_dim) for name in "qkv"))
+        # The width follows from the heads that this block still has.
+        taps["attn_mid"] = values.reshape(*x.shape[:2], -1)
+    with jax.named_scope("attention_output"):
+        taps["o"] = linear(p.o, taps["attn_mid"])
+        x = x + taps["o"]
+    with jax.named_scope("feed_forward_norm"):
+        taps["mlp_in"] = rms_norm(p.mlp_norm, x, config.eps)
+    with jax.named_scope("feed_forward"):
+        taps["gate"] = linear(p.gate, taps["mlp_in"])
+        taps["up"] = linear(p.up, taps["mlp_in"])
+        taps["mlp_mid"] = ACTIVATIONS[config.act](taps["gate"]) * taps["up"]
+        taps["down"] = linear(p.down, taps["mlp_mid"])
+        x = x + taps["down"]
+    return x, taps, state
 
 
 def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
-    x, taps, _ = _forward(
-        config, p, x, lambda q, k, v: (attention(*rotate(config.rope, q, k), v, p.window), None)
-    )
+    def attend_all(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attention(*rotate(config.rope, q, k), v, p.window), None
+
+    x, taps, _ = _forward(config, p, x, attend_all)
     return x, taps
 
 
 def _step(
     config: StaticConfig, p: Block, x: jax.Array, cache: Cache, start: Start
 ) -> tuple[jax.Array, Cache]:
-    x, _, cache = _forward(
-        config, p, x, functools.partial(attend, cache, start, config.rope, p.window)
-    )
+    attend_fn = functools.partial(attend, cache, start, config.rope, p.window)
+    x, _, cache = _forward(config, p, x, attend_fn)
     return x, cache
 
 
+# In the order of `_forward`; reports and budgets follow it.
 SLOTS = (
     Slot("q", "attn_in", "attn_mid"),
     Slot("k", "attn_in", "attn_mid"),
@@ -147,33 +212,33 @@ SLOTS = (
 )
 
 
+# Cached by the static settings, so a program compiled for a model also serves the one pruned
+# from it: jit compares functions by identity.
 @functools.cache
 def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
-    """`block`, `head` and `step`, the same objects for equal settings: what is compiled for a model serves the one pruned from it."""
+    """Bind `block`, `head` and `step` to static settings."""
     return functools.partial(_block, c), functools.partial(_head, c), functools.partial(_step, c)
 
 
 @functools.cache
 def arch(config: Config) -> Arch:
-    """The family's functions with `config` bound; equal configurations give the same object."""
-    shared, h = (
-        config.query_heads // config.kv_heads,
-        config.head_dim,
-    )  # query heads of one key-value head
-    block, head, step = _functions(config.computed)
-    return Arch(
-        config,
-        _embed,
-        block,
-        head,
-        step,
-        SLOTS,
-        (
-            Group(
-                "heads",
-                Member("o", 1, shared * h),
-                (Member("q", 0, shared * h), Member("k", 0, h), Member("v", 0, h)),
-            ),
-            Group("neurons", Member("down", 1, 1), (Member("gate", 0, 1), Member("up", 0, 1))),
-        ),
+    """Bind the family's functions to a configuration.
+
+    Args:
+      config: Configuration; equal ones give the same object.
+
+    Returns:
+      Architecture.
+    """
+    h = config.head_dim
+    # A unit of the heads is one key-value head with the query heads that share it.
+    shared = config.query_heads // config.kv_heads
+    block, head, step = _functions(config.static)
+    heads = Group(
+        "heads",
+        Member("o", 1, shared * h),
+        (Member("q", 0, shared * h), Member("k", 0, h), Member("v", 0, h)),
     )
+    # `up` is last: it is the linear path into the neurons, which `gate` only scales.
+    neurons = Group("neurons", Member("down", 1, 1), (Member("gate", 0, 1), Member("up", 0, 1)))
+    return Arch(config, _embed, block, head, step, SLOTS, (heads, neurons))

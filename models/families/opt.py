@@ -1,4 +1,7 @@
-"""The OPT family (Zhang et al. 2022) as pure functions over pytrees: pre- and post-norm, projected word embeddings, ReLU and GELU."""
+"""OPT family as pure functions over pytrees: pre- and post-norm, projected embeddings, ReLU, GELU.
+
+Source: Zhang et al. 2022.
+"""
 
 import dataclasses
 import functools
@@ -13,15 +16,28 @@ from models.arch import Arch, Group, Member, Slot, Taps
 from models.cache import AttendFn, Cache, Start, T, attend
 from models.layers import ACTIVATIONS, Linear, Norm, attention, layer_norm, linear, split_heads
 
-POSITION_OFFSET = (
-    2  # the first two rows of the position table are never read: a relic of padding in fairseq
-)
+# The first two rows of the position table are never read: a relic of padding in fairseq.
+POSITION_OFFSET = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What the arrays cannot say. `pre_norm` is False in OPT-350m alone; `biases` are the slots that have one, `widths` each block's
-    (heads, neurons) where blocks differ, else ().
+    """Settings that cannot be inferred from parameter shapes, with the sizes of the dense model.
+
+    Attributes:
+      head_dim: Size of a head.
+      act: Name of the activation, a key of `models.layers.ACTIVATIONS`.
+      pre_norm: True if norms come before attention and feed-forward; False in OPT-350m alone.
+      final_norm: True if a norm follows the last block.
+      dim: Hidden size.
+      word_dim: Size of the token embedding, projected to `dim` where they differ.
+      ffn_dim: Neurons of a block.
+      vocab: Number of tokens.
+      positions: Number of learned positions.
+      affine: True if the norms have scale and bias.
+      tied: True if the embedding serves as the head.
+      biases: Slots that have a bias.
+      widths: Heads and neurons of each block where blocks differ, else empty.
     """
 
     head_dim: int
@@ -39,55 +55,80 @@ class Config:
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
-    def computed(self) -> "StaticConfig":
-        """What of it the functions compute with."""
+    def static(self) -> "StaticConfig":
+        """Return the settings that the functions of the architecture compute with."""
         return StaticConfig(self.head_dim, self.act, self.pre_norm)
 
 
 class StaticConfig(NamedTuple):
-    """The settings that the functions of an architecture depend on; all else of its configuration is in the shapes."""
+    """Settings that the functions depend on; everything else is in the parameter shapes.
+
+    Attributes:
+      head_dim: Size of a head.
+      act: Name of the activation.
+      pre_norm: True if norms come before attention and feed-forward.
+    """
 
     head_dim: int
     act: str
     pre_norm: bool
 
 
-@struct.dataclass
-class Block:
-    """One decoder block's parameters."""
+class Block(struct.PyTreeNode):
+    """Parameters of one decoder block.
+
+    Letters: d hidden size, n heads, h head size, f neurons.
+
+    Attributes:
+      attn_norm: Norm of the attention, [d]; it follows attention in post-norm models.
+      q: Query projection, [n*h d].
+      k: Key projection, [n*h d].
+      v: Value projection, [n*h d].
+      o: Output projection, [d n*h].
+      mlp_norm: Norm of the feed-forward part, [d]; it follows in post-norm models.
+      fc1: First feed-forward linear, [f d].
+      fc2: Second feed-forward linear, [d f].
+    """
 
     attn_norm: Norm
-    q: Linear  # [d d]
+    q: Linear
     k: Linear
     v: Linear
     o: Linear
     mlp_norm: Norm
-    fc1: Linear  # [f d]
-    fc2: Linear  # [d f]
+    fc1: Linear
+    fc2: Linear
 
 
-@struct.dataclass
-class NonBlockParams:
-    """Parameters outside the blocks. `norm` is None in post-norm models, the projections where word and hidden sizes agree."""
+class NonBlockParams(struct.PyTreeNode):
+    """Parameters outside the blocks.
 
-    embed: jax.Array  # [vocab word_dim]
-    positions: jax.Array  # [positions + 2, d]
+    Attributes:
+      embed: Token embedding, [vocab word_dim].
+      positions: Learned positions, [positions + 2, d].
+      norm: Final norm, [d]; None in post-norm models.
+      project_in: Projection of the embedding, [d word_dim]; None where the sizes agree.
+      project_out: Projection before the head, [word_dim d]; None where the sizes agree.
+      head: Output head, [vocab word_dim]; None where the embedding serves as the head.
+    """
+
+    embed: jax.Array
+    positions: jax.Array
     norm: Norm | None = None
-    project_in: Linear | None = None  # [d word_dim]
-    project_out: Linear | None = None  # [word_dim d]
+    project_in: Linear | None = None
+    project_out: Linear | None = None
     head: Linear | None = None
 
 
 def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> jax.Array:
     x = non_block.embed[tokens]
+    # OPT-350m alone embeds words in fewer dimensions than its blocks have.
     if non_block.project_in is not None:
         x = linear(non_block.project_in, x)
-    return (
-        x
-        + jax.lax.dynamic_slice_in_dim(
-            non_block.positions, POSITION_OFFSET + start, tokens.shape[1]
-        )[None]
+    positions = jax.lax.dynamic_slice_in_dim(
+        non_block.positions, POSITION_OFFSET + start, tokens.shape[1]
     )
+    return x + positions[None]
 
 
 def _head(non_block: NonBlockParams, x: jax.Array) -> jax.Array:
@@ -96,45 +137,75 @@ def _head(non_block: NonBlockParams, x: jax.Array) -> jax.Array:
     if non_block.project_out is not None:
         x = linear(non_block.project_out, x)
     w = non_block.embed if non_block.head is None else non_block.head.w
+    # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
 def _forward(
-    config: StaticConfig, p: Block, x: jax.Array, mix: AttendFn[T]
+    config: StaticConfig, p: Block, x: jax.Array, attend_fn: AttendFn[T]
 ) -> tuple[jax.Array, Taps, T]:
-    """x [b t d] -> (x [b t d], taps, what `mix` keeps); taps hold each linear's input under its tap's name and its output under its own."""
-    t: dict[str, jax.Array] = {}
-    t["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
-    t["q"], t["k"], t["v"] = (
-        linear(p.q, t["attn_in"]),
-        linear(p.k, t["attn_in"]),
-        linear(p.v, t["attn_in"]),
-    )
-    mixed, kept = mix(*(split_heads(t[name], config.head_dim) for name in "qkv"))
-    t["attn_mid"] = mixed.reshape(*x.shape[:2], -1)
-    t["o"] = linear(p.o, t["attn_mid"])
-    x = x + t["o"]
-    x = x if config.pre_norm else layer_norm(p.attn_norm, x)
-    t["mlp_in"] = layer_norm(p.mlp_norm, x) if config.pre_norm else x
-    t["fc1"] = linear(p.fc1, t["mlp_in"])
-    t["mlp_mid"] = ACTIVATIONS[config.act](t["fc1"])
-    t["fc2"] = linear(p.fc2, t["mlp_mid"])
-    x = x + t["fc2"]
-    return (x if config.pre_norm else layer_norm(p.mlp_norm, x)), t, kept
+    """Run a block with the given attention.
+
+    Args:
+      config: Static settings.
+      p: Parameters of the block.
+      x: Hidden states, [b t d].
+      attend_fn: Attention over queries, keys and values by head.
+
+    Returns:
+      Hidden states [b t d], taps, and the state that `attend_fn` returned. The taps hold each
+      linear's input under its tap's name and each linear's output under the slot's name.
+    """
+    # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
+    taps: dict[str, jax.Array] = {}
+    with jax.named_scope("attention_norm"):
+        taps["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
+    with jax.named_scope("qkv_projections"):
+        taps["q"] = linear(p.q, taps["attn_in"])
+        taps["k"] = linear(p.k, taps["attn_in"])
+        taps["v"] = linear(p.v, taps["attn_in"])
+    with jax.named_scope("attention"):
+        values, state = attend_fn(*(split_heads(taps[name], config.head_dim) for name in "qkv"))
+        # The width follows from the heads that this block still has.
+        taps["attn_mid"] = values.reshape(*x.shape[:2], -1)
+    with jax.named_scope("attention_output"):
+        taps["o"] = linear(p.o, taps["attn_mid"])
+        x = x + taps["o"]
+    if not config.pre_norm:
+        # OPT-350m normalises the residual stream itself, after each part.
+        with jax.named_scope("attention_norm"):
+            x = layer_norm(p.attn_norm, x)
+    with jax.named_scope("feed_forward_norm"):
+        taps["mlp_in"] = layer_norm(p.mlp_norm, x) if config.pre_norm else x
+    with jax.named_scope("feed_forward"):
+        taps["fc1"] = linear(p.fc1, taps["mlp_in"])
+        taps["mlp_mid"] = ACTIVATIONS[config.act](taps["fc1"])
+        taps["fc2"] = linear(p.fc2, taps["mlp_mid"])
+        x = x + taps["fc2"]
+    if not config.pre_norm:
+        with jax.named_scope("feed_forward_norm"):
+            x = layer_norm(p.mlp_norm, x)
+    return x, taps, state
 
 
 def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
-    x, taps, _ = _forward(config, p, x, lambda q, k, v: (attention(q, k, v, None), None))
+    def attend_all(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return attention(q, k, v, None), None
+
+    x, taps, _ = _forward(config, p, x, attend_all)
     return x, taps
 
 
 def _step(
     config: StaticConfig, p: Block, x: jax.Array, cache: Cache, start: Start
 ) -> tuple[jax.Array, Cache]:
-    x, _, cache = _forward(config, p, x, functools.partial(attend, cache, start, None, None))
+    # Positions are learned and attention is full: neither rotary settings nor a window.
+    attend_fn = functools.partial(attend, cache, start, None, None)
+    x, _, cache = _forward(config, p, x, attend_fn)
     return x, cache
 
 
+# In the order of OPT's checkpoints; reports and budgets follow it.
 SLOTS = (
     Slot("k", "attn_in", "attn_mid"),
     Slot("v", "attn_in", "attn_mid"),
@@ -145,31 +216,38 @@ SLOTS = (
 )
 
 
+# Cached by the static settings, so a program compiled for a model also serves the one pruned
+# from it: jit compares functions by identity.
 @functools.cache
 def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
-    """`block` and `step`, the same objects for equal settings: what is compiled for a model serves the one pruned from it."""
-    return functools.partial(_block, c), functools.partial(_step, c)
+    """Bind `block` and `step` to static settings; `head` depends on none."""
+    return functools.partial(_block, c), _head, functools.partial(_step, c)
 
 
 @functools.cache
 def arch(config: Config) -> Arch:
-    """The family's functions with `config` bound; equal configurations give the same object."""
+    """Bind the family's functions to a configuration.
+
+    Args:
+      config: Configuration; equal ones give the same object.
+
+    Returns:
+      Architecture.
+    """
     h = config.head_dim
-    block, step = _functions(config.computed)
+    block, head, step = _functions(config.static)
+    heads = Group(
+        "heads", Member("o", 1, h), (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h))
+    )
+    neurons = Group("neurons", Member("fc2", 1, 1), (Member("fc1", 0, 1),))
+    # After a norm at the block's end its output is no longer the residual stream.
     return Arch(
         config,
         _embed,
         block,
-        _head,
+        head,
         step,
         SLOTS,
-        (
-            Group(
-                "heads",
-                Member("o", 1, h),
-                (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h)),
-            ),
-            Group("neurons", Member("fc2", 1, 1), (Member("fc1", 0, 1),)),
-        ),
+        (heads, neurons),
         residual=config.pre_norm,
     )

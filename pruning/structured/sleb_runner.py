@@ -28,7 +28,7 @@ from calibration.states import (
     scratch,
 )
 from models.arch import Arch, Block, Model, apply_block, embed
-from models.checkpoint.reader import LazyBlocks, prefetch
+from models.checkpoint.blocks import LazyBlocks, prefetch
 from models.processes import is_multiprocess
 from models.programs import Program, program
 from models.sharding import place, split, to_host

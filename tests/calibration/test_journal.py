@@ -159,7 +159,7 @@ def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None
         file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(
         InputError,
-        match=rf"{name} of the unfinished run is damaged or missing: start over with (--)?noresume",
+        match=rf"{name} of the unfinished run is damaged or missing: start over with noresume",
     ):
         Journal(tmp_path, FINGERPRINT, Sink())
 

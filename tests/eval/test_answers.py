@@ -1,10 +1,10 @@
-"""Answers that were given before are read, those of other weights or requests are not; what is broken is computed again."""
+"""Cached answers are read; other weights, other requests and damaged files are computed."""
 
 import pathlib
 
 import pytest
 
-from eval.answers import Answers, cache_directory
+from eval.answers import AnswerCache, cache_directory
 
 REQUESTS = [["a", "b"], ["c", "d"], ["e", "f"]]
 GROUPS = ["x", "y", "x"]
@@ -14,7 +14,7 @@ class Model:
     """Answers with what it was asked, and remembers what."""
 
     def __init__(self, directory: pathlib.Path | None, name: str = "m"):
-        self.answers, self.asked = Answers(directory, {"weights": name}), list[int]()
+        self.answers, self.asked = AnswerCache(directory, {"weights": name}), list[int]()
 
     def __call__(
         self, requests: list[list[str]] = REQUESTS, kind: str = "loglikelihood"
@@ -23,10 +23,10 @@ class Model:
             self.asked += own
             return [[" ".join(requests[i]), True] for i in own]
 
-        return self.answers.of(kind, requests, GROUPS, compute)
+        return self.answers.get(kind, requests, GROUPS, compute)
 
 
-def test_what_is_known_is_not_computed(tmp_path: pathlib.Path) -> None:
+def test_cached_answers_are_not_computed_again(tmp_path: pathlib.Path) -> None:
     model = Model(tmp_path / "cache")
     expected = [["a b", True], ["c d", True], ["e f", True]]
     assert model() == expected and model.asked == [0, 2, 1]
@@ -58,7 +58,7 @@ def test_a_damaged_file_is_computed_again(damage: str, tmp_path: pathlib.Path) -
     assert 0 in model.asked and 2 in model.asked
 
 
-def test_without_a_directory_or_a_writable_one(tmp_path: pathlib.Path) -> None:
+def test_answers_are_right_without_a_writable_directory(tmp_path: pathlib.Path) -> None:
     (tmp_path / "file").write_text("")
     for directory in (None, tmp_path / "file" / "cache"):
         model = Model(directory)
@@ -67,7 +67,9 @@ def test_without_a_directory_or_a_writable_one(tmp_path: pathlib.Path) -> None:
         assert model.asked == [0, 2, 1] * 2
 
 
-def test_where_the_cache_is(monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path) -> None:
+def test_the_cache_lies_in_the_users_cache_directory(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     assert cache_directory() == tmp_path / "topiary" / "tasks"
     monkeypatch.delenv("XDG_CACHE_HOME")

@@ -1,18 +1,18 @@
-"""The adapter against lm-eval's own Hugging Face model on the same weights: log-likelihoods, whole texts, generated answers."""
+"""The adapter against lm-eval's own Hugging Face model on the same weights."""
 
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[tasks]'")
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 
-from eval.answers import Answers
+from eval.answers import AnswerCache
 from eval.harness import HarnessModel
 from launch.run.measure import tokenizer_of
 from launch.run.tasks import vocabulary_of
@@ -81,7 +81,9 @@ PAIRS = [
 
 
 @pytest.mark.parametrize("some", [slice(None), slice(1)], ids=["all", "one"])
-def test_loglikelihood(checkpoint: Checkpoint, theirs: TemplateLM, some: slice) -> None:
+def test_loglikelihoods_equal_lm_evals_own(
+    checkpoint: Checkpoint, theirs: TemplateLM, some: slice
+) -> None:
     asked = PAIRS[some]
     got = adapter(checkpoint).loglikelihood(requests("loglikelihood", asked))
     expected = theirs.loglikelihood(requests("loglikelihood", asked), disable_tqdm=True)
@@ -89,7 +91,9 @@ def test_loglikelihood(checkpoint: Checkpoint, theirs: TemplateLM, some: slice) 
     assert [best for _, best in got] == [best for _, best in expected]
 
 
-def test_loglikelihood_rolling(checkpoint: Checkpoint, theirs: TemplateLM) -> None:
+def test_rolling_loglikelihoods_equal_lm_evals_own(
+    checkpoint: Checkpoint, theirs: TemplateLM
+) -> None:
     texts = [LONG, LONG[:100], "a", LONG * 2, "Zoë 🍎"]
     got = adapter(checkpoint).loglikelihood_rolling(requests("loglikelihood_rolling", texts))
     expected = theirs.loglikelihood_rolling(
@@ -109,9 +113,12 @@ PROMPTS = [
 ]
 
 
-def test_generate_until(checkpoint: Checkpoint, theirs: TemplateLM) -> None:
-    """Prompts of different lengths stand in one batch. lm-eval pads on the left, and a tiny model's choice between two close tokens may
-    fall otherwise for it: so each prompt is its own batch there."""
+def test_generated_texts_equal_lm_evals_own(checkpoint: Checkpoint, theirs: TemplateLM) -> None:
+    """Prompts of different lengths share a batch.
+
+    lm-eval pads on the left, and a tiny model's choice between two close tokens may differ for it,
+    so there each prompt is a batch of its own.
+    """
     got = adapter(checkpoint, batch=4).generate_until(requests("generate_until", PROMPTS))
     expected = [
         theirs.generate_until(requests("generate_until", [p]), disable_tqdm=True)[0]
@@ -136,9 +143,10 @@ def test_drawn_texts_are_repeatable_and_differ_from_greedy(checkpoint: Checkpoin
 @pytest.mark.parametrize("kind", ["loglikelihood", "generate_until"])
 def test_order_batch_and_mesh_do_not_matter(checkpoint: Checkpoint, kind: str) -> None:
     args = PAIRS if kind == "loglikelihood" else PROMPTS
-    call: Callable[[HarnessModel], Any] = lambda lm: getattr(lm, kind)(requests(kind, args[::-1]))[
-        ::-1
-    ]
+
+    def call(lm: HarnessModel) -> Any:
+        return getattr(lm, kind)(requests(kind, args[::-1]))[::-1]
+
     expected = getattr(adapter(checkpoint), kind)(requests(kind, args))
     for settings in ({"batch": 3}, {"batch": 8, "mesh": make_mesh("data=4,model=2")}):
         got = call(adapter(checkpoint, **settings))
@@ -148,7 +156,7 @@ def test_order_batch_and_mesh_do_not_matter(checkpoint: Checkpoint, kind: str) -
             assert got == expected
 
 
-def test_what_was_answered_is_kept(
+def test_answers_are_cached(
     checkpoint: Checkpoint, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = {
@@ -157,7 +165,7 @@ def test_what_was_answered_is_kept(
         "generate_until": PROMPTS[1:2],
     }
     first = [
-        getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a))
+        getattr(adapter(checkpoint, answers=AnswerCache(tmp_path, {})), k)(requests(k, a))
         for k, a in calls.items()
     ]
 
@@ -167,13 +175,13 @@ def test_what_was_answered_is_kept(
     monkeypatch.setattr("eval.harness.log_likelihoods", fail)
     monkeypatch.setattr("eval.harness.generate", fail)
     again = [
-        getattr(adapter(checkpoint, answers=Answers(tmp_path, {})), k)(requests(k, a))
+        getattr(adapter(checkpoint, answers=AnswerCache(tmp_path, {})), k)(requests(k, a))
         for k, a in calls.items()
     ]
     assert again == first and isinstance(again[0][0], tuple)
 
 
-def test_what_the_model_cannot_read_is_refused(checkpoint: Checkpoint) -> None:
+def test_requests_the_model_cannot_read_are_refused(checkpoint: Checkpoint) -> None:
     with pytest.raises(InputError, match="asks for 256 tokens, the model reads 256"):
         adapter(checkpoint).generate_until(requests("generate_until", [("Once", {})]))
     other = adapter(checkpoint)

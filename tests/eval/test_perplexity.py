@@ -1,4 +1,4 @@
-"""Perplexity against float64 NumPy, against itself however it is batched and spread, and against the published codes' figures."""
+"""Perplexity against float64 NumPy, other batches and meshes, and the official codes' figures."""
 
 import json
 import math
@@ -22,7 +22,7 @@ WINDOWS = tiny.tokens(batch=8)
 
 
 def by_numpy(model: Model, length: int = tiny.LENGTH) -> np.ndarray:
-    """The mean cross-entropy of each window's first `length` tokens in float64, from the model's logits."""
+    """Return each window's mean cross-entropy over `length` tokens in float64, from the logits."""
     windows = WINDOWS[:, :length]
     x = embed(model.arch, model.non_block, WINDOWS)
     for block in model.blocks:
@@ -41,12 +41,12 @@ def check(got: Perplexity, expected: np.ndarray, length: int = tiny.LENGTH) -> N
 
 
 @pytest.mark.parametrize("name", ["biased", "opt"])
-def test_against_numpy(name: str) -> None:
+def test_perplexity_equals_numpy(name: str) -> None:
     model = tiny.random_model(tiny.FAMILIES[name])
     check(perplexity(model, WINDOWS), by_numpy(model))
 
 
-def test_ragged_blocks_windows_of_two_and_other_integers() -> None:
+def test_ragged_blocks_short_windows_and_other_integers_equal_numpy() -> None:
     model = tiny.random_model(tiny.GQA)
     g = model.arch.group("neurons")
     ragged = model._replace(blocks=(cut(model.blocks[0], g, np.arange(40) < 7), model.blocks[1]))
@@ -78,10 +78,10 @@ class Counted(Sequence[Block]):
     ("batch", "windows_at_once", "walks"),
     [(64, 100, 1), (3, 100, 1), (3, 1, 3), (1, 4, 2), (1, 0, 8), (3, 7, 2)],
 )
-def test_batches_and_walks_do_not_matter(
+def test_batches_and_passes_do_not_matter(
     batch: int, windows_at_once: int, walks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However many windows are walked together, each walk reads each block once."""
+    """Each pass reads each block once, however many windows it has."""
     monkeypatch.setattr(module, "ACTIVATION_BYTES", windows_at_once * tiny.LENGTH * 32 * 4)
     model = tiny.random_model(tiny.GQA)
     counted = Counted(model.blocks)
@@ -126,7 +126,7 @@ def golden(shared: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_the_published_codes_figures(name: str, shared: pathlib.Path) -> None:
+def test_perplexity_equals_the_official_codes_figures(name: str, shared: pathlib.Path) -> None:
     run = golden(shared, name)
     windows = np.load(shared / "golden" / "tokens" / run["eval_tokens"])
     model = open_checkpoint(shared / "models" / name).model
@@ -137,7 +137,9 @@ def test_the_published_codes_figures(name: str, shared: pathlib.Path) -> None:
     )
 
 
-def test_the_published_codes_figure_of_smollm2(smollm2: pathlib.Path, shared: pathlib.Path) -> None:
+def test_perplexity_of_smollm2_equals_the_official_codes_figure(
+    smollm2: pathlib.Path, shared: pathlib.Path
+) -> None:
     run = golden(shared, "smollm2")
     windows = np.load(shared / "golden" / "tokens" / run["eval_tokens"])[:4]
     assert perplexity(open_checkpoint(smollm2).model, windows, batch=4).value == pytest.approx(

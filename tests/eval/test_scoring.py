@@ -1,4 +1,4 @@
-"""Log-likelihoods of continuations against float64 NumPy, however they are ordered, batched, padded and spread."""
+"""Log-likelihoods against float64 NumPy, in any order, batch, padding and mesh."""
 
 import itertools
 
@@ -18,7 +18,7 @@ LONGEST = 40
 
 
 def draw(count: int = 30, seed: int = 0) -> list[Pair]:
-    """Pairs of every length, some longer than LONGEST, some that share what the model reads, some whose greedy flag is true."""
+    """Return pairs of every length: some exceed LONGEST, share texts, or are greedy."""
     rng = np.random.default_rng(seed)
     pairs = [
         (
@@ -49,14 +49,14 @@ def check(got: list[tuple[float, bool]], expected: list[tuple[float, bool]]) -> 
 
 
 @pytest.mark.parametrize("name", ["gqa", "opt", "opt-350m"])
-def test_against_numpy(name: str) -> None:
+def test_scores_equal_numpy(name: str) -> None:
     model, pairs = tiny.random_model(tiny.EVERY[name]), draw(12)
     expected = [by_numpy(model, pair) for pair in pairs]
     assert sum(best for _, best in expected[12:]) == 1
     check(log_likelihoods(model, pairs, longest=LONGEST), expected)
 
 
-def test_blocks_of_different_widths_and_a_removed_one() -> None:
+def test_scores_of_pruned_models_equal_numpy() -> None:
     model = tiny.random_model({**tiny.GQA, "num_hidden_layers": 3})
     narrow = cut(model.blocks[0], model.arch.group("neurons"), np.arange(40) < 7)
     ragged, pairs = model._replace(blocks=(narrow, model.blocks[2])), draw(5)
@@ -75,7 +75,7 @@ def test_blocks_of_different_widths_and_a_removed_one() -> None:
         (4, "data=2,model=2", 9999),
     ],
 )
-def test_order_batches_walks_and_meshes_do_not_matter(
+def test_order_batches_passes_and_meshes_do_not_matter(
     batch: int, mesh: str, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forward, "ACTIVATION_BYTES", held)
@@ -92,7 +92,7 @@ def test_order_batches_walks_and_meshes_do_not_matter(
     check(got, [expected[i] for i in order])
 
 
-def test_texts_that_are_the_same_are_read_once() -> None:
+def test_equal_texts_are_read_once() -> None:
     steps: list[int] = []
 
     def stage(count: int) -> None:
@@ -109,7 +109,7 @@ def test_texts_that_are_the_same_are_read_once() -> None:
     assert steps == [1]
 
 
-def test_nothing_asked() -> None:
+def test_no_pairs_give_no_scores() -> None:
     assert log_likelihoods(tiny.random_model(tiny.GQA), [], longest=LONGEST) == []
 
 

@@ -1,4 +1,7 @@
-"""Tasks from local YAML files: found, checked and repeatable; those for the published data sets are lm-eval's own, word for word."""
+"""Tasks from local YAML files are found, checked and repeatable.
+
+Those for the published data sets are lm-eval's own, word for word.
+"""
 
 import json
 import logging
@@ -9,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+pytest.importorskip("lm_eval", reason="needs lm-eval: pip install -e '.[tasks]'")
 
 import datasets
 import lm_eval
@@ -56,7 +59,7 @@ def write_task(
     more: str = "",
     documents: int = 7,
 ) -> pathlib.Path:
-    """A YAML file, and its documents in a folder beside it."""
+    """Write a YAML file, and its documents in a folder beside it."""
     (folder / "data").mkdir(parents=True, exist_ok=True)
     rows = [
         {"question": f"What is {i}?", "choices": ["a dog", "cat", "the bird"], "answer": i % 3}
@@ -68,7 +71,7 @@ def write_task(
 
 
 class Longest(LM):
-    """Thinks the more of a continuation the longer it is, and remembers what it was asked."""
+    """Model that prefers longer continuations and remembers the requests."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -84,8 +87,8 @@ class Longest(LM):
     generate_until = loglikelihood_rolling
 
 
-def test_a_local_file(tmp_path: pathlib.Path) -> None:
-    """Its data lie beside it, wherever the command is called from; figures are what counting by hand gives."""
+def test_a_local_file_runs_on_the_data_beside_it(tmp_path: pathlib.Path) -> None:
+    """The data lie beside the file, whatever the working directory; figures are counted by hand."""
     tasks = open_tasks([str(write_task(tmp_path))])
     facts = tasks.protocol["pets"]
     assert (facts["version"], facts["documents"], facts["num_fewshot"], len(facts["sha256"])) == (
@@ -101,7 +104,9 @@ def test_a_local_file(tmp_path: pathlib.Path) -> None:
     assert found["pets"].keys() == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr"}
 
 
-def test_a_directory_a_limit_and_two_files(tmp_path: pathlib.Path) -> None:
+def test_directories_limits_and_several_files_select_tasks_and_documents(
+    tmp_path: pathlib.Path,
+) -> None:
     write_task(tmp_path), write_task(tmp_path, "_base"), write_task(tmp_path, "others")
     tasks = open_tasks([f"{tmp_path}/"], limit=3)
     assert {name: facts["documents"] for name, facts in tasks.protocol.items()} == {
@@ -133,7 +138,7 @@ def test_a_task_that_says_no_examples_means_it(tmp_path: pathlib.Path) -> None:
     assert open_tasks([str(five)], num_fewshot=0).protocol["pets"]["num_fewshot"] == 0
 
 
-def test_the_digest_tells_content_not_place(tmp_path: pathlib.Path) -> None:
+def test_the_digest_depends_on_content_not_on_place(tmp_path: pathlib.Path) -> None:
     def sha(file: pathlib.Path) -> str:
         return open_tasks([str(file)]).protocol[file.stem]["sha256"]
 
@@ -158,7 +163,7 @@ BAD = {
         lambda d: write_task(
             d, more="output_type: generate_until\ngeneration_kwargs: {num_beams: 4}\n"
         ),
-        "num_beams, which is not supported",
+        "generate with num_beams: that is not supported",
     ),
     "code": (lambda d: write_task(d, more="unsafe_code: true\n"), "runs code"),
 }
@@ -170,7 +175,7 @@ def write_text(folder: pathlib.Path, text: str) -> pathlib.Path:
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_what_cannot_be_opened(
+def test_a_task_that_cannot_be_opened_is_refused(
     case: str, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     make, said = BAD[case]
@@ -180,8 +185,10 @@ def test_what_cannot_be_opened(
     assert not datasets.are_progress_bars_disabled() and "DISABLE_MULTIPROC" not in os.environ
 
 
-def test_names(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """Of lm-eval's own tasks: unknown ones are told, and so is a hub that cannot be reached, at once."""
+def test_unknown_names_and_an_unreachable_hub_are_reported(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both concern lm-eval's own tasks, and the hub is not waited for."""
     with pytest.raises(InputError, match="no such task"):
         open_tasks(["zebra_task"])
     monkeypatch.setattr(datasets, "load_dataset", fail)
@@ -235,8 +242,8 @@ def test_local_tasks_are_lm_evals_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OWN)
-def test_smollm2_is_lm_evals_own_model(name: str, smollm2: pathlib.Path) -> None:
-    """The same accuracies and log-likelihoods as lm-eval's Hugging Face model, on the first DOCUMENTS of each data set."""
+def test_figures_of_smollm2_equal_lm_evals_own(name: str, smollm2: pathlib.Path) -> None:
+    """Compare with lm-eval's Hugging Face model on the first DOCUMENTS of each data set."""
     for package in ("torch", "accelerate"):
         pytest.importorskip(package, reason=f"lm-eval's own model needs {package}")
     tasks = open_tasks([str(YAMLS / f"{name}.yaml")], limit=DOCUMENTS)
@@ -250,7 +257,8 @@ def test_smollm2_is_lm_evals_own_model(name: str, smollm2: pathlib.Path) -> None
     )
     difference = max(abs(a - b) for (a, _), (b, _) in zip(answers, reference, strict=True))
     print(
-        f"{name}: {len(answers)} requests, largest difference {difference:.1e}; ours {figures}, theirs {expected}"
+        f"{name}: {len(answers)} requests, largest difference {difference:.1e}; "
+        f"ours {figures}, theirs {expected}"
     )
     assert difference < 1e-3
     assert [greedy for _, greedy in answers] == [greedy for _, greedy in reference]
@@ -263,8 +271,12 @@ _MODELS: dict[pathlib.Path, Any] = {}
 
 
 def hugging_face(directory: pathlib.Path) -> LM:
-    """lm-eval's own model, loaded once. Its softmax is in float64: torch's in float32 is off by 8e-6 a token on a CPU, which over the 150
-    tokens of PIQA's longest answers is more than 1e-3; ours is within 1e-4 of the whole model in float64 there."""
+    """Return lm-eval's own model, loaded once.
+
+    Its softmax is in float64. torch's in float32 is off by 8e-6 a token on a CPU, which over the
+    150 tokens of PIQA's longest answers is more than 1e-3. Ours is within 1e-4 of the whole model
+    in float64 there.
+    """
     from lm_eval.models.huggingface import HFLM
 
     if directory not in _MODELS:
@@ -279,7 +291,7 @@ def hugging_face(directory: pathlib.Path) -> LM:
 
 
 def answered(tasks: Any, lm: Any) -> tuple[dict[str, Any], list[tuple[float, bool]]]:
-    """The figures of a single task, and all its answers."""
+    """Return the figures of a single task, and all its answers."""
     (figures,) = run_tasks(tasks, lm).values()
     (task,) = tasks.loaded["tasks"].values()
     return figures, [r.resps[0] for r in task.instances]

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from models.arch import Block
-from models.checkpoint.reader import LazyBlocks, in_memory, open_checkpoint
+from models.checkpoint.blocks import LazyBlocks
+from models.checkpoint.reader import in_memory, open_checkpoint
 from models.families import hf
 from pruning.methods import METHODS
 from pruning.types import Request

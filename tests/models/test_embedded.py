@@ -1,4 +1,4 @@
-"""The models that ship: whole, small, made by the configs that ship, and trained well enough that pruning means something."""
+"""The embedded models are whole, small, made by our configs, and trained well enough to prune."""
 
 import jax.numpy as jnp
 import pytest
@@ -37,7 +37,7 @@ def embedded(request: pytest.FixtureRequest) -> Embedded:
     return Embedded(request.param)
 
 
-def test_files(embedded: Embedded) -> None:
+def test_the_files_are_whole_and_small(embedded: Embedded) -> None:
     files = {file.name: file.stat().st_size for file in embedded.directory.iterdir()}
     assert set(files) == {
         "config.json",
@@ -49,8 +49,8 @@ def test_files(embedded: Embedded) -> None:
     assert sum(files.values()) < 4e6
 
 
-def test_shape(embedded: Embedded) -> None:
-    """What other tests and the documentation say of the models: six blocks, and grouped-query attention in the LLaMA."""
+def test_the_shapes_are_those_of_the_documentation(embedded: Embedded) -> None:
+    """Six blocks, and grouped-query attention in the LLaMA, as tests and documentation assume."""
     config = embedded.checkpoint.config
     assert config["num_hidden_layers"] == len(embedded.model.blocks) == 6
     if embedded.name == "tiny-llama":
@@ -64,14 +64,14 @@ def test_perplexity_is_below_its_bound(embedded: Embedded) -> None:
 
 
 def test_tokenizer_is_the_one_the_grammar_gives(embedded: Embedded) -> None:
-    """So the checkpoint can be made again: a change of the stories that alters the tokenizer needs a new training run."""
+    """So the checkpoint can be made again: other stories would need a new training run."""
     shipped = tokenizers.Tokenizer.from_file(str(embedded.directory / "tokenizer.json"))
     assert shipped.get_vocab() == train_tokenizer(1024, seed=0).get_vocab()
     assert shipped.get_vocab_size() == embedded.checkpoint.config["vocab_size"] == 1024
 
 
 def test_no_block_is_free(embedded: Embedded) -> None:
-    """Dropping any one block costs: the depth search has something to find, and no answer is trivial."""
+    """Dropping any one block costs something, so that the depth search has something to find."""
     blocks = embedded.model.blocks
     without = [
         embedded.perplexity(embedded.model._replace(blocks=blocks[:i] + blocks[i + 1 :]))
@@ -83,7 +83,10 @@ def test_no_block_is_free(embedded: Embedded) -> None:
 
 CONTINUED = {
     'Mia was a brave girl who lived in a small village. "Let us play hide and': " seek",
-    'Mia was a brave girl who lived in a small village. Mia closed her eyes and counted. "One, two, three,': " four",
+    (
+        "Mia was a brave girl who lived in a small village. "
+        'Mia closed her eyes and counted. "One, two, three,'
+    ): " four",
     "They met a little bird in front of its": " nest",
     "They met a little dog in front of its": " kennel",
 }
@@ -106,7 +109,7 @@ def test_it_continues_a_story(embedded: Embedded) -> None:
 
 
 def test_removing_neurons_costs_more_the_more_are_removed(embedded: Embedded) -> None:
-    """The neurons of smallest weights, 30 and 60 % of them, set to nothing."""
+    """Zero the 30 and 60 % of neurons with the smallest weights."""
     rising = [
         embedded.dense,
         *(embedded.perplexity(without_neurons(embedded.model, share)) for share in (0.3, 0.6)),

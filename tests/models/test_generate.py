@@ -1,4 +1,4 @@
-"""The cached path gives the uncached forward's logits; texts are transformers' greedy ones, and drawn as the settings say."""
+"""Generation: cached logits equal uncached ones, and texts are transformers' greedy ones."""
 
 import functools
 import pathlib
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from models.arch import Arch, Block, Model, NonBlockParams, logits
-from models.cache import empty
+from models.cache import empty_cache
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.families import hf
-from models.generate import Choice, decode, forward, generate, nucleus, prefill
+from models.generate import Sampling, decode, forward, generate, nucleus, prefill
 from models.layers import Rope, rotate, rotate_from
 from models.surgery import cut, units
 from reference import tiny, torch_models
@@ -24,10 +24,14 @@ CONFIGS = {
     "biases": tiny.BIASED,
     "wide heads": {**tiny.GQA, "head_dim": 16},
     "windowed": tiny.MISTRAL,
-    "window and full": {**tiny.QWEN2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    "window and full": {
+        **tiny.QWEN2, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1
+    },
     "linear": {**tiny.SHORT, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
     "llama3": {**tiny.GQA, "rope_scaling": tiny.LLAMA3},
-    "dynamic, within its positions": {**tiny.GQA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "dynamic, within its positions": {
+        **tiny.GQA, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}
+    },
     "opt": tiny.OPT,
     "opt post-norm, projected": tiny.OPT_350M,
     "opt no biases": {**tiny.OPT, "enable_bias": False},
@@ -37,7 +41,7 @@ DYNAMIC = {**tiny.SHORT, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}
 
 
 def ragged(config: dict[str, object]) -> Model:
-    """A model whose blocks have lost different heads and neurons."""
+    """Return a model whose blocks have lost different heads and neurons."""
     model = tiny.random_model(config)
 
     def narrow(i: int, block: object) -> object:
@@ -58,7 +62,7 @@ def _whole(
 
 
 def assert_same(got: np.ndarray, model: Model, tokens: np.ndarray) -> None:
-    """Logits of the last positions, as many as there are."""
+    """Assert that logits of the last positions equal the uncached forward's."""
     expected = _whole(*model, tokens)[:, -got.shape[1] :]
     np.testing.assert_allclose(got, expected, atol=1e-5, rtol=1e-5)
 
@@ -67,7 +71,10 @@ step = jax.jit(forward, static_argnums=0)
 
 
 def in_pieces(model: Model, tokens: np.ndarray, first: int, capacity: int = 32) -> np.ndarray:
-    """Logits [b t-first+1 vocab] from position first-1 on: `first` tokens in one piece, then one at a time."""
+    """Return logits [b t-first+1 vocab] from position first-1 on.
+
+    The first `first` tokens run in one piece, the others one at a time.
+    """
     found, caches = prefill(*model, jnp.asarray(tokens[:, :first]), capacity)
     rows = [found]
     for i in range(first, tokens.shape[1]):
@@ -89,34 +96,34 @@ def test_the_cached_path_gives_the_same_logits(name: str) -> None:
     [tiny.LLAMA, tiny.GQA, tiny.BIASED, tiny.OPT],
     ids=["llama", "grouped", "biases", "opt"],
 )
-def test_blocks_of_different_widths(config: dict[str, object]) -> None:
+def test_blocks_of_different_widths_have_caches_of_their_own(config: dict[str, object]) -> None:
     model, tokens = ragged({**config, "num_hidden_layers": 2}), tiny.tokens()
     widths = [b.k.w.shape for b in model.blocks]
     assert widths[0] != widths[1]
     assert_same(in_pieces(model, tokens, 9), model, tokens)
 
 
-def test_fewer_blocks() -> None:
+def test_a_model_of_fewer_blocks_has_the_same_logits_cached() -> None:
     model, tokens = tiny.random_model({**tiny.MISTRAL, "num_hidden_layers": 3}), tiny.tokens()
     model = model._replace(blocks=(model.blocks[0], model.blocks[2]))
     assert_same(in_pieces(model, tokens, 5), model, tokens)
 
 
 @pytest.mark.parametrize("name", ["windowed", "opt"])
-def test_a_piece_of_several_tokens_after_others(name: str) -> None:
-    """A prompt processed in two pieces."""
+def test_several_tokens_may_follow_others_at_once(name: str) -> None:
+    """Process a prompt in two pieces."""
     model, tokens = tiny.random_model(CONFIGS[name]), tiny.tokens()
     _, caches = prefill(*model, jnp.asarray(tokens[:, :10]), 40)
     found, _ = step(*model, tokens[:, 10:], caches, jnp.int32(10))
     assert_same(found[:, None], model, tokens)
 
 
-def test_bfloat16() -> None:
+def test_the_cache_of_a_bfloat16_model_is_bfloat16() -> None:
     model = jax.tree.map(
         lambda x: x.astype(jnp.bfloat16), tiny.random_model(tiny.GQA)._replace(arch=None)
     )
     model = model._replace(arch=hf.specs(tiny.GQA)[0])
-    assert empty(model.blocks[0], 8, 1, 4).k.dtype == jnp.bfloat16
+    assert empty_cache(model.blocks[0].k, 8, 1, 4).k.dtype == jnp.bfloat16
     found, expected = (
         in_pieces(model, tiny.tokens(), 9),
         np.asarray(_whole(*model, tiny.tokens())[:, 8:]),
@@ -125,8 +132,8 @@ def test_bfloat16() -> None:
 
 
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "dynamic"])
-def test_turns_at_a_position_are_those_of_the_whole_text(kind: str) -> None:
-    """Bit for bit where they come from the table; under dynamic scaling, whose turns follow the length, to rounding."""
+def test_rotation_at_a_position_is_that_of_the_whole_text(kind: str) -> None:
+    """Equal bits from the table; equal up to rounding under dynamic scaling."""
     rope = Rope(kind=kind, factor=4.0, max_positions=16)
     q, k = np.random.default_rng(0).standard_normal((2, 1, 40, 3, 8)).astype(np.float32)
     whole = rotate(rope, q, k)
@@ -144,8 +151,10 @@ def test_turns_at_a_position_are_those_of_the_whole_text(kind: str) -> None:
     [DYNAMIC, CONFIGS["windowed"], tiny.OPT_350M],
     ids=["dynamic", "windowed", "opt post-norm"],
 )
-def test_greedy_tokens_of_random_models(config: dict[str, object], tmp_path: pathlib.Path) -> None:
-    """Dynamic scaling too, where earlier keys keep the turns of a shorter text, which only a cache knows."""
+def test_greedy_tokens_of_random_models_equal_transformers(
+    config: dict[str, object], tmp_path: pathlib.Path
+) -> None:
+    """Under dynamic scaling too, where earlier keys keep the rotation of a shorter text."""
     torch_models.save_random(config, tmp_path)
     model, tokens = in_memory(open_checkpoint(tmp_path).model), tiny.tokens(length=10)
     np.testing.assert_array_equal(
@@ -154,14 +163,18 @@ def test_greedy_tokens_of_random_models(config: dict[str, object], tmp_path: pat
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tiny-llama", "tiny-llama-gqa", "tiny-opt"])
-def test_greedy_tokens_of_trained_models(name: str, shared: pathlib.Path) -> None:
+def test_greedy_tokens_of_trained_models_equal_transformers(
+    name: str, shared: pathlib.Path
+) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "tiny_eval.npy")[:2, :24] % 512
     model = open_checkpoint(shared / "models" / name).model
     theirs = torch_models.greedy(torch_models.load(shared / "models" / name), tokens, 32)
     np.testing.assert_array_equal(generate(model, tokens, 32), theirs)
 
 
-def test_greedy_tokens_of_smollm2(smollm2: pathlib.Path, shared: pathlib.Path) -> None:
+def test_greedy_tokens_of_smollm2_equal_transformers(
+    smollm2: pathlib.Path, shared: pathlib.Path
+) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "smollm2_eval.npy")[:2, :24]
     np.testing.assert_array_equal(
         generate(open_checkpoint(smollm2).model, tokens, 32),
@@ -182,10 +195,12 @@ def nucleus_reference(logits: np.ndarray, temperature: float, top_p: float) -> n
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
 @pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 1.0])
-def test_the_nucleus(temperature: float, top_p: float) -> None:
+def test_the_nucleus_is_the_smallest_set_that_reaches_top_p(
+    temperature: float, top_p: float
+) -> None:
     rows = np.random.default_rng(0).standard_normal((5, 40)).astype(np.float32) * 3
     got = jax.nn.softmax(
-        nucleus(rows, Choice(jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0))),
+        nucleus(rows, Sampling(jnp.float32(temperature), jnp.float32(top_p), jax.random.key(0))),
         axis=-1,
     )
     expected = [nucleus_reference(r, temperature, top_p) for r in rows]
@@ -193,7 +208,7 @@ def test_the_nucleus(temperature: float, top_p: float) -> None:
 
 
 def test_tokens_are_drawn_with_the_probabilities_of_the_nucleus() -> None:
-    """The first tokens of 4,000 equal prompts."""
+    """Count the first tokens of 4,000 equal prompts."""
     model, prompt = tiny.random_model(tiny.GQA), tiny.tokens(1, 6)
     drawn = generate(
         model, np.repeat(prompt, 4000, 0), 1, temperature=1.5, top_p=0.8, key=jax.random.key(3)
@@ -216,7 +231,7 @@ def test_one_key_gives_one_text() -> None:
 
 
 def test_a_text_ends_at_eos() -> None:
-    """A row that has ended is filled; the loop ends with the last row, and either of two tokens ends a text."""
+    """A row that has ended is filled, the loop ends with the last row, and two end tokens work."""
     model, prompts = tiny.random_model(tiny.GQA), tiny.tokens(2, 6)
     free = generate(model, prompts, 12)
     eos = int(free[0, 3])
@@ -230,7 +245,7 @@ def test_a_text_ends_at_eos() -> None:
 
 
 def test_the_loop_stops_when_all_rows_have_ended() -> None:
-    """What was never computed is not in the cache."""
+    """The cache holds no position that was not computed."""
     model, prompts = tiny.random_model(tiny.GQA), tiny.tokens(1, 6)
     eos = jnp.asarray([generate(model, prompts, 4)[0, 3]])
     found, caches = prefill(*model, jnp.asarray(prompts), 26)
@@ -239,8 +254,8 @@ def test_the_loop_stops_when_all_rows_have_ended() -> None:
     assert filled.sum() <= 6 + 3
 
 
-def test_one_compilation_for_prompts_of_one_shape() -> None:
-    """Whatever the prompt, the temperature, the nucleus, the seed and the token that ends a text."""
+def test_prompts_of_one_shape_share_one_compilation() -> None:
+    """Neither the prompt nor temperature, nucleus, seed or end token compiles again."""
     model = tiny.random_model({**tiny.GQA, "intermediate_size": 44})
     before = prefill._cache_size(), decode._cache_size()
     for seed in range(3):
@@ -267,7 +282,7 @@ def test_one_compilation_for_prompts_of_one_shape() -> None:
         ({"new_tokens": 60}, "64 positions"),
     ],
 )
-def test_settings_out_of_range(change: dict[str, float], message: str) -> None:
+def test_settings_out_of_range_are_refused(change: dict[str, float], message: str) -> None:
     settings = {"new_tokens": 4, **change}
     with pytest.raises(ValueError, match=message):
         generate(tiny.random_model(tiny.OPT), tiny.tokens(1, 6), **settings)
@@ -275,7 +290,7 @@ def test_settings_out_of_range(change: dict[str, float], message: str) -> None:
 
 @pytest.mark.parametrize("name", ["grouped", "windowed", "opt", "dynamic, within its positions"])
 def test_prompts_of_different_lengths_stand_in_one_batch(name: str) -> None:
-    """What stands after a prompt is not seen: each row says what it says alone."""
+    """Padding after a prompt is not seen: each row gives its own text."""
     model, prompts, lengths = ragged(CONFIGS[name]), tiny.tokens(4, 20), np.array([20, 3, 11, 1])
     got = generate(model, prompts, 9, lengths=lengths, eos=[5])
     alone = [generate(model, prompts[i : i + 1, :n], 9, eos=[5])[0] for i, n in enumerate(lengths)]

@@ -8,7 +8,8 @@ import pytest
 from models.init import init_model
 from reference import tiny
 
-# Wide enough to measure a deviation, and all one shape: JAX compiles its generator for every new one.
+# Wide enough to measure a deviation, and all one shape, because JAX compiles its generator for
+# every new one.
 SIZES = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -22,7 +23,7 @@ OPT = {**tiny.OPT_350M, **SIZES}
 
 
 @pytest.mark.parametrize("config", [LLAMA, OPT], ids=["llama", "opt"])
-def test_scales(config: dict[str, object]) -> None:
+def test_weights_have_the_scale_of_their_configuration(config: dict[str, object]) -> None:
     std = "init_std" if config["model_type"] == "opt" else "initializer_range"
     model = init_model({**config, std: 0.05}, jax.random.key(0))
     last = {"o", "down", "fc2"}
@@ -39,7 +40,7 @@ def test_scales(config: dict[str, object]) -> None:
         assert np.std(model.non_block.project_out.w) == pytest.approx(0.05, rel=0.05)
 
 
-def test_default_scale_type_and_seed() -> None:
+def test_default_scale_and_dtype_hold_and_a_seed_repeats() -> None:
     model = init_model(LLAMA, jax.random.key(0), jnp.bfloat16)
     assert {x.dtype for x in jax.tree.leaves((model.non_block, model.blocks))} == {
         jnp.dtype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""Each layer against float64 NumPy, rotary positions and activations against transformers too, to 1e-5."""
+"""Layers against float64 NumPy, rotary positions and activations also against transformers."""
 
 import math
 
@@ -34,14 +34,14 @@ def close(got: jax.Array, expected: np.ndarray, tolerance: float = 1e-5) -> None
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 5), (2, 3, 5)])
-def test_linear(shape: tuple[int, ...]) -> None:
+def test_linear_equals_numpy(shape: tuple[int, ...]) -> None:
     x, w, b = normal(*shape), normal(7, 5), normal(7)
     close(linear(Linear(w), x), x.astype(float) @ w.T)
     close(linear(Linear(w, b), x), x.astype(float) @ w.T + b)
 
 
 @pytest.mark.parametrize("eps", [1e-6, 0.5])
-def test_norms(eps: float) -> None:
+def test_norms_equal_numpy(eps: float) -> None:
     x, scale, bias = 2 + normal(2, 3, 16), normal(16), normal(16)
     wide = x.astype(float)
     close(
@@ -55,7 +55,7 @@ def test_norms(eps: float) -> None:
 
 
 def test_norms_of_bfloat16_are_computed_in_float32() -> None:
-    """One rounding at the end: the nearest bfloat16 to the exact value, where arithmetic in bfloat16 misses it every other time."""
+    """The result is the nearest bfloat16 to the exact value; bfloat16 arithmetic would miss it."""
     x = jnp.asarray(normal(64, 128), jnp.bfloat16)
     wide = np.asarray(x, np.float64)
     centred = wide - wide.mean(-1, keepdims=True)
@@ -83,7 +83,7 @@ EXACT = {
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_activations(name: str) -> None:
+def test_activations_equal_numpy(name: str) -> None:
     x = np.linspace(-6, 6, 49, dtype=np.float32)
     close(ACTIVATIONS[name](x), np.array([EXACT[name](float(v)) for v in x]))
 
@@ -98,7 +98,7 @@ def test_activations_are_those_of_transformers_by_name() -> None:
 
 
 def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | None) -> np.ndarray:
-    """Softmax over the last `window` positions up to the present one, one query at a time, float64."""
+    """Attend over the last `window` positions, one query at a time, in float64."""
     out = np.zeros(q.shape)
     shared = q.shape[2] // k.shape[2]
     for b, t, n in np.ndindex(q.shape[:3]):
@@ -114,7 +114,7 @@ def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | N
 @pytest.mark.parametrize(
     ("window", "kv_heads"), [(None, 4), (None, 2), (1, 2), (3, 4), (3, 1), (9, 2), (20, 2)]
 )
-def test_attention(window: int | None, kv_heads: int) -> None:
+def test_attention_equals_numpy(window: int | None, kv_heads: int) -> None:
     q, k, v = normal(2, 9, 4, 8), normal(2, 9, kv_heads, 8), normal(2, 9, kv_heads, 8)
     close(attention(q, k, v, window), plain_attention(q, k, v, window))
 
@@ -177,7 +177,7 @@ def test_rotary_positions_are_those_of_transformers(name: str, length: int) -> N
 
 
 def test_rotary_positions_turn_pairs_by_their_angle() -> None:
-    """Position t turns the pair (i, i + h/2) by t theta^(-2i/h): scores depend on the distance alone."""
+    """Position t turns the pair (i, i + h/2) by t theta^(-2i/h), so scores depend on distance."""
     q = normal(1, 1, 1, 8)
     turned = np.asarray(
         rotate(Rope(theta=100.0), np.tile(q, (1, 6, 1, 1)), np.tile(q, (1, 6, 1, 1)))[0]

@@ -1,4 +1,4 @@
-"""The linen face gives what the pure functions give."""
+"""The linen module computes the same as the pure functions."""
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +10,13 @@ from models.init import init_model
 from models.modules import CausalLM, variables
 
 LLAMA = dict(
-    model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=64, attention_bias=True, tie_word_embeddings=False,
+    model_type="llama", hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+    num_attention_heads=4, num_key_value_heads=2, vocab_size=64, attention_bias=True,
+    tie_word_embeddings=False,
 )  # fmt: skip
 OPT = dict(
-    model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=16, vocab_size=64,
-    max_position_embeddings=32,
+    model_type="opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+    word_embed_proj_dim=16, vocab_size=64, max_position_embeddings=32,
 )  # fmt: skip
 
 

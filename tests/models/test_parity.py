@@ -1,4 +1,4 @@
-"""Logits equal to `transformers`' for every configuration of the two families, from checkpoints that it wrote."""
+"""Logits equal `transformers`' for every configuration, from checkpoints that it wrote."""
 
 import json
 import pathlib
@@ -74,8 +74,10 @@ def assert_same_logits(model: Model, directory: pathlib.Path, tokens: np.ndarray
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_logits_of_every_configuration(name: str, tmp_path: pathlib.Path) -> None:
-    """The checkpoint's own config.json and the hand-written one, in older spellings, give the same architecture."""
+def test_logits_of_every_configuration_equal_transformers(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    """The checkpoint's config.json and the older hand-written one give the same architecture."""
     torch_models.save_random(CONFIGS[name], tmp_path)
     model = open_checkpoint(tmp_path).model
     assert_same_logits(model, tmp_path, tiny.tokens())
@@ -93,7 +95,7 @@ def test_dynamic_scaling_leaves_short_texts_alone(tmp_path: pathlib.Path) -> Non
 
 
 def test_every_setting_shows_in_the_logits(tmp_path: pathlib.Path) -> None:
-    """Parity says nothing where a setting does nothing: on equal weights, each of these must change the logits."""
+    """Parity proves nothing where a setting does nothing: each of these must change the logits."""
     torch_models.save_random(tiny.SHORT, tmp_path)
     model, tokens = open_checkpoint(tmp_path).model, tiny.tokens()
     seen = [logits(model, tokens)]
@@ -122,11 +124,11 @@ def assert_same_block_by_block(directory: pathlib.Path, tokens: np.ndarray) -> N
 
 
 @pytest.mark.parametrize("name", ["stories260K", "tiny-llama", "tiny-llama-gqa", "tiny-opt"])
-def test_logits_of_trained_models(name: str, shared: pathlib.Path) -> None:
+def test_logits_of_trained_models_equal_transformers(name: str, shared: pathlib.Path) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "tiny_eval.npy")[:1, :64] % 512
     assert_same_block_by_block(shared / "models" / name, tokens)
 
 
-def test_logits_of_smollm2(smollm2: pathlib.Path, shared: pathlib.Path) -> None:
+def test_logits_of_smollm2_equal_transformers(smollm2: pathlib.Path, shared: pathlib.Path) -> None:
     tokens = np.load(shared / "golden" / "tokens" / "smollm2_eval.npy")[:1, :32]
     assert_same_block_by_block(smollm2, tokens)

@@ -21,7 +21,7 @@ from models.sharding import make_mesh, place, split
         ("data=1", (1, 1)),
     ],
 )
-def test_meshes(spec: str, shape: tuple[int, int]) -> None:
+def test_a_mesh_has_the_axes_of_its_text(spec: str, shape: tuple[int, int]) -> None:
     mesh = make_mesh(spec)
     assert (mesh.axis_names, mesh.devices.shape) == (("data", "model"), shape)
     assert set(mesh.axis_types) == {AxisType.Auto}
@@ -42,14 +42,14 @@ def test_meshes(spec: str, shape: tuple[int, int]) -> None:
         "data=2 model=2",
     ],
 )
-def test_malformed_meshes(spec: str) -> None:
+def test_a_malformed_mesh_is_refused(spec: str) -> None:
     with pytest.raises(InputError, match=r"must be like data=4,model=2") as caught:
         make_mesh(spec)
     assert repr(spec) in str(caught.value)
 
 
 @pytest.mark.parametrize(("spec", "needed"), [("data=9", 9), ("data=4,model=4", 16)])
-def test_too_many_devices(spec: str, needed: int) -> None:
+def test_a_mesh_of_too_many_devices_is_refused(spec: str, needed: int) -> None:
     with pytest.raises(InputError, match=f"needs {needed} devices, there are 8"):
         make_mesh(spec)
 
@@ -98,7 +98,7 @@ def test_one_device_moves_nothing(mesh: str | None) -> None:
 @pytest.mark.parametrize(
     ("batch", "data"), [(0, 8), (8, 8), (4, 4), (6, 6), (7, 7), (1, 1), (9, 3), (16, 8)]
 )
-def test_no_more_devices_than_divide_the_batch(batch: int, data: int) -> None:
+def test_a_mesh_takes_no_more_devices_than_divide_the_batch(batch: int, data: int) -> None:
     assert make_mesh("", batch).devices.shape == (data, 1)
     if data < 8:
         with pytest.raises(InputError, match=f"micro-batches of {batch} windows over 8"):

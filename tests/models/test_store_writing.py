@@ -1,4 +1,4 @@
-"""Checkpoints are written block by block, and load by themselves: in our loader bit for bit, in transformers with our logits."""
+"""Checkpoints are written block by block; our loader gets the bits, transformers our logits."""
 
 import json
 import pathlib
@@ -20,7 +20,7 @@ from reference import tiny, torch_models
 
 
 def pruned(model: Model, group: str, ragged: bool) -> Model:
-    """The model with units of `group` cut: every other one, or in block 1 all but the first."""
+    """Cut units of `group`: every other one, or in block 1 all but the first."""
     g = model.arch.group(group)
     keeps = [np.arange(40 if group == "neurons" else 2) % 2 == 0 for _ in model.blocks]
     if ragged:
@@ -74,7 +74,7 @@ def test_transformers_loads_bfloat16(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["biased", "opt"])
-def test_fewer_neurons_are_a_smaller_model(name: str, tmp_path: pathlib.Path) -> None:
+def test_fewer_neurons_make_a_smaller_model(name: str, tmp_path: pathlib.Path) -> None:
     config = tiny.EVERY[name]
     model = pruned(tiny.random_model(config), "neurons", ragged=False)
     writer, form = tiny.written(tmp_path / "out", model, config)
@@ -100,7 +100,7 @@ def test_fewer_neurons_are_a_smaller_model(name: str, tmp_path: pathlib.Path) ->
 def test_ragged_blocks_are_padded(
     name: str, group: str, shard_bytes: int, tmp_path: pathlib.Path
 ) -> None:
-    """Zeros fill the narrower blocks up; the function stays, and the size on disk is that of the padded model."""
+    """Zeros fill the narrower blocks up: the function stays, the size is the padded model's."""
     config = {**tiny.OPT, "num_attention_heads": 2} if name == "opt" else tiny.EVERY[name]
     model = pruned(tiny.random_model(config), group, ragged=True)
     writer, form = tiny.written(tmp_path / "out", model, config, shard_bytes, "padded")
@@ -123,7 +123,7 @@ def test_ragged_blocks_are_padded(
         assert_transformers_agrees(tmp_path / "out", model)
 
 
-def test_blocks_without_a_neuron_left(tmp_path: pathlib.Path) -> None:
+def test_a_block_without_neurons_is_stored_with_one_of_zeros(tmp_path: pathlib.Path) -> None:
     model = tiny.random_model(tiny.BIASED)
     g = model.arch.group("neurons")
     empty = model._replace(blocks=tuple(cut(b, g, np.zeros(40, bool)) for b in model.blocks))
@@ -133,7 +133,7 @@ def test_blocks_without_a_neuron_left(tmp_path: pathlib.Path) -> None:
 
 
 def check_index(directory: pathlib.Path, shards: int | None = None) -> list[pathlib.Path]:
-    """The shards' names, their index and its total agree with what the files hold."""
+    """Assert that the shards' names, their index and its total agree with the files."""
     files = sorted(directory.glob("*.safetensors"))
     if shards == 1:
         assert [f.name for f in files] == ["model.safetensors"] and not (
@@ -153,7 +153,9 @@ def check_index(directory: pathlib.Path, shards: int | None = None) -> list[path
 
 
 @pytest.mark.parametrize(("limit", "shards"), [(1, 21), (8000, None), (10**6, 1)])
-def test_shards(limit: int, shards: int | None, tmp_path: pathlib.Path) -> None:
+def test_shards_and_their_index_agree(
+    limit: int, shards: int | None, tmp_path: pathlib.Path
+) -> None:
     model = tiny.random_model(tiny.GQA)
     tiny.written(tmp_path / "out", model, tiny.GQA, limit)
     files = check_index(tmp_path / "out", shards)
@@ -177,7 +179,7 @@ def test_shards_are_written_as_they_fill(tmp_path: pathlib.Path) -> None:
     assert not (tmp_path / "out" / "config.json").exists()
 
 
-def test_a_bias_that_is_missing_is_noticed(tmp_path: pathlib.Path) -> None:
+def test_a_lost_bias_is_an_error(tmp_path: pathlib.Path) -> None:
     block = tiny.random_model(tiny.BIASED).blocks[0]
     with pytest.raises(ValueError, match=r"down_proj.bias was lost"):
         Writer(tmp_path / "out", tiny.BIASED).put(0, block.replace(down=block.down.replace(b=None)))
@@ -245,7 +247,7 @@ def test_generation_settings_are_made_where_there_are_none(tmp_path: pathlib.Pat
     }
 
 
-def test_companions_of_a_gguf_file(tmp_path: pathlib.Path) -> None:
+def test_the_tokenizer_of_a_gguf_file_is_written_out(tmp_path: pathlib.Path) -> None:
     """Its tokenizer is written as transformers reads it."""
     gguf = pytest.importorskip("gguf")
     words = ["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "▁ab"]
@@ -269,7 +271,7 @@ def test_companions_of_a_gguf_file(tmp_path: pathlib.Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "gqa", "qwen2"])
 def test_added_biases_load_as_stock_llama(name: str, tmp_path: pathlib.Path) -> None:
-    """Biases on the readers of some blocks, as FLAP adds them, and blocks of different widths; transformers gives our logits."""
+    """Some blocks have biases on readers, as FLAP adds them, and blocks differ in width."""
     config = tiny.EVERY[name]
     model = pruned(tiny.random_model(config), "neurons", ragged=True)
     first = model.blocks[0]

@@ -45,7 +45,7 @@ def test_mask_and_cut_give_the_same_logits(name: str, group: str) -> None:
 
 
 def rows_of(config: dict[str, Any], field: str, group: str, keep: np.ndarray) -> np.ndarray:
-    """Which entries of a linear's coupled axis a unit owns, bool, from the configuration alone."""
+    """Return the entries of a linear's coupled axis that a unit owns, from the configuration."""
     heads = config["num_attention_heads"]
     size, kv = config["hidden_size"] // heads, config.get("num_key_value_heads", heads)
     return np.repeat(
@@ -106,7 +106,7 @@ def test_all_neurons_can_go() -> None:
     np.testing.assert_allclose(without(cut), without(mask), rtol=1e-5, atol=1e-5)
 
 
-def test_zero_rows() -> None:
+def test_zero_rows_clears_rows_and_biases_alone() -> None:
     w, b = np.ones((4, 3), np.float32), np.ones(4, np.float32)
     p = Linear(jax.numpy.asarray(w), jax.numpy.asarray(b))
     out = zero_rows(p, np.array([0, 3]))

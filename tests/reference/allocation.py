@@ -1,4 +1,4 @@
-"""OWL, AlphaPruning, NeuroAL and DSnoT written plainly in NumPy, entry by entry and in float64, after the authors' code."""
+"""OWL, AlphaPruning, NeuroAL and DSnoT in float64 NumPy, entry by entry, as the authors' code."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from reference.small import removed_by_wanda, run_block, weight, without
 
 
 def spread(values: Sequence[float], sparsity: float, lam: float) -> np.ndarray:
-    """Sparsities of mean `sparsity`, 2 lam apart, the largest value least sparse."""
+    """Return sparsities of mean `sparsity`, 2 lam apart, the largest value least sparse."""
     x = np.asarray(values, np.float64)
     density = (x - x.min()) / (x.max() - x.min()) * 2 * lam
     return 1 - (density - density.mean() + 1 - sparsity)
 
 
 def outliers(m: Model, tokens: np.ndarray, threshold: float) -> list[float]:
-    """OWL's share of each block of the dense model."""
+    """Return OWL's share of outliers of each block of the dense model."""
     x, found = embed(m.arch, m.non_block, tokens), []
     for block in m.blocks:
         x, taps = run_block(m, block, x)
@@ -31,7 +31,7 @@ def outliers(m: Model, tokens: np.ndarray, threshold: float) -> list[float]:
 
 
 def exponent(w: np.ndarray, released: bool) -> float:
-    """AlphaPruning's fit of one matrix, a loop over where the tail begins."""
+    """Fit AlphaPruning's exponent of one matrix by a loop over the start of the tail."""
     e = np.sort(np.linalg.svd(w, compute_uv=False) ** 2)
     counts, edges = np.histogram(np.log10(e), 100)
     peak = 10 ** edges[np.argmax(counts)]
@@ -50,7 +50,10 @@ def exponent(w: np.ndarray, released: bool) -> float:
 
 
 def misalignment(m: Model, tokens: np.ndarray, sparsities: Sequence[float]) -> float:
-    """NeuroAL's score of block sparsities, with Wanda's masks: each block run dense and masked on what the masked ones before it give."""
+    """Return NeuroAL's score of block sparsities, with Wanda's masks.
+
+    Each block runs dense and masked on the outputs of the masked blocks before it.
+    """
     x, total = embed(m.arch, m.non_block, tokens), 0.0
     for block, sparsity in zip(m.blocks, sparsities, strict=True):
         _, dense = run_block(m, block, x)
@@ -70,7 +73,7 @@ def swaps(
     cycles: int,
     released: bool,
 ) -> np.ndarray:
-    """DSnoT's mask of one row: what grows and what goes are taken from the two ends of two sorted lists."""
+    """Return DSnoT's mask of one row, with swaps taken from the ends of two sorted lists."""
     e = c[~kept].sum()
     removed, now = np.flatnonzero(~kept), kept.copy()
     growing = list(removed[np.argsort(c[removed] / variance[removed])])

@@ -1,6 +1,7 @@
-"""launch.prune where models larger than so many bytes count as large, and so do shards: python frugal.py BYTES FLAGS...
+"""launch.prune with a limit on memory: python frugal.py BYTES FLAGS...
 
-The most bytes of arrays that were alive are on the last line, as JSON. Whoever starts it gives the project's path.
+Models above BYTES count as large, and so do shards. The last line is JSON: the most bytes of arrays
+that were alive. The caller sets the project's path.
 """
 
 import functools
@@ -15,20 +16,20 @@ from launch import prune
 from launch.flags.cli import run
 from launch.run.export import RoundTripCheck
 from models.arch import Block
-from models.checkpoint.reader import LazyBlocks
+from models.checkpoint.blocks import LazyBlocks
 from models.checkpoint.writer import Writer
 
 most = 0
 
 
 def count() -> None:
-    """Note how much is alive now."""
+    """Record the bytes that are alive now."""
     global most
     most = max(most, sum(x.nbytes for x in jax.live_arrays()))
 
 
 def main(room: str, *flags: str) -> int:
-    """A block is there when it is read, and beside the one it replaces when it is put."""
+    """Run, and count whenever a block has been read and whenever a new one is put beside it."""
     states.available_memory = lambda: {"device": 0, "host": 8 * int(room)}
     prune.Writer = functools.partial(Writer, shard_bytes=int(room))  # type: ignore[misc, assignment]
     placed, put = LazyBlocks.placed, RoundTripCheck.put

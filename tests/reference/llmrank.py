@@ -1,7 +1,8 @@
-"""LLM-Rank (Hoffmann et al. 2024), ported for the tests in float64 NumPy, with edges summed one by one.
+"""LLM-Rank in float64 NumPy, with edges summed one by one.
 
-`released*` is what the authors' code computes, on rows of up and down; `whole*` the same centralities on whole neurons, one node for
-the rows of up and gate with the column of down.
+Source: Hoffmann et al. 2024. `released*` follows the authors' code, on rows of up and down.
+`whole*` has the same centralities on whole neurons: one node for the rows of up and gate with the
+column of down.
 """
 
 import math
@@ -12,7 +13,7 @@ import numpy as np
 
 
 class Graph(NamedTuple):
-    """A block's feed-forward part: weights [f d], [f d]..., [d f], and norms of the activations."""
+    """Feed-forward part of a block: weights [f d], [f d]..., [d f], and norms of activations."""
 
     up: np.ndarray
     gates: tuple[np.ndarray, ...]
@@ -36,12 +37,15 @@ Pair = tuple[np.ndarray, np.ndarray]  # importance of rows of up (or neurons) an
 
 
 def share(x: np.ndarray) -> np.ndarray:
-    """Each entry's share of the sum; zeros stay zeros."""
+    """Return each entry's share of the sum; zeros stay zeros."""
     return x / x.sum() if x.sum() > 0 else np.zeros_like(x)
 
 
 def handed_on(w: np.ndarray, theta: float) -> np.ndarray:
-    """Which share of input j's importance goes to output i [out in]: by weight with theta, equally among its edges with 1 - theta."""
+    """Return the share of input j's importance that goes to output i, [out in].
+
+    A fraction theta is shared by weight, the rest equally among the edges.
+    """
     m = np.zeros(w.shape)
     for j in range(w.shape[1]):
         column, edges = np.abs(w[:, j]), (w[:, j] != 0).astype(np.float64)
@@ -51,7 +55,7 @@ def handed_on(w: np.ndarray, theta: float) -> np.ndarray:
 
 
 def without_lowest(prev: np.ndarray, zeroed: float) -> np.ndarray:
-    """A copy with the `int(zeroed * len)` smallest entries zero."""
+    """Return a copy with the `int(zeroed * len)` smallest entries zero."""
     out = prev.copy()
     out[np.argsort(prev, kind="stable")[: int(len(prev) * zeroed)]] = 0
     return out
@@ -60,7 +64,7 @@ def without_lowest(prev: np.ndarray, zeroed: float) -> np.ndarray:
 def row_scores(
     s: Settings, w: np.ndarray, a_in: np.ndarray, a_out: np.ndarray, prev: np.ndarray
 ) -> np.ndarray:
-    """One linear's importance of rows, of sum one."""
+    """Return one linear's importance of rows, of sum one."""
     match s.name:
         case "norm":
             found = np.array([np.abs(row).sum() for row in w])
@@ -80,7 +84,10 @@ def row_scores(
 
 
 def released(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
-    """Importance along up_0, down_0, up_1, ...: one list, or a list a block; a list begins with its input's norms."""
+    """Return importance along up_0, down_0, up_1, ...
+
+    It is one list, or a list a block; each begins with the norms of its input.
+    """
     found, prev = [], share(graphs[0].a_in)
     for g in graphs:
         if not chained:
@@ -92,7 +99,7 @@ def released(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
 
 
 def released_global_counts(pairs: Sequence[Pair], amount: float) -> list[int]:
-    """How many rows of each linear are among the `ceil(amount * rows)` lowest of all."""
+    """Count each linear's rows among the `ceil(amount * rows)` lowest of all."""
     ranked = sorted(
         (value, i) for i, scores in enumerate(x for pair in pairs for x in pair) for value in scores
     )
@@ -101,7 +108,7 @@ def released_global_counts(pairs: Sequence[Pair], amount: float) -> list[int]:
 
 
 def entering(g: Graph) -> np.ndarray:
-    """Weights of the edges into whole neurons [f d]: the mean over up and gates."""
+    """Return weights of the edges into whole neurons [f d]: the mean over up and gates."""
     return np.mean([np.abs(w) for w in (g.up, *g.gates)], axis=0)
 
 
@@ -150,7 +157,7 @@ def _alone(s: Settings, g: Graph) -> Pair:
 
 
 def whole(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
-    """Importance of whole neurons and of the channels they write."""
+    """Return importance of whole neurons and of the channels they write."""
     if s.name in ("wpr", "mpr"):
         return (_backward if s.name == "wpr" else _forward)(s, graphs, chained)
     return [_alone(s, g) for g in graphs]

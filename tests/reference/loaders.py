@@ -1,6 +1,6 @@
-"""The data recipes of the published pruning code, ported for the tests: the `random` module's own functions, call for call.
+"""Data recipes of the official pruning code, with the same calls of the `random` module.
 
-SparseGPT `datautils.py` and Wanda `lib/data.py`, with one token a byte for a tokenizer.
+Source: SparseGPT `datautils.py` and Wanda `lib/data.py`. Here a token is a byte.
 """
 
 import random
@@ -12,12 +12,12 @@ BOS, VOCAB = 256, 257
 
 
 def tokenize(text: str, special: bool = False) -> list[int]:
-    """One token a byte, and a BOS where special tokens are asked for."""
+    """Return one token a byte, after a BOS if special tokens are wanted."""
     return [BOS] * special + list(text.encode())
 
 
 def texts(count: int, longest: int, seed: int = 7) -> list[str]:
-    """Documents of 0 to `longest` bytes, no two windows of them alike."""
+    """Return documents of 0 to `longest` bytes, no two windows of them alike."""
     draw = random.Random(seed)
     return [
         "".join(draw.choices("abcdefghij klmno\n", k=draw.randint(0, longest)))
@@ -26,7 +26,7 @@ def texts(count: int, longest: int, seed: int = 7) -> list[str]:
 
 
 def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np.ndarray:
-    """WikiText-2 and PTB in SparseGPT's and Wanda's loaders."""
+    """Draw windows as SparseGPT's and Wanda's loaders do from WikiText-2 and PTB."""
     random.seed(seed)
     rows = []
     for _ in range(samples):
@@ -39,7 +39,7 @@ def paper_stream(ids: Sequence[int], samples: int, seed: int, length: int) -> np
 def paper_documents(
     documents: Sequence[str], samples: int, seed: int, length: int, special: bool
 ) -> np.ndarray:
-    """C4 in Wanda's loader."""
+    """Draw windows as Wanda's loader does from C4."""
     random.seed(seed)
     rows = []
     for _ in range(samples):
@@ -55,5 +55,5 @@ def paper_documents(
 
 
 def paper_windows(ids: Sequence[int], length: int) -> np.ndarray:
-    """The evaluation loop: window i is tokens i * length to (i + 1) * length, for every whole one."""
+    """Cut windows as the evaluation loop does: tokens i * length to (i + 1) * length."""
     return np.array([ids[i * length : (i + 1) * length] for i in range(len(ids) // length)])

@@ -1,10 +1,16 @@
-"""MULTIFLOW's score (Farina et al. 2024, eq. 6), ported for the tests in float64 NumPy: an edge times the flow at both its ends."""
+"""MULTIFLOW's score in float64 NumPy: an edge times the flow at both its ends.
+
+Source: Farina et al. 2024, eq. 6.
+"""
 
 import numpy as np
 
 
 def score(w: np.ndarray, scaler: np.ndarray) -> np.ndarray:
-    """|W_ij| * (mean over j of row i) * (mean over i of column j) of |W| ||X|| [out in]; scaler: squared norms of the inputs [in]."""
+    """Return |W_ij| times the mean of row i and of column j of |W| ||X||, [out in].
+
+    `scaler` has the squared norms of the inputs, [in].
+    """
     rows, columns = w.shape
     edge = [
         [abs(float(w[i, j])) * float(scaler[j]) ** 0.5 for j in range(columns)] for i in range(rows)

@@ -1,4 +1,4 @@
-"""The code blocks of a page of the documentation."""
+"""Code blocks of the documentation's pages."""
 
 import pathlib
 import re
@@ -7,7 +7,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 def code(page: str, language: str) -> list[str]:
-    """The fenced blocks of a language in a page, named from the repository's root; there is at least one."""
+    """Return the fenced blocks of a language in a page; fail if it has none."""
     found = re.findall(
         rf"^```{language}\n(.*?)^```$",
         (ROOT / page).read_text(encoding="utf-8"),

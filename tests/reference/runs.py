@@ -1,7 +1,8 @@
-"""Runs of launch.prune, one after the other, in a process of its own: python runs.py MODEL OUTPUT JSON [COORDINATOR COUNT RANK].
+"""Several runs of launch.prune in one process: runs.py MODEL OUTPUT JSON [COORDINATOR COUNT RANK].
 
-JSON: {name: flags}; a run writes OUTPUT/name, "again" after it was interrupted once, and prints what share of the tensors it read in
-part. Whoever starts it says how many CPU devices there are, and gives the project's path.
+JSON is {name: flags}. A run writes OUTPUT/name, the run "again" after one interruption, and prints
+the share of rows that it read of tensors it did not read whole. The caller sets the number of CPU
+devices and the project's path.
 """
 
 import contextlib
@@ -22,14 +23,14 @@ read = LazyTensors.read
 
 
 def noted(self: LazyTensors, name: str, rows: slice = WHOLE) -> np.ndarray:
-    """`LazyTensors.read`, remembering what share of the rows was asked for."""
+    """Read as `LazyTensors.read`, and record the share of the rows."""
     if rows != WHOLE:
         parts.add((rows.stop - rows.start) / self.shapes[name][0])
     return read(self, name, rows)
 
 
 def interrupted(config: prune.RunConfig) -> None:
-    """The run up to its third block."""
+    """Run up to the third block."""
     sink = RoundTripCheck.put
 
     def stopping(self: RoundTripCheck, i: int, block: Block) -> None:
@@ -51,7 +52,7 @@ def main(
     count: str = "0",
     rank: str = "-1",
 ) -> None:
-    """Do them all; tokens.npy beside the model's files are what calibrates and evaluates."""
+    """Run all; tokens.npy beside the model's files calibrates and evaluates."""
     start(
         {
             "distributed": False,

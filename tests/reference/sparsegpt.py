@@ -1,7 +1,7 @@
-"""SparseGPT (Frantar & Alistarh 2023, Algorithm 1), ported for the tests in float64 NumPy: H inverted, then column after column.
+"""SparseGPT in float64 NumPy: H inverted, then one column after the other.
 
-An error is spread over all later columns at once, which is what the paper's lazy batches of updates come to. Masks are True where the
-entry is removed.
+Source: Frantar & Alistarh 2023, Algorithm 1. An error is spread over all later columns at once,
+which equals the paper's lazy batches. Masks are True where the entry is removed.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ BLOCK = 128  # columns under one threshold
 
 
 def upper_factor(h: np.ndarray, damp: float) -> np.ndarray:
-    """The upper U with U^T U = H^-1, of H [c c] with 1 where an input never fires, and damped."""
+    """Return the upper U with U^T U = H^-1, of damped H [c c] with 1 for dead inputs."""
     h = h.astype(np.float64)
     for i in range(len(h)):
         if h[i, i] == 0:
@@ -20,8 +20,12 @@ def upper_factor(h: np.ndarray, damp: float) -> np.ndarray:
 
 
 def chosen(score: np.ndarray, start: int, fraction: float | np.ndarray) -> np.ndarray:
-    """What goes of the block of columns at `start`, score [rows columns]: all up to the entry at rank int(rows * columns * fraction), that
-    entry and its ties included; with a fraction for every row, as many of its lowest as make int(columns so far * fraction)."""
+    """Return the removed entries of the block of columns at `start`, score [rows columns].
+
+    With one fraction: all up to the entry at rank int(rows * columns * fraction), that entry and
+    its ties included. With a fraction for every row: as many of its lowest as make int(columns so
+    far * fraction).
+    """
     removed = np.zeros(score.shape, bool)
     if np.ndim(fraction) == 0:
         return score <= sorted(score.ravel())[int(score.size * float(fraction))]
@@ -32,7 +36,7 @@ def chosen(score: np.ndarray, start: int, fraction: float | np.ndarray) -> np.nd
 
 
 def lowest_of_groups(score: np.ndarray, n: int) -> np.ndarray:
-    """The n lowest of each row."""
+    """Return the n lowest of each row."""
     removed = np.zeros(score.shape, bool)
     for row, values in enumerate(score):
         removed[row, np.argsort(values)[:n]] = True
@@ -46,7 +50,7 @@ def solve(
     pattern: tuple[int, int] | None = None,
     damp: float = 0.01,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(W [out in], removed bool [out in]) of one linear whose inputs have H [in in]."""
+    """Return (W [out in], removed bool [out in]) of one linear whose inputs have H [in in]."""
     w, u = w.astype(np.float64), upper_factor(h, damp)
     removed = np.zeros(w.shape, bool)
     w[:, np.diag(h) == 0] = 0.0

@@ -1,4 +1,7 @@
-"""A random LLaMA checkpoint of any size, made block by block: python tests/reference/synthetic.py DIRECTORY [JSON over LARGE]."""
+"""Random LLaMA checkpoints of any size, made block by block.
+
+Usage: python tests/reference/synthetic.py DIRECTORY [JSON over LARGE]
+"""
 
 import json
 import pathlib
@@ -12,7 +15,8 @@ from safetensors.numpy import save_file
 
 from models.families import hf
 
-# Two billion parameters: 39 blocks of 50.6 million, and 131 million in the embeddings that are the head too.
+# Two billion parameters: 39 blocks of 50.6 million, and 131 million in the embedding, which is also
+# the head.
 LARGE = {
     "model_type": "llama",
     "hidden_size": 2048,
@@ -26,7 +30,10 @@ LARGE = {
 
 
 def write(directory: pathlib.Path, config: Mapping[str, Any], seed: int = 0) -> pathlib.Path:
-    """A float16 checkpoint with a shard for the ends and one for each block, one of which is in memory at a time; and tokens.npy."""
+    """Write a float16 checkpoint, a shard for each block, and tokens.npy.
+
+    One block is in memory at a time.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     rng, (_, non_block, blocks) = np.random.default_rng(seed), hf.specs(config)
     parts, where, total = [non_block, *blocks], dict[str, str](), 0

@@ -1,4 +1,4 @@
-"""Tiny configurations of every family, as a `config.json` has them, and random parameters in which nothing is zero or one."""
+"""Tiny configurations of every family, and random parameters of which none is zero or one."""
 
 import json
 import pathlib
@@ -48,12 +48,15 @@ EVERY = {**FAMILIES, "qwen2": QWEN2, "opt-350m": OPT_350M}
 
 
 def tokens(batch: int = 2, length: int = LENGTH, seed: int = 0) -> np.ndarray:
-    """Random tokens, int32 [batch length]."""
+    """Return random tokens, int32 [batch length]."""
     return np.random.default_rng(seed).integers(0, VOCAB, (batch, length), dtype=np.int32)
 
 
 def random_model(config: Mapping[str, Any], seed: int = 0) -> Model:
-    """A model whose biases and norms are random too, so that a test sees them; weights large enough that every block matters."""
+    """Return a model whose biases and norms are random too, so that a test notices them.
+
+    Weights are large enough that every block matters.
+    """
     rng = np.random.default_rng(seed)
 
     def draw(spec: hf.Spec) -> jax.Array:
@@ -66,7 +69,7 @@ def random_model(config: Mapping[str, Any], seed: int = 0) -> Model:
 
 
 def state_of(config: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
-    """The model's arrays under their checkpoint names."""
+    """Return the model's arrays under their checkpoint names."""
     names = jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
     return {
         s.name: np.asarray(x)
@@ -77,7 +80,7 @@ def state_of(config: Mapping[str, Any], model: Model) -> dict[str, np.ndarray]:
 def write(
     directory: pathlib.Path, state: Mapping[str, np.ndarray], config: Mapping[str, Any] = GQA
 ) -> pathlib.Path:
-    """A checkpoint of one safetensors file and a `config.json`, without the project's own writer."""
+    """Write a checkpoint of one safetensors file, without the project's own writer."""
     directory.mkdir(exist_ok=True)
     save_file(
         {n: np.ascontiguousarray(v) for n, v in state.items()},
@@ -95,7 +98,7 @@ def written(
     shard_bytes: int = SHARD_BYTES,
     layout: Layout = "auto",
 ) -> tuple[Writer, Form]:
-    """Write the model, with a directory that holds nothing for companions."""
+    """Write the model with our writer, without companions."""
     companions = directory.parent / "companions"
     companions.mkdir(exist_ok=True)
     writer = Writer(directory, config, layout, shard_bytes)
@@ -105,7 +108,7 @@ def written(
 
 
 def assert_equal(got: Model, expected: Model) -> None:
-    """Both models have the same architecture, and arrays equal bit for bit."""
+    """Assert that both models have the same architecture and equal bits."""
     assert got.arch is expected.arch
     jax.tree.map(
         np.testing.assert_array_equal,

@@ -1,4 +1,4 @@
-"""The same models in `transformers`, in float32 with its plain ("eager") attention: what ours are held to. Needs torch."""
+"""The same models in `transformers`, in float32 with eager attention. Needs torch."""
 
 import pathlib
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ import pytest
 
 
 def save_random(config: Mapping[str, Any], directory: pathlib.Path, seed: int = 0) -> None:
-    """Write a checkpoint of a model that transformers builds from `config`, every parameter random: biases and norms too."""
+    """Write a checkpoint that transformers builds from `config`, all parameters random."""
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -22,7 +22,7 @@ def save_random(config: Mapping[str, Any], directory: pathlib.Path, seed: int = 
 
 
 def load(directory: pathlib.Path) -> Any:
-    """A checkpoint as transformers loads it by itself."""
+    """Load a checkpoint with transformers."""
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -32,14 +32,14 @@ def load(directory: pathlib.Path) -> Any:
 
 
 def logits(model: Any, tokens: np.ndarray) -> np.ndarray:
-    """Its logits [b t vocab] for tokens [b t]."""
+    """Return the logits [b t vocab] of tokens [b t]."""
     torch = pytest.importorskip("torch")
     with torch.no_grad():
         return model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
 
 
 def greedy(model: Any, tokens: np.ndarray, new: int) -> np.ndarray:
-    """Its most likely `new` tokens [b new] after tokens [b t], over its own cache; texts do not end early."""
+    """Return the most likely `new` tokens [b new] after tokens [b t]; texts do not end early."""
     torch = pytest.importorskip("torch")
     model.generation_config.eos_token_id = None
     ids = torch.from_numpy(tokens.astype(np.int64))

@@ -1,15 +1,22 @@
-"""An OPT model whose blocks differ in width. `widths` in config.json has each block's heads and neurons, `biases` the linears that have
-one; everything else is transformers' own. Written by Topiary; load it with trust_remote_code=True."""
+"""OPT model whose blocks differ in width, for transformers with trust_remote_code=True.
+
+In config.json, `widths` has the heads and neurons of each block and `biases` the linears that have
+one. Everything else is transformers' own. Written by Topiary.
+"""
 
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
 
 
 class PrunedConfig(OPTConfig):
+    """Configuration with `widths` and `biases`."""
+
     model_type = "topiary_opt"
 
 
 class PrunedForCausalLM(OPTForCausalLM):
+    """Causal language model whose linears have the widths of their block."""
+
     config_class = PrunedConfig
 
     def __init__(self, config: PrunedConfig) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from eval.size import entries
+from eval.size import count_entries
 from launch import bench
 from launch.benchmarks import speed as bench_speed
 from launch.flags.cli import run
@@ -75,7 +75,7 @@ def test_the_command_writes_its_figures(
 
 def count(neurons: int) -> int:
     model = init_model(CONFIG | {"intermediate_size": neurons}, jax.random.key(0))
-    return entries((model.non_block, model.blocks))
+    return count_entries((model.non_block, model.blocks))
 
 
 def check(row: dict[str, Any], batch: int) -> None:

@@ -24,7 +24,7 @@ TREE = unflatten_dict(FLAT, sep=".")
 
 
 @pytest.mark.parametrize("largest", [2**30, 100])
-def test_arrays_whole_or_in_chunks(
+def test_arrays_are_read_whole_or_in_chunks(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, largest: int
 ) -> None:
     monkeypatch.setattr(flax.serialization, "MAX_CHUNK_SIZE", largest)
@@ -56,7 +56,7 @@ def test_names_and_orientation_become_pytorchs() -> None:
         np.testing.assert_array_equal(entry.load(), wanted)
 
 
-def test_parameter_of_another_model() -> None:
+def test_a_parameter_of_another_model_is_refused() -> None:
     with pytest.raises(
         InputError,
         match=r"somewhere: h\.0\.state\.mean is no parameter of a Flax LLaMA or OPT model: convert",
@@ -88,11 +88,11 @@ def damaged(path: pathlib.Path, data: bytes) -> None:
         pytest.param(b"\x81\xa1a" * 100_000, id="nested without end"),
     ],
 )
-def test_damaged_or_hostile(tmp_path: pathlib.Path, data: bytes) -> None:
+def test_a_damaged_or_hostile_file_is_refused(tmp_path: pathlib.Path, data: bytes) -> None:
     damaged(tmp_path / "flax_model.msgpack", data)
 
 
-def test_cut_short_or_too_long(tmp_path: pathlib.Path) -> None:
+def test_a_file_cut_short_or_too_long_is_refused(tmp_path: pathlib.Path) -> None:
     whole = flax.serialization.to_bytes(TREE)
     for data in (whole[:-1], whole[: len(whole) // 2], whole + b"\0"):
         damaged(tmp_path / "flax_model.msgpack", data)

@@ -1,4 +1,4 @@
-"""Every format gives the tensors that were written; every kind of damage gives one line that says what to do."""
+"""Every format gives the tensors that were written; damage gives one line with a remedy."""
 
 import contextlib
 import json
@@ -25,7 +25,7 @@ DIM, HIDDEN, VOCAB = 8, 12, 20
 
 
 def shapes_of(family: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a one-block checkpoint as transformers' LlamaForCausalLM and OPTForCausalLM have them."""
+    """Return names and shapes of a one-block checkpoint of transformers' Llama or OPT."""
     if family == "llama":
         block = {
             f"self_attn.{n}_proj.weight": (out, DIM)
@@ -77,7 +77,7 @@ def random_state(family: str, dtype: type = np.float32) -> State:
 
 
 def as_flax(state: State) -> State:
-    """What transformers' FlaxLlama and FlaxOPT call these parameters, under slashed names."""
+    """Return the names of these parameters in transformers' FlaxLlama and FlaxOPT."""
     out = {}
     for name, value in state.items():
         module, role = name.rsplit(".", 1)
@@ -86,7 +86,8 @@ def as_flax(state: State) -> State:
         elif role == "weight" and value.ndim == 2:
             role, value = "kernel", value.T
         elif role == "weight" and "decoder" in name:
-            role = "scale"  # OPT's layer norms are flax.linen.LayerNorm, LLaMA's own RMS norms say "weight"
+            # OPT's norms are flax.linen.LayerNorm; LLaMA's own RMS norms say "weight".
+            role = "scale"
         out[f"{module}.{role}".replace(".", "/")] = value
     return out
 
@@ -100,7 +101,7 @@ def write_index(directory: pathlib.Path, name: str, weight_map: dict[str, object
 def halves(
     directory: pathlib.Path, name: str, state: State, write: Callable[[State, pathlib.Path], None]
 ) -> None:
-    """The state in two shards with an index, the tensors alternating between them."""
+    """Write the state as two shards with an index, tensors alternating between them."""
     stem, _, suffix = name.partition(".")
     shards = [f"{stem}-0000{k + 1}-of-00002.{suffix}" for k in range(2)]
     for k, shard in enumerate(shards):
@@ -181,7 +182,7 @@ def test_safetensors_come_before_the_other_formats(tmp_path: pathlib.Path) -> No
 
 @contextlib.contextmanager
 def memory_below(size: int) -> Iterator[None]:
-    """The block allocates at most `size` bytes at any time."""
+    """Assert that the block allocates at most `size` bytes at any time."""
     tracemalloc.start()
     try:
         yield
@@ -200,7 +201,7 @@ def fails(directory: pathlib.Path, *says: str) -> None:
         assert part in message, message
 
 
-def test_no_weights(tmp_path: pathlib.Path) -> None:
+def test_a_directory_without_weights_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     fails(
         tmp_path,
@@ -234,7 +235,7 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_damaged_safetensors(tmp_path: pathlib.Path, damage: str) -> None:
+def test_damaged_safetensors_are_refused(tmp_path: pathlib.Path, damage: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(DAMAGED[damage])
     with memory_below(2**20):
         fails(
@@ -246,7 +247,7 @@ def test_damaged_safetensors(tmp_path: pathlib.Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "flax_model.msgpack", "pytorch_model.bin"])
-def test_git_lfs_pointer(tmp_path: pathlib.Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_named_as_such(tmp_path: pathlib.Path, name: str) -> None:
     if name.endswith("bin"):
         pytest.importorskip("torch")
     (tmp_path / name).write_text(
@@ -255,10 +256,12 @@ def test_git_lfs_pointer(tmp_path: pathlib.Path, name: str) -> None:
     fails(tmp_path, name, "git lfs pull")
 
 
-def test_bin_without_torch(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bin_without_torch_names_the_package(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
-    fails(tmp_path, "pytorch_model.bin", "install the torch extra", "safetensors")
+    fails(tmp_path, "pytorch_model.bin", "pip install torch", "safetensors")
 
 
 class Malicious:
@@ -269,7 +272,7 @@ class Malicious:
         self.target = target
 
 
-def test_bin_runs_no_code(tmp_path: pathlib.Path) -> None:
+def test_opening_a_bin_runs_no_code(tmp_path: pathlib.Path) -> None:
     torch = pytest.importorskip("torch")
     target = tmp_path / "ran"
     torch.save({"a": torch.ones(2), "b": Malicious(target)}, tmp_path / "pytorch_model.bin")
@@ -277,7 +280,7 @@ def test_bin_runs_no_code(tmp_path: pathlib.Path) -> None:
     assert not target.exists()
 
 
-def test_damaged_bin(tmp_path: pathlib.Path) -> None:
+def test_a_damaged_bin_is_refused(tmp_path: pathlib.Path) -> None:
     torch = pytest.importorskip("torch")
     path = tmp_path / "pytorch_model.bin"
     torch.save({"a": torch.ones(2000)}, path)
@@ -304,7 +307,7 @@ def test_damaged_bin(tmp_path: pathlib.Path) -> None:
         None,
     ],
 )
-def test_index_must_not_leave_its_directory(tmp_path: pathlib.Path, name: object) -> None:
+def test_an_index_must_not_leave_its_directory(tmp_path: pathlib.Path, name: object) -> None:
     write_safetensors(random_state("llama"), tmp_path / "model.safetensors")
     inside = tmp_path / "inside"
     inside.mkdir()
@@ -313,12 +316,12 @@ def test_index_must_not_leave_its_directory(tmp_path: pathlib.Path, name: object
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"weight_map": []}', "[" * 100_000, "\xff"])
-def test_damaged_index(tmp_path: pathlib.Path, text: str) -> None:
+def test_a_damaged_index_is_refused(tmp_path: pathlib.Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
     fails(tmp_path, "model.safetensors.index.json", "download it again")
 
 
-def test_index_must_agree_with_its_shards(tmp_path: pathlib.Path) -> None:
+def test_an_index_must_agree_with_its_shards(tmp_path: pathlib.Path) -> None:
     WRITERS["safetensors, sharded"](tmp_path, random_state("llama"))
     path = tmp_path / "model.safetensors.index.json"
     weight_map = json.loads(path.read_text())["weight_map"]
@@ -363,7 +366,7 @@ def test_float8_is_an_error_when_read(tmp_path: pathlib.Path) -> None:
         open_tensors(tmp_path).read("a")
 
 
-def test_unknown_tensor(tmp_path: pathlib.Path) -> None:
+def test_an_unknown_tensor_is_refused(tmp_path: pathlib.Path) -> None:
     WRITERS["safetensors"](tmp_path, random_state("llama"))
     with pytest.raises(
         InputError, match=r"has no tensor model\.layers\.7\.x: check that its config\.json"
@@ -372,7 +375,7 @@ def test_unknown_tensor(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "msgpack"])
-def test_file_cut_or_gone_after_opening(tmp_path: pathlib.Path, form: str) -> None:
+def test_a_file_cut_or_gone_after_opening_is_reported(tmp_path: pathlib.Path, form: str) -> None:
     state = random_state("llama")
     WRITERS[form](tmp_path, state)
     tensors = open_tensors(tmp_path)
@@ -386,7 +389,7 @@ def test_file_cut_or_gone_after_opening(tmp_path: pathlib.Path, form: str) -> No
 
 
 def test_opening_reads_no_data(tmp_path: pathlib.Path) -> None:
-    """A file of 64 GiB that takes no disk: `last.weight` holds ones, the rest is a hole."""
+    """Write a file of 64 GiB that takes no disk: `last.weight` holds ones, the rest is a hole."""
     size, path = 64 << 30, tmp_path / "model.safetensors"
     entries = {"big": {"dtype": "F32", "shape": [size // 4], "data_offsets": [0, size]}}
     entries["last.weight"] = {"dtype": "F32", "shape": [4], "data_offsets": [size, size + 16]}
@@ -405,14 +408,14 @@ def test_opening_reads_no_data(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "bin"])  # what msgpack gives is read-only
-def test_what_was_read_is_the_readers_own(tmp_path: pathlib.Path, form: str) -> None:
+def test_an_array_that_was_read_belongs_to_the_caller(tmp_path: pathlib.Path, form: str) -> None:
     WRITERS[form](tmp_path, random_state("llama"))
     tensors = open_tensors(tmp_path)
     tensors.read("model.norm.weight")[:] = 0
     assert tensors.read("model.norm.weight").all()
 
 
-def test_bin_is_mapped_not_loaded(tmp_path: pathlib.Path) -> None:
+def test_a_bin_is_mapped_not_loaded(tmp_path: pathlib.Path) -> None:
     maps = pathlib.Path("/proc/self/maps")
     if not maps.is_file():
         pytest.skip("needs /proc")
@@ -422,7 +425,7 @@ def test_bin_is_mapped_not_loaded(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.parametrize("form", ["safetensors", "msgpack", "bin"])
-def test_reading_keeps_nothing(tmp_path: pathlib.Path, form: str) -> None:
+def test_reading_keeps_nothing_in_memory(tmp_path: pathlib.Path, form: str) -> None:
     state = {
         f"model.layers.{i}.mlp.up_proj.weight": np.full((1024, 1024), i, np.float32)
         for i in range(16)

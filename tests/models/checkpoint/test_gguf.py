@@ -1,4 +1,4 @@
-"""GGUF files give back the model that was written: names, rotary order, rotary scaling, quantised values, configuration."""
+"""GGUF files give back the model that was written, with its names, rotary settings and values."""
 
 import pathlib
 import sys
@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 
-from gguf.quants import dequantize, quantize  # noqa: E402
+import gguf
+from gguf.quants import dequantize, quantize
 
 from models.checkpoint.gguf import open_gguf
 from models.checkpoint.gguf_file import lazy, read_gguf
@@ -43,7 +44,7 @@ SHAPES = {
 
 
 def random_state(tied: bool = False, biases: tuple[str, ...] = ()) -> dict[str, np.ndarray]:
-    """A LLaMA checkpoint under Hugging Face names."""
+    """Return a LLaMA checkpoint under Hugging Face names."""
     rng = np.random.default_rng(0)
     shapes = {f"model.layers.{i}.{n}.weight": s for i in range(BLOCKS) for n, s in SHAPES.items()}
     shapes |= {f"model.layers.{i}.{n}.bias": SHAPES[n][:1] for i in range(BLOCKS) for n in biases}
@@ -100,7 +101,7 @@ def write(
     arch: str = "llama",
     **changes: Any,
 ) -> pathlib.Path:
-    """A GGUF file of the state, matrices as `kind`; `changes` replace FIELDS, and None takes one away."""
+    """Write a GGUF file, matrices as `kind`; `changes` replace FIELDS, None removes one."""
     writer = gguf.GGUFWriter(path, arch)
     add = {
         bool: writer.add_bool,
@@ -145,7 +146,7 @@ def test_tensors_are_those_written(tmp_path: pathlib.Path, kind: Any, tied: bool
         np.testing.assert_array_equal(got.astype(np.float32), wanted, err_msg=name)
 
 
-def test_config(tmp_path: pathlib.Path) -> None:
+def test_the_configuration_is_that_of_the_metadata(tmp_path: pathlib.Path) -> None:
     config, _ = open_gguf(write(tmp_path / "m.gguf", random_state()))
     assert config == {
         "architectures": ["LlamaForCausalLM"],
@@ -189,7 +190,10 @@ def test_qwen2_is_not_permuted(tmp_path: pathlib.Path) -> None:
 
 
 def test_rotation_of_halves_is_that_of_neighbours_in_the_file(tmp_path: pathlib.Path) -> None:
-    """Query-key products at two positions: llama.cpp's rotation on the file's rows is transformers' on the rows read."""
+    """Compare query-key products at two positions.
+
+    llama.cpp's rotation of the file's rows equals transformers' rotation of the rows as read.
+    """
     path = write(tmp_path / "m.gguf", random_state())
     _, tensors = open_gguf(path)
     angles = 50000.0 ** -(np.arange(HEAD_DIM // 2) / (HEAD_DIM // 2))
@@ -215,7 +219,9 @@ def test_rotation_of_halves_is_that_of_neighbours_in_the_file(tmp_path: pathlib.
 
 
 @pytest.mark.parametrize("name", ["attention.key_length", "rope.dimension_count"])
-def test_head_width_that_is_no_share_of_the_models(tmp_path: pathlib.Path, name: str) -> None:
+def test_a_head_width_that_does_not_divide_the_hidden_size_is_kept(
+    tmp_path: pathlib.Path, name: str
+) -> None:
     changes = {"attention.head_count": 2, "rope.dimension_count": None, name: 16}
     config, _ = open_gguf(write(tmp_path / "m.gguf", EMBEDDING, **changes))
     assert (config["num_attention_heads"], config["head_dim"]) == (2, 16)
@@ -237,7 +243,7 @@ def test_head_width_that_is_no_share_of_the_models(tmp_path: pathlib.Path, name:
         ({"rope.scale_linear": 1.0}, {"rope_theta": 50000.0, "rope_type": "default"}),
     ],
 )
-def test_rotary_metadata(
+def test_rotary_metadata_becomes_rope_parameters(
     tmp_path: pathlib.Path, changes: dict[str, Any], wanted: dict[str, Any]
 ) -> None:
     config, _ = open_gguf(write(tmp_path / "m.gguf", EMBEDDING, **changes))
@@ -245,7 +251,7 @@ def test_rotary_metadata(
 
 
 def llama3_factors(theta: float, dim: int, scaling: dict[str, float]) -> np.ndarray:
-    """What llama.cpp's converter stores: transformers' unscaled frequencies over its scaled ones."""
+    """Return llama.cpp's factors: transformers' unscaled frequencies over the scaled ones."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torch")
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -291,7 +297,9 @@ def test_llama3_scaling_is_recovered(
         np.full(8, np.nan),
     ],
 )
-def test_factors_that_are_not_llama3s(tmp_path: pathlib.Path, factors: np.ndarray) -> None:
+def test_factors_that_are_not_llama3s_are_refused(
+    tmp_path: pathlib.Path, factors: np.ndarray
+) -> None:
     state = EMBEDDING | {"rope_freqs.weight": factors.astype(np.float32)}
     with pytest.raises(
         InputError, match=r"rope_freqs\.weight is not LLaMA 3's rotary scaling: use the original"
@@ -320,13 +328,15 @@ def test_factors_of_one_scale_nothing(tmp_path: pathlib.Path) -> None:
         ({"split.count": 3}, "one of 3 shards: join them first"),
     ],
 )
-def test_metadata_that_is_wrong(tmp_path: pathlib.Path, changes: dict[str, Any], says: str) -> None:
+def test_wrong_metadata_is_refused(
+    tmp_path: pathlib.Path, changes: dict[str, Any], says: str
+) -> None:
     path = write(tmp_path / "m.gguf", EMBEDDING, **changes)
     with pytest.raises(InputError, match=says):
         open_gguf(path)
 
 
-def test_other_architectures_and_tensors(tmp_path: pathlib.Path) -> None:
+def test_other_architectures_and_tensors_are_refused(tmp_path: pathlib.Path) -> None:
     with pytest.raises(
         InputError, match="architecture 'gemma' is not read from GGUF, only llama and qwen2"
     ):
@@ -340,13 +350,15 @@ def test_other_architectures_and_tensors(tmp_path: pathlib.Path) -> None:
         open_gguf(write(tmp_path / "none.gguf", {"model.norm.weight": np.ones(4, np.float32)}))
 
 
-def test_rows_that_are_not_those_of_the_heads(tmp_path: pathlib.Path) -> None:
+def test_rows_that_are_not_those_of_the_heads_are_refused(tmp_path: pathlib.Path) -> None:
     state = EMBEDDING | {"blk.0.attn_k.weight": np.zeros((24, DIM), np.float32)}
     with pytest.raises(InputError, match=r"blk\.0\.attn_k\.weight has 24 rows for 2 heads of 16"):
         open_gguf(write(tmp_path / "m.gguf", state))
 
 
-def test_without_the_package(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_missing_package_is_named(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write(tmp_path / "m.gguf", EMBEDDING)
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match="needs the gguf package: pip install gguf"):

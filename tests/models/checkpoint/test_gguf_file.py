@@ -1,4 +1,4 @@
-"""The GGUF container against the gguf package's own writer and reader; damaged and hostile headers."""
+"""The GGUF container against the gguf package's writer and reader, and damaged headers."""
 
 import os
 import pathlib
@@ -9,7 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
+
+import gguf
 
 from models.checkpoint.gguf_file import lazy, read_gguf
 from models.errors import InputError
@@ -21,7 +23,7 @@ TENSORS = {
 
 
 def write(path: pathlib.Path) -> pathlib.Path:
-    """A file with metadata of every type, and two tensors."""
+    """Write a file with metadata of every type and two tensors."""
     writer = gguf.GGUFWriter(path, "llama")
     for bits in (8, 16, 32, 64):
         getattr(writer, f"add_uint{bits}")(f"u{bits}", 2**bits - 1)
@@ -116,7 +118,7 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_damaged_or_hostile(tmp_path: pathlib.Path, name: str) -> None:
+def test_a_damaged_or_hostile_header_is_refused(tmp_path: pathlib.Path, name: str) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(HOSTILE[name])
     tracemalloc.start()
@@ -131,7 +133,7 @@ def test_damaged_or_hostile(tmp_path: pathlib.Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_cut_short(tmp_path: pathlib.Path) -> None:
+def test_a_file_cut_short_is_refused(tmp_path: pathlib.Path) -> None:
     whole = write(tmp_path / "m.gguf").read_bytes()
     for size in (
         len(whole) - 33,
@@ -144,7 +146,7 @@ def test_cut_short(tmp_path: pathlib.Path) -> None:
             read_gguf(tmp_path / "m.gguf")
 
 
-def test_cut_or_gone_after_opening(tmp_path: pathlib.Path) -> None:
+def test_a_file_cut_or_gone_after_opening_is_reported(tmp_path: pathlib.Path) -> None:
     path = write(tmp_path / "m.gguf")
     file = read_gguf(path)
     entry = lazy(path, "b.weight", file.tensors["b.weight"])
@@ -156,13 +158,13 @@ def test_cut_or_gone_after_opening(tmp_path: pathlib.Path) -> None:
         entry.load()
 
 
-def test_missing_file(tmp_path: pathlib.Path) -> None:
+def test_a_missing_file_is_reported(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match=r"none\.gguf cannot be read"):
         read_gguf(tmp_path / "none.gguf")
 
 
 @pytest.mark.parametrize("kind", ["I8", "Q8_K"])
-def test_types_without_dequantisation(tmp_path: pathlib.Path, kind: str) -> None:
+def test_a_type_without_dequantisation_is_refused(tmp_path: pathlib.Path, kind: str) -> None:
     number: Any = gguf.GGMLQuantizationType[kind]
     block, size = gguf.GGML_QUANT_SIZES[number]
     data = head(tensors=1) + tensor(b"t", (block,), int(number))

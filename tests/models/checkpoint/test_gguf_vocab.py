@@ -22,7 +22,7 @@ def metadata(**fields: Any) -> dict[str, Any]:
 
 
 def of_tokenizer_json(path: pathlib.Path, **fields: Any) -> dict[str, Any]:
-    """What llama.cpp's converter would write of a BPE tokenizer.json."""
+    """Return the metadata that llama.cpp's converter writes of a BPE tokenizer.json."""
     spec = json.loads(path.read_text(encoding="utf-8"))
     vocabulary = spec["model"]["vocab"]
     tokens = sorted(vocabulary, key=vocabulary.get)
@@ -50,7 +50,7 @@ def lines(shared: pathlib.Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_byte_level_as_its_tokenizer_json(shared: pathlib.Path, name: str) -> None:
+def test_byte_level_equals_its_tokenizer_json(shared: pathlib.Path, name: str) -> None:
     path = shared / "models" / name / "tokenizer.json"
     ours = build_tokenizer(of_tokenizer_json(path, model="gpt2", pre="gpt-2"), HERE)
     theirs = Tokenizer.from_file(str(path))
@@ -60,10 +60,11 @@ def test_byte_level_as_its_tokenizer_json(shared: pathlib.Path, name: str) -> No
         assert ours.decode(ids, skip_special_tokens=False) == line
 
 
-def test_sentencepiece_as_its_tokenizer_json(shared: pathlib.Path) -> None:
+def test_sentencepiece_equals_its_tokenizer_json(shared: pathlib.Path) -> None:
     path = shared / "models" / "stories260K" / "tokenizer.json"
     fields = of_tokenizer_json(path, model="llama", unknown_token_id=0)
-    # SentencePiece's scores are the negated ranks; the vocabulary is in their order, after 3 control tokens and 256 bytes.
+    # SentencePiece's scores are the negated ranks. The vocabulary is in their order, after 3
+    # control tokens and 256 bytes.
     fields["tokenizer.ggml.scores"] = [0.0] * 259 + [-float(i) for i in range(512 - 259)]
     ours, theirs = build_tokenizer(fields, HERE), Tokenizer.from_file(str(path))
     for line in lines(shared, 400):
@@ -72,8 +73,8 @@ def test_sentencepiece_as_its_tokenizer_json(shared: pathlib.Path) -> None:
         assert ours.decode(ids) == theirs.decode(ids)
 
 
-def test_smollm2_as_its_tokenizer() -> None:
-    """Against the tokenizer as its authors describe it: single digits, then GPT-2's words, with the vocabulary of the file."""
+def test_smollm2_equals_its_tokenizer() -> None:
+    """Compare with the tokenizer that its authors describe: single digits, then GPT-2's words."""
     gguf = pytest.importorskip("gguf")
     path = pathlib.Path(os.environ.get("TOPIARY_SMOLLM2_GGUF", ""))
     if not path.is_file():
@@ -106,7 +107,7 @@ def test_smollm2_as_its_tokenizer() -> None:
 
 
 def sentencepiece(text: str, score: dict[str, float]) -> list[str]:
-    """SentencePiece's BPE: of all neighbours the pair that makes the token of highest score is joined, the leftmost first."""
+    """Apply SentencePiece's BPE: join the pair of highest score first, then the leftmost."""
     parts = list("▁" + text.replace(" ", "▁"))
     while True:
         pairs = [
@@ -169,7 +170,9 @@ SPM = metadata(
         ({}, "a<sep>a", ["<s>", "▁a", "<sep>", "▁a"]),
     ],
 )
-def test_sentencepiece_options(changes: dict[str, Any], text: str, wanted: list[str]) -> None:
+def test_sentencepiece_follows_its_options(
+    changes: dict[str, Any], text: str, wanted: list[str]
+) -> None:
     assert build_tokenizer(SPM | metadata(**changes), HERE).encode(text).tokens == wanted
 
 
@@ -207,7 +210,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("name", WORDS)
-def test_words_of_each_pre_tokenizer(name: str) -> None:
+def test_each_pre_tokenizer_cuts_its_words(name: str) -> None:
     tokenizer = build_tokenizer(metadata(model="gpt2", pre=name, tokens=["a"], merges=[]), HERE)
     assert [word for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(TEXT)] == WORDS[
         name
@@ -243,13 +246,13 @@ def test_a_word_that_is_a_token_needs_no_merges() -> None:
         ({"scores": [0.0]}, "contradicts itself"),
     ],
 )
-def test_vocabularies_that_are_wrong(changes: dict[str, Any], says: str) -> None:
+def test_a_wrong_vocabulary_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError, match=f"m.gguf.*{says}.*use the original checkpoint") as caught:
         build_tokenizer(SPM | metadata(**changes), HERE)
     assert "\n" not in str(caught.value)
 
 
-def test_config_names_the_special_tokens() -> None:
+def test_the_configuration_names_the_special_tokens() -> None:
     assert tokenizer_config(
         SPM
         | {"tokenizer.chat_template": "{{ x }}"}

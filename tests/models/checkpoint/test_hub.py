@@ -1,4 +1,4 @@
-"""What may follow `--model=`: directories, files, embedded models, hub ids; and one line for what is none of them."""
+"""Names of models: directories, files, embedded models and hub ids; others give one line."""
 
 import pathlib
 
@@ -11,7 +11,7 @@ from models.errors import InputError
 
 @pytest.fixture
 def embedded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
-    """A folder of two embedded models, with a secret beside it."""
+    """Make a folder of two embedded models, with a secret beside it."""
     folder = tmp_path / "embedded"
     for name in ("embedded/tiny-llama", "embedded/tiny-opt", "x"):
         (tmp_path / name).mkdir(parents=True)
@@ -20,7 +20,9 @@ def embedded(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib
     return folder
 
 
-def test_local_paths(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_paths_are_returned_as_they_are(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "model.gguf").touch()
     assert hub.resolve(str(tmp_path)) == tmp_path
     assert hub.resolve(str(tmp_path / "model.gguf")) == tmp_path / "model.gguf"
@@ -28,14 +30,14 @@ def test_local_paths(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) ->
     assert hub.resolve(f"~/{tmp_path.name}") == tmp_path
 
 
-def test_embedded_models(embedded: pathlib.Path) -> None:
+def test_embedded_models_are_found_by_name(embedded: pathlib.Path) -> None:
     assert hub.resolve("embedded:tiny-llama") == embedded / "tiny-llama"
 
 
 @pytest.mark.parametrize(
     "name", ["tiny-bert", "", ".", "..", "../x", "tiny-llama/../../x", "/etc", "README.md"]
 )
-def test_unknown_embedded_models(name: str, embedded: pathlib.Path) -> None:
+def test_an_unknown_embedded_model_is_refused(name: str, embedded: pathlib.Path) -> None:
     with pytest.raises(
         InputError, match=r"there are embedded:tiny-llama, embedded:tiny-opt$"
     ) as caught:
@@ -55,12 +57,12 @@ def test_unknown_embedded_models(name: str, embedded: pathlib.Path) -> None:
         "owner/na me",
     ],
 )
-def test_no_such_path(name: str) -> None:
+def test_a_path_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="no such directory or file, and not a hub id"):
         hub.resolve(name)
 
 
-def test_other_files(tmp_path: pathlib.Path) -> None:
+def test_a_file_that_is_no_gguf_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "model.onnx").touch()
     with pytest.raises(InputError, match=r"neither a directory nor a \.gguf file"):
         hub.resolve(str(tmp_path / "model.onnx"))
@@ -98,7 +100,7 @@ def fake_hub(
         (ConnectionError("offline"), "*.safetensors"),
     ],
 )
-def test_downloads_one_format_of_weights(
+def test_a_download_has_one_format_of_weights(
     files: list[str] | Exception,
     weights: str,
     tmp_path: pathlib.Path,
@@ -114,7 +116,7 @@ def test_downloads_one_format_of_weights(
     assert download["ignore_patterns"] == ["*/*"]
 
 
-def test_a_configuration_comes_alone(
+def test_a_configuration_is_downloaded_alone(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = fake_hub(monkeypatch, AssertionError("nobody needs the list"), tmp_path)
@@ -126,17 +128,18 @@ def test_a_configuration_comes_alone(
     "reason",
     [ConnectionError("no route to host\nTraceback of many lines"), OSError(), KeyError("repo")],
 )
-def test_hub_cannot_be_reached(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_reported(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_hub(monkeypatch, ConnectionError("offline"), reason)
     with pytest.raises(
         InputError,
-        match=r"--model=owner/name cannot be fetched from the hub \(.+\): check the name and the network",
+        match=r"model=owner/name cannot be fetched from the hub \(.+\): check the name and the "
+        "network",
     ) as caught:
         hub.resolve("owner/name")
     assert "\n" not in str(caught.value)
 
 
-def test_offline_and_not_in_the_cache() -> None:
-    """With the library itself: HF_HUB_OFFLINE is set for all tests, and the cache does not hold the model."""
+def test_a_model_outside_the_cache_is_reported_offline() -> None:
+    """Use the library itself: HF_HUB_OFFLINE is set for all tests and the cache lacks the model."""
     with pytest.raises(InputError, match="cannot be fetched from the hub"):
         hub.resolve("no-such-owner/no-such-model-of-topiary")

@@ -1,4 +1,4 @@
-"""What Orbax wrote comes back bit for bit, on one device or many, in whatever shapes pruning left."""
+"""Orbax checkpoints are restored bit for bit, on one device or many, in any shapes."""
 
 import pathlib
 
@@ -16,7 +16,9 @@ from reference import tiny
 @pytest.mark.parametrize("mesh", ["", "data=2,model=2"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["gqa", "opt", "biased"])
-def test_a_model_comes_back(family: str, dtype: str, mesh: str, tmp_path: pathlib.Path) -> None:
+def test_a_model_is_restored_bit_for_bit(
+    family: str, dtype: str, mesh: str, tmp_path: pathlib.Path
+) -> None:
     config = tiny.FAMILIES[family]
     directory = tiny.write(
         tmp_path, tiny.state_of(config, tiny.random_model(config)), {**config, "dtype": dtype}
@@ -35,8 +37,8 @@ def test_a_model_comes_back(family: str, dtype: str, mesh: str, tmp_path: pathli
         found.blocks[len(model.blocks)]
 
 
-def test_a_checkpoint_without_pytrees(tmp_path: pathlib.Path) -> None:
+def test_a_checkpoint_without_orbax_files_is_refused(tmp_path: pathlib.Path) -> None:
     config = tiny.GQA
     directory = tiny.write(tmp_path, tiny.state_of(config, tiny.random_model(config)), config)
-    with pytest.raises(InputError, match="--output_format=orbax"):
+    with pytest.raises(InputError, match="prune with output_format=orbax"):
         pytrees.load(directory)

@@ -1,4 +1,4 @@
-"""What a pruned model is written as: the plainest form that holds it, equal logits in every one, and what is said beforehand."""
+"""A pruned model is written in the plainest form that holds it, with equal logits in every one."""
 
 import json
 import pathlib
@@ -17,9 +17,9 @@ from models.checkpoint.output_format import (
     Layout,
     Shape,
     ShapeChange,
-    finished,
-    form,
+    choose_form,
     preview,
+    with_dtype,
 )
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
@@ -44,7 +44,7 @@ UNBIASED_OPT = {**OPT, "enable_bias": False}
 def pruned(
     config: Mapping[str, Any], heads: list[int], neurons: list[int], biases: tuple[str, ...] = ()
 ) -> Model:
-    """A random model with so many units left in each block, and random biases on some linears."""
+    """Return a random model with given units left in each block and random biases."""
     model = tiny.random_model(config)
     rng, blocks = np.random.default_rng(1), []
     for block, counts in zip(model.blocks, zip(heads, neurons, strict=True), strict=True):
@@ -98,7 +98,7 @@ CASES: dict[str, Case] = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_every_form_is_the_same_function(case: Case, tmp_path: pathlib.Path) -> None:
-    """Read by our loader bit for bit where nothing is filled up; the logits of our own and of transformers' model are those meant."""
+    """Our loader reads the same bits where nothing is padded; logits are equal in both loaders."""
     config, heads, neurons, biases, label = case
     model = pruned(config, heads, neurons, biases)
     found = write(tmp_path / "out", model, config)
@@ -113,7 +113,7 @@ def test_every_form_is_the_same_function(case: Case, tmp_path: pathlib.Path) -> 
 
 
 def torch_agrees(directory: pathlib.Path, model: Model) -> bool:
-    """Whether transformers has our logits on the tests' tokens, and writes the same 32 after them; it must be there."""
+    """Assert that transformers has our logits on the tests' tokens and writes the same 32 after."""
     pytest.importorskip("torch")
     theirs, tokens = torch_models.load(directory), tiny.tokens()
     np.testing.assert_allclose(
@@ -135,7 +135,7 @@ PADDED: dict[str, Case] = {
 
 
 @pytest.mark.parametrize("case", PADDED.values(), ids=PADDED.keys())
-def test_padding_makes_it_stock(case: Case, tmp_path: pathlib.Path) -> None:
+def test_padding_makes_a_stock_model(case: Case, tmp_path: pathlib.Path) -> None:
     config, heads, neurons, biases, label = case
     model = pruned(config, heads, neurons, biases)
     assert write(tmp_path / "out", model, config, "padded").label == label
@@ -147,7 +147,7 @@ def test_padding_makes_it_stock(case: Case, tmp_path: pathlib.Path) -> None:
     assert torch_agrees(tmp_path / "out", model)
 
 
-def test_what_is_compiled_for_a_model_serves_the_one_pruned_from_it(tmp_path: pathlib.Path) -> None:
+def test_programs_compiled_for_a_model_serve_the_one_pruned_from_it(tmp_path: pathlib.Path) -> None:
     """Blocks that kept their shapes, though the configuration is another."""
     model = pruned(GQA, [3, 2], [40, 21])
     x = embed(model.arch, model.non_block, tiny.tokens())
@@ -189,7 +189,7 @@ def test_a_pruned_model_is_pruned_again(name: str, second: Layout, tmp_path: pat
 def test_without_consent_transformers_refuses_a_class_that_ships_with_it(
     tmp_path: pathlib.Path,
 ) -> None:
-    """Not one silently ignored field: a loader that does not know the widths says so, in place of loading something else."""
+    """No field is silently ignored: a loader that does not know the widths refuses the model."""
     pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
@@ -218,7 +218,7 @@ PREVIEWS = [
 
 
 @pytest.mark.parametrize(("config", "leaves", "layout", "said"), PREVIEWS, ids=str)
-def test_what_is_said_before_the_work(
+def test_the_preview_names_the_form_that_is_written(
     config: Mapping[str, Any], leaves: ShapeChange, layout: Layout, said: str
 ) -> None:
     assert preview(config, leaves, layout).startswith(said)
@@ -226,17 +226,17 @@ def test_what_is_said_before_the_work(
 
 def test_a_checkpoint_that_was_not_cut_keeps_its_configuration() -> None:
     dense, _, blocks = hf.specs(GQA)
-    found = form(GQA, [Shape(3, 40)] * len(blocks), dense.config.biases, "auto")
+    found = choose_form(GQA, [Shape(3, 40)] * len(blocks), dense.config.biases, "auto")
     assert {k: found.config[k] for k in GQA} == GQA
 
 
 def test_the_configuration_has_both_spellings() -> None:
     scaled = {"rope_type": "linear", "factor": 4.0}
-    new = finished({**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, **scaled}}, "bfloat16")
+    new = with_dtype({**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, **scaled}}, "bfloat16")
     assert (new["dtype"], new["torch_dtype"]) == ("bfloat16", "bfloat16")
     assert (new["rope_theta"], new["rope_scaling"]) == (500.0, scaled)
     assert hf.specs({k: v for k, v in new.items() if k != "rope_parameters"})[0] is hf.specs(new)[0]
-    assert "rope_scaling" not in finished(
+    assert "rope_scaling" not in with_dtype(
         {**tiny.GQA, "rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}}, "float32"
     )
 
@@ -250,7 +250,7 @@ def test_the_configuration_has_both_spellings() -> None:
         ({"biases": ["zebra"]}, "biases"),
     ],
 )
-def test_a_broken_configuration_of_our_own(
+def test_a_broken_configuration_of_our_own_is_refused(
     change: dict[str, Any], said: str, tmp_path: pathlib.Path
 ) -> None:
     write(tmp_path / "out", pruned(GQA, [2, 3], [20, 21]), GQA)

@@ -1,4 +1,4 @@
-"""Checkpoints are read block by block, and what is wrong with one is said in one line."""
+"""Checkpoints are read block by block; every error is one line."""
 
 import gc
 import pathlib
@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from models.checkpoint import reader as store
-from models.checkpoint.reader import LazyBlocks, in_memory, open_checkpoint, prefetch
+from models.checkpoint.blocks import LazyBlocks, prefetch
+from models.checkpoint.reader import in_memory, open_checkpoint
 from models.errors import InputError
 from models.families import hf
 from reference import tiny
@@ -61,10 +62,10 @@ def test_the_type_in_memory_is_the_one_asked_for(tmp_path: pathlib.Path) -> None
     [tiny.GQA, {**tiny.GQA, "tie_word_embeddings": True}, tiny.OPT],
     ids=["llama", "tied", "opt"],
 )
-def test_names_of_the_bare_decoder_and_surplus_buffers(
+def test_bare_decoder_names_are_read_and_surplus_buffers_ignored(
     config: Mapping[str, Any], tmp_path: pathlib.Path
 ) -> None:
-    """Older exporters left out the leading `model.`, and stored rotary buffers and a tied head besides the weights."""
+    """Older exporters left out `model.` and stored rotary buffers and a tied head too."""
     model = tiny.random_model(config)
     state = {n.removeprefix("model."): x for n, x in tiny.state_of(config, model).items()}
     if config["model_type"] == "llama":
@@ -127,7 +128,7 @@ def test_blocks_are_read_when_indexed_and_kept_nowhere(
     assert held.blocks[0] is held.blocks[0] and not reads()
 
 
-def test_what_was_read_is_not_held_by_the_checkpoint(
+def test_the_checkpoint_does_not_hold_blocks_that_were_read(
     tmp_path: pathlib.Path, counting: Counting
 ) -> None:
     checkpoint = open_checkpoint(tmp_path)
@@ -140,7 +141,7 @@ def test_what_was_read_is_not_held_by_the_checkpoint(
     assert weak() is None and not any(ref() is not None for ref in counting.given)
 
 
-def test_the_next_block_is_read_while_one_is_worked_on(
+def test_the_next_block_is_read_while_the_caller_works(
     tmp_path: pathlib.Path, counting: Counting
 ) -> None:
     checkpoint = open_checkpoint(tmp_path)
@@ -166,7 +167,7 @@ def test_the_next_block_is_read_while_one_is_worked_on(
     )
 
 
-def test_what_is_wrong_with_a_block_read_ahead_is_told_when_it_is_due(
+def test_an_error_in_a_prefetched_block_is_raised_when_the_block_is_due(
     tmp_path: pathlib.Path, counting: Counting
 ) -> None:
     counting._state[UP] = np.full(counting.shapes[UP], np.nan, np.float32)
@@ -177,7 +178,7 @@ def test_what_is_wrong_with_a_block_read_ahead_is_told_when_it_is_due(
 
 
 CONFIG_ERRORS: dict[str, tuple[bytes | None, str]] = {
-    "missing": (None, "has no config.json: --model must name a Hugging Face checkpoint directory"),
+    "missing": (None, "has no config.json: model must name a Hugging Face checkpoint directory"),
     "empty": (b"", "cannot be read"),
     "broken": (b'{"model_type": "llama"', "cannot be read"),
     "not text": (b"\xff\xfe\x00", "cannot be read"),
@@ -189,7 +190,7 @@ CONFIG_ERRORS: dict[str, tuple[bytes | None, str]] = {
 
 
 def one_line(directory: pathlib.Path, *says: str) -> None:
-    """Opening the checkpoint and reading its blocks raises one line that holds all of `says`."""
+    """Assert that reading the checkpoint raises one line that holds all of `says`."""
     with pytest.raises(InputError) as caught:
         list(open_checkpoint(directory).model.blocks)
     message = str(caught.value)
@@ -199,7 +200,7 @@ def one_line(directory: pathlib.Path, *says: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONFIG_ERRORS)
-def test_wrong_config_files(kind: str, tmp_path: pathlib.Path) -> None:
+def test_a_wrong_config_file_is_refused(kind: str, tmp_path: pathlib.Path) -> None:
     content, says = CONFIG_ERRORS[kind]
     tiny.write(tmp_path, random_state())
     (tmp_path / "config.json").unlink()
@@ -208,7 +209,7 @@ def test_wrong_config_files(kind: str, tmp_path: pathlib.Path) -> None:
     one_line(tmp_path, says, "" if "model_type" in says else str(tmp_path))
 
 
-def test_a_directory_for_a_config_file(tmp_path: pathlib.Path) -> None:
+def test_a_directory_in_place_of_a_config_file_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "config.json").mkdir()
     one_line(tmp_path, "cannot be read", str(tmp_path / "config.json"))
 
@@ -247,7 +248,9 @@ STATE_ERRORS: dict[str, tuple[Callable[[State], None], tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", STATE_ERRORS)
-def test_tensors_that_disagree_with_the_configuration(kind: str, tmp_path: pathlib.Path) -> None:
+def test_tensors_that_disagree_with_the_configuration_are_refused(
+    kind: str, tmp_path: pathlib.Path
+) -> None:
     change, says = STATE_ERRORS[kind]
     state = random_state()
     change(state)
@@ -259,7 +262,7 @@ def test_tensors_that_disagree_with_the_configuration(kind: str, tmp_path: pathl
 )
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("name", [UP, "model.norm.weight"])
-def test_numbers_that_are_not_finite(
+def test_numbers_that_are_not_finite_are_refused(
     name: str, value: float, dtype: Any, tmp_path: pathlib.Path
 ) -> None:
     state = random_state()
@@ -273,7 +276,7 @@ def test_numbers_that_are_not_finite(
     "dtype", [np.float32, np.float16, ml_dtypes.bfloat16], ids=lambda t: t.__name__
 )
 def test_large_numbers_are_finite(dtype: Any, tmp_path: pathlib.Path) -> None:
-    """Their sum is not, which must neither be taken for infinity nor warn."""
+    """Their sum overflows, which must neither count as infinity nor warn."""
     largest = np.full((40, 32), ml_dtypes.finfo(dtype).max, dtype)
     model = open_checkpoint(tiny.write(tmp_path, {**random_state(), UP: largest})).model
     np.testing.assert_array_equal(model.blocks[1].up.w, largest.astype(np.float32))

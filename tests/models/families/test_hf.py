@@ -1,4 +1,4 @@
-"""Configurations: what they become, the names and shapes they imply, and one line for every way they can be wrong."""
+"""Configurations: architectures, names and shapes; every error is one line."""
 
 import math
 from typing import Any
@@ -52,7 +52,7 @@ def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     }
 
 
-def test_initialisation_by_kind() -> None:
+def test_tensors_are_initialised_by_their_kind() -> None:
     kinds = {s.name: s.init for s in spec_leaves(tiny.OPT) + spec_leaves(tiny.BIASED)}
     for name, kind in kinds.items():
         norm, bias = "norm" in name, name.endswith(".bias")
@@ -113,13 +113,15 @@ def test_equal_configurations_share_an_architecture_and_so_their_compilations() 
         ),
     ],
 )
-def test_sliding_windows(change: dict[str, Any], windows: tuple[int | None, ...]) -> None:
+def test_sliding_windows_follow_the_configuration(
+    change: dict[str, Any], windows: tuple[int | None, ...]
+) -> None:
     """As transformers' configuration classes fill in what a file leaves out."""
     arch, _, blocks = hf.specs({**tiny.GQA, "num_hidden_layers": 3, **change})
     assert arch.config.windows == windows == tuple(b.window for b in blocks)
 
 
-def test_rotary_settings_in_both_spellings() -> None:
+def test_rotary_settings_are_read_in_both_spellings() -> None:
     llama3 = {
         "factor": 8.0,
         "low_freq_factor": 2.0,
@@ -144,7 +146,7 @@ def test_rotary_settings_in_both_spellings() -> None:
     ].config.rope == Rope(10000.0, "dynamic", 2.0, 64)
 
 
-def test_linear_names() -> None:
+def test_linears_have_their_checkpoint_names() -> None:
     blocks = {k: hf.specs(c)[2][1] for k, c in tiny.FAMILIES.items()}
     assert hf.linear_name(blocks["llama"], "up") == "model.layers.1.mlp.up_proj"
     assert hf.linear_name(blocks["opt"], "o") == "model.decoder.layers.1.self_attn.out_proj"
@@ -221,7 +223,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("change", "says"), WRONG, ids=[says for _, says in WRONG])
-def test_wrong_configurations(change: dict[str, Any], says: str) -> None:
+def test_a_wrong_configuration_is_refused(change: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as caught:
         hf.specs({**tiny.GQA, **change})
     message = str(caught.value)

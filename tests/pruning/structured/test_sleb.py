@@ -15,7 +15,8 @@ import pytest
 from eval.perplexity import perplexity
 from models import arch
 from models.arch import Model, embed, logits
-from models.checkpoint.reader import LazyBlocks, open_checkpoint
+from models.checkpoint.blocks import LazyBlocks
+from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 from models.families import hf
 from models.sharding import make_mesh
