@@ -77,11 +77,11 @@ def test_a_text_ends_where_the_checkpoint_says(tmp_path: Path) -> None:
     """`generation_config.json` first, one token or several; else `config.json`; else nowhere."""
     tiny.write(tmp_path, tiny.state_of(tiny.GQA, tiny.random_model(tiny.GQA)))
     checkpoint = open_checkpoint(tmp_path)
-    assert generate.ends_of(checkpoint) == [2]
+    assert generate.eos_tokens(checkpoint) == [2]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
-    assert generate.ends_of(checkpoint) == [3, 4]
+    assert generate.eos_tokens(checkpoint) == [3, 4]
     (tmp_path / "generation_config.json").write_text("{}")
-    assert generate.ends_of(checkpoint._replace(config={})) == []
+    assert generate.eos_tokens(checkpoint._replace(config={})) == []
 
 
 def test_the_text_stops_before_the_token_that_ends_it() -> None:
@@ -124,7 +124,7 @@ def test_pruning_reports_what_both_models_say(model: str, tmp_path: Path) -> Non
         checkpoint = open_checkpoint(directory)
         prompts = np.asarray([tokenizer(s["prompt"], special=True) for s in found])
         new = continue_tokens(checkpoint.model, prompts, samples.NEW_TOKENS)
-        non_block = generate.ends_of(checkpoint)
+        non_block = generate.eos_tokens(checkpoint)
         for sample, ids, text in zip(found, prompts.tolist(), new, strict=True):
             assert sample[name] == generate.continuation(tokenizer, ids, text, non_block)
     assert any(s["dense"] != s["pruned"] for s in found)
