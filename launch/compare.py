@@ -16,7 +16,7 @@ from rich.console import Console
 from launch.flags.cli import Flags, run
 from launch.report import compare_plot, compare_table, console
 from launch.report.compare_plot import Point
-from launch.report.compare_table import PARTS, Run, data_sets
+from launch.report.compare_table import PARTS, Run, data_sets, rows
 from launch.run import export
 from models.errors import InputError
 
@@ -141,7 +141,7 @@ def main(values: dict[str, Any]) -> None:
     if values["plot"] and pathlib.Path(values["plot"]).suffix not in (".svg", ".png"):
         raise InputError("must end in .svg or .png", field="plot", value=values["plot"])
     runs = read(values["directories"], values["speed"])
-    table = compare_table.rows(runs)
+    table = rows(runs)
     console.show_wide(str(runs[0].report["model"]), table, Console())
     for difference in differences(runs):
         console.note(f"warning: {difference}")

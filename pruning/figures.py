@@ -121,6 +121,6 @@ def kept_map(unit: str, masks: Sequence[np.ndarray]) -> KeptMap:
         title=f"Kept {unit}",
         unit=unit,
         units=units,
-        kept=[[round(float(share), 4) for share in row] for row in shares],
+        kept=[[round(float(share), 6) for share in row] for row in shares],
         caption=f"Coloured: kept; empty: removed. {left:,} of {units * blocks:,} {unit} are left.",
     )
