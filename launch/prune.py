@@ -62,6 +62,7 @@ from models.checkpoint.output_format import preview
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.checkpoint.writer import Writer, write_json
 from models.processes import agree, is_primary, run_on_primary
+from pruning.figures import to_json
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
@@ -184,6 +185,7 @@ def describe(
             "topiary": run.written.topiary,
             "transformers": run.written.transformers.said,
         },
+        "figures": [to_json(figure) for figure in outcome.figures],
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }
 
