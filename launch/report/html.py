@@ -5,6 +5,7 @@ same report.
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ def render(report: Mapping[str, Any]) -> str:
         plots=figures.plots(report),
         tables=figures.tables(report),
         linears=linears,
+        command=_command(report.get("command", "")),
         long=_LONG,
         protocol=_protocol(report.get("protocol", {})),
         settings=flat(report.get("settings", {})),
@@ -128,6 +130,21 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         dense, pruned = sizes["dense"], sizes["pruned"]
         tiles.append(("weights on disk", summary.size(pruned), summary.difference(dense, pruned)))
     return tiles
+
+
+def _command(command: str) -> str:
+    """Return a shell command with one flag per line, since browsers break lines inside flags."""
+    try:
+        words = shlex.split(command)
+    except ValueError:  # not a command of ours
+        return command
+    lines: list[str] = []
+    for word in map(shlex.quote, words):
+        if lines and not word.lstrip("'").startswith("--"):
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return " \\\n  ".join(lines)
 
 
 def _linears(sparsity: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -30,12 +30,14 @@ class Light(NamedTuple):
     Attributes:
       state: "good", "check" or "poor".
       subject: Name of the number.
-      text: Its value and its threshold.
+      text: Its value.
+      limit: Its threshold; empty for a check that has none.
     """
 
     state: State
     subject: str
     text: str
+    limit: str = ""
 
     @property
     def mark(self) -> str:
@@ -72,8 +74,8 @@ def _perplexities(report: Mapping[str, Any]) -> Iterator[Light]:
         text = "not finite"
         if math.isfinite(pruned):
             text = f"{summary.ratio(dense, pruned)} the dense model's"
-        text += f" (good: at most {RATIO[0]:g}x, poor: above {RATIO[1]:g}x)"
-        yield Light(_state(pruned / dense, RATIO), f"Perplexity, {labels[name]}", text)
+        limit = f"good: at most {RATIO[0]:g}x, poor: above {RATIO[1]:g}x"
+        yield Light(_state(pruned / dense, RATIO), f"Perplexity, {labels[name]}", text, limit)
 
 
 def _accuracies(report: Mapping[str, Any]) -> Iterator[Light]:
@@ -88,8 +90,8 @@ def _accuracies(report: Mapping[str, Any]) -> Iterator[Light]:
             state, text = "check", f"{text}; the dense model does not beat guessing either"
         elif m.pruned[0] <= chance + CHANCE * (m.pruned[1] or 0.0):
             state, text = "poor", f"{text}; no better than guessing"
-        text += f" (good: more than {CHANCE:g} standard errors above guessing)"
-        yield Light(state, f"{m.task}, {m.name}", text)
+        limit = f"good: more than {CHANCE:g} standard errors above guessing"
+        yield Light(state, f"{m.task}, {m.name}", text, limit)
 
 
 def repetition(text: str) -> float:
@@ -112,15 +114,15 @@ def _texts(report: Mapping[str, Any]) -> Iterator[Light]:
     empty = sum(not s["pruned"].strip() for s in samples)
     state = _state(pruned - dense, REPEATED)
     text = (
-        f"{summary.percent(pruned)} of its {GRAM}-word sequences are repeats, "
+        f"{summary.percent(pruned)} of the {GRAM}-word sequences are repeats, "
         f"{summary.percent(dense)} for the dense model"
     )
     if empty:
         text += f"; {empty} of {len(samples)} continuations are empty"
         state = "check" if state == "good" else state
     good, poor = (f"{100 * limit:g}" for limit in REPEATED)
-    text += f" (good: at most {good} points more, poor: above {poor} points)"
-    yield Light(state, "Sample texts", text)
+    limit = f"good: at most {good} points more, poor: above {poor} points"
+    yield Light(state, "Sample texts", text, limit)
 
 
 def _checks(report: Mapping[str, Any]) -> Iterator[Light]:
@@ -133,11 +135,9 @@ def _sparsity(report: Mapping[str, Any]) -> Iterator[Light]:
     sparsity = report.get("sparsity", {})
     reached, target = sparsity.get("prunable"), sparsity.get("target")
     if reached is not None and target is not None:
-        text = (
-            f"{summary.percent(reached)}, target {summary.percent(target)} "
-            f"(good: within {100 * TOLERANCE:g} points)"
-        )
-        yield Light("good" if abs(reached - target) <= TOLERANCE else "check", "Sparsity", text)
+        state: State = "good" if abs(reached - target) <= TOLERANCE else "check"
+        text = f"{summary.percent(reached)}, target {summary.percent(target)}"
+        yield Light(state, "Sparsity", text, f"good: within {100 * TOLERANCE:g} points")
 
 
 def _draws(report: Mapping[str, Any]) -> Iterator[Light]:
@@ -145,9 +145,7 @@ def _draws(report: Mapping[str, Any]) -> Iterator[Light]:
     labels = summary.short_names(data_sets)
     for name, spread in data_sets.items():
         relative = spread["std"] / spread["mean"]
-        text = (
-            f"standard deviation of perplexity is {summary.percent(relative)} of its mean "
-            f"(good: at most {summary.percent(SPREAD)})"
-        )
         state: State = "good" if relative <= SPREAD else "check"
-        yield Light(state, f"Calibration draws, {labels[name]}", text)
+        text = f"standard deviation of perplexity is {summary.percent(relative)} of its mean"
+        limit = f"good: at most {summary.percent(SPREAD)}"
+        yield Light(state, f"Calibration draws, {labels[name]}", text, limit)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.size import Size
+from launch.report import summary
 from launch.run import export
 from models.checkpoint.reader import Checkpoint
 from pruning.types import Outcome
@@ -106,8 +107,8 @@ def warnings(
         yield f"transformers does not reproduce the logits: {written.transformers.said}"
     if abs(sparsity["prunable"] - sparsity["target"]) > TOLERANCE:
         yield (
-            f"sparsity is {sparsity['prunable']:.4f} of the prunable weights, "
-            f"the target was {sparsity['target']:.4f}"
+            f"{summary.percent(sparsity['prunable'])} of the prunable weights were removed, "
+            f"the target was {summary.percent(sparsity['target'])}"
         )
     positions = checkpoint.config.get("max_position_embeddings")
     if positions and length > positions:
