@@ -11,7 +11,11 @@ from launch.report.svg import GREY, ORANGE, TEAL, WIDTH, save, style, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
+LEGEND = "green: no other run is better on both axes; orange: another run is"
+# Offsets of a name from its point in points, the preferred ones first.
+PLACES = [(side, height) for height in (4, -10, 14, -20, 24, -30) for side in (5, -5)]
 PARAMETERS = "parameters left"  # the one x axis on which less is better
 
 
@@ -51,8 +55,6 @@ def _draw(ax: "Axes", data: str, x_label: str, points: Sequence[Point]) -> None:
     ax.step(xs, ys, where="post", color=GREY, linewidth=1.0)
     for p in finite:
         ax.plot(p.x, p.perplexity, "o", color=TEAL if p in best else ORANGE, markersize=5)
-        at = (p.x, p.perplexity)
-        ax.annotate(summary.shorten(p.name), at, (5, 4), textcoords="offset points", fontsize=8)
     values = [p.perplexity for p in finite]
     if values and max(values) > LOG_RANGE * min(values):
         ax.set_yscale("log")
@@ -64,6 +66,31 @@ def _draw(ax: "Axes", data: str, x_label: str, points: Sequence[Point]) -> None:
     ax.margins(x=0.2, y=0.15)
     ax.set_title(f"perplexity, {summary.shorten(data)}")
     ax.set_xlabel(x_label)
+
+
+def label_points(ax: "Axes", points: Sequence[Point]) -> None:
+    """Write each run's name beside its point, at the first place that no other name covers.
+
+    Args:
+      ax: Axes that are already laid out.
+      points: The runs.
+    """
+    taken: list[Bbox] = []
+    for p in sorted(points, key=lambda p: p.x):
+        for dx, dy in PLACES:
+            text = ax.annotate(
+                summary.shorten(p.name),
+                (p.x, p.perplexity),
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                fontsize=8,
+            )
+            box = text.get_window_extent()
+            if (dx, dy) == PLACES[-1] or not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
 
 
 def save_comparison(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> None:
@@ -86,4 +113,9 @@ def save_comparison(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: P
         for axes, (data, by_label) in zip(grid, panels.items(), strict=True):
             for ax, (x_label, points) in zip(axes, by_label.items(), strict=True):
                 _draw(ax, labels[data], x_label, points)
+        figure.supxlabel(LEGEND, fontsize=8)
+        figure.draw_without_rendering()  # lays the axes out, so that labels can be placed
+        for axes, by_label in zip(grid, panels.values(), strict=True):
+            for ax, points in zip(axes, by_label.values(), strict=True):
+                label_points(ax, [p for p in points if math.isfinite(p.perplexity)])
         save(figure, path)

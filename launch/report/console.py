@@ -23,6 +23,7 @@ from launch.report import summary
 from models.processes import is_primary
 
 _LINES = 10  # most progress lines per stage in a log
+_MARGIN = 3  # characters of a column beside its cells: a space on both sides and a rule
 
 
 def closing_table(report: Mapping[str, Any]) -> Table:
@@ -70,11 +71,11 @@ def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, label
       labels: Number of leading columns that name a row; every part repeats them.
     """
     widths = _column_widths(rows, console.width, labels)
-    label_columns, margin = list(range(labels)), 3  # a margin on both sides and a rule
-    room = console.width - 1 - sum(widths[k] + margin for k in label_columns)
+    label_columns = list(range(labels))
+    room = console.width - 1 - sum(widths[k] + _MARGIN for k in label_columns)
     parts: list[list[int]] = [[]]
     for k in range(labels, len(widths)):
-        if parts[-1] and sum(widths[j] + margin for j in [*parts[-1], k]) > room:
+        if parts[-1] and sum(widths[j] + _MARGIN for j in [*parts[-1], k]) > room:
             parts.append([])
         parts[-1].append(k)
     for n, part in enumerate(parts):
@@ -89,14 +90,15 @@ def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, label
 
 
 def _column_widths(rows: Sequence[Sequence[str]], width: int, labels: int) -> list[int]:
-    """Return each column's width: its widest word, at most half a line shared by the labels."""
+    """Return each column's width: its widest cell, the labels together at most half a line."""
     widths = []
-    for k, column in enumerate(zip(*rows, strict=True)):
+    for column in zip(*rows, strict=True):
         heading, *cells = column
         # A heading wraps at its spaces; a cell stays on one line if it can.
         natural = max(cell_len(text) for text in (*heading.split(), *cells, "x"))
-        most = width // (2 * labels if k < labels else 2) - 4
-        widths.append(min(natural, most))
+        widths.append(min(natural, width // 2 - 4))
+    while sum(widths[:labels]) + labels * _MARGIN > width // 2 and max(widths[:labels]) > 1:
+        widths[widths.index(max(widths[:labels]))] -= 1
     return widths
 
 

@@ -111,7 +111,6 @@ class Board:
             settings=self._settings,
             plots=[plot for plot in plots if plot.svg],
             table=sweep_table.table(self.rows),
-            labels=len(sweep_table.LABELS),
             trials=[self._trial_cells(row, quality) for row in self.rows],
             finished=sum(line.finished for line in lines),
             planned=sum(line.trials for line in lines),
@@ -133,9 +132,9 @@ class Board:
     def _trial_cells(
         row: Mapping[str, Any], quality: Sequence[Column]
     ) -> tuple[str, str, str, list[str]]:
-        """Return a trial's name, state, error, and its sparsity, size and quality as text."""
-        cells = [summary.percent(row.get("reached")), summary.size(row.get("bytes"))]
-        cells += [c.text(row.get(f"{c.kind}:{c.name}")) for c in quality]
+        """Return a trial's name, state, error, and its quality, sparsity and size as text."""
+        cells = [c.text(row.get(f"{c.kind}:{c.name}")) for c in quality]
+        cells += [summary.percent(row.get("reached")), summary.size(row.get("bytes"))]
         return row["trial"], row["state"], row["error"], cells
 
     def show(self, console: Console) -> None:

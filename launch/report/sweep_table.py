@@ -15,7 +15,7 @@ DENSE, PRUNED = "perplexity_dense:", "perplexity:"
 # Prefixes of its columns of accuracy, before a task and a metric: piqa, acc.
 DENSE_ACCURACY, ACCURACY = "accuracy_dense:", "accuracy:"
 # Columns that name a line of the table.
-LABELS = ("method", "allocation", "refine")
+LABELS = ("method", "target")
 
 
 def pending_row(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
@@ -97,7 +97,7 @@ class Line(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Return the name of the curve that the line is a point of."""
+        """Return the method with its allocation and refinement, if they are not the defaults."""
         extra = [call for call in (self.allocation, self.refine) if call not in ("uniform", "none")]
         return ", ".join([self.method, *extra])
 
@@ -190,33 +190,25 @@ def spread_text(s: Spread | None, seeds: int, text: Callable[[float], str]) -> s
 
 def _cells(line: Line, quality: Sequence[Column]) -> list[str]:
     """Return a line of the table as text."""
-    seeds = str(line.finished)
-    if line.finished < line.trials:
-        seeds += f" of {line.trials}"
-    cells = [
-        line.method,
-        line.allocation,
-        line.refine,
-        summary.percent(line.sparsity),
-        summary.percent(line.reached),
-        seeds,
-        summary.ABSENT if line.bytes is None else summary.size(round(line.bytes)),
-    ]
+    cells = [line.name, summary.percent(line.sparsity)]
     for c in quality:
         values = line.perplexity if c.kind == "perplexity" else line.accuracy
         cells.append(spread_text(values.get(c.name), line.finished, c.text))
-    return cells
+    seeds = str(line.finished)
+    if line.finished < line.trials:
+        seeds += f" of {line.trials}"
+    size = summary.ABSENT if line.bytes is None else summary.size(round(line.bytes))
+    return [*cells, summary.percent(line.reached), seeds, size]
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """Return the table as text: headings, a line per setting, the dense model last."""
-    quality = columns(rows)
-    heads = [*LABELS, "target", "reached", "seeds", "size"]
-    result = [heads + [c.heading for c in quality]]
+    quality, costs = columns(rows), ("reached", "seeds", "size")
+    result = [[*LABELS, *(c.heading for c in quality), *costs]]
     result += [_cells(line, quality) for line in lines(rows)]
     if quality:
-        blanks = [""] * (len(heads) - 1)
-        result.append(["dense", *blanks, *(c.text(c.dense) for c in quality)])
+        values = [c.text(c.dense) for c in quality]
+        result.append(["dense", *[""] * (len(LABELS) - 1), *values, *[""] * len(costs)])
     return result
 
 

@@ -1,5 +1,6 @@
 """The comparison shows the reports' numbers and warns about those that cannot be compared."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -7,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from launch import compare
 from launch.flags.cli import run
@@ -169,6 +171,18 @@ def test_the_front_has_the_runs_that_no_other_run_beats() -> None:
         d,
         Point("x", 2.0, 12),
     ]
+
+
+def test_names_of_close_points_do_not_cover_each_other() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    points = [Point(f"run {k}", 0.5 + 0.001 * k, 10.0 + 0.01 * k) for k in range(5)]
+    ax.plot([0.0, 1.0], [0.0, 20.0])
+    figure.draw_without_rendering()
+    compare_plot.label_points(ax, points)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert sorted(text.get_text() for text in ax.texts) == [p.name for p in points]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize(
