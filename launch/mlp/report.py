@@ -13,13 +13,12 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from launch.report.seeds import Spread, spread
+from launch.report.svg import COLOURS, MARKERS
 from launch.run.staging import staged
 
 RESULTS = "results.json"
 DENSE = "dense"  # what stands for a scorer where nothing is removed
-# Paul Tol's "vibrant" scheme, which colour-blind readers can tell apart; the markers say the same once more.
-COLOURS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#999999", "#ee3377")
-MARKERS = "osD^vXP*"
 
 
 class Row(NamedTuple):
@@ -31,18 +30,6 @@ class Row(NamedTuple):
     valid: float
     test: float
     parameters: int
-
-
-class Spread(NamedTuple):
-    """Mean and sample standard deviation over the seeds (0 with one seed)."""
-
-    mean: float
-    std: float
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """Of one value a seed."""
-    return Spread(float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0)
 
 
 def names_of(rows: Sequence[Row]) -> tuple[list[str], list[float]]:
