@@ -23,7 +23,7 @@ Ended = Generator[tuple[Trial, str | None], None, None]
 
 
 class Execution(NamedTuple):
-    """How trials are run.
+    """Way to run trials.
 
     Attributes:
       resources: Resources of one trial, as --resources names them.
