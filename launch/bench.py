@@ -1,4 +1,4 @@
-"""Time the calibration walk, or whole pruning runs, against PyTorch where torch is installed.
+"""Time calibration, whole pruning runs or generation, against PyTorch where it is installed.
 
     python -m launch.bench --model=DIR --calibration=tokens.npy
     python -m launch.bench --what=sparsegpt --model=DIR --calibration=tokens.npy
@@ -6,47 +6,46 @@
     python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --sparsity=0.2
     python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
 
---what=calibration: statistics of every block against PyTorch's forward. sparsegpt: a whole run against SparseGPT written plainly in
-PyTorch. sparsellm: a whole run, with the default of four iterations and with two, against four of the released loop of pseudo-inverses, in
-our code and plainly in PyTorch. neuroal: the search of both steps with Wanda against the released search, and as many trials one after the
-other in PyTorch. sleb: the search with and without kept hidden states, against whole forwards in PyTorch. speed: prompt processing and
-generation of a dense and of pruned checkpoints. The programs run in turn, so that a machine whose speed drifts slows all of them: quote the
-ratio. Pruning runs are processes of their own, compilation included, with their peak memory. All windows of a `.npy` file are taken: cut it
-to a few for the searches.
+--what selects the measurement:
+  calibration  statistics of every block, against PyTorch's forward pass
+  sparsegpt    a whole run, against SparseGPT written plainly in PyTorch
+  sparsellm    a whole run with four iterations and with two, against four of the official loop of
+               pseudo-inverses, ours and plainly in PyTorch
+  neuroal      the search of both steps for Wanda, against the official search, and against as
+               many trials one by one in PyTorch
+  sleb         the search with and without its cache, against whole forward passes in PyTorch
+  speed        prompt processing and generation of a dense model and of pruned ones
+
+The programs run in turn, so that a machine whose speed drifts slows all of them: quote the ratio.
+Pruning runs have processes of their own, compilation included, with their peak memory. All
+windows of a .npy file are used: cut it to a few for the searches.
 """
 
 import functools
 import importlib.util
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from calibration.observers import batch_norms, second_moment
-from calibration.passes import Stats, calibrate_blocks
-from calibration.runtime import Runtime
-from launch.benchmarks import solvers as bench_solvers
-from launch.benchmarks import speed as bench_speed
-from launch.benchmarks.solvers import Run
+from launch.benchmarks import speed, torch_solvers
+from launch.benchmarks.calibration import calibration_passes, torch_forward
+from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
+from launch.benchmarks.timing import in_turn, summarise, time_in_turn
 from launch.flags.cli import Flags, run
 from launch.flags.common import check_sparsity, mesh_of, model_flags, open_model
 from launch.report import summary
 from launch.run.measure import protocol, read_calibration, tokenizer_of, write_report
-from models.arch import Block, Model
 from models.checkpoint.reader import Checkpoint, in_memory
 from models.errors import InputError
 
-T = TypeVar("T")
-
 
 def options() -> Flags:
-    """The flags of `launch.bench`."""
+    """Define the flags of `launch.bench`."""
     f = Flags("launch.bench", __doc__ or "")
     model_flags(f)
     f.group("Calibration")
@@ -55,224 +54,134 @@ def options() -> Flags:
         "embedded",
         "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
     )
-    f.integer("calibration_samples", 12, "how many windows", 1)
-    f.integer("calibration_length", 512, "tokens in a window; 0: what the model was made for", 0)
+    f.integer("calibration_samples", 12, "number of windows", 1)
+    f.integer("calibration_length", 512, "tokens in a window; 0: the model's own length", 0)
     f.integer("calibration_batch", 4, "windows at a time", 1)
-    f.integer("seed", 0, "of the windows drawn")
+    f.integer("seed", 0, "seed of the calibration windows")
     f.group("Measurement")
     f.choice(
         "what",
         "calibration",
         ("calibration", "sparsegpt", "sparsellm", "neuroal", "sleb", "speed"),
-        "what is timed",
+        "the measurement",
     )
-    f.number("sparsity", 0.5, "of the pruning runs")
-    f.integer("blocks", 0, "how many blocks the pruning runs prune; 0: all")
-    f.integer("runs", 5, "timed runs of each, for calibration after one warm-up", 1)
+    f.number("sparsity", 0.5, "sparsity of the pruning runs")
+    f.integer("blocks", 0, "number of blocks that the pruning runs prune; 0: all")
+    f.integer("runs", 5, "timed runs of each program; calibration has a warm-up before", 1)
     f.boolean("torch", True, "time PyTorch too, if torch is installed")
-    f.string("json", None, "file to write the figures to")
-    bench_speed.flags(f)
+    f.string("json", None, "file to write the results to")
+    speed.flags(f)
     return f
 
 
-def calibration_walks(
-    model: Model, tokens: np.ndarray, batch: int, mesh: Any
-) -> dict[str, Callable[[], Any]]:
-    """The walks to time: Wanda's statistics of every linear's input, LLMRank's of the feed-forward part, each a dense forward."""
-    group, tap = model.arch.group("neurons"), model.arch.tap
-    up, down = group.writers[-1].name, group.reader.name
-    watches = {
-        "Wanda statistics": {s.reads: second_moment for s in model.arch.slots},
-        "LLMRank statistics": dict.fromkeys((tap(up), tap(down), up, down), batch_norms),
-    }
-
-    def walk(watch: dict[str, Any]) -> None:
-        kept = []
-
-        def visit(i: int, block: Block, stats: Stats) -> tuple[Block, None]:
-            kept.append(stats)
-            return block, None
-
-        calibrate_blocks(
-            model,
-            tokens,
-            Runtime(batch, mesh),
-            visit,
-            watch=watch,
-            propagate="dense",
-            name="calibrating",
-        )
-        jax.block_until_ready(kept)
-
-    return {name: functools.partial(walk, watch) for name, watch in watches.items()}
-
-
-def torch_forward(
-    checkpoint: Checkpoint, tokens: np.ndarray, batch: int
-) -> Callable[[], Any] | None:
-    """PyTorch's forward through the decoder (no head) with transformers' own attention, or None without torch."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    from transformers import AutoModelForCausalLM
-
-    model = (
-        AutoModelForCausalLM.from_pretrained(checkpoint.directory, dtype=torch.float32)
-        .eval()
-        .get_decoder()
-    )
-    batches = [
-        torch.tensor(tokens[i : i + batch].astype(np.int64)) for i in range(0, len(tokens), batch)
-    ]
-
-    def forward() -> None:
-        with torch.no_grad():
-            for ids in batches:
-                model(ids, use_cache=False)
-
-    return forward
-
-
-def in_turn(programs: dict[str, Callable[[], T]], runs: int) -> dict[str, list[T]]:
-    """What every program gives, `runs` times, in turn: A B A B ..."""
-    found: dict[str, list[T]] = {name: [] for name in programs}
-    for _ in range(runs):
-        for name, program in programs.items():
-            found[name].append(program())
-    return found
-
-
-def seconds_of(program: Callable[[], Any]) -> float:
-    """Seconds of one run."""
-    start = time.perf_counter()
-    program()
-    return time.perf_counter() - start
-
-
-def time_in_turn(programs: dict[str, Callable[[], Any]], runs: int) -> dict[str, list[float]]:
-    """Seconds of every program, `runs` times, in turn, after one warm-up of each."""
-    for program in programs.values():
-        program()
-    return in_turn(
-        {name: functools.partial(seconds_of, program) for name, program in programs.items()}, runs
-    )
-
-
-def calibration(
+def time_calibration(
     values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray
 ) -> dict[str, list[Run]]:
-    """The calibration walks, and PyTorch's forward; the last is what the others are compared with."""
+    """Time the calibration passes and PyTorch's forward pass.
+
+    Args:
+      values: Values of the flags.
+      checkpoint: The model.
+      tokens: Calibration windows, int [samples time].
+
+    Returns:
+      Runs by name; the others are compared with the last.
+    """
     batch = values["calibration_batch"]
-    programs = calibration_walks(
-        in_memory(checkpoint.model), tokens, batch, mesh_of(values["mesh"], batch)
-    )
+    model, mesh = in_memory(checkpoint.model), mesh_of(values["mesh"], batch)
+    programs = calibration_passes(model, tokens, batch, mesh)
     reference = torch_forward(checkpoint, tokens, batch) if values["torch"] else None
     if reference:
         programs["PyTorch forward"] = reference
-    return {
-        name: [Run(s, None) for s in seconds]
-        for name, seconds in time_in_turn(programs, values["runs"]).items()
-    }
+    seconds = time_in_turn(programs, values["runs"])
+    return {name: [Run(s, None) for s in own] for name, own in seconds.items()}
 
 
-def solvers(
+def time_solvers(
     values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray
 ) -> dict[str, list[Run]]:
-    """Whole pruning runs, in turn."""
+    """Time whole pruning runs, each in its own process.
+
+    Args:
+      values: Values of the flags.
+      checkpoint: The model.
+      tokens: Calibration windows, int [samples time].
+
+    Returns:
+      Runs by name; the others are compared with the last.
+
+    Raises:
+      InputError: The model is not a Hugging Face directory.
+    """
+    what = values["what"]
     if not checkpoint.directory.is_dir():
-        raise InputError(
-            f"--what={values['what']} needs a model in a Hugging Face directory, not {values['model']}"
-        )
-    task = bench_solvers.Task(
+        raise InputError(f"--what={what} needs a Hugging Face directory, not {values['model']}")
+    task = Task(
         checkpoint.directory,
         tokens,
         values["sparsity"],
         values["calibration_batch"],
         values["blocks"],
     )
-    ours = functools.partial(bench_solvers.alone, bench_solvers.topiary, task)
+
+    def program(function: Program, argument: str = "") -> Callable[[], Run]:
+        return functools.partial(run_in_process, function, task, argument)
+
+    has_torch = values["torch"] and importlib.util.find_spec("torch")
     programs: dict[str, Callable[[], Run]] = {}
-    torch = values["torch"] and importlib.util.find_spec("torch")
-    if values["what"] == "sparsellm":
-        programs["SparseLLM"] = functools.partial(ours, "sparsellm")
-        programs["of two iterations"] = functools.partial(ours, "sparsellm(iterations=2)")
-        programs["released loop"] = functools.partial(ours, 'sparsellm(variant="official")')
-        if torch and any(s.name == "gate" for s in checkpoint.model.arch.slots):
-            programs["PyTorch, by pseudo-inverses"] = functools.partial(
-                bench_solvers.alone, bench_solvers.plain_alternation, task
-            )
-    elif values["what"] == "sleb":
-        programs["SLEB"] = functools.partial(ours, "sleb")
-        programs["without its cache"] = functools.partial(ours, "sleb(device_gib=0, host_gib=0)")
-        if torch:
-            programs["PyTorch"] = functools.partial(
-                bench_solvers.alone, bench_solvers.plain_removal, task
-            )
-    elif values["what"] == "neuroal":
-        find = functools.partial(bench_solvers.alone, bench_solvers.search, task)
-        programs["NeuroAL"] = functools.partial(find, f"neuroal(samples={len(tokens)})")
-        programs["released search"] = functools.partial(
-            find, f'neuroal(samples={len(tokens)}, variant="official")'
-        )
-        if torch:
-            programs["PyTorch, trial by trial"] = functools.partial(
-                bench_solvers.alone, bench_solvers.plain_search, task
-            )
+    if what == "sparsellm":
+        programs["SparseLLM"] = program(time_method, "sparsellm")
+        programs["two iterations"] = program(time_method, "sparsellm(iterations=2)")
+        programs["official loop"] = program(time_method, 'sparsellm(variant="official")')
+        if has_torch and any(s.name == "gate" for s in checkpoint.model.arch.slots):
+            programs["PyTorch, by pseudo-inverses"] = program(torch_solvers.time_sparsellm)
+    elif what == "sleb":
+        programs["SLEB"] = program(time_method, "sleb")
+        programs["without its cache"] = program(time_method, "sleb(device_gib=0, host_gib=0)")
+        if has_torch:
+            programs["PyTorch"] = program(torch_solvers.time_sleb)
+    elif what == "neuroal":
+        n = len(tokens)
+        official = f'neuroal(samples={n}, variant="official")'
+        programs["NeuroAL"] = program(time_search, f"neuroal(samples={n})")
+        programs["official search"] = program(time_search, official)
+        if has_torch:
+            programs["PyTorch, trial by trial"] = program(torch_solvers.time_neuroal_trials)
     else:
-        programs["SparseGPT"] = functools.partial(ours, "sparsegpt")
-        if torch:
-            programs["PyTorch"] = functools.partial(
-                bench_solvers.alone, bench_solvers.plain_sparsegpt, task
-            )
+        programs["SparseGPT"] = program(time_method, "sparsegpt")
+        if has_torch:
+            programs["PyTorch"] = program(torch_solvers.time_sparsegpt)
     return in_turn(programs, values["runs"])
 
 
-def figures_of(runs: dict[str, list[Run]], tokens: int) -> dict[str, dict[str, Any]]:
-    """Medians, and ratios to the last program pair by pair: both of a pair ran at about the same time."""
-    base, found = runs[list(runs)[-1]], {}
-    for name, own in runs.items():
-        seconds = [r.seconds for r in own]
-        ratio = statistics.median(a.seconds / b.seconds for a, b in zip(own, base, strict=True))
-        median = statistics.median(seconds)
-        found[name] = {
-            "seconds": seconds,
-            "median": median,
-            "ratio": ratio,
-            "tokens_per_second": tokens / median,
-        }
-        found[name]["peak_memory_bytes"] = max((r.peak for r in own if r.peak), default=None)
-    return found
+def table(title: str, results: Mapping[str, dict[str, Any]]) -> Table:
+    """Return the results as a table for the terminal.
 
-
-def table_of(title: str, figures: dict[str, dict[str, Any]]) -> Table:
-    """The figures as a table for the terminal."""
-    heads = (
-        "",
-        "median",
-        "least",
-        "most",
-        "tokens/s",
-        "peak memory",
-        f"time against {list(figures)[-1]}",
-    )
-    table = Table(*heads, title=title, title_justify="left")
-    for name, f in figures.items():
-        peak = f["peak_memory_bytes"]
-        table.add_row(
+    Args:
+      title: Title of the table.
+      results: Output of `summarise`.
+    """
+    heads = ("", "median", "min", "max", "tokens/s", "peak memory", f"vs {list(results)[-1]}")
+    result = Table(*heads, title=Text(title), title_justify="left")
+    for name, r in results.items():
+        peak = r["peak_memory_bytes"]
+        result.add_row(
             name,
-            *(summary.duration(g(f["seconds"])) for g in (statistics.median, min, max)),
-            summary.count(round(f["tokens_per_second"])),
+            summary.duration(r["median"]),
+            summary.duration(min(r["seconds"])),
+            summary.duration(max(r["seconds"])),
+            summary.count(round(r["tokens_per_second"])),
             summary.size(peak) if peak else "",
-            f"{f['ratio']:.2f}x",
+            f"{r['ratio']:.2f}x",
         )
-    return table
+    return result
 
 
 def main(values: dict[str, Any]) -> None:
-    """Measure, print a table, write the figures where `--json` says."""
-    if values["what"] == "speed":
-        return bench_speed.run(values)
+    """Measure, print a table, and write the results to --json."""
+    what = values["what"]
+    if what == "speed":
+        return speed.run(values)
     check_sparsity(values["sparsity"])
     checkpoint = open_model(values["model"], values["dtype"])
     tokens = read_calibration(
@@ -283,23 +192,18 @@ def main(values: dict[str, Any]) -> None:
         checkpoint,
         tokenizer_of(checkpoint),
     )
-    measure = calibration if values["what"] == "calibration" else solvers
-    figures = figures_of(measure(values, checkpoint, tokens.ids), tokens.ids.size)
-    Console().print(table_of(str(values["model"]), figures))
+    time_programs = time_calibration if what == "calibration" else time_solvers
+    results = summarise(time_programs(values, checkpoint, tokens.ids), tokens.ids.size)
+    Console().print(table(str(values["model"]), results))
     if values["json"]:
-        stamp = protocol({}) | {
-            "calibration": tokens.protocol,
-            "batch": values["calibration_batch"],
+        calibration = {"calibration": tokens.protocol, "batch": values["calibration_batch"]}
+        report = {
+            "model": values["model"],
+            "what": what,
+            "figures": results,
+            "protocol": protocol({}) | calibration,
         }
-        write_report(
-            values["json"],
-            {
-                "model": values["model"],
-                "what": values["what"],
-                "figures": figures,
-                "protocol": stamp,
-            },
-        )
+        write_report(values["json"], report)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Perplexity and zero-shot accuracy of a checkpoint.
+"""Measure perplexity and zero-shot accuracy of a checkpoint.
 
-python -m launch.evaluate --model=DIR --eval_data=wikitext2 --tasks=hellaswag,piqa --json=report.json
+python -m launch.evaluate --model=DIR --eval_data=wikitext2 --tasks=hellaswag,piqa --json=FILE
 """
 
 import sys
@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from launch.flags.cli import Flags, run
 from launch.flags.common import evaluation_flags, mesh_of, model_flags, open_model
@@ -27,7 +28,7 @@ from models.processes import is_primary
 
 
 def options() -> Flags:
-    """The flags of `launch.evaluate`."""
+    """Define the flags of `launch.evaluate`."""
     f = Flags("launch.evaluate", __doc__ or "")
     model_flags(f)
     protocol_flag(f)
@@ -41,7 +42,7 @@ def options() -> Flags:
 
 
 def main(values: dict[str, Any]) -> None:
-    """Evaluate, print a table, write the report where `--json` says."""
+    """Evaluate the checkpoint, print tables, and write the report to --json."""
     start(values)
     clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
     checkpoint = open_model(values["model"], values["dtype"])
@@ -53,38 +54,50 @@ def main(values: dict[str, Any]) -> None:
         values["tasks"], values["limit"], values["num_fewshot"], checkpoint, tokenizer
     )
     clock.lap("load")
-    found = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
-    tasks = evaluate_tasks(zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"])
+    scores = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
+    results = evaluate_tasks(
+        zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"]
+    )
     clock.lap("eval")
     if not is_primary():
         return
-    followed = summary.followed({"protocol": stamp(values["protocol"], values)})
-    heads = ("data set", "perplexity ± standard error", "tokens")
-    table = Table(*heads, title=values["model"], title_justify="left", caption=followed or None)
-    for name, figures in found.items():
-        table.add_row(
-            name,
-            summary.measured((figures["perplexity"], figures["error"]), fraction=False),
-            summary.count(figures["tokens"]),
-        )
-    Console().print(table)
-    if tasks:
-        table = Table("task, metric", "value ± standard error")
-        for row in summary.task_rows({name: {"dense": figures} for name, figures in tasks.items()}):
-            table.add_row(row.label, row.dense)
-        Console().print(table)
+    perplexity = {
+        name: {"dense": s["perplexity"], "dense_stderr": s["error"], "tokens": s["tokens"]}
+        for name, s in scores.items()
+    }
+    report = {
+        "model": values["model"],
+        "perplexity": perplexity,
+        "tasks": {name: {"dense": metrics} for name, metrics in results.items()},
+        "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),
+        "seconds": clock.seconds,
+    }
+    show(report, Console())
     if values["json"]:
-        result = {
-            "model": values["model"],
-            "perplexity": {
-                name: {"dense": f["perplexity"], "dense_stderr": f["error"], "tokens": f["tokens"]}
-                for name, f in found.items()
-            },
-            "tasks": {name: {"dense": figures} for name, figures in tasks.items()},
-            "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),
-            "seconds": clock.seconds,
-        }
-        write_report(values["json"], result)
+        write_report(values["json"], report)
+
+
+def show(report: dict[str, Any], console: Console) -> None:
+    """Print the perplexities and, if there are any, the metrics of tasks.
+
+    Args:
+      report: The report, as --json gets it.
+      console: Where to print.
+    """
+    heads = ("data set", "perplexity ± standard error", "tokens")
+    note = summary.protocol_note(report) or None
+    # Text, not str: rich reads [brackets] in a str as markup, and paths may hold them.
+    table = Table(*heads, title=Text(report["model"]), title_justify="left", caption=note)
+    labels = summary.short_names(report["perplexity"])
+    for name, s in report["perplexity"].items():
+        value = summary.measured((s["dense"], s["dense_stderr"]), fraction=False)
+        table.add_row(Text(labels[name]), value, summary.count(s["tokens"]))
+    console.print(table)
+    if report["tasks"]:
+        table = Table("task, metric", "value ± standard error")
+        for row in summary.task_rows(report["tasks"]):
+            table.add_row(Text(row.label), row.dense)
+        console.print(table)
 
 
 if __name__ == "__main__":

@@ -23,60 +23,89 @@ from models.sharding import place
 
 
 def options() -> Flags:
-    """The flags of `launch.generate`."""
+    """Define the flags of `launch.generate`."""
     f = Flags("launch.generate", __doc__ or "")
     model_flags(f)
     f.group("Text")
     f.string("prompt", None, "the text to continue")
-    f.integer("new_tokens", 64, "most tokens to add; a text also ends where the model ends it", 1)
-    f.number(
-        "temperature", 0.0, "0: the most likely token; above: drawn, the more freely the higher"
-    )
-    f.number("top_p", 1.0, "draw from the most likely tokens that together have this probability")
-    f.integer("seed", 0, "of the draws")
+    f.integer("new_tokens", 64, "most tokens to add; the model may end the text earlier", 1)
+    f.number("temperature", 0.0, "0 for the most likely token; higher values are more random")
+    f.number("top_p", 1.0, "sample from the most likely tokens with this total probability")
+    f.integer("seed", 0, "seed of the sampling")
     return f
 
 
-def ends_of(checkpoint: Checkpoint) -> list[int]:
-    """The tokens that end a text, from `generation_config.json`, else `config.json`; may be none."""
+def eos_tokens(checkpoint: Checkpoint) -> list[int]:
+    """Return the tokens that end a text; empty if the checkpoint names none.
+
+    Args:
+      checkpoint: Its `generation_config.json` is read first, then its `config.json`.
+    """
     file = checkpoint.directory / "generation_config.json"
     settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    found = settings.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    return [] if found is None else np.atleast_1d(found).tolist()
+    eos = settings.get("eos_token_id", checkpoint.config.get("eos_token_id"))
+    return [] if eos is None else np.atleast_1d(eos).tolist()
 
 
 def prompt_tokens(tokenizer: TextTokenizer, prompt: str, checkpoint: Checkpoint) -> list[int]:
-    """The tokens of a prompt, with what the tokenizer puts around a text; InputError without any, or for a model of other tokens."""
+    """Tokenize a prompt, with the special tokens that the tokenizer adds to a text.
+
+    Args:
+      tokenizer: The checkpoint's tokenizer.
+      prompt: The text.
+      checkpoint: The model that reads the tokens.
+
+    Raises:
+      InputError: There are no tokens, or one is outside the model's vocabulary.
+    """
     ids, vocab = tokenizer(prompt, special=True), checkpoint.model.arch.config.vocab
     if not ids:
-        raise InputError("--prompt has no tokens: give a text to continue")
+        raise InputError("has no tokens", "give a text to continue", field="prompt")
     if max(ids) >= vocab:
         raise InputError(
-            f"--prompt has token {max(ids)}, the model has {vocab}: use this model's own tokenizer"
+            f"has token {max(ids)}, but the model's vocabulary has {vocab} tokens",
+            "use this model's own tokenizer",
+            field="prompt",
         )
     return ids
 
 
 def continuation(
-    tokenizer: TextTokenizer, prompt: list[int], new: np.ndarray, non_block: list[int]
+    tokenizer: TextTokenizer, prompt: list[int], new: np.ndarray, eos: list[int]
 ) -> str:
-    """The text of new tokens int [t] after the prompt's, up to the first that ends it."""
-    stops = np.flatnonzero(np.isin(new, non_block))
+    """Return the text of new tokens up to the first that ends it.
+
+    Args:
+      tokenizer: The tokenizer of the model.
+      prompt: Tokens before the new ones.
+      new: New tokens, int [time].
+      eos: Tokens that end a text.
+    """
+    stops = np.flatnonzero(np.isin(new, eos))
     return tokenizer.continuation(prompt, new[: stops[0] if stops.size else None].tolist())
 
 
 def check(values: dict[str, Any]) -> None:
-    """InputError for a missing prompt, or a temperature or nucleus out of range."""
+    """Check the prompt and the sampling.
+
+    Args:
+      values: Values of the flags.
+
+    Raises:
+      InputError: The prompt is missing, or the temperature or top_p is out of range.
+    """
     if not values["prompt"]:
-        raise InputError("--prompt is missing: give the text to continue")
-    if not 0 <= values["temperature"] < float("inf"):
-        raise InputError(f"--temperature={values['temperature']} must be 0 or more")
-    if not 0 < values["top_p"] <= 1:
-        raise InputError(f"--top_p={values['top_p']} must be above 0 and at most 1")
+        raise InputError("is missing", "give the text to continue", field="prompt")
+    for name, valid, reason in (
+        ("temperature", 0 <= values["temperature"] < float("inf"), "must be 0 or more"),
+        ("top_p", 0 < values["top_p"] <= 1, "must be above 0 and at most 1"),
+    ):
+        if not valid:
+            raise InputError(reason, field=name, value=values[name])
 
 
 def main(values: dict[str, Any]) -> None:
-    """Print the prompt and what the model adds to it."""
+    """Print the prompt and its continuation."""
     check(values)
     mesh, checkpoint = mesh_of(values["mesh"], 1), open_model(values["model"], values["dtype"])
     tokenizer, new_tokens = load_tokenizer(checkpoint.directory), values["new_tokens"]
@@ -84,7 +113,10 @@ def main(values: dict[str, Any]) -> None:
     positions = getattr(checkpoint.model.arch.config, "positions", None)
     if positions is not None and len(prompt) + new_tokens > positions:
         raise InputError(
-            f"{len(prompt)} tokens of --prompt and --new_tokens={new_tokens} are more than the model's {positions} positions"
+            f"after {len(prompt)} tokens of `prompt` exceeds the model's {positions} positions",
+            "give a smaller number",
+            field="new_tokens",
+            value=new_tokens,
         )
     arch, non_block, blocks = checkpoint.model
     model = Model(arch, place(non_block, mesh), tuple(place(b, mesh) for b in blocks))
@@ -95,9 +127,9 @@ def main(values: dict[str, Any]) -> None:
         temperature=values["temperature"],
         top_p=values["top_p"],
         key=jax.random.key(values["seed"]),
-        eos=ends_of(checkpoint),
+        eos=eos_tokens(checkpoint),
     )
-    text = continuation(tokenizer, prompt, new[0], ends_of(checkpoint))
+    text = continuation(tokenizer, prompt, new[0], eos_tokens(checkpoint))
     Console().print(Text.assemble((values["prompt"], "bold"), text), soft_wrap=True)
 
 

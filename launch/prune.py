@@ -40,7 +40,7 @@ from launch.flags.common import (
     output_path,
 )
 from launch.flags.protocols import protocol_flag, stamp
-from launch.report import console, figures
+from launch.report import console, removal
 from launch.report import html as report
 from launch.run import draws, export
 from launch.run.code import code_digests
@@ -63,6 +63,7 @@ from models.checkpoint.output_format import preview
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.checkpoint.writer import Writer, write_json
 from models.processes import check_agreement, is_primary, run_on_primary
+from pruning.figures import to_json
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Method, Outcome, Request
 
@@ -133,15 +134,13 @@ class Finished(NamedTuple):
 
 
 def describe(
-    config: RunConfig, run: Finished, counts: figures.Counts, parameters: int
+    config: RunConfig, run: Finished, counts: removal.LinearCounts, parameters: int
 ) -> dict[str, Any]:
     """The report, but for the seconds; `parameters` are the pruned model's, padding not counted."""
     checkpoint, outcome = run.checkpoint, run.outcome
     dense, pruned = run.dense["perplexity"], run.pruned["perplexity"]
     settings = dataclasses.asdict(config) | {"sparsity": run.sparsity}
-    sparsity = figures.sparsity_figures(
-        checkpoint, outcome, counts, checkpoint.parameters, run.sparsity
-    )
+    sparsity = removal.sparsity(checkpoint, outcome, counts, checkpoint.parameters, run.sparsity)
     removed = export.by_linear(
         checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns)
     )
@@ -176,9 +175,9 @@ def describe(
         },
         **({"draws": drawn, "spread": draws.spread(drawn)} if run.further else {}),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
-        "scores": figures.quantiles(checkpoint, outcome),
+        "scores": removal.score_quantiles(checkpoint, outcome),
         "warnings": [
-            *figures.warnings_of(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]),
+            *removal.warnings(sparsity, run.written, checkpoint, run.calibration.ids.shape[1]),
             *outcome.warnings,
         ],
         "loads_as": run.written.form.label,
@@ -187,6 +186,7 @@ def describe(
             "topiary": run.written.topiary,
             "transformers": run.written.transformers.said,
         },
+        "figures": [to_json(figure) for figure in outcome.figures],
         "details": dict(outcome.details) | ({"removed": removed} if removed else {}),
     }
 

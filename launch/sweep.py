@@ -1,7 +1,10 @@
-"""Prune a model in many ways and compare: a grid over methods, sparsities, allocations and seeds, a run of launch.prune each.
+r"""Prune a model in many ways and compare: a grid over methods, sparsities, allocations and seeds.
+
+Each trial is a run of launch.prune.
 
 python -m launch.sweep --flagfile=configs/sweep.flags
-python -m launch.sweep --model=DIR --methods='wanda,flap(metric="WIFN")' --sparsities=0.3,0.5 --seeds=0,1,2 --backend=ray --output=OUT
+python -m launch.sweep --model=DIR --methods='wanda,flap(metric="WIFN")' --sparsities=0.3,0.5 \
+  --seeds=0,1,2 --backend=ray --output=OUT
 """
 
 import contextlib
@@ -35,8 +38,8 @@ from launch.run.job import RunConfig, request_of
 from launch.run.measure import tokenizer_of
 from launch.run.staging import alone, check_free
 from launch.run.tasks import task_flags
-from launch.trials.backends import BACKENDS, Where, parse_resources
-from launch.trials.trial import Trial
+from launch.trials.backends import BACKENDS, Execution, parse_resources
+from launch.trials.trial import Trial, error_line
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 
@@ -44,68 +47,80 @@ AXES = ("method", "sparsity", "allocation", "refine", "seed")
 
 
 def options() -> cli.Flags:
-    """The flags of `launch.sweep`: those of `launch.prune`, with lists for what trials differ in, and where they run."""
+    """Define the flags: those of `launch.prune`, with lists for what trials differ in."""
     f = cli.Flags("launch.sweep", __doc__ or "")
     model_flags(f)
-    f.string("output", None, "directory of the sweep; the same command goes on with what is there")
+    f.string("output", None, "directory of the sweep; the same command resumes it")
     layout_flag(f)
     f.group("Grid")
     f.string(
         "methods",
         "wanda",
         f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}; '
-        "flap@0.2 says its own sparsity, wanda+owl or wanda+dsnot its own allocation or refinement",
+        "flap@0.2 sets its own sparsity, wanda+owl or wanda+dsnot its allocation or refinement",
     )
     f.string(
         "sparsities",
         "",
-        "comma-separated fractions to remove; empty where a pattern or the methods say how much",
+        "comma-separated fractions to remove; empty if a pattern or the methods set the sparsity",
     )
     f.string("allocations", "uniform", f"comma-separated: {', '.join(ALLOCATIONS)}")
-    f.string(
-        "seeds",
-        "0",
-        "comma-separated: of the calibration windows drawn, and of what is random in a method",
-    )
+    f.string("seeds", "0", "comma-separated seeds of the calibration windows and the methods")
     f.group("Method")
     mask_flags(f)
     protocol_flag(f)
     calibration_flags(f)
     evaluation_flags(f)
     task_flags(f)
-    f.group("Where it runs")
+    f.group("Execution")
     f.choice(
-        "backend", "local", tuple(BACKENDS), "here, on an existing Ray cluster, or as jobs of Slurm"
+        "backend",
+        "local",
+        tuple(BACKENDS),
+        "run trials in this process, on a running Ray cluster, or as Slurm jobs",
     )
     f.integer(
         "workers",
         0,
-        "trials at a time (ray; 0: as many as there is room for), or jobs (slurm; 0: one a trial)",
+        "ray: trials at a time, 0 for as many as fit; slurm: jobs, 0 for one per trial",
     )
     f.string(
         "resources",
         "",
-        "of a trial: ray: CPU=8,TPU=4 (empty: a whole host); slurm: partition=gpu,timeout_min=600,...",
+        "resources of a trial; ray: CPU=8,TPU=4 (empty: a whole host); "
+        "slurm: partition=gpu,timeout_min=600,...",
     )
     return f
 
 
-def _asked(
+def _settings(
     text: str, sparsities: Sequence[float | None], allocations: Sequence[str], refine: str
 ) -> Iterator[dict[str, float | str | None]]:
-    """The settings of every trial of one method: what it says of itself, else each of these."""
+    """Yield the settings of every trial of one method.
+
+    Args:
+      text: Item of --methods; what it sets itself takes the place of the other arguments.
+      sparsities: Sparsities of the grid.
+      allocations: Allocations of the grid.
+      refine: Refinement of the sweep.
+    """
     asked = calls.parse_asked(text)
     method = calls.build("method", asked.call, METHODS)
-    refines = [call for call in asked.beside if calls.parse_call(call)[0] in REFINEMENTS]
-    spreads = [call for call in asked.beside if call not in refines]
-    if max(len(refines), len(spreads)) > 1:
-        raise InputError(f"{text!r} has two allocations or two refinements: leave one of them out")
-    refine, allocations = (refines or [refine])[0], spreads or allocations
+    own_refinements = [call for call in asked.beside if calls.parse_call(call)[0] in REFINEMENTS]
+    own_allocations = [call for call in asked.beside if call not in own_refinements]
+    if len(own_refinements) > 1 or len(own_allocations) > 1:
+        raise InputError(
+            f"{text!r} has two allocations or two refinements", "leave one of them out"
+        )
+    if own_refinements:
+        refine = own_refinements[0]
+    if own_allocations:
+        allocations = own_allocations
     for allocation in allocations:
         calls.build("allocation", allocation, ALLOCATIONS)
     if asked.sparsity is not None:
         sparsities = [asked.sparsity]
-    elif method.sets_sparsity:  # whatever the sparsities
+    elif method.sets_sparsity:  # the method sets its own sparsity
         sparsities = [None]
     for allocation, sparsity in itertools.product(allocations, sparsities):
         yield {
@@ -117,7 +132,15 @@ def _asked(
 
 
 def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
-    """Every trial that the flags ask for; those that share calibration tokens one after the other. InputError for an axis that is wrong."""
+    """List every trial of a sweep, those with the same calibration windows next to each other.
+
+    Args:
+      values: Values of the flags.
+      output: Directory of the sweep.
+
+    Raises:
+      InputError: A value of the grid is wrong or given twice.
+    """
     sparsities: Sequence[float | None] = [None]
     if values["sparsities"]:
         sparsities = numbers(
@@ -128,85 +151,103 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
             "fractions from 0 to below 1",
         )
     methods, allocations = calls.each(values["methods"]), calls.each(values["allocations"])
-    trials = [
-        Trial.of(output, cli.frozen(RunConfig, values | own | {"seed": seed, "resume": True}))
-        for seed in seeds(values["seeds"])
-        for text in methods
-        for own in _asked(text, sparsities, allocations, values["refine"])
-    ]
+    trials = []
+    for seed in seeds(values["seeds"]):
+        for text in methods:
+            for own in _settings(text, sparsities, allocations, values["refine"]):
+                settings = values | own | {"seed": seed, "resume": True}
+                trials.append(Trial.of(output, cli.frozen(RunConfig, settings)))
     names = [trial.name for trial in trials]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise InputError(f"the sweep has {twice[0]} twice: give each once")
+    duplicates = [name for name in names if names.count(name) > 1]
+    if duplicates:
+        raise InputError(f"the sweep has {duplicates[0]} twice", "give each once")
     return trials
 
 
 class Checked(NamedTuple):
-    """Trials that can be, and what keeps the others from it."""
+    """Trials by whether they can be run.
+
+    Attributes:
+      possible: Trials that can be run.
+      impossible: Trials that cannot, each with the reason.
+    """
 
     possible: list[Trial]
     impossible: list[tuple[Trial, str]]
 
 
-def check(trials: Sequence[Trial], backend: str, memory: StepCache) -> Checked:
-    """Open the model, ask every method about its trials, and read all tokens, before any work.
+def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
+    """Open the model, check every trial and read all tokens before any work.
 
-    A combination that a method cannot follow is left out. InputError for what cannot be read, and for a method, sparsity, allocation or
-    seed that goes with none of the others.
+    Args:
+      trials: All trials of the sweep.
+      backend: Name of the backend.
+      cache: Keeps the tokens for trials that run in this process.
+
+    Raises:
+      InputError: An input cannot be read, or a value of the grid fits none of the others.
     """
     first = trials[0].config
     checkpoint = open_model(first.model, first.dtype)
     reasons: dict[Trial, str] = {}
     for trial in trials:
-        # Where trials run elsewhere, this host's devices say nothing of theirs.
+        # The devices of this host say nothing about those of other hosts.
         config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
         try:
             method, request, _ = request_of(config)
             method.check(checkpoint.model, request)
         except InputError as e:
-            reasons[trial] = str(e)
+            reasons[trial] = error_line(e)
     for axis in AXES:
         for value in dict.fromkeys(getattr(t.config, axis) for t in trials):
-            found = [t for t in trials if getattr(t.config, axis) == value]
-            if all(t in reasons for t in found):
-                raise InputError(f"{axis} {value}: {reasons[found[0]]}")
+            with_value = [t for t in trials if getattr(t.config, axis) == value]
+            if all(t in reasons for t in with_value):
+                raise InputError(f"{axis} {value}: {reasons[with_value[0]]}")
     possible, tokenizer = [t for t in trials if t not in reasons], tokenizer_of(checkpoint)
     for trial in possible:
-        prune.read_tokens(trial.config, checkpoint, tokenizer, memory)
+        prune.read_tokens(trial.config, checkpoint, tokenizer, cache)
     return Checked(possible, list(reasons.items()))
 
 
 def sweep(values: dict[str, Any]) -> sweep_report.Board:
-    """Run every trial that is not finished. Returns what became of all of them, as it stands in the output directory."""
+    """Run every trial that is not finished and write the sweep's files.
+
+    Args:
+      values: Values of the flags.
+
+    Returns:
+      The states and results of all trials.
+    """
     output, backend = output_path(values["output"]), values["backend"]
-    where = Where(parse_resources(values["resources"]), values["workers"], StepCache())
+    execution = Execution(parse_resources(values["resources"]), values["workers"], StepCache())
     if backend != "local":
-        jax.config.update("jax_platforms", "cpu")  # the accelerator of this host may be a trial's
+        # A trial may run on this host's accelerator, so this process must not hold it.
+        jax.config.update("jax_platforms", "cpu")
     trials = grid(values, output)
     check_free(output, sweep_report.INDEX)
-    possible, impossible = check(trials, backend, where.memory)
-    for trial, why in impossible:
-        console.note(f"left out: {trial.name}: {why}")
+    possible, impossible = check(trials, backend, execution.cache)
+    for trial, reason in impossible:
+        console.note(f"left out: {trial.name}: {reason}")
     with alone(output):
         board = sweep_report.Board(output, values, possible, impossible)
-        waiting = [trial for trial in possible if not board.look(trial)]
-        if len(waiting) < len(possible):
-            console.note(
-                f"{len(possible) - len(waiting)} of {len(possible)} trials are finished, {len(waiting)} to go"
-            )
+        waiting = [trial for trial in possible if not board.update(trial)]
+        finished = len(possible) - len(waiting)
+        if finished:
+            console.note(f"{finished} of {len(possible)} trials are finished, {len(waiting)} to go")
         board.save()
         try:
-            with contextlib.closing(BACKENDS[backend](waiting, where)) as ended:
+            with contextlib.closing(BACKENDS[backend](waiting, execution)) as ended:
                 for trial, error in ended:
-                    board.look(trial, error)
+                    board.update(trial, error)
                     board.save()
-                    console.note(board.said(trial))
+                    console.note(board.progress_line(trial))
         finally:
             board.publish()
     return board
 
 
 def main(values: dict[str, Any]) -> int:
-    """Run, show the table, and return 1 if a trial failed."""
+    """Run the sweep, print its table, and return 1 if a trial failed, else 0."""
     board = sweep(values)
     board.show(Console())
     return int(bool(board.errors))

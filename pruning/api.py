@@ -45,9 +45,9 @@ class LanguageModel:
         """Return the number of parameters."""
         if self.outcome is None:
             return self.checkpoint.parameters
-        from eval.size import measure
+        from eval.size import measure_size
 
-        return measure(self.model).parameters
+        return measure_size(self.model).parameters
 
     def _tokenizer(self) -> Callable[[], TextTokenizer]:
         return functools.partial(load_tokenizer, self.checkpoint.directory)

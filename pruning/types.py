@@ -17,6 +17,7 @@ from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from pruning.figures import Figure
 
 BlockSink = Callable[[int, Block], None]  # (index, finished block)
 Mask = jax.Array  # bool, the shape of what it masks; True is kept
@@ -79,11 +80,13 @@ class Allocation(NamedTuple):
       budget: By block: slot -> fraction to remove.
       details: Figures for the report, JSON-able.
       warnings: Sentences that the report's reader must see.
+      figures: Plots and tables for the report.
     """
 
     budget: Budget
     details: Mapping[str, Any] = {}
     warnings: tuple[str, ...] = ()
+    figures: tuple[Figure, ...] = ()
 
 
 class Allocator(Protocol):
@@ -153,6 +156,7 @@ class Outcome:
       warnings: Sentences that the report's reader must see.
       kept_blocks: Original index of every finished block, for methods that remove whole blocks; None:
         all blocks stay.
+      figures: Plots and tables for the report.
     """
 
     asked: tuple[Mapping[str, float], ...]
@@ -162,6 +166,7 @@ class Outcome:
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     kept_blocks: tuple[int, ...] | None = None
+    figures: tuple[Figure, ...] = ()
 
 
 SAME_SHAPES = ShapeChange()

@@ -1,1 +1,1 @@
-"""Benchmarks that launch.bench runs."""
+"""Benchmarks of `launch.bench`."""

@@ -1,1 +1,1 @@
-"""Reports, tables and plots."""
+"""Reports: numbers, tables, plots and pages."""

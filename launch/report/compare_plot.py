@@ -1,84 +1,121 @@
-"""The plot of a comparison: what each run pays for its size and speed, and which runs no other one beats."""
+"""Plot perplexity against size and speed, and the runs that no other run beats."""
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from launch.report import plots, summary
+from launch.report import summary
+from launch.report.quality_plots import LOG_RANGE
+from launch.report.svg import GREY, ORANGE, TEAL, WIDTH, save, style, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.transforms import Bbox
 
-SPAN = 20  # a larger ratio of perplexities takes a log axis
-PARAMETERS = "parameters left"  # the axis where less is better
+LEGEND = "green: no other run is better on both axes; orange: another run is"
+# Offsets of a name from its point in points, the preferred ones first.
+PLACES = [(side, height) for height in (4, -10, 14, -20, 24, -30) for side in (5, -5)]
+PARAMETERS = "parameters left"  # the one x axis on which less is better
 
 
 class Point(NamedTuple):
-    """A run: what it is called, what it costs or gains, its perplexity."""
+    """A run on the plot.
+
+    Attributes:
+      name: Name of the run.
+      x: Fraction of parameters left, or speed relative to the dense model.
+      perplexity: Perplexity of the pruned model.
+    """
 
     name: str
     x: float
     perplexity: float
 
 
-def front(points: Sequence[Point], less: bool) -> list[Point]:
-    """The points that no other one beats: none has a lower perplexity and a better x (lower if `less`, else higher); by x."""
-    better = sorted(points, key=lambda p: (p.x if less else -p.x, p.perplexity))
-    found: list[Point] = []
-    for p in better:
-        if not found or p.perplexity < found[-1].perplexity:
-            found.append(p)
-    return sorted(found, key=lambda p: p.x)
+def pareto_front(points: Sequence[Point], less: bool) -> list[Point]:
+    """Return the points that no other point beats on both axes, in order of x.
+
+    Args:
+      points: The runs.
+      less: True if a lower x is better, False if a higher one is.
+    """
+    front: list[Point] = []
+    for p in sorted(points, key=lambda p: (p.x if less else -p.x, p.perplexity)):
+        if not front or p.perplexity < front[-1].perplexity:
+            front.append(p)
+    return sorted(front, key=lambda p: p.x)
 
 
-def _draw(ax: "Axes", data: str, label: str, points: Sequence[Point]) -> None:
+def _draw(ax: "Axes", data: str, x_label: str, points: Sequence[Point]) -> None:
+    """Draw the runs of one data set, and a line through those that no other run beats."""
     finite = [p for p in points if math.isfinite(p.perplexity)]
-    best = front(finite, label == PARAMETERS)
-    ax.step(
-        [p.x for p in best],
-        [p.perplexity for p in best],
-        where="post",
-        color=plots.GREY,
-        linewidth=1.0,
-    )
+    best = pareto_front(finite, x_label == PARAMETERS)
+    xs, ys = [p.x for p in best], [p.perplexity for p in best]
+    ax.step(xs, ys, where="post", color=GREY, linewidth=1.0)
     for p in finite:
-        ax.plot(
-            p.x, p.perplexity, "o", color=plots.TEAL if p in best else plots.ORANGE, markersize=5
-        )
-        ax.annotate(
-            summary.shorten(p.name),
-            (p.x, p.perplexity),
-            (5, 4),
-            textcoords="offset points",
-            fontsize=8,
-        )
-    if finite and max(p.perplexity for p in finite) > SPAN * min(p.perplexity for p in finite):
+        ax.plot(p.x, p.perplexity, "o", color=TEAL if p in best else ORANGE, markersize=5)
+    values = [p.perplexity for p in finite]
+    if values and max(values) > LOG_RANGE * min(values):
         ax.set_yscale("log")
         ax.minorticks_off()
-    if label == PARAMETERS:
+    if x_label == PARAMETERS:
         ax.xaxis.set_major_formatter(lambda value, _: summary.percent(value))
-    ax.yaxis.set_major_formatter(lambda value, _: plots.tick(value))
+    ax.yaxis.set_major_formatter(lambda value, _: tick(value))
     ax.grid(axis="both")
     ax.margins(x=0.2, y=0.15)
     ax.set_title(f"perplexity, {summary.shorten(data)}")
-    ax.set_xlabel(label)
+    ax.set_xlabel(x_label)
 
 
-def save(drawn: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> None:
-    """Draw {data set: {what the axis says: the runs' points}} to .svg or .png, a row a data set.
+def label_points(ax: "Axes", points: Sequence[Point]) -> None:
+    """Write each run's name beside its point, at the first place that no other name covers.
 
-    The line joins the runs that no other one beats; those that one does beat have another colour. Runs without a finite perplexity
-    are left out.
+    Args:
+      ax: Axes that are already laid out.
+      points: The runs.
     """
-    import matplotlib.style
+    taken: list[Bbox] = []
+    for p in sorted(points, key=lambda p: p.x):
+        for dx, dy in PLACES:
+            text = ax.annotate(
+                summary.shorten(p.name),
+                (p.x, p.perplexity),
+                (dx, dy),
+                textcoords="offset points",
+                ha="left" if dx > 0 else "right",
+                fontsize=8,
+            )
+            box = text.get_window_extent()
+            if (dx, dy) == PLACES[-1] or not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            text.remove()
+
+
+def save_comparison(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> None:
+    """Draw the runs to .svg or .png, a row per data set and a column per x axis.
+
+    A line joins the runs that no other run beats; the others have another colour. Runs without a
+    finite perplexity are left out.
+
+    Args:
+      panels: {data set: {label of the x axis: points}}.
+      path: File to write.
+    """
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context(["default", plots.STYLE | {"svg.hashsalt": "compare"}]):
-        columns = max(map(len, drawn.values()))
-        figure = Figure(figsize=(plots.WIDTH * columns, 3.4 * len(drawn)), layout="constrained")
-        grid = figure.subplots(len(drawn), columns, squeeze=False)
-        for axes, (data, panels) in zip(grid, drawn.items(), strict=True):
-            for ax, (label, points) in zip(axes, panels.items(), strict=True):
-                _draw(ax, data, label, points)
-        figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+    labels = summary.short_names(panels)
+    with style("compare"):
+        columns = max(map(len, panels.values()))
+        figure = Figure(figsize=(WIDTH * columns, 3.4 * len(panels)), layout="constrained")
+        grid = figure.subplots(len(panels), columns, squeeze=False)
+        for axes, (data, by_label) in zip(grid, panels.items(), strict=True):
+            for ax, (x_label, points) in zip(axes, by_label.items(), strict=True):
+                _draw(ax, labels[data], x_label, points)
+        figure.supxlabel(LEGEND, fontsize=8)
+        figure.draw_without_rendering()  # lays the axes out, so that labels can be placed
+        for axes, by_label in zip(grid, panels.values(), strict=True):
+            for ax, points in zip(axes, by_label.values(), strict=True):
+                label_points(ax, [p for p in points if math.isfinite(p.perplexity)])
+        save(figure, path)

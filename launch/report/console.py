@@ -1,4 +1,4 @@
-"""What the terminal shows: the closing table of a run, and a progress bar with the time left, from the main process only."""
+"""Print tables, notes and progress on the terminal, from the primary process only."""
 
 import contextlib
 import time
@@ -22,18 +22,22 @@ from rich.text import Text
 from launch.report import summary
 from models.processes import is_primary
 
-_LINES = 10  # most progress lines that a log gets
+_LINES = 10  # most progress lines per stage in a log
+_MARGIN = 3  # characters of a column beside its cells: a space on both sides and a rule
 
 
 def closing_table(report: Mapping[str, Any]) -> Table:
-    """The run in one table: perplexity, sparsity, parameters and bytes, dense → pruned, then seconds and peak memory."""
-    title = ", ".join(
-        filter(None, [str(report["model"]), report["method"], summary.followed(report)])
-    )
+    """Return a table of the run: quality and size, dense and pruned, then time and memory.
+
+    Args:
+      report: Content of pruning_report.json.
+    """
+    parts = [str(report["model"]), report["method"], summary.protocol_note(report)]
+    title = ", ".join(part for part in parts if part)
     table = Table(title=Text(title), title_justify="left")
     for heading in ("", "dense", "pruned", "change"):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
-    # Text, not str: a path with [brackets] is not markup.
+    # Text, not str: rich reads [brackets] in a str as markup, and paths may hold them.
     for row in summary.quality_rows(report):
         table.add_row(*(Text(cell) for cell in row))
     table.add_section()
@@ -43,7 +47,12 @@ def closing_table(report: Mapping[str, Any]) -> Table:
 
 
 def show(report: Mapping[str, Any], console: Console) -> None:
-    """Print the closing table, the warnings and where the pruned model lies (`settings["output"]`) on `console`."""
+    """Print the closing table, the warnings and the output's location.
+
+    Args:
+      report: Content of pruning_report.json.
+      console: Where to print.
+    """
     console.print(closing_table(report))
     for warning in report.get("warnings", ()):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
@@ -53,48 +62,73 @@ def show(report: Mapping[str, Any], console: Console) -> None:
 
 
 def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, labels: int = 1) -> None:
-    """Print a table whose first row are headings, as several below each other where `console` is too narrow for all its columns.
+    """Print a table, in several parts below each other if the console is too narrow.
 
     Args:
-      labels: columns that name a row: each part begins with them.
+      title: Title above the first part.
+      rows: Headings, then the cells of each row.
+      console: Where to print.
+      labels: Number of leading columns that name a row; every part repeats them.
     """
-
-    widths = []  # headings break at spaces, figures and names if they take half the line
-    for k, column in enumerate(zip(*rows, strict=True)):
-        natural = max(cell_len(text) for text in (*column[0].split(), *column[1:], "x"))
-        widths.append(min(natural, console.width // (2 * labels if k < labels else 2) - 4))
-    own, beside = list(range(labels)), 3  # margins and a line
-    room = console.width - 1 - sum(widths[k] + beside for k in own)
+    widths = _column_widths(rows, console.width, labels)
+    label_columns = list(range(labels))
+    room = console.width - 1 - sum(widths[k] + _MARGIN for k in label_columns)
     parts: list[list[int]] = [[]]
     for k in range(labels, len(widths)):
-        if parts[-1] and sum(widths[j] + beside for j in [*parts[-1], k]) > room:
+        if parts[-1] and sum(widths[j] + _MARGIN for j in [*parts[-1], k]) > room:
             parts.append([])
         parts[-1].append(k)
     for n, part in enumerate(parts):
+        columns = label_columns + part
         table = Table(title=None if n else Text(title), title_justify="left")
-        for k in own + part:
+        for k in columns:
             side: JustifyMethod = "left" if k < labels else "right"
             table.add_column(Text(rows[0][k]), justify=side, overflow="fold", width=widths[k])
         for row in rows[1:]:
-            table.add_row(*(Text(row[k]) for k in own + part))
+            table.add_row(*(Text(row[k]) for k in columns))
         console.print(table)
 
 
+def _column_widths(rows: Sequence[Sequence[str]], width: int, labels: int) -> list[int]:
+    """Return each column's width: its widest cell, the labels together at most half a line."""
+    widths = []
+    for column in zip(*rows, strict=True):
+        heading, *cells = column
+        # A heading wraps at its spaces; a cell stays on one line if it can.
+        natural = max(cell_len(text) for text in (*heading.split(), *cells, "x"))
+        widths.append(min(natural, width // 2 - 4))
+    while sum(widths[:labels]) + labels * _MARGIN > width // 2 and max(widths[:labels]) > 1:
+        widths[widths.index(max(widths[:labels]))] -= 1
+    return widths
+
+
 def note(text: str, console: Console | None = None) -> None:
-    """A line for who watches, on `console` (default: standard error), from the main process only."""
+    """Print one line from the primary process.
+
+    Args:
+      text: The line.
+      console: Where to print; standard error by default.
+    """
     if is_primary():
         (console or Console(stderr=True)).print(Text(text), soft_wrap=True)
 
 
+# (description, number of steps) -> a function to call after each step.
 Stage = Callable[[str, int], Callable[[], None]]
 
 
 @contextlib.contextmanager
 def progress(console: Console | None = None) -> Iterator[Stage]:
-    """Show how far the stages of some work have come, on `console` (default: standard error).
+    """Show the progress of work in stages, from the primary process.
 
-    Yields `stage(description, steps)`, which gives what to call after each step. A terminal gets a bar a stage with the time left;
-    anything else gets at most ten plain lines a stage, without control characters. Only the main process shows anything.
+    A terminal gets one bar per stage with the time left. Anything else gets at most ten plain
+    lines per stage, without control characters.
+
+    Args:
+      console: Where to print; standard error by default.
+
+    Yields:
+      `stage(description, steps)`, which returns a function to call after each step.
     """
     console = console or Console(stderr=True)
     if not is_primary():
@@ -112,30 +146,32 @@ def progress(console: Console | None = None) -> Iterator[Stage]:
 
 
 def _bar(console: Console) -> Progress:
-    text, left = TextColumn("{task.description}", markup=False), TimeRemainingColumn(compact=True)
+    """Return a progress display: description, bar, steps, time elapsed, time left."""
     columns = (
-        text,
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("left"),
-        left,
+        TimeRemainingColumn(compact=True),
     )
-    # The speed is the whole run's: rich's own period of 30 s forgets a block that takes minutes, and shows no time left.
+    # Average the speed over the whole stage: within rich's default of 30 s a block of a large
+    # model may not finish, and then no time left would be shown.
     return Progress(*columns, console=console, speed_estimate_period=float("inf"))
 
 
 def _lines(total: int, description: str, console: Console) -> Callable[[], None]:
-    """An `advance` that prints `description: done of total, time spent, time left` about every tenth of the way."""
+    """Return an `advance` that prints a progress line after about every tenth of the steps."""
     start, done = time.monotonic(), 0
 
     def advance() -> None:
         nonlocal done
         done += 1
         if done * _LINES // total > (done - 1) * _LINES // total:
-            spent = time.monotonic() - start
-            left = summary.duration(spent / done * (total - done))
-            line = f"{description}: {done} of {total}, {summary.duration(spent)} spent, {left} left"
+            elapsed = time.monotonic() - start
+            left = summary.duration(elapsed / done * (total - done))
+            spent = summary.duration(elapsed)
+            line = f"{description}: {done} of {total}, {spent} elapsed, {left} left"
             console.print(Text(line), soft_wrap=True)
 
     return advance

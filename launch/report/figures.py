@@ -1,72 +1,120 @@
-"""What was removed, counted in the checkpoint that was written, and what a reader of the figures must know."""
+"""List the plots and tables of the report, those of every run and those of the method."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from eval.size import Size
-from launch.run import export
-from models.checkpoint.reader import Checkpoint
-from pruning.types import Outcome
-
-MISSED = 0.005  # a budget missed by more of the prunable weights is worth a warning
+from launch.report import block_plots, figure_plots, quality_plots, summary
+from pruning.figures import Figure, KeptMap, LineSeries, Table, from_json
 
 
-class Counts(NamedTuple):
-    """Weights by linear's name: of the dense model, and of them those that are gone or zero."""
+class Plot(NamedTuple):
+    """A plot on the page.
 
-    dense: dict[str, int]
-    gone: dict[str, int]
+    Attributes:
+      heading: Title.
+      caption: How to read it.
+      svg: The plot as SVG text.
+    """
+
+    heading: str
+    caption: str
+    svg: str
 
 
-def count(checkpoint: Checkpoint, size: Size, kept: Sequence[int] | None = None) -> Counts:
-    """What was removed from each linear, counted in the written checkpoint, which holds these blocks alone (None: all)."""
-    specs, slots = checkpoint.specs, [s.name for s in checkpoint.model.arch.slots]
-    dense = export.by_linear(
-        specs, tuple({s: math.prod(getattr(b, s).w.shape) for s in slots} for b in specs)
+class Section(NamedTuple):
+    """A table on the page.
+
+    Attributes:
+      heading: Title.
+      caption: How to read it.
+      columns: Headings of the columns.
+      rows: Cells of each row, as text.
+    """
+
+    heading: str
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def of_method(report: Mapping[str, Any]) -> list[Figure]:
+    """Return the figures that the method added to the report."""
+    return [from_json(fields) for fields in report.get("figures") or ()]
+
+
+def tables(report: Mapping[str, Any]) -> list[Section]:
+    """Return the method's tables."""
+    return [
+        Section(t.title, t.caption, t.columns, figure_plots.table_cells(t))
+        for t in of_method(report)
+        if isinstance(t, Table)
+    ]
+
+
+def plots(report: Mapping[str, Any]) -> list[Plot]:
+    """Return all plots of the report; those with nothing to draw are left out."""
+    every = [
+        _perplexity(report),
+        _accuracy(report),
+        *(_of_method(figure) for figure in of_method(report) if not isinstance(figure, Table)),
+        _sparsity(report["sparsity"]),
+        _scores(report.get("scores") or {}),
+    ]
+    return [plot for plot in every if plot.svg]
+
+
+def _of_method(figure: LineSeries | KeptMap) -> Plot:
+    if isinstance(figure, LineSeries):
+        svg = figure_plots.line_series(figure)
+    else:
+        svg = figure_plots.kept_map(figure)
+    return Plot(figure.title, figure.caption, svg)
+
+
+def sentence(text: str) -> str:
+    """Return a clause as a sentence with a space before it, or nothing."""
+    return f" {text[0].upper()}{text[1:]}." if text else ""
+
+
+def _perplexity(report: Mapping[str, Any]) -> Plot:
+    perplexity = report.get("perplexity", {})
+    labels = summary.short_names(perplexity)
+    counts = [f"{labels[n]}: {s['tokens']:,}" for n, s in perplexity.items() if s.get("tokens")]
+    caption = "Lower is better."
+    if any(s.get("dense_stderr") or s.get("pruned_stderr") for s in perplexity.values()):
+        caption += " Thin lines: one standard error over windows to each side."
+    if counts:
+        caption += f" Tokens predicted: {'; '.join(counts)}."
+    caption += sentence(summary.protocol_note(report))
+    return Plot("Perplexity before and after", caption, quality_plots.perplexity_bars(perplexity))
+
+
+def _accuracy(report: Mapping[str, Any]) -> Plot:
+    tasks = report.get("protocol", {}).get("tasks", {})
+    counts = [f"{name}: {facts['documents']:,}" for name, facts in tasks.items()]
+    caption = "Higher is better. Thin lines: one standard error to each side."
+    if counts:
+        caption += f" Documents: {'; '.join(counts)}."
+    caption += sentence(summary.protocol_note(report))
+    svg = quality_plots.accuracy_bars(report.get("tasks") or {})
+    return Plot("Accuracy before and after", caption, svg)
+
+
+def _sparsity(sparsity: Mapping[str, Any]) -> Plot:
+    caption = (
+        "Bars: sparsity reached. Line across: target, where the method has a budget. Linears "
+        "within half a point of each other in every block share a panel. Blue: attention; "
+        "orange: feed-forward; green: both."
     )
-    left = export.by_linear(specs if kept is None else tuple(specs[i] for i in kept), size.nonzero)
-    return Counts(dense, {name: n - left.get(name, 0) for name, n in dense.items()})
+    svg = block_plots.sparsity_by_block(sparsity.get("per_linear", {}), sparsity.get("asked", {}))
+    return Plot("Sparsity of each block", caption, svg)
 
 
-def sparsity_figures(
-    checkpoint: Checkpoint, outcome: Outcome, counts: Counts, dense: int, target: float
-) -> dict[str, Any]:
-    """The report's `sparsity`: fractions of the dense model's weights that are gone or zero. "prunable" are those the method covers."""
-    asked = export.by_linear(checkpoint.specs, outcome.asked)
-    return {
-        "target": target,
-        "prunable": sum(counts.gone[name] for name in asked)
-        / sum(counts.dense[name] for name in asked),
-        "total": sum(counts.gone.values()) / dense,
-        "per_linear": {name: gone / counts.dense[name] for name, gone in counts.gone.items()},
-        "asked": asked,
-    }
-
-
-def quantiles(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, Any]:
-    """The report's `scores`: minimum, quartiles and maximum by linear."""
-    levels = [0, 0.25, 0.5, 0.75, 1]
-    per_linear = export.by_linear(
-        checkpoint.specs, outcome.scores, lambda x: [float(q) for q in np.quantile(x, levels)]
+def _scores(scores: Mapping[str, Any]) -> Plot:
+    label = scores.get("label", "scores")
+    caption = (
+        "Box: the middle half of the scores, with a line at the median. "
+        "Thin line: smallest to largest."
     )
-    return {"label": outcome.scores_label, "per_linear": per_linear}
-
-
-def warnings_of(
-    figures: Mapping[str, Any], written: export.Written, checkpoint: Checkpoint, length: int
-) -> Iterator[str]:
-    """What a reader of the figures must know."""
-    if written.padding:
-        yield f"{written.padding:,} of the stored numbers are zeros that fill narrower blocks and absent biases up"
-    if written.form.code:
-        yield f"blocks differ in width: the model loads as {written.form.label}; --layout=padded writes a stock model instead"
-    if not written.transformers.ok:
-        yield f"transformers does not give the same logits: {written.transformers.said}"
-    if abs(figures["prunable"] - figures["target"]) > MISSED:
-        yield f"asked for {figures['target']:.4f} of the prunable weights, got {figures['prunable']:.4f}"
-    longest = checkpoint.config.get("max_position_embeddings")
-    if longest and length > longest:
-        yield f"calibration windows of {length} tokens are longer than the {longest} positions the model was trained for"
+    svg = block_plots.scores_by_block(scores.get("per_linear", {}), label)
+    return Plot(f"Scores of each block: {label}", caption, svg)

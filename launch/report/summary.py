@@ -1,21 +1,28 @@
-"""The figures of a pruning report in words: one source for the terminal's table and the HTML page, so the two cannot disagree."""
+"""Format the numbers of a report, for the terminal and the HTML page alike."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 ABSENT = "—"
 _STAGES = {
     "load": "load",
     "calibrate_and_prune": "calibrate and prune",
-    "draws": "other draws",
+    "draws": "further draws",
     "eval": "evaluate",
     "export": "export",
 }
 
 
 class Row(NamedTuple):
-    """One line of the summary: a quantity of the dense model, of the pruned model, and what became of it. All display text."""
+    """One line of the summary table, as text.
+
+    Attributes:
+      label: Name of the quantity.
+      dense: Its value for the dense model.
+      pruned: Its value for the pruned model.
+      change: The change from dense to pruned, or a remark.
+    """
 
     label: str
     dense: str
@@ -24,36 +31,47 @@ class Row(NamedTuple):
 
 
 def perplexity(value: float | None) -> str:
-    """A perplexity in about four figures; it may be missing, infinite or NaN (a collapsed model is a result, not an error)."""
+    """Format a perplexity with about four digits.
+
+    Args:
+      value: The perplexity; None if it was not measured, infinite or NaN for a collapsed model.
+    """
     if value is None:
         return ABSENT
     if not math.isfinite(value):
         return str(float(value))
     if abs(value) >= 1e6:
         return f"{value:.2e}"
-    return (
-        f"{value:,.0f}"
-        if abs(value) >= 1e4
-        else f"{value:,.1f}"
-        if abs(value) >= 1e3
-        else f"{value:.3f}"
-    )
+    if abs(value) >= 1e4:
+        return f"{value:,.0f}"
+    if abs(value) >= 1e3:
+        return f"{value:,.1f}"
+    return f"{value:.3f}"
 
 
 def percent(fraction: float | None) -> str:
-    """A fraction (0.2997) as a percentage of two decimals (29.97%), without trailing zeros."""
-    if fraction is None or not math.isfinite(fraction):
-        return ABSENT if fraction is None else str(float(fraction))
+    """Format a fraction (0.2997) as a percentage (29.97%) without trailing zeros."""
+    if fraction is None:
+        return ABSENT
+    if not math.isfinite(fraction):
+        return str(float(fraction))
     return f"{100 * fraction:.2f}".rstrip("0").rstrip(".") + "%"
 
 
+def percent_span(fractions: Iterable[float]) -> str:
+    """Format the smallest and the largest of some fractions: `20% to 39%`, or one if equal."""
+    values = list(fractions)
+    low, high = percent(min(values)), percent(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
 def count(number: int | None) -> str:
-    """An exact count, with separators."""
+    """Format an exact count with thousands separators."""
     return ABSENT if number is None else f"{number:,}"
 
 
 def size(byte_count: int | None) -> str:
-    """Bytes in the binary unit that keeps the figure between 1 and 1024; below 1 KiB, exactly."""
+    """Format bytes in the binary unit that keeps the number below 1024."""
     if byte_count is None:
         return ABSENT
     if byte_count < 1024:
@@ -63,37 +81,29 @@ def size(byte_count: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them: 0.42 s, 12.3 s, 4 min 05 s, 2 h 05 min."""
+    """Format seconds for a reader: 0.42 s, 12.3 s, 4 min 05 s, 2 h 05 min."""
     if seconds is None:
         return ABSENT
     if seconds < 59.95:
         return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s"
-        if minutes < 60
-        else f"{minutes // 60} h {minutes % 60:02d} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def ratio(dense: float | None, pruned: float | None) -> str:
-    """`pruned / dense` as 1.148x; a dash where either is missing, not finite, or `dense` is zero."""
-    if (
-        dense is None
-        or pruned is None
-        or not dense
-        or not math.isfinite(dense)
-        or not math.isfinite(pruned)
-    ):
+    """Format `pruned / dense` as 1.148x, or a dash if the quotient is undefined."""
+    if not dense or pruned is None or not math.isfinite(dense) or not math.isfinite(pruned):
         return ABSENT
     value = pruned / dense
-    return (
-        f"{value:.2e}x" if value >= 1e4 else f"{value:,.0f}x" if value >= 100 else f"{value:.3f}x"
-    )
+    if value >= 1e4:
+        return f"{value:.2e}x"
+    return f"{value:,.0f}x" if value >= 100 else f"{value:.3f}x"
 
 
 def difference(dense: float | None, pruned: float | None) -> str:
-    """The relative change of a count as -19.97%, or `unchanged`."""
+    """Format the relative change of a count as -19.97%, or `unchanged`."""
     if not dense or pruned is None:
         return ABSENT
     if dense == pruned:
@@ -102,47 +112,77 @@ def difference(dense: float | None, pruned: float | None) -> str:
 
 
 def shorten(name: str, width: int = 24) -> str:
-    """A long path by its end, where it differs from others, whole names if they fit: …/tokens/valid.npy."""
+    """Cut a long name to its last `width` characters, at a slash where there is one."""
     if len(name) <= width:
         return name
     end = name[1 - width :]
     return "…" + end[max(end.find("/"), 0) :]
 
 
-def asked(sparsity: Mapping[str, Any]) -> str:
-    """`asked 30%`, or nothing where the run had no target of its own."""
-    return "" if sparsity.get("target") is None else f"asked {percent(sparsity['target'])}"
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Map each path to its file name, with as many folders as tell it from the others.
+
+    Args:
+      names: Data sets or checkpoints as the user gave them, names or paths.
+    """
+    parts = {name: name.rstrip("/").split("/") for name in names}
+    most = max(map(len, parts.values()), default=0)
+    labels: dict[str, str] = {}
+    for name, own in parts.items():
+        for length in range(1, most + 1):
+            label = "/".join(own[-length:]) or name
+            others = ("/".join(p[-length:]) for other, p in parts.items() if other != name)
+            if label not in others:
+                break
+        labels[name] = label
+    return labels
 
 
-def followed(report: Mapping[str, Any]) -> str:
-    """The protocol that was asked for by name, and the flags that were given other values than its own; nothing without one."""
+def target(sparsity: Mapping[str, Any]) -> str:
+    """Return `target 30%`, or nothing if the run had no target."""
+    return "" if sparsity.get("target") is None else f"target {percent(sparsity['target'])}"
+
+
+def protocol_note(report: Mapping[str, Any]) -> str:
+    """Return the name of the run's protocol and the flags that override it, if it has one."""
     protocol = report.get("protocol", {})
     if "name" not in protocol:
         return ""
-    changed = ", ".join(
-        f"--{flag}={value}" for flag, value in protocol.get("overridden", {}).items()
-    )
+    overridden = protocol.get("overridden", {})
+    changed = ", ".join(f"--{flag}={value}" for flag, value in overridden.items())
     return f"protocol {protocol['name']}" + (f", but {changed}" if changed else "")
 
 
-class Drawn(NamedTuple):
-    """A perplexity over calibration draws. `said`: mean ± sample standard deviation; `span`: least to most."""
+class DrawSpread(NamedTuple):
+    """Perplexity over several calibration draws, as text.
 
-    said: str
+    Attributes:
+      mean: Mean ± sample standard deviation.
+      span: Smallest to largest.
+    """
+
+    mean: str
     span: str
 
 
-def drawn(report: Mapping[str, Any], data: str) -> Drawn | None:
-    """The perplexity on a data set over the run's calibration draws; None if there was one alone."""
-    found = report.get("spread", {}).get("perplexity", {}).get(data)
-    if not found:
+def draw_spread(report: Mapping[str, Any], data: str) -> DrawSpread | None:
+    """Return the spread of a data set's perplexity over calibration draws; None for one draw."""
+    spread = report.get("spread", {}).get("perplexity", {}).get(data)
+    if not spread:
         return None
-    said = measured((found["mean"], found["std"]), fraction=False)
-    return Drawn(said, f"{perplexity(found['min'])} to {perplexity(found['max'])}")
+    mean = measured((spread["mean"], spread["std"]), fraction=False)
+    return DrawSpread(mean, f"{perplexity(spread['min'])} to {perplexity(spread['max'])}")
 
 
 class Metric(NamedTuple):
-    """A metric of a task with its standard error (None: it has none), of the dense and of the pruned model; None where it was not run."""
+    """A metric of a zero-shot task.
+
+    Attributes:
+      task: Name of the task.
+      name: Name of the metric, such as `acc,none`.
+      dense: Value and standard error (None if unknown) of the dense model; None if not measured.
+      pruned: The same for the pruned model.
+    """
 
     task: str
     name: str
@@ -151,111 +191,122 @@ class Metric(NamedTuple):
 
     @property
     def fraction(self) -> bool:
-        """Whether it is a share of the documents, to be said in percent."""
+        """Return True if the metric is a fraction of the documents."""
         return self.name.startswith(("acc", "exact_match"))
+
+    def of(self, model: str) -> tuple[float, float | None] | None:
+        """Return the value of the "dense" or the "pruned" model."""
+        return self.dense if model == "dense" else self.pruned
 
 
 def metrics(tasks: Mapping[str, Mapping[str, Any]]) -> list[Metric]:
-    """Every metric of the report's `tasks` {task: {"dense": {metric: value, metric_stderr: error}, "pruned": …}}."""
+    """List every metric of a report's `tasks`.
 
-    def read(figures: Mapping[str, Any], metric: str) -> tuple[float, float | None] | None:
-        name, comma, of_filter = metric.partition(",")
-        value = figures.get(metric)
-        return None if value is None else (value, figures.get(f"{name}_stderr{comma}{of_filter}"))
+    Args:
+      tasks: {task: {"dense": {metric: value, metric_stderr: error}, "pruned": …}}.
+    """
 
-    return [
-        Metric(
-            task,
-            metric,
-            read(models.get("dense", {}), metric),
-            read(models.get("pruned", {}), metric),
-        )
-        for task, models in tasks.items()
-        for metric in models.get("dense", {})
-        if not metric.partition(",")[0].endswith("_stderr")
-    ]
+    def read(values: Mapping[str, Any], metric: str) -> tuple[float, float | None] | None:
+        name, comma, filter_name = metric.partition(",")
+        value = values.get(metric)
+        if value is None:
+            return None
+        return value, values.get(f"{name}_stderr{comma}{filter_name}")
+
+    rows = []
+    for task, models in tasks.items():
+        dense, pruned = models.get("dense", {}), models.get("pruned", {})
+        for metric in dense:
+            if not metric.partition(",")[0].endswith("_stderr"):
+                rows.append(Metric(task, metric, read(dense, metric), read(pruned, metric)))
+    return rows
 
 
 def measured(value: tuple[float, float | None] | None, fraction: bool) -> str:
-    """A value with its standard error: 42.50% ± 3.50%, digits alike in all of a column, or 12.310 ± 0.421."""
+    """Format a value with its standard error: 42.50% ± 3.50%, or 12.310 ± 0.421.
+
+    Args:
+      value: Value and error (None if unknown); None if it was not measured.
+      fraction: True to show a percentage, with two decimals so that columns align.
+    """
     if value is None:
         return ABSENT
-    say = "{:.2%}".format if fraction else perplexity
-    return say(value[0]) + ("" if value[1] is None else f" ± {say(value[1])}")
+    text = "{:.2%}".format if fraction else perplexity
+    return text(value[0]) + ("" if value[1] is None else f" ± {text(value[1])}")
 
 
 def task_rows(
     tasks: Mapping[str, Mapping[str, Any]], spread: Mapping[str, Mapping[str, Any]] | None = None
 ) -> list[Row]:
-    """A row for each metric of each task; accuracies in percent, their changes in points. One more where it has a `spread` over draws."""
+    """Return a row for each metric, and one below it for its spread over calibration draws.
+
+    Args:
+      tasks: The report's `tasks`.
+      spread: {task: {metric: {"mean", "std", "min", "max"}}} over draws; None for one draw.
+
+    Returns:
+      The rows. Changes of accuracies are in percentage points, of other metrics a ratio.
+    """
     rows = []
     for m in metrics(tasks):
         change = ABSENT
-        if m.dense and m.pruned:
-            change = (
-                f"{100 * (m.pruned[0] - m.dense[0]):+.2f} points"
-                if m.fraction
-                else ratio(m.dense[0], m.pruned[0])
-            )
-        rows.append(
-            Row(
-                f"{m.task}, {m.name}",
-                measured(m.dense, m.fraction),
-                measured(m.pruned, m.fraction),
-                change,
-            )
-        )
-        if found := (spread or {}).get(m.task, {}).get(m.name):
-            say = percent if m.fraction else perplexity
-            said = measured((found["mean"], found["std"]), m.fraction)
-            rows.append(
-                Row(
-                    "… over calibration draws",
-                    "",
-                    said,
-                    f"{say(found['min'])} to {say(found['max'])}",
-                )
-            )
+        if m.dense and m.pruned and m.fraction:
+            change = f"{100 * (m.pruned[0] - m.dense[0]):+.2f} points"
+        elif m.dense and m.pruned:
+            change = ratio(m.dense[0], m.pruned[0])
+        dense, pruned = measured(m.dense, m.fraction), measured(m.pruned, m.fraction)
+        rows.append(Row(f"{m.task}, {m.name}", dense, pruned, change))
+        if draws := (spread or {}).get(m.task, {}).get(m.name):
+            text = percent if m.fraction else perplexity
+            mean = measured((draws["mean"], draws["std"]), m.fraction)
+            span = f"{text(draws['min'])} to {text(draws['max'])}"
+            rows.append(Row("… over calibration draws", "", mean, span))
+    return rows
+
+
+def _perplexity_rows(report: Mapping[str, Any]) -> list[Row]:
+    def with_error(scores: Mapping[str, Any], model: str) -> str:
+        value = scores.get(model)
+        pair = None if value is None else (value, scores.get(f"{model}_stderr"))
+        return measured(pair, fraction=False)
+
+    rows, data_sets = [], report.get("perplexity", {})
+    labels = short_names(data_sets)
+    for name, scores in data_sets.items():
+        dense, pruned = with_error(scores, "dense"), with_error(scores, "pruned")
+        change = ratio(scores.get("dense"), scores.get("pruned"))
+        rows.append(Row(f"Perplexity, {labels[name]}", dense, pruned, change))
+        if spread := draw_spread(report, name):
+            label = f"… over {len(report['draws'])} calibration draws"
+            rows.append(Row(label, "", spread.mean, spread.span))
     return rows
 
 
 def quality_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Perplexity per data set, metrics per task, sparsity, parameters and bytes, dense → pruned. Every key of the report may be missing."""
-    rows = []
-    for name, scores in report.get("perplexity", {}).items():
-        dense, pruned = scores.get("dense"), scores.get("pruned")
-        before, after = (
-            measured(
-                None
-                if scores.get(which) is None
-                else (scores[which], scores.get(f"{which}_stderr")),
-                fraction=False,
-            )
-            for which in ("dense", "pruned")
-        )
-        rows.append(Row(f"Perplexity, {name}", before, after, ratio(dense, pruned)))
-        if over := drawn(report, name):
-            rows.append(
-                Row(f"… over {len(report['draws'])} calibration draws", "", over.said, over.span)
-            )
+    """Return the summary's rows: perplexity, tasks, sparsity, parameters and bytes.
+
+    Args:
+      report: Content of pruning_report.json; every key may be missing.
+    """
+    rows = _perplexity_rows(report)
     rows += task_rows(report.get("tasks", {}), report.get("spread", {}).get("tasks", {}))
     sparsity = report.get("sparsity", {})
-    rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), asked(sparsity)))
+    rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), target(sparsity)))
     rows.append(Row("Sparsity, whole model", "", percent(sparsity.get("total")), ""))
-    counts, sizes = report.get("parameters", {}), report.get("bytes", {})
-    dense, pruned = counts.get("dense"), counts.get("pruned")
-    rows.append(Row("Parameters", count(dense), count(pruned), difference(dense, pruned)))
-    dense, pruned = sizes.get("dense"), sizes.get("pruned")
-    rows.append(Row("Weights on disk", size(dense), size(pruned), difference(dense, pruned)))
+    for label, key, text in (
+        ("Parameters", "parameters", count),
+        ("Weights on disk", "bytes", size),
+    ):
+        numbers = report.get(key, {})
+        dense, pruned = numbers.get("dense"), numbers.get("pruned")
+        rows.append(Row(label, text(dense), text(pruned), difference(dense, pruned)))
     return rows
 
 
 def cost_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the run cost: the seconds of each stage and in all, and the peak memory, as (label, text)."""
+    """Return the run's cost as (label, text): seconds by stage, their sum, and peak memory."""
     seconds, memory = report.get("seconds", {}), report.get("peak_memory_bytes", {})
-    rows = [
-        (f"Time, {_STAGES.get(stage, stage)}", duration(spent)) for stage, spent in seconds.items()
-    ]
+    rows = [(f"Time, {_STAGES.get(stage, stage)}", duration(s)) for stage, s in seconds.items()]
     if seconds:
-        rows.append(("Time, in all", duration(sum(spent or 0.0 for spent in seconds.values()))))
+        rows.append(("Time, total", duration(sum(s or 0.0 for s in seconds.values()))))
     return rows + [(f"Peak memory, {place}", size(peak)) for place, peak in memory.items()]

@@ -1,20 +1,25 @@
-"""The plot of a sweep: what each method pays for its sparsity, as SVG text like the report's plots."""
+"""Plot perplexity against sparsity for the methods of a sweep."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from launch.report import plots, summary
-from launch.report.svg import COLOURS, MARKERS
+from launch.report import summary
+from launch.report.quality_plots import LOG_RANGE
+from launch.report.svg import COLOURS, INK, MARKERS, render, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SPAN = 20  # a larger ratio of perplexities takes a log axis
-
 
 class Point(NamedTuple):
-    """A sparsity, and a perplexity's mean and standard deviation over seeds."""
+    """A point of a curve.
+
+    Attributes:
+      sparsity: Fraction of the prunable weights removed.
+      mean: Mean perplexity over seeds.
+      std: Sample standard deviation of perplexity over seeds.
+    """
 
     sparsity: float
     mean: float
@@ -22,9 +27,14 @@ class Point(NamedTuple):
 
 
 def perplexity_by_sparsity(curves: Mapping[str, Sequence[Point]], dense: float) -> str:
-    """A line for each of `curves`, bars of one standard deviation, a dashed line at the dense model's perplexity.
+    """Draw a curve per method, with bars of one standard deviation.
 
-    Points that are not finite are left out. Returns SVG text, or "" with no point to draw.
+    Args:
+      curves: Points by name of curve; points that are not finite are left out.
+      dense: Perplexity of the dense model, drawn as a dashed line.
+
+    Returns:
+      SVG text, or "" without a point.
     """
     finite = {name: [p for p in points if math.isfinite(p.mean)] for name, points in curves.items()}
     finite = {name: points for name, points in finite.items() if points}
@@ -34,29 +44,26 @@ def perplexity_by_sparsity(curves: Mapping[str, Sequence[Point]], dense: float) 
     def draw(axes: Sequence["Axes"]) -> None:
         (ax,) = axes
         for k, (name, points) in enumerate(finite.items()):
-            x, mean, std = zip(*points, strict=True)
-            bars, colour = [s if math.isfinite(s) else 0.0 for s in std], COLOURS[k % len(COLOURS)]
-            marker = MARKERS[k % len(MARKERS)]
             ax.errorbar(
-                x,
-                mean,
-                bars,
-                color=colour,
-                marker=marker,
+                [p.sparsity for p in points],
+                [p.mean for p in points],
+                [p.std if math.isfinite(p.std) else 0.0 for p in points],
+                color=COLOURS[k % len(COLOURS)],
+                marker=MARKERS[k % len(MARKERS)],
                 markersize=4,
                 linewidth=1.2,
                 capsize=2,
                 label=name,
             )
-        ax.axhline(dense, color=plots.INK, linewidth=1.0, linestyle="--")
-        if max(p.mean for points in finite.values() for p in points) > SPAN * dense:
+        ax.axhline(dense, color=INK, linewidth=1.0, linestyle="--")
+        if max(p.mean for points in finite.values() for p in points) > LOG_RANGE * dense:
             ax.set_yscale("log")
             ax.minorticks_off()
         ax.xaxis.set_major_formatter(lambda value, _: summary.percent(value))
-        ax.yaxis.set_major_formatter(lambda value, _: plots.tick(value))
+        ax.yaxis.set_major_formatter(lambda value, _: tick(value))
         ax.grid(axis="y")
-        ax.set_xlabel("removed of the prunable weights")
+        ax.set_xlabel("fraction of the prunable weights removed")
         ax.set_ylabel("perplexity")
         ax.figure.legend(loc="outside lower left", frameon=False, fontsize=9)
 
-    return plots.render("Perplexity by sparsity", 1, 2.6 + 0.22 * len(finite), draw)
+    return render("Perplexity by sparsity", 1, 2.6 + 0.22 * len(finite), draw)

@@ -5,7 +5,7 @@ import pathlib
 from jax.sharding import Mesh
 
 from eval.size import measure_size
-from launch.report import figures
+from launch.report import removal
 from launch.run import export
 from models.checkpoint import orbax as pytrees
 from models.checkpoint.reader import Checkpoint
@@ -22,7 +22,7 @@ def complete(
     outcome: Outcome,
     output_format: str,
     mesh: Mesh | None,
-) -> tuple[export.Written, figures.Counts]:
+) -> tuple[export.Written, removal.LinearCounts]:
     """The checkpoint in its directory with `pruning.json`, loaded back, and what was removed, counted in it.
 
     Args:
@@ -37,7 +37,9 @@ def complete(
     )
     if output_format == "orbax":
         pytrees.save(directory, written.loaded.model, mesh)
-    counts = figures.count(checkpoint, measure_size(written.loaded.model), outcome.kept_blocks)
-    record = export.pruning_record(checkpoint, outcome, counts.gone)
+    counts = removal.count_removed(
+        checkpoint, measure_size(written.loaded.model), outcome.kept_blocks
+    )
+    record = export.pruning_record(checkpoint, outcome, counts.removed)
     run_on_primary(lambda: write_json(directory / "pruning.json", record))
     return written, counts

@@ -6,7 +6,7 @@ import numpy as np
 
 from calibration.states import fits_in_memory
 from calibration.tokenizer import TextTokenizer
-from launch.generate import continuation, ends_of, prompt_tokens
+from launch.generate import continuation, eos_tokens, prompt_tokens
 from models.checkpoint.reader import Checkpoint
 from models.errors import InputError
 from models.generate import generate
@@ -38,7 +38,7 @@ def samples(
     itemsize = dense.model.non_block.embed.dtype.itemsize
     if room < NEW_TOKENS or not fits_in_memory(dense.parameters * itemsize):
         return []
-    non_block = ends_of(dense)
+    non_block = eos_tokens(dense)
     texts = [generate(c.model, prompts, NEW_TOKENS, eos=non_block) for c in (dense, pruned)]
     return [
         {

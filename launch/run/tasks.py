@@ -18,7 +18,7 @@ from eval.answers import AnswerCache, cache_directory
 from launch import __version__
 from launch.flags.cli import Flags
 from launch.flags.common import LONGEST_DEFAULT, dataset_list
-from launch.generate import ends_of
+from launch.generate import eos_tokens
 from launch.report import console
 from models.checkpoint.gguf import gguf_tokenizer_config
 from models.checkpoint.reader import Checkpoint, weight_files
@@ -92,7 +92,7 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabula
     """
     from eval.harness import Vocabulary
 
-    non_block, named = tuple(ends_of(checkpoint)), _tokenizer_config(checkpoint.directory)
+    non_block, named = tuple(eos_tokens(checkpoint)), _tokenizer_config(checkpoint.directory)
     for key in ("bos_token", "eos_token"):
         token = named.get(key)
         text = token["content"] if isinstance(token, Mapping) else token

@@ -1,1 +1,1 @@
-"""Trials of a sweep, and the backends that run them."""
+"""Trials of a sweep and the backends that run them."""

@@ -1,4 +1,4 @@
-"""Where trials run: in this process, on a Ray cluster that is there, or as jobs of Slurm."""
+"""Run trials in this process, on a running Ray cluster, or as Slurm jobs."""
 
 import contextlib
 import importlib
@@ -14,74 +14,116 @@ from launch.flags import calls, cli
 from launch.trials.trial import Job, Trial, Worker
 from models.errors import InputError
 
-RETRIES = 2  # of a trial whose host is lost
-POLL = 1.0  # seconds between looks at what runs elsewhere
-ACCELERATORS = ("TPU", "GPU", "CPU")  # what makes one host worth more than another
+RETRIES = 2  # times that a trial is run again after its host was lost
+POLL = 1.0  # seconds between two looks at the workers or jobs
+ACCELERATORS = ("TPU", "GPU", "CPU")  # resources that rank hosts, the most important first
 
-Ended = Generator[
-    tuple[Trial, str | None], None, None
-]  # trials as they end, with why if they failed
+# Trials as they end, each with the reason for its failure or None.
+Ended = Generator[tuple[Trial, str | None], None, None]
 
 
-class Where(NamedTuple):
-    """What trials get to run on: `resources` of each as --resources has them, most `workers` at a time (0: as many as there is room for),
-    the `memory` of this process."""
+class Execution(NamedTuple):
+    """Way to run trials.
+
+    Attributes:
+      resources: Resources of one trial, as --resources names them.
+      workers: Most workers or jobs at a time; 0 for as many as there is room for.
+      cache: Results of steps in this process.
+    """
 
     resources: Mapping[str, Any]
     workers: int
-    memory: StepCache
+    cache: StepCache
 
 
-Backend = Callable[[Sequence[Trial], Where], Ended]
+Backend = Callable[[Sequence[Trial], Execution], Ended]
 
 
 def parse_resources(text: str) -> dict[str, Any]:
-    """`CPU=4,TPU=1` or `partition=gpu,timeout_min=600` as a mapping; numbers are numbers. InputError for anything else."""
-    found: dict[str, Any] = {}
+    """Parse `CPU=4,TPU=1` or `partition=gpu,timeout_min=600`.
+
+    Args:
+      text: Value of --resources; may be empty.
+
+    Returns:
+      Values by name; numbers are int or float.
+
+    Raises:
+      InputError: An item is not `name=value`.
+    """
+    resources: dict[str, Any] = {}
     for item in calls.each(text) if text else ():
         name, equals, value = item.partition("=")
         if not (name and equals and value):
-            raise InputError(f"--resources={text}: {item!r} is not name=value, such as CPU=4")
-        with contextlib.suppress(ValueError):
-            found[name] = float(value)
-            continue
-        found[name] = value
-    return {k: int(v) if isinstance(v, float) and v == int(v) else v for k, v in found.items()}
+            raise InputError(
+                f"has an item {item!r}",
+                "write name=value, such as CPU=4",
+                field="resources",
+                value=text,
+            )
+        resources[name] = _number_or_text(value)
+    return resources
 
 
-def _need(package: str) -> Any:
+def _number_or_text(value: str) -> int | float | str:
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    return int(number) if number.is_integer() else number
+
+
+def _import(package: str, backend: str) -> Any:
+    """Import an optional package, or raise InputError with the command that installs it."""
     try:
         return importlib.import_module(package)
     except ImportError:
-        extra = {"ray": "ray", "submitit": "slurm"}[package]
         raise InputError(
-            f"--backend={extra} needs {package}: pip install 'topiary[{extra}]'"
+            f"needs the package {package}",
+            f"pip install {package}",
+            field="backend",
+            value=backend,
         ) from None
 
 
-def local(trials: Sequence[Trial], where: Where) -> Ended:
-    """One after the other, here."""
-    if where.resources or where.workers:
+def run_here(trials: Sequence[Trial], execution: Execution) -> Ended:
+    """Run trials in this process, one after the other.
+
+    Args:
+      trials: The trials.
+      execution: The cache to use.
+
+    Yields:
+      Each trial as it ends, with the reason for its failure or None.
+
+    Raises:
+      InputError: Resources or workers were given.
+    """
+    if execution.resources or execution.workers:
         raise InputError(
-            "--resources and --workers are for --backend=ray and --backend=slurm: leave them out"
+            "--resources and --workers are for --backend=ray and --backend=slurm",
+            "leave them out",
         )
-    worker = Worker(memory=where.memory)
+    worker = Worker(cache=execution.cache)
     for trial in trials:
         yield trial, worker.run(trial)
 
 
 @contextlib.contextmanager
 def _cluster(ray: Any) -> Iterator[None]:
-    """A connection to the cluster that RAY_ADDRESS names or that runs on this host."""
-    if ray.is_initialized():  # a program that calls this one: its connection stays
+    """Connect to the cluster that RAY_ADDRESS names, or to the one on this host."""
+    if ray.is_initialized():  # the calling program has a connection, which must stay open
         yield
         return
     try:
         ray.init(address="auto", log_to_driver=False, logging_level="warning")
     except (ConnectionError, ValueError, RuntimeError) as e:
-        why = (str(e).splitlines() or [""])[0]
+        reason = (str(e).splitlines() or [""])[0]
         raise InputError(
-            f"--backend=ray found no cluster ({why}): set RAY_ADDRESS, or start one with ray start --head"
+            f"found no cluster ({reason})",
+            "set RAY_ADDRESS, or start one with ray start --head",
+            field="backend",
+            value="ray",
         ) from None
     try:
         yield
@@ -90,149 +132,178 @@ def _cluster(ray: Any) -> Iterator[None]:
 
 
 def _whole_host(hosts: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """What the strongest host has: a trial a host."""
+    """Return the resources of the strongest host, so that a trial gets a host of its own."""
     best = max(hosts, key=lambda host: [host.get(kind, 0.0) for kind in ACCELERATORS])
     return {kind: best[kind] for kind in ACCELERATORS if best.get(kind)}
 
 
-def _fitting(hosts: Sequence[Mapping[str, float]], need: Mapping[str, float]) -> int:
-    """How many times the cluster has what a trial needs."""
+def _capacity(hosts: Sequence[Mapping[str, float]], need: Mapping[str, float]) -> int:
+    """Return how many trials with these resources the hosts can run at a time."""
     return sum(
         int(min(host.get(kind, 0.0) / amount for kind, amount in need.items())) for host in hosts
     )
 
 
-def on_ray(trials: Sequence[Trial], where: Where) -> Ended:
-    """As many workers as the cluster has room for, each with its own memory, take the next trial whenever they are free.
+def run_on_ray(trials: Sequence[Trial], execution: Execution) -> Ended:
+    """Run trials on a Ray cluster; each free worker takes the next trial.
 
-    A worker whose host is lost comes back elsewhere, and its trial goes on there from its journal.
+    If a worker's host is lost, the worker starts on another and resumes the trial from its
+    journal.
+
+    Args:
+      trials: The trials.
+      execution: Resources of a worker (empty: a whole host) and most workers (0: what fits).
+
+    Yields:
+      Each trial as it ends, with the reason for its failure or None.
+
+    Raises:
+      InputError: There is no ray, no cluster, or no host with these resources.
     """
-    ray = _need("ray")
-    if words := [
-        f"{k}={v}" for k, v in where.resources.items() if not isinstance(v, int | float) or v <= 0
-    ]:
+    ray = _import("ray", "ray")
+    invalid = {
+        kind: amount
+        for kind, amount in execution.resources.items()
+        if not isinstance(amount, int | float) or amount <= 0
+    }
+    if invalid:
         raise InputError(
-            f"--resources={','.join(words)}: Ray's resources are amounts, such as CPU=4"
+            "must be positive amounts for Ray",
+            "write them as CPU=4",
+            field="resources",
+            value=",".join(f"{kind}={amount}" for kind, amount in invalid.items()),
         )
     with _cluster(ray):
         hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        need = dict(where.resources) or _whole_host(hosts)
-        count = min(len(trials), where.workers or _fitting(hosts, need))
+        need = dict(execution.resources) or _whole_host(hosts)
+        count = min(len(trials), execution.workers or _capacity(hosts, need))
         if trials and not count:
             raise InputError(
-                f"--resources={_said(need)}: no host of the cluster has so much: ask for less, or say --workers to wait"
+                "fits no host of the cluster",
+                "ask for less, or give --workers to wait for a host",
+                field="resources",
+                value=",".join(f"{kind}={amount:g}" for kind, amount in need.items()),
             )
-        with (
-            cli.termination_deferred() as stop
-        ):  # also from the handler that Ray has put in the place of ours
-            yield from _dealt(ray, trials, lambda: _actor(ray, need), count, stop)
+        # Ray replaces our handler of SIGTERM by its own, and no handler may raise through it.
+        with cli.termination_deferred() as stop:
+            yield from _distribute(ray, trials, lambda: _start_actor(ray, need), count, stop)
 
 
-def _said(need: Mapping[str, Any]) -> str:
-    return ",".join(f"{kind}={amount:g}" for kind, amount in need.items())
-
-
-def _actor(ray: Any, need: Mapping[str, float]) -> Any:
-    special = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
-    more = {kind: amount for kind, amount in need.items() if kind not in special}
-    options = {special[kind]: amount for kind, amount in need.items() if kind in special}
-    # XLA starts as many threads as it sees processors, unless NPROC says how many it may have.
-    threads = {"env_vars": {"NPROC": str(max(1, int(need["CPU"])))}} if "CPU" in need else {}
+def _start_actor(ray: Any, need: Mapping[str, float]) -> Any:
+    """Start a worker with these resources on the cluster."""
+    named = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory"}
+    options: dict[str, Any] = {"num_cpus": 0}
+    options |= {named[kind]: amount for kind, amount in need.items() if kind in named}
+    if "CPU" in need:
+        # XLA starts one thread per processor of the host, unless NPROC gives their number.
+        options["runtime_env"] = {"env_vars": {"NPROC": str(max(1, int(need["CPU"])))}}
     actor = ray.remote(Worker).options(
-        **{"num_cpus": 0, **options},
-        resources=more,
-        runtime_env=threads,
+        **options,
+        resources={kind: amount for kind, amount in need.items() if kind not in named},
         max_restarts=-1,
         max_task_retries=RETRIES,
     )
     return actor.remote(os.getcwd())
 
 
-def _dealt(
-    ray: Any, trials: Sequence[Trial], new: Callable[[], Any], count: int, stop: threading.Event
+def _distribute(
+    ray: Any, trials: Sequence[Trial], start: Callable[[], Any], count: int, stop: threading.Event
 ) -> Ended:
-    """Deal trials out to `count` actors, the next one to whoever is free, until there are none or `stop` is set."""
-    waiting, running = iter(trials), {}
+    """Give each of `count` actors the next trial when it is free, until all ended or `stop`."""
+    waiting = iter(trials)
+    running: dict[Any, tuple[Any, Trial]] = {}  # by reference of the result
 
-    def deal(actor: Any) -> None:
-        if trial := next(waiting, None):
+    def give_next(actor: Any) -> None:
+        trial = next(waiting, None)
+        if trial:
             running[actor.run.remote(trial)] = actor, trial
         else:
             ray.kill(actor)
 
     try:
         for _ in range(count):
-            deal(new())
+            give_next(start())
         while running:
             ended, _ = ray.wait(list(running), timeout=POLL)
             if stop.is_set():
                 raise cli.Terminated
-            for done in ended:
-                actor, trial = running.pop(done)
+            for reference in ended:
+                actor, trial = running.pop(reference)
                 try:
-                    error = ray.get(done)
+                    error = ray.get(reference)
                 except ray.exceptions.RayError as e:
-                    error = trial.failed(
-                        f"its worker was lost {1 + RETRIES} times: {type(e).__name__}", str(e)
-                    )
-                    ray.kill(
-                        actor
-                    )  # it may still be coming back, and what it is asked meanwhile fails
-                    actor = new()
-                deal(actor)
+                    reason = f"its worker was lost {1 + RETRIES} times: {type(e).__name__}"
+                    error = trial.failed(reason, str(e))
+                    # The actor may still be restarting, and calls to it would fail meanwhile.
+                    ray.kill(actor)
+                    actor = start()
+                give_next(actor)
                 yield trial, error
     finally:
         for actor, _ in running.values():
             ray.kill(actor)
 
 
-def on_slurm(trials: Sequence[Trial], where: Where, cluster: str = "slurm") -> Ended:
-    """As many jobs as `workers` (0: one a trial), each with consecutive trials; jobs that are preempted or out of time go on in a new one.
+def run_on_slurm(trials: Sequence[Trial], execution: Execution, cluster: str = "slurm") -> Ended:
+    """Run trials as Slurm jobs; a preempted or timed-out job resumes in a new one.
 
     Args:
-      cluster: submitit's name for where jobs go.
+      trials: The trials.
+      execution: Parameters of a job, and the number of jobs (0: one per trial). Each job runs
+        consecutive trials.
+      cluster: Name of submitit's executor.
+
+    Yields:
+      Each trial as its job ends, with the reason for its failure or None.
+
+    Raises:
+      InputError: There is no submitit or no sbatch, or submitit rejects a parameter.
     """
-    os.environ.setdefault(
-        "SUBMITIT_LOG_LEVEL", "NOCONFIG"
-    )  # or importing it closes the handlers that other libraries log to
-    submitit = _need("submitit")
+    # By default submitit configures logging on import, which closes other libraries' handlers.
+    os.environ.setdefault("SUBMITIT_LOG_LEVEL", "NOCONFIG")
+    submitit = _import("submitit", "slurm")
     if cluster == "slurm" and not shutil.which("sbatch"):
         raise InputError(
-            "--backend=slurm found no sbatch: start the sweep where jobs are submitted, or choose another --backend"
+            "found no sbatch",
+            "start the sweep on a host that submits jobs, or choose another --backend",
+            field="backend",
+            value="slurm",
         )
     if not trials:
         return
     executor = submitit.AutoExecutor(folder=trials[0].sweep / "slurm", cluster=cluster)
     try:
-        executor.update_parameters(name="topiary", **where.resources)
+        executor.update_parameters(name="topiary", **execution.resources)
     except (NameError, TypeError, ValueError) as e:
-        raise InputError(f"--resources: submitit says {' '.join(str(e).split())}") from None
-    count = min(len(trials), where.workers or len(trials))
-    parts = [
-        list(trials[k * len(trials) // count : (k + 1) * len(trials) // count])
-        for k in range(count)
-    ]
-    jobs = dict(
-        zip(executor.submit_array([Job(os.getcwd(), part) for part in parts]), parts, strict=True)
-    )
+        reason = " ".join(str(e).split())
+        raise InputError(f"is not accepted by submitit: {reason}", field="resources") from None
+    parts = _consecutive_parts(trials, execution.workers or len(trials))
+    submitted = executor.submit_array([Job(os.getcwd(), part) for part in parts])
+    jobs = dict(zip(submitted, parts, strict=True))
     try:
         while jobs:
             for job in [job for job in jobs if job.done()]:
-                yield from _ended(job, jobs.pop(job))
+                yield from _results(job, jobs.pop(job))
             time.sleep(POLL if jobs else 0)
     finally:
         for job in jobs:
             job.cancel()
 
 
-def _ended(job: Any, part: Sequence[Trial]) -> Ended:
-    """What became of a job's trials."""
+def _consecutive_parts(trials: Sequence[Trial], parts: int) -> list[list[Trial]]:
+    """Split trials into at most `parts` lists of about equal length."""
+    n, parts = len(trials), min(len(trials), parts)
+    return [list(trials[k * n // parts : (k + 1) * n // parts]) for k in range(parts)]
+
+
+def _results(job: Any, part: Sequence[Trial]) -> Ended:
+    """Yield a job's trials with the reasons for their failures."""
     try:
         errors = job.result()
-    except Exception as e:  # the job's own end, in whatever type submitit gives it
-        lost = f"job {job.job_id} ended without a result: {(str(e).splitlines() or [''])[0]}"
-        errors = [None if trial.report() else trial.failed(lost, str(e)) for trial in part]
+    except Exception as e:  # submitit has several types for a job that did not end well
+        reason = f"job {job.job_id} ended without a result: {(str(e).splitlines() or [''])[0]}"
+        errors = [None if trial.report() else trial.failed(reason, str(e)) for trial in part]
     yield from zip(part, errors, strict=True)
 
 
-BACKENDS: dict[str, Backend] = {"local": local, "ray": on_ray, "slurm": on_slurm}
+BACKENDS: dict[str, Backend] = {"local": run_here, "ray": run_on_ray, "slurm": run_on_slurm}

@@ -1,4 +1,4 @@
-"""One trial of a sweep, which is a run of `launch.prune`; and what runs several of them in one process."""
+"""One trial of a sweep, a run of `launch.prune`, and a worker that runs several in one process."""
 
 import dataclasses
 import hashlib
@@ -20,30 +20,48 @@ from launch.run import export
 from launch.run.job import RunConfig
 from models.errors import InputError
 
-FORGET = 16  # trials after which compiled programs are dropped: a process that keeps thousands runs out of memory maps
-LONGEST = 48  # characters of a call's arguments in a name
-ELSEWHERE = (
-    "output",
-    "resume",
-    "sparsity",
-)  # settings that are no trial's own, or stand in its name
+# Trials after which compiled programs are dropped: a process that keeps thousands of them runs
+# out of memory maps.
+CLEAR_EVERY = 16
+LONGEST_ARGUMENTS = 48  # most characters of a call's arguments in a directory's name
+# Settings that may differ from those of a finished trial: the name of its directory has the
+# sparsity, and the others do not affect the result.
+NOT_COMPARED = ("output", "resume", "sparsity")
 
 
 def label(text: str) -> str:
-    """A call as part of a file's name: its arguments readable, and where there are any a digest, so that no two calls look alike."""
+    """Return a call as part of a file name, unique by a digest of its arguments.
+
+    Args:
+      text: A call such as `flap(metric="WIFN")`.
+    """
     name, arguments = calls.parse_call(text)
     if not arguments:
         return name
-    said = "_".join(f"{k}={v}" for k, v in sorted(arguments.items()))
+    readable = "_".join(f"{k}={v}" for k, v in sorted(arguments.items()))
+    readable = re.sub(r"[^A-Za-z0-9=_.-]+", "-", readable)[:LONGEST_ARGUMENTS]
     digest = hashlib.sha256(repr(sorted(arguments.items())).encode()).hexdigest()[:6]
-    return f"{name}_{re.sub(r'[^A-Za-z0-9=_.-]+', '-', said)[:LONGEST]}_{digest}"
+    return f"{name}_{readable}_{digest}"
+
+
+def error_line(error: Exception) -> str:
+    """Return an exception as one line, settings named as flags of `launch.prune`."""
+    if isinstance(error, InputError):
+        return " ".join(error.message(prune.options().shown).split())
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
     """A trial in the directory of its sweep.
 
-    `config` is all that it is: the directory's name follows from what trials differ in, so the same trial has the same one in every sweep.
+    The directory's name follows from the settings that trials differ in, so a trial has the same
+    directory in every sweep.
+
+    Attributes:
+      sweep: Directory of the sweep.
+      config: Settings of the run.
     """
 
     sweep: pathlib.Path
@@ -51,95 +69,126 @@ class Trial:
 
     @staticmethod
     def of(sweep: pathlib.Path, config: RunConfig) -> "Trial":
-        """The trial of a configuration, whose output becomes the trial's own directory."""
-        trial = Trial(sweep, config)
-        return Trial(sweep, dataclasses.replace(config, output=str(sweep / "trials" / trial.name)))
+        """Return the trial of a configuration, with its own output directory.
+
+        Args:
+          sweep: Directory of the sweep.
+          config: Settings of the run; `output` is replaced.
+        """
+        name = Trial(sweep, config).name
+        return Trial(sweep, dataclasses.replace(config, output=str(sweep / "trials" / name)))
 
     @property
     def name(self) -> str:
-        """Method, sparsity, allocation unless uniform, refinement if there is one, seed."""
+        """Return the trial's name: method, sparsity, allocation, refinement and seed."""
         c = self.config
-        sparsity = [] if c.sparsity is None else [repr(c.sparsity)]
-        allocation = [] if c.allocation == "uniform" else [label(c.allocation)]
-        refine = [] if c.refine == "none" else [label(c.refine)]
-        return "-".join([label(c.method), *sparsity, *allocation, *refine, f"seed{c.seed}"])
+        parts = [label(c.method)]
+        if c.sparsity is not None:
+            parts.append(repr(c.sparsity))
+        if c.allocation != "uniform":
+            parts.append(label(c.allocation))
+        if c.refine != "none":
+            parts.append(label(c.refine))
+        return "-".join([*parts, f"seed{c.seed}"])
 
     @property
     def log(self) -> pathlib.Path:
-        """Where its failure is told."""
+        """Return the file that describes the trial's failure."""
         return self.sweep / "failures" / f"{self.name}.log"
 
     def report(self) -> dict[str, Any] | None:
-        """Its report if it is finished; InputError if that was run with other settings than these, or cannot be read."""
+        """Read the trial's report.
+
+        Returns:
+          Content of pruning_report.json; None if the trial is not finished.
+
+        Raises:
+          InputError: The report cannot be read, or is of a run with other settings.
+        """
         path = pathlib.Path(str(self.config.output)) / export.REPORT
         if not path.is_file():
             return None
         try:
             report = json.loads(path.read_text(encoding="utf-8"))
-            was, now = report["settings"], dataclasses.asdict(self.config)
+            before, now = report["settings"], dataclasses.asdict(self.config)
         except (ValueError, KeyError, TypeError, OSError):
             raise InputError(
-                f"{path} cannot be read: remove {path.parent}, and the trial is run again"
+                f"{path} cannot be read", f"remove {path.parent} to run the trial again"
             ) from None
         for name in now:
-            if name not in ELSEWHERE and was.get(name) != now[name]:
-                said = f"{json.dumps(was.get(name))}, now {json.dumps(now[name])}"
+            if name not in NOT_COMPARED and before.get(name) != now[name]:
+                values = f"{json.dumps(before.get(name))}, now {json.dumps(now[name])}"
                 raise InputError(
-                    f"{path.parent} is a trial with another --{name} ({said}): choose another --output, or remove it"
+                    f"{path.parent} holds a trial with another --{name} ({values})",
+                    "choose another --output, or remove it",
                 )
         return report
 
     def failed(self, error: str, details: str = "") -> str:
-        """Record a failure, with its command and details such as a traceback; returns the error."""
+        """Record a failure in the trial's log and return the error.
+
+        Args:
+          error: Reason, one line.
+          details: More about it, such as a traceback.
+        """
         self.log.parent.mkdir(parents=True, exist_ok=True)
         write_durably(self.log, f"{error}\n\n{prune.command(self.config)}\n\n{details}".encode())
         return error
 
 
 class Worker:
-    """Runs trials one after the other in this process, which remembers what they have in common.
+    """Runs trials in this process, which share steps that do not depend on what they differ in.
 
     Args:
-      directory: that relative names of files are meant from.
+      directory: Working directory, from which relative paths are meant.
+      cache: Results of steps; a new cache by default.
     """
 
-    def __init__(self, directory: str = ".", memory: StepCache | None = None):
+    def __init__(self, directory: str = ".", cache: StepCache | None = None):
         os.chdir(directory)
-        self._memory, self._run = memory or StepCache(), 0
+        self._cache = cache or StepCache()
+        self._trials = 0
 
     def run(self, trial: Trial) -> str | None:
-        """Run a trial, unless it is finished; None, or why it failed, in a line. Whatever an ordinary exception can tell is a failure."""
+        """Run a trial unless it is finished.
+
+        Args:
+          trial: The trial.
+
+        Returns:
+          None, or the reason for its failure in one line.
+        """
         try:
             if trial.report() is None:
-                prune.prune(trial.config, self._memory)
-        except Exception as e:
-            said = (
-                " ".join(str(e).split())
-                if isinstance(e, InputError)
-                else f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-            )
-            return trial.failed(said, traceback.format_exc())
+                prune.prune(trial.config, self._cache)
+        except Exception as e:  # a failure of any kind must not end the sweep
+            return trial.failed(error_line(e), traceback.format_exc())
         finally:
-            self._run += 1
-            if self._run % FORGET == 0:
+            self._trials += 1
+            if self._trials % CLEAR_EVERY == 0:
                 jax.clear_caches()
         trial.log.unlink(missing_ok=True)
         return None
 
 
 class Job:
-    """Trials that one job runs, for a queue that may stop the job and start it again."""
+    """Trials that one job of a queue runs; the queue may stop the job and start it again.
+
+    Args:
+      directory: Working directory, from which relative paths are meant.
+      trials: The trials.
+    """
 
     def __init__(self, directory: str, trials: Sequence[Trial]):
         self.directory, self.trials = directory, trials
 
     def __call__(self) -> list[str | None]:
-        """Run those that are not finished; what `Worker.run` says of each."""
+        """Run the trials that are not finished and return `Worker.run`'s result for each."""
         worker = Worker(self.directory)
         return [worker.run(trial) for trial in self.trials]
 
     def checkpoint(self) -> Any:
-        """What submitit starts when the job was preempted, or out of time: the same, which goes on."""
+        """Return the same job, for submitit to submit after a preemption or a timeout."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)

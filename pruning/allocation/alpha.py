@@ -14,6 +14,7 @@ from models.errors import InputError
 from models.programs import Program
 from models.sharding import to_host
 from pruning.allocation.alpha_core import eigenvalues, fractions, limits, tail_exponents
+from pruning.allocation.figures import allocation_figures
 from pruning.budget import all_shapes, block_means, by_block, exact
 from pruning.types import Allocation, Allocator, Layerwise, Request
 
@@ -78,6 +79,12 @@ def alpha(
             budget = by_block(model, np.minimum(asked, 1.0))
         else:
             budget = exact(by_block(model, asked), shapes, request.sparsity)
-        return Allocation(budget, {"alpha": found, "block_sparsity": block_means(budget, shapes)})
+        means = block_means(budget, shapes)
+        exponents = [sum(block.values()) / len(block) for block in found]
+        return Allocation(
+            budget,
+            {"alpha": found, "block_sparsity": means},
+            figures=allocation_figures(means, request.sparsity, "exponent", exponents),
+        )
 
     return allocate

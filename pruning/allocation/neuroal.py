@@ -17,6 +17,7 @@ from models.arch import Arch, Block, Model, cross_entropy
 from models.errors import InputError
 from models.programs import program
 from models.sharding import place, to_host, tree_to_host
+from pruning.allocation.figures import allocation_figures, search_figure
 from pruning.allocation.neuroal_core import misalignment, row_fractions, schedule
 from pruning.budget import (
     LEAST,
@@ -405,15 +406,22 @@ def neuroal(
             if followed or step == "block"
             else ("neuroal: the method cannot follow rows, only blocks were searched",)
         )
+        means = block_means(second.budget, shapes)
+        best_block = first.best if step != "row" else None
         details = {
-            "block_lambda": first.best if step != "row" else None,
+            "block_lambda": best_block,
             "block_lambdas": first.lambdas,
             "block_scores": first.scores,
             "row_lambda": second.best,
             "row_lambdas": second.lambdas,
             "row_scores": second.scores,
-            "block_sparsity": block_means(second.budget, shapes),
+            "block_sparsity": means,
         }
-        return Allocation(second.budget, details, warnings)
+        figures = [*allocation_figures(means, request.sparsity)]
+        if first.lambdas:
+            figures.append(search_figure("block", first.lambdas, first.scores, best_block))
+        if second.lambdas:
+            figures.append(search_figure("row", second.lambdas, second.scores, second.best))
+        return Allocation(second.budget, details, warnings, tuple(figures))
 
     return allocate

@@ -12,6 +12,7 @@ from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model
 from models.errors import InputError
 from models.programs import program
+from pruning.allocation.figures import allocation_figures
 from pruning.allocation.owl_core import outliers
 from pruning.budget import all_shapes, block_means, by_block, exact, spread, within
 from pruning.types import Allocation, Allocator, Layerwise, Request
@@ -63,8 +64,11 @@ def owl(
             if official
             else exact(by_block(model, asked), shapes, request.sparsity)
         )
+        means = block_means(budget, shapes)
         return Allocation(
-            budget, {"outliers": shares, "block_sparsity": block_means(budget, shapes)}
+            budget,
+            {"outliers": shares, "block_sparsity": means},
+            figures=allocation_figures(means, request.sparsity, "outliers", shares, fraction=True),
         )
 
     return allocate

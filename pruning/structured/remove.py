@@ -17,6 +17,7 @@ from models.errors import InputError
 from models.programs import Program
 from models.sharding import tree_to_host
 from models.surgery import cut, mask
+from pruning.figures import kept_map
 from pruning.structured import repair
 from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
 
@@ -249,4 +250,5 @@ def removed_outcome(
         scores=tuple(scores),
         scores_label=scores_label,
         details={**kept_units, "units": units},
+        figures=tuple(kept_map(name, [keep[name] for keep in keeps]) for name in units),
     )

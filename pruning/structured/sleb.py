@@ -11,6 +11,7 @@ from calibration.states import OFFLOADS
 from models.arch import Arch, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from pruning.structured.sleb_figures import search_figures
 from pruning.structured.sleb_runner import (
     Candidate,
     Path,
@@ -334,9 +335,12 @@ class Sleb:
         trace = _search(runner, candidates, n, rounds, stop, runtime)
         _finish(model, trace.path, sink)
         slots = [slot.name for slot in model.arch.slots]
+        details = _details(runner, trace, units, self.units)
+        parts = details.get("removed_parts")
         return Outcome(
             asked=tuple(dict.fromkeys(slots, asked) for _ in range(total)),
             kept_blocks=tuple(i for i, _ in trace.path),
-            details=_details(runner, trace, units, self.units),
+            details=details,
             warnings=tuple(_warnings(trace)),
+            figures=search_figures(details["losses"], trace.removed, parts),
         )

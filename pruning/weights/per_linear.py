@@ -346,4 +346,5 @@ class PerLinear:
             mean_fractions(allocation.budget),
             details=details,
             warnings=(*allocation.warnings, *self.warn(details)),
+            figures=allocation.figures,
         )

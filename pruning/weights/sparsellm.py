@@ -46,6 +46,7 @@ from pruning.weights.sparsellm_core import (
     Solved,
     solve_corrected,
 )
+from pruning.weights.sparsellm_figures import loss_figures
 from pruning.weights.sparsellm_official_core import Aux, solve_official
 
 # Activations with an auxiliary update: relu without a gate, the others with one.
@@ -430,4 +431,9 @@ class SparseLLM:
             if k == 0 and len(block_losses) > 1
         ]
         raised = sparsegpt.damping_warnings(self.damp, details)
-        return Outcome(asked, details=details, warnings=(*allocation.warnings, *warnings, *raised))
+        return Outcome(
+            asked,
+            details=details,
+            warnings=(*allocation.warnings, *warnings, *raised),
+            figures=(*allocation.figures, *loss_figures(losses)),
+        )

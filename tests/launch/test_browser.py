@@ -1,4 +1,4 @@
-"""The report as a browser shows it: no error in its console, and nothing wider than a phone."""
+"""In a browser the report has no console error and nothing wider than a phone."""
 
 import html
 import json
@@ -8,19 +8,31 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from launch.report import html as report
 from launch.report.html import render
+from pruning import figures
+from pruning.figures import LineSeries, Table
 
 PHONE = 390  # pixels wide, as Chromium counts them for a page with a viewport
 PROBE = """<p id="probe"></p><script>addEventListener("load", () => {
-  const width = document.documentElement.clientWidth, scrolls = document.documentElement.scrollWidth;
+  const root = document.documentElement, width = root.clientWidth, scrolls = root.scrollWidth;
   const scrolling = (e) => /auto|scroll/.test(getComputedStyle(e).overflowX);
   const scrollable = (e) => e && (scrolling(e) || scrollable(e.parentElement));
-  const wide = [...document.querySelectorAll("body *")].filter((e) => e.getBoundingClientRect().right > width + 1 && !scrollable(e));
-  document.getElementById("probe").textContent = JSON.stringify([width, scrolls, wide.slice(0, 5).map((e) => e.outerHTML.slice(0, 99))]);
+  const sticksOut = (e) => e.getBoundingClientRect().right > width + 1 && !scrollable(e);
+  const wide = [...document.querySelectorAll("body *")].filter(sticksOut).slice(0, 5);
+  const found = [width, scrolls, wide.map((e) => e.outerHTML.slice(0, 99))];
+  document.getElementById("probe").textContent = JSON.stringify(found);
 });</script></body>"""
+
+
+# Copies the probe's result out of the frame, where --dump-dom shows it.
+COPY = """<script>addEventListener("load", () => setTimeout(() => {
+  const frame = document.querySelector("iframe").contentDocument;
+  const text = "probed " + frame.getElementById("probe").textContent;
+  document.body.append(Object.assign(document.createElement("pre"), {textContent: text}));
+}, 50));</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -32,16 +44,13 @@ def chromium() -> str:
 
 
 def opened(chromium: str, page: Path, tmp_path: Path) -> tuple[str, list[str]]:
-    """The page after its scripts ran, framed as wide as a phone, and what the browser's console said."""
-    frame = (
-        tmp_path / "frame.html"
-    )  # windows are at least 500 pixels wide; a frame may be as narrow as a phone
+    """Open a page in a frame as wide as a phone; return its DOM and the console's messages."""
+    # A window is at least 500 pixels wide, a frame may be as narrow as a phone.
+    frame = tmp_path / "frame.html"
     content = html.escape(page.read_text(encoding="utf-8").replace("</body>", PROBE), quote=True)
-    copy = """<script>addEventListener("load", () => setTimeout(() => document.body.append(
-      Object.assign(document.createElement("pre"), {textContent: "probed " +
-      document.querySelector("iframe").contentDocument.getElementById("probe").textContent})), 50));</script>"""
     frame.write_text(
-        f'<!doctype html><meta charset="utf-8"><iframe width={PHONE} height=844 style="border:0" srcdoc="{content}"></iframe>{copy}'
+        '<!doctype html><meta charset="utf-8">'
+        f'<iframe width={PHONE} height=844 style="border:0" srcdoc="{content}"></iframe>{COPY}'
     )
     switches = [
         "--headless",
@@ -65,7 +74,7 @@ def opened(chromium: str, page: Path, tmp_path: Path) -> tuple[str, list[str]]:
 def probed(
     chromium: str, result: dict[str, Any], tmp_path: Path, spoil: str = ""
 ) -> tuple[list[Any], list[str]]:
-    """[width, scrolled width, elements that stick out] of a report's page, and what the console said."""
+    """Return [width, scrolled width, elements that stick out] and the console's messages."""
     page = tmp_path / "report.html"
     page.write_text(render(result).replace("</main>", f"{spoil}</main>"), encoding="utf-8")
     dom, said = opened(chromium, page, tmp_path)
@@ -74,13 +83,25 @@ def probed(
     return json.loads(html.unescape(found[1])), said
 
 
+def of_method() -> list[figures.Figure]:
+    """A figure of each type, with long names in them."""
+    losses = {"phase 1": [3.0, 2.5, None, 2.2]}
+    masks = [np.arange(9) % 2 == 0, np.arange(9) % 3 == 0]
+    cells = [["0", 0.25, "z" * 120], ["1", 0.5, None]]
+    return [
+        LineSeries("Loss without each block", "block", "loss", losses, caption="c" * 200),
+        figures.kept_map("heads", masks),
+        Table("Allocation", ("block", "sparsity", "note"), cells, fractions=("sparsity",)),
+    ]
+
+
 def everything() -> dict[str, Any]:
     """A report with every part, and long names in them."""
     layers, name = (
         [f"model.layers.{i}" for i in range(12)],
         "/a/rather/long/directory/of/token/files/" + "x" * 60 + ".npy",
     )
-    figures = {
+    scores = {
         "dense": 8.125,
         "pruned": 19.375,
         "dense_stderr": 0.2,
@@ -112,8 +133,8 @@ def everything() -> dict[str, Any]:
         "parameters": {"dense": 1_234_567, "pruned": 987_654},
         "bytes": {"dense": 4_938_268, "pruned": 3_950_616},
         "perplexity": {
-            name: figures,
-            "c4": figures | {"pruned": float("inf"), "pruned_stderr": None},
+            name: scores,
+            "c4": scores | {"pruned": float("inf"), "pruned_stderr": None},
         },
         "tasks": {
             "hellaswag": {
@@ -149,6 +170,7 @@ def everything() -> dict[str, Any]:
         "checks": {"topiary": True, "transformers": None},
         "load_back": {"topiary": "largest difference 0", "transformers": "not checked"},
         "details": {"removal_order": [3], "losses": [[3.0, 2.5, None, 2.2]], "note": "n" * 300},
+        "figures": [figures.to_json(figure) for figure in of_method()],
     }
 
 
@@ -158,8 +180,7 @@ def test_a_report_has_no_console_error_and_fits_a_phone(chromium: str, tmp_path:
     assert scrolls <= width and not wide, wide
 
 
-def test_the_probe_sees_what_is_wrong(chromium: str, tmp_path: Path) -> None:
-    """An element too wide, and a script that fails."""
+def test_the_probe_finds_wide_elements_and_failing_scripts(chromium: str, tmp_path: Path) -> None:
     spoil = '<div style="width:600px">wide</div><script>nothing.such()</script>'
     (width, scrolls, wide), said = probed(chromium, everything(), tmp_path, spoil)
     assert (
@@ -167,4 +188,4 @@ def test_the_probe_sees_what_is_wrong(chromium: str, tmp_path: Path) -> None:
         and any("600px" in w for w in wide)
         and any("nothing" in line for line in said)
     )
-    assert "nothing" not in report.render(everything())
+    assert "nothing" not in render(everything())

@@ -1,5 +1,6 @@
-"""Runs side by side: the figures are those of the reports, and what cannot be compared is said."""
+"""The comparison shows the reports' numbers and warns about those that cannot be compared."""
 
+import itertools
 import json
 import math
 import pathlib
@@ -7,6 +8,7 @@ import re
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from launch import compare
 from launch.flags.cli import run
@@ -62,7 +64,9 @@ def runs(tmp_path: pathlib.Path) -> list[str]:
     ]
 
 
-def test_the_table_has_what_the_reports_have(runs: list[str], tmp_path: pathlib.Path) -> None:
+def test_the_table_holds_the_numbers_of_the_reports(
+    runs: list[str], tmp_path: pathlib.Path
+) -> None:
     speed = {
         "1": {
             d: {"speedup": {"prompt": 1 + k, "generation": 2 + k}}
@@ -121,8 +125,8 @@ def test_the_command_prints_and_writes(
     )
 
 
-def test_the_mean_of_several_tasks(tmp_path: pathlib.Path) -> None:
-    """Of each task's first accuracy, with the error of independent documents; none for a run that lacks a task."""
+def test_the_mean_of_several_tasks_needs_all_of_them(tmp_path: pathlib.Path) -> None:
+    """Each task's first accuracy counts; the error is that of independent documents."""
     more = {
         "boolq": {
             "dense": {"acc,none": 0.5, "acc_stderr,none": 0.02},
@@ -143,7 +147,7 @@ def test_the_mean_of_several_tasks(tmp_path: pathlib.Path) -> None:
     assert (dense[-2], flap[-2], wanda[-2]) == ("60.00% ± 1.12%", "50.00% ± 1.00%", "—")
 
 
-def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path) -> None:
+def test_numbers_that_cannot_be_compared_are_named(runs: list[str], tmp_path: pathlib.Path) -> None:
     assert list(compare.differences(compare.read(runs, None))) == []
     other = report(
         "wanda",
@@ -154,33 +158,45 @@ def test_what_cannot_be_compared_is_said(runs: list[str], tmp_path: pathlib.Path
     )
     found = list(compare.differences(compare.read([*runs, write(tmp_path / "four", other)], None)))
     assert found == [
-        "the dense models are not the same",
-        "the tokens of a|b are not the same in all runs",
+        "the dense models differ",
+        "the tokens of a|b differ between the runs",
     ]
 
 
-def test_the_front_is_what_no_other_run_beats() -> None:
+def test_the_front_has_the_runs_that_no_other_run_beats() -> None:
     a, b, c, d = Point("a", 0.5, 15), Point("b", 0.75, 20), Point("c", 0.9, 11), Point("d", 1.0, 10)
-    assert compare_plot.front([d, b, c, a], less=True) == [a, c, d]
-    assert compare_plot.front([a, b, c, d], less=False) == [d]
-    assert compare_plot.front([Point("x", 2.0, 12), d, Point("y", 2.0, 14)], less=False) == [
+    assert compare_plot.pareto_front([d, b, c, a], less=True) == [a, c, d]
+    assert compare_plot.pareto_front([a, b, c, d], less=False) == [d]
+    assert compare_plot.pareto_front([Point("x", 2.0, 12), d, Point("y", 2.0, 14)], less=False) == [
         d,
         Point("x", 2.0, 12),
     ]
+
+
+def test_names_of_close_points_do_not_cover_each_other() -> None:
+    figure = Figure()
+    ax = figure.subplots()
+    points = [Point(f"run {k}", 0.5 + 0.001 * k, 10.0 + 0.01 * k) for k in range(5)]
+    ax.plot([0.0, 1.0], [0.0, 20.0])
+    figure.draw_without_rendering()
+    compare_plot.label_points(ax, points)
+    boxes = [text.get_window_extent() for text in ax.texts]
+    assert sorted(text.get_text() for text in ax.texts) == [p.name for p in points]
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
         ([], "no directories were given"),
-        (["nowhere"], "no directory that launch.prune wrote"),
-        (["one", "--speed=one/pruning_report.json"], "is not what launch.bench"),
+        (["nowhere"], "no readable pruning_report.json"),
+        (["one", "--speed=one/pruning_report.json"], "is not output of launch.bench"),
         (["one", "--speed=speed.json"], "none of these directories"),
         (["one", "--plot=x.pdf"], "must end in .svg or .png"),
         (["one", "--latex=nowhere/x.tex"], "--latex=nowhere/x.tex cannot be written"),
     ],
 )
-def test_errors(
+def test_bad_input_is_one_line(
     argv: list[str],
     says: str,
     runs: list[str],

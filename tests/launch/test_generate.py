@@ -1,4 +1,4 @@
-"""`launch.generate` from the command line, and the samples that pruning puts into its report."""
+"""`launch.generate` continues texts, and the report has samples of both models."""
 
 import json
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_the_prompt_and_its_continuation_are_printed(capsys: pytest.CaptureFixtu
     assert capsys.readouterr().out == PROMPT + tokenizer.continuation(ids, new.tolist()) + "\n"
 
 
-def test_a_seed_names_a_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_equal_seeds_give_equal_texts(capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in (1, 1, 2):
         argv = [
@@ -77,11 +77,11 @@ def test_a_text_ends_where_the_checkpoint_says(tmp_path: Path) -> None:
     """`generation_config.json` first, one token or several; else `config.json`; else nowhere."""
     tiny.write(tmp_path, tiny.state_of(tiny.GQA, tiny.random_model(tiny.GQA)))
     checkpoint = open_checkpoint(tmp_path)
-    assert generate.ends_of(checkpoint) == [2]
+    assert generate.eos_tokens(checkpoint) == [2]
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [3, 4]}))
-    assert generate.ends_of(checkpoint) == [3, 4]
+    assert generate.eos_tokens(checkpoint) == [3, 4]
     (tmp_path / "generation_config.json").write_text("{}")
-    assert generate.ends_of(checkpoint._replace(config={})) == []
+    assert generate.eos_tokens(checkpoint._replace(config={})) == []
 
 
 def test_the_text_stops_before_the_token_that_ends_it() -> None:
@@ -95,7 +95,7 @@ def test_the_text_stops_before_the_token_that_ends_it() -> None:
 
 
 @pytest.mark.parametrize("model", ["tiny-llama", "tiny-opt"])
-def test_pruning_reports_what_both_models_say(model: str, tmp_path: Path) -> None:
+def test_the_report_has_samples_of_both_models(model: str, tmp_path: Path) -> None:
     argv = [
         f"--model=embedded:{model}",
         "--sparsity=0.5",
@@ -124,13 +124,15 @@ def test_pruning_reports_what_both_models_say(model: str, tmp_path: Path) -> Non
         checkpoint = open_checkpoint(directory)
         prompts = np.asarray([tokenizer(s["prompt"], special=True) for s in found])
         new = continue_tokens(checkpoint.model, prompts, samples.NEW_TOKENS)
-        non_block = generate.ends_of(checkpoint)
+        eos = generate.eos_tokens(checkpoint)
         for sample, ids, text in zip(found, prompts.tolist(), new, strict=True):
-            assert sample[name] == generate.continuation(tokenizer, ids, text, non_block)
+            assert sample[name] == generate.continuation(tokenizer, ids, text, eos)
     assert any(s["dense"] != s["pruned"] for s in found)
 
 
-def test_no_samples_where_they_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_are_no_samples_without_tokenizer_positions_or_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No tokenizer, one of another model, too few positions, a model too large to hold."""
     embedded = resolve("embedded:tiny-opt")
     dense, tokenizer = open_checkpoint(embedded), load_tokenizer(embedded)
@@ -146,5 +148,5 @@ def test_no_samples_where_they_cannot_be(tmp_path: Path, monkeypatch: pytest.Mon
         )
     )
     assert samples.samples(few, few, lambda: tokenizer) == []
-    monkeypatch.setattr(samples, "roomy", lambda size: size < 100)
+    monkeypatch.setattr(samples, "fits_in_memory", lambda size: size < 100)
     assert samples.samples(dense, dense, lambda: tokenizer) == []

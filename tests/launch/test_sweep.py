@@ -1,4 +1,4 @@
-"""Sweeps: what trials there are, that each is the run of launch.prune it says, and that nothing is lost when one fails or all stop."""
+"""A sweep runs the trials of its grid, each a run of launch.prune, and loses none on a failure."""
 
 import csv
 import json
@@ -7,8 +7,6 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 from calibration.step_cache import StepCache
@@ -16,47 +14,29 @@ from launch import prune, sweep
 from launch.flags.cli import Terminated, run
 from launch.run import export
 from launch.trials import trial as trials
-from models.checkpoint.writer import save
 from models.errors import InputError
-from models.init import init_model
-
-LLAMA = dict(
-    model_type="llama",
-    vocab_size=64,
-    hidden_size=16,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=24,
-    initializer_range=0.3,
-)
 
 
 @pytest.fixture(autouse=True)
-def _no_more_than_pruning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What models say is compiled anew for every shape, and transformers takes a second a trial: nothing here is about them."""
+def _skip_samples_and_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the steps of a trial that take seconds and that no test here is about."""
     monkeypatch.setattr(prune, "samples", lambda *_: [])
     monkeypatch.setattr(export, "_by_transformers", lambda *_: export.Check(True, "not asked"))
 
 
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    save(root / "llama", init_model(LLAMA, jax.random.key(1)), LLAMA, root)
-    rng = np.random.default_rng(0)
-    np.save(root / "calib.npy", rng.integers(0, 64, (4, 16), np.int32))
-    np.save(root / "eval.npy", rng.integers(0, 64, (2, 16), np.int32))
-    return root
-
-
-def argv(inputs: Path, output: Path, *more: str) -> list[str]:
+def argv(trial_inputs: Path, output: Path, *more: str) -> list[str]:
     data = [
-        f"--calibration={inputs / 'calib.npy'}",
-        f"--eval_data={inputs / 'eval.npy'}",
+        f"--calibration={trial_inputs / 'calib.npy'}",
+        f"--eval_data={trial_inputs / 'eval.npy'}",
         "--calibration_batch=2",
     ]
-    return [f"--model={inputs / 'llama'}", *data, "--mesh=data=1", f"--output={output}", *more]
+    return [
+        f"--model={trial_inputs / 'llama'}",
+        *data,
+        "--mesh=data=1",
+        f"--output={output}",
+        *more,
+    ]
 
 
 def call(args: list[str]) -> int:
@@ -74,7 +54,7 @@ def names(*more: str) -> list[str]:
     return [trial.name for trial in sweep.grid(values, Path("out"))]
 
 
-def test_a_grid_is_every_combination_a_seed_after_the_other() -> None:
+def test_a_grid_has_every_combination_seed_after_seed() -> None:
     got = names(
         '--methods=wanda,flap(metric="WIFV",bias=False)',
         "--sparsities=0.3,0.5",
@@ -94,9 +74,10 @@ def test_a_grid_is_every_combination_a_seed_after_the_other() -> None:
     assert got[4].startswith("flap_bias=False_metric=WIFV_")
 
 
-def test_a_method_may_say_its_own_sparsity_allocation_and_refinement() -> None:
+def test_a_method_may_set_its_own_sparsity_allocation_and_refinement() -> None:
     got = names(
-        "--methods=wanda,wanda@0.5,flap(bias=False)@0.2,wanda+owl(m=7, lam=0.1),sparsegpt@0.6 + dsnot,wanda@0.5+alpha+dsnot",
+        "--methods=wanda,wanda@0.5,flap(bias=False)@0.2,wanda+owl(m=7, lam=0.1),"
+        "sparsegpt@0.6 + dsnot,wanda@0.5+alpha+dsnot",
         "--sparsities=0.3,0.4",
     )
     assert [re.sub("_[0-9a-f]{6}", "", name) for name in got] == [
@@ -111,9 +92,9 @@ def test_a_method_may_say_its_own_sparsity_allocation_and_refinement() -> None:
     ]
 
 
-def test_a_trial_of_its_own_settings_is_the_run_that_it_says(inputs: Path, tmp_path: Path) -> None:
+def test_a_trial_with_its_own_settings_runs_with_them(trial_inputs: Path, tmp_path: Path) -> None:
     methods = ["--methods=wanda@0.5+owl+dsnot,sleb(blocks=1),flap@0.3", "--seeds=3"]
-    assert call(argv(inputs, tmp_path / "out", *methods)) == 0
+    assert call(argv(trial_inputs, tmp_path / "out", *methods)) == 0
     rows = list(table_of(tmp_path / "out").values())
     assert [
         [r[k] for k in ("state", "method", "allocation", "refine", "sparsity")] for r in rows
@@ -130,7 +111,7 @@ def test_a_trial_of_its_own_settings_is_the_run_that_it_says(inputs: Path, tmp_p
     )
 
 
-def test_a_method_that_counts_has_one_trial_whatever_the_sparsities() -> None:
+def test_a_method_that_sets_its_sparsity_has_one_trial() -> None:
     assert [n[:13] for n in names("--methods=sleb(blocks=1),sleb", "--sparsities=0.3,0.5")] == [
         "sleb_blocks=1",
         "sleb-0.3-seed",
@@ -211,7 +192,7 @@ BAD = {
 
 @pytest.mark.parametrize(("more", "said"), BAD.values(), ids=BAD)
 def test_bad_input_is_found_before_any_work(
-    inputs: Path,
+    trial_inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -219,7 +200,7 @@ def test_bad_input_is_found_before_any_work(
     said: str,
 ) -> None:
     monkeypatch.setattr(prune, "prune", None)
-    assert call(argv(inputs, tmp_path / "out", *more)) == 2
+    assert call(argv(trial_inputs, tmp_path / "out", *more)) == 2
     err = capsys.readouterr().err.strip().splitlines()[-1]
     assert err.startswith("error: ") and said in err
     assert not (tmp_path / "out" / "trials").exists()
@@ -238,16 +219,16 @@ GRIDS = {  # with how often a trial gets what a former one with another sparsity
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_a_trial_is_to_the_bit_the_run_that_its_report_says(
-    name: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_equals_the_run_of_its_reports_command_to_the_bit(
+    name: str, trial_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever it shares with those before it; and it does share."""
+    """Although it shares steps with the trials before it."""
     memory, (flags, measured) = StepCache(), GRIDS[name]
     monkeypatch.setattr(sweep, "StepCache", lambda: memory)
-    assert call(argv(inputs, tmp_path / "sweep", *flags, "--sparsities=0.3,0.5")) == 0
+    assert call(argv(trial_inputs, tmp_path / "sweep", *flags, "--sparsities=0.3,0.5")) == 0
     rows = table_of(tmp_path / "sweep")
     assert {row["state"] for row in rows.values()} == {"finished"}
-    # Twice two sets of tokens (they are also read before the first trial), and the dense perplexity.
+    # Two sets of tokens, which are also read before the first trial, and the dense perplexity.
     assert memory.reused == 2 * (2 * len(rows) - 1) + len(rows) - 1 + measured
     for trial in [
         path for path in (tmp_path / "sweep" / "trials").iterdir() if "-0.5-" in path.name
@@ -271,8 +252,9 @@ SMALL = ["--methods=magnitude,wanda", "--sparsities=0.3,0.5"]
 
 
 def broken(m: pytest.MonkeyPatch, name: str, error: BaseException) -> list[str]:
-    """Have the trial of this name fail; the names of those that were run."""
-    real, ran = prune.prune, []  # type: Callable[..., Any], list[str]
+    """Let the trial of this name fail, and return the list of the trials that ran."""
+    real = prune.prune
+    ran: list[str] = []
 
     def one(config: prune.RunConfig, *rest: Any) -> Any:
         ran.append(Path(str(config.output)).name)
@@ -292,10 +274,14 @@ def broken(m: pytest.MonkeyPatch, name: str, error: BaseException) -> list[str]:
     ],
     ids=["input", "defect"],
 )
-def test_a_failure_is_recorded_the_rest_goes_on_and_it_is_tried_again(
-    error: Exception, said: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_failed_trial_is_recorded_and_run_again_by_the_next_sweep(
+    error: Exception,
+    said: str,
+    trial_inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out, args = tmp_path / "out", argv(inputs, tmp_path / "out", *SMALL)
+    out, args = tmp_path / "out", argv(trial_inputs, tmp_path / "out", *SMALL)
     with pytest.MonkeyPatch.context() as m:
         ran = broken(m, "magnitude-0.5-seed0", error)
         assert call(args) == 1
@@ -325,10 +311,10 @@ def test_a_failure_is_recorded_the_rest_goes_on_and_it_is_tried_again(
 
 
 @pytest.mark.parametrize(("error", "code"), [(Terminated(), 143), (KeyboardInterrupt(), 130)])
-def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(
-    error: BaseException, code: int, inputs: Path, tmp_path: Path
+def test_an_interrupted_sweep_keeps_finished_trials_and_resumes(
+    error: BaseException, code: int, trial_inputs: Path, tmp_path: Path
 ) -> None:
-    out, args = tmp_path / "out", argv(inputs, tmp_path / "out", *SMALL)
+    out, args = tmp_path / "out", argv(trial_inputs, tmp_path / "out", *SMALL)
     with pytest.MonkeyPatch.context() as m:
         broken(m, "wanda-0.3-seed0", error)
         assert call(args) == code
@@ -349,12 +335,12 @@ def test_an_interrupted_sweep_keeps_what_is_finished_and_goes_on(
     ).stat().st_mtime_ns == before
 
 
-def test_a_finished_trial_of_other_settings_is_refused(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_finished_trial_with_other_settings_is_refused(
+    trial_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, args = (
         tmp_path / "out",
-        argv(inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3"),
+        argv(trial_inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3"),
     )
     assert call(args) == 0
     before = (out / "sweep.csv").read_bytes()
@@ -365,11 +351,11 @@ def test_a_finished_trial_of_other_settings_is_refused(
     assert list(table_of(out)) == ["magnitude-0.3-seed0", "magnitude-0.5-seed0"]
 
 
-def test_a_combination_that_cannot_be_is_left_out_and_said(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_impossible_combination_is_left_out_with_its_reason(
+    trial_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = argv(
-        inputs,
+        trial_inputs,
         tmp_path / "out",
         "--methods=magnitude,sleb(blocks=1)",
         "--sparsities=0.5",
@@ -382,37 +368,41 @@ def test_a_combination_that_cannot_be_is_left_out_and_said(
     assert f"left out: {left_out}: --allocation is for weight methods" in capsys.readouterr().err
 
 
-def test_a_directory_that_is_not_ours_is_left_alone(
-    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_directory_of_other_files_is_left_alone(
+    trial_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    assert call(argv(inputs, tmp_path, *SMALL)) == 2
+    assert call(argv(trial_inputs, tmp_path, *SMALL)) == 2
     assert "not an earlier result" in capsys.readouterr().err and len(list(tmp_path.iterdir())) == 1
 
 
-def test_two_sweeps_do_not_write_one_place(
-    inputs: Path,
+def test_two_sweeps_cannot_write_one_directory(
+    trial_inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = argv(inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3")
+    args = argv(trial_inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3")
     monkeypatch.setattr(prune, "prune", lambda *_: call(args))
     call(args)
     assert "another run is writing it" in capsys.readouterr().err
 
 
 def test_compiled_programs_are_dropped_now_and_then(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trial_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropped = []
-    monkeypatch.setattr(trials, "FORGET", 2)
+    monkeypatch.setattr(trials, "CLEAR_EVERY", 2)
     monkeypatch.setattr(trials.jax, "clear_caches", lambda: dropped.append(True))
     broken(monkeypatch, "magnitude-0.3-seed0", ValueError())
     assert (
         call(
             argv(
-                inputs, tmp_path / "out", "--methods=magnitude", "--sparsities=0.3", "--seeds=0,1,2"
+                trial_inputs,
+                tmp_path / "out",
+                "--methods=magnitude",
+                "--sparsities=0.3",
+                "--seeds=0,1,2",
             )
         )
         == 1

@@ -108,7 +108,7 @@ def test_a_model_that_is_not_held_whole(
 ) -> None:
     """transformers reads its weights from the files as it runs, and gives the same logits."""
     pytest.importorskip("accelerate")
-    monkeypatch.setattr("launch.run.export.roomy", lambda size: False)
+    monkeypatch.setattr("launch.run.export.fits_in_memory", lambda size: False)
     pruned(
         shared / "models/tiny-llama",
         "tiny",

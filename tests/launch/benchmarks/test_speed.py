@@ -1,4 +1,4 @@
-"""The speed bench measures dense and pruned checkpoints in turn and writes its figures. No time is asserted."""
+"""The speed benchmark measures dense and pruned checkpoints and writes its results."""
 
 import json
 from pathlib import Path
@@ -11,12 +11,22 @@ import pytest
 from eval.size import count_entries
 from launch import bench
 from launch.benchmarks import speed as bench_speed
+from launch.benchmarks.speed_programs import Task, Times
 from launch.flags.cli import run
 from models.checkpoint.writer import save
 from models.init import init_model
 
-CONFIG = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-    num_key_value_heads=1, max_position_embeddings=24, architectures=["LlamaForCausalLM"])  # fmt: skip
+CONFIG = dict(
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=24,
+    architectures=["LlamaForCausalLM"],
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +50,7 @@ def call(models: Path, *args: str) -> int:
     return run(bench.options(), bench.main, argv)
 
 
-def test_the_command_writes_its_figures(
+def test_the_command_writes_its_results(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = [
@@ -68,7 +78,7 @@ def test_the_command_writes_its_figures(
             for part in ("prompt", "token")
         )
     out = capsys.readouterr().out
-    assert "prompts of 16 tokens" in out and "positions go" in out
+    assert "prompts of 16 tokens" in out and "models' positions" in out
     svg = (tmp_path / "s.svg").read_text()
     assert "narrow" in svg and "batch 2" in svg
 
@@ -79,7 +89,7 @@ def count(neurons: int) -> int:
 
 
 def check(row: dict[str, Any], batch: int) -> None:
-    """Figures follow from each other; the compiled programs do about the work that the shapes ask for."""
+    """Check that the numbers agree, and that XLA counts about the work that the shapes need."""
     assert all(len(s) == 2 and min(s) > 0 for s in row["seconds"].values())
     assert row["tokens_per_second"]["prompt"] == pytest.approx(16 * batch / row["median"]["prompt"])
     assert row["tokens_per_second"]["generation"] == pytest.approx(
@@ -92,7 +102,7 @@ def check(row: dict[str, Any], batch: int) -> None:
     assert 0 < row["share_of_peak"]["prompt"] < 1
 
 
-def test_against_pytorch(models: Path, tmp_path: Path) -> None:
+def test_pytorch_is_measured_too(models: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     assert (
         call(
@@ -135,20 +145,21 @@ def test_a_broken_checkpoint_is_an_error_of_its_process(
     models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = CONFIG | {"vocab_size": 32}
-    save(tmp_path / "nan", jax.tree.map(lambda x: x * np.nan, init_model(config, jax.random.key(0))._replace(arch=None))._replace(
-        arch=init_model(config, jax.random.key(0)).arch), config, tmp_path)  # fmt: skip
+    model = init_model(config, jax.random.key(0))
+    blocks, non_block = jax.tree.map(lambda x: x * np.nan, (model.blocks, model.non_block))
+    save(tmp_path / "nan", model._replace(blocks=blocks, non_block=non_block), config, tmp_path)
     assert call(models, f"--pruned={tmp_path / 'nan'}", "--runs=1", "--notorch") == 2
     assert "NaN" in capsys.readouterr().err
 
 
-def test_speedups_are_pair_by_pair() -> None:
-    task = bench_speed.Task(Path(), "float32", 2, 10, 5)
-    times = [bench_speed.Times(1.0, 2.0), bench_speed.Times(3.0, 6.0), bench_speed.Times(2.0, 4.0)]
+def test_speedups_are_medians_over_pairs_of_runs() -> None:
+    task = Task(Path(), "float32", 2, 10, 5)
+    times = [Times(1.0, 2.0), Times(3.0, 6.0), Times(2.0, 4.0)]
     found = {
         "dense": {"times": times, "flops": {"prompt": 60.0, "token": 3.0}},
-        "half": {"times": [bench_speed.Times(t.prompt / 2, t.generation / 4) for t in times]},
+        "half": {"times": [Times(t.prompt / 2, t.generation / 4) for t in times]},
     }
-    dense, half = bench_speed.figures_of(found, task, peak=30.0).values()
+    dense, half = bench_speed.summarise(found, task, peak=30.0).values()
     assert half["speedup"] == {"prompt": 2.0, "generation": 4.0}
     assert dense["tokens_per_second"] == {"prompt": 10.0, "generation": 2.0}
     assert dense["share_of_peak"] == {"prompt": 1.0, "generation": 3 * 4 / 4 / 30}

@@ -1,4 +1,4 @@
-"""The terminal: the table's figures, plain text in logs, bars on terminals, silence beside the main process."""
+"""Logs are plain text, terminals have bars, and only the primary process prints."""
 
 import io
 import re
@@ -44,7 +44,7 @@ def is_plain(text: str) -> bool:
     return not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
-def test_closing_table_holds_the_figures() -> None:
+def test_the_closing_table_holds_the_numbers() -> None:
     console = log()
     console.print(shown.closing_table(REPORT))
     text = text_of(console)
@@ -53,7 +53,7 @@ def test_closing_table_holds_the_figures() -> None:
         "inf",
         "1.500x",
         "49.98%",
-        "asked 50%",
+        "target 50%",
         "1,234,567",
         "1,000,001",
         "-19.00%",
@@ -63,27 +63,27 @@ def test_closing_table_holds_the_figures() -> None:
         assert part in text, part
 
 
-def test_show_is_plain_in_a_log_and_takes_nothing_for_markup() -> None:
+def test_a_log_is_plain_text_and_brackets_are_not_markup() -> None:
     console = log()
     shown.show(REPORT, console)
     text = text_of(console)
     assert is_plain(text)
     for part in (
         "tiny-llama [bold]x",
-        "a/[i]b.npy",
+        "[i]b.npy",
         "warning: damping was [raised] to 0.1\n",
         REPORT["settings"]["output"] + "\n",
     ):
         assert part in text, part
 
 
-def test_show_on_a_terminal_is_styled() -> None:
+def test_a_terminal_is_styled() -> None:
     console = terminal()
     shown.show(REPORT, console)
     assert "\x1b[" in text_of(console)
 
 
-def test_show_needs_no_warnings_and_no_output() -> None:
+def test_warnings_and_output_may_be_missing() -> None:
     console = log()
     shown.show(REPORT | {"warnings": [], "settings": {}}, console)
     assert "warning" not in text_of(console) and "pruned model" not in text_of(console)
@@ -106,7 +106,7 @@ def test_progress_in_a_log_is_few_plain_lines(total: int, lines: int) -> None:
     assert f"{total} of {total}" in text.splitlines()[-1]
 
 
-def test_progress_in_a_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_a_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     console, clock = log(), iter([0.0, 60.0, 120.0])
     monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
     with shown.progress(console) as stage:
@@ -114,8 +114,8 @@ def test_progress_in_a_log_tells_the_time_left(monkeypatch: pytest.MonkeyPatch) 
         advance()
         advance()
     assert text_of(console).splitlines() == [
-        "blocks: 1 of 3, 1 min 00 s spent, 2 min 00 s left",
-        "blocks: 2 of 3, 2 min 00 s spent, 1 min 00 s left",
+        "blocks: 1 of 3, 1 min 00 s elapsed, 2 min 00 s left",
+        "blocks: 2 of 3, 2 min 00 s elapsed, 1 min 00 s left",
     ]
 
 
@@ -130,7 +130,7 @@ def test_progress_on_a_terminal_is_a_bar() -> None:
     assert text.rstrip().endswith("\x1b[?25h"), "the cursor must be shown again"
 
 
-def test_progress_on_a_terminal_knows_the_time_left_of_slow_steps() -> None:
+def test_progress_on_a_terminal_has_the_time_left_of_slow_steps() -> None:
     console, now = terminal(), [0.0]
     console.get_time = lambda: now[0]
     with shown.progress(console) as stage:
@@ -149,7 +149,7 @@ def test_progress_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> N
     assert "1 of 1" in captured.err and not captured.out
 
 
-def test_only_the_main_process_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_primary_process_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     for console in (log(), terminal()):
         with shown.progress(console) as stage:

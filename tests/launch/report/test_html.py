@@ -1,20 +1,20 @@
-"""The HTML report: complete, escaped, self-contained, well-formed, the same bytes each time, and unmoved by odd figures."""
+"""The HTML report is complete, escaped, self-contained, well-formed and reproducible."""
 
 import copy
 import json
 import math
 import re
-from html.parser import HTMLParser
+import shlex
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import pytest
 
-from launch.report import plots
 from launch.report.html import expectation, flat, render, write_html
+from pruning.figures import LineSeries, Table, to_json
+from reference.html_page import Page
 
-VOID = {"meta", "link", "br", "img", "input", "hr"}
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -35,7 +35,8 @@ def make_report(blocks: int = 3) -> dict[str, Any]:
             "output": "/out/pruned",
             "pattern": "unstructured",
         },
-        "command": "python -m launch.prune --model=embedded:tiny-llama '--method=llmrank(scorer=\"wpr\")' --sparsity=0.3",
+        "command": "python -m launch.prune --model=embedded:tiny-llama "
+        "'--method=llmrank(scorer=\"wpr\")' --sparsity=0.3",
         "protocol": {
             "calibration": {
                 "source": "embedded",
@@ -85,45 +86,11 @@ def without_plots() -> dict[str, Any]:
     return report
 
 
-class Page(HTMLParser):
-    """Checks that tags nest and ids are unique; gathers text, attributes and the words said to screen readers."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str]] = []
-        self.words: list[str] = []
-        self.feed(html)
-        self.close()
-        assert self.open == []
-        ids = [value for name, value in self.attributes if name == "id"]
-        assert len(ids) == len(set(ids)), "the same id twice"
-        self.text = "\n".join(self.words)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append(tag)
-        self.attributes += [(name, value or "") for name, value in attrs]
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
-
-    def handle_data(self, data: str) -> None:
-        if data.strip():
-            self.words.append(data.strip())
-
-
-def test_every_figure_asked_for_is_there() -> None:
+def test_the_page_holds_every_number_of_the_report() -> None:
     report = make_report()
     page = Page(render(report))
     for part in (
-        *("embedded:tiny-llama", 'llmrank(scorer="wpr")', "29.91%", "asked 30%", "21.23%"),
+        *("embedded:tiny-llama", 'llmrank(scorer="wpr")', "29.91%", "target 30%", "21.23%"),
         *(
             "8.125",
             "9.375",
@@ -138,7 +105,6 @@ def test_every_figure_asked_for_is_there() -> None:
         *("1.25 s", "4 min 05 s", "33.1 s", "0.50 s", "3.0 GiB", "damping was raised to 0.1"),
         *("c0ffee", "beef", "33", "129", "17", "61", "257", "0.10.2", "3.11.9", "8"),
         *(
-            report["command"],
             "largest difference of the logits 0",
             "PageRank of neurons",
             "model.layers.2.self_attn.q_proj",
@@ -147,6 +113,8 @@ def test_every_figure_asked_for_is_there() -> None:
         ),
     ):
         assert part in page.text, part
+    (command,) = [word for word in page.words if word.startswith("python -m")]
+    assert shlex.split(command.replace("\\\n", "")) == shlex.split(report["command"])
     assert page.tags.count("svg") == 3
     assert page.words.index("Warnings") < page.words.index("Dense and pruned")
 
@@ -176,7 +144,7 @@ def test_nothing_is_fetched_and_nothing_runs() -> None:
     assert not [name for name, _ in page.attributes if name.startswith("on")]
 
 
-def test_names_are_text_wherever_they_appear() -> None:
+def test_names_are_shown_as_text_wherever_they_appear() -> None:
     bad = '<script>alert(1)</script>"><img src=x onerror=alert(1)></svg> a & b $x_1$ {{ 7 * 7 }}'
     report = make_report(1)
     report |= {
@@ -249,7 +217,7 @@ def test_a_part_that_is_empty_or_missing_is_left_out(missing: str) -> None:
     Page(empty)
 
 
-def test_the_least_report() -> None:
+def test_a_report_with_only_the_required_keys_is_a_page() -> None:
     page = Page(
         render({"model": "m", "method": "magnitude", "sparsity": {"target": None, "prunable": 0.0}})
     )
@@ -266,7 +234,7 @@ def test_odd_scores_and_sparsities_are_drawn_or_left_out() -> None:
 
 
 @pytest.mark.parametrize("blocks", [1, 80])
-def test_one_block_and_eighty(blocks: int) -> None:
+def test_long_tables_are_folded_and_the_page_stays_small(blocks: int) -> None:
     html = render(make_report(blocks))
     page = Page(html)
     assert page.text.count(".self_attn.q_proj") == blocks
@@ -284,12 +252,12 @@ def test_a_linear_without_a_budget_has_a_dash() -> None:
 
 def test_long_lists_of_the_details_are_cut_and_say_so() -> None:
     text = Page(render(without_plots())).text
-    assert "1047, … 300 in all]" in text and "1048" not in text
+    assert "1047, … 300 in total]" in text and "1048" not in text
     assert "[3.125, null]" in text
 
 
-def test_tasks_are_listed() -> None:
-    """In the table, in a plot with error bars, and by their protocol; what is no accuracy is in the table alone."""
+def test_tasks_are_in_the_table_the_plot_and_the_protocol() -> None:
+    """Accuracies have a plot with error bars; other metrics are in the table alone."""
     figures = {
         "acc": 0.6125,
         "acc_stderr": 0.0321,
@@ -310,14 +278,14 @@ def test_tasks_are_listed() -> None:
     at = page.words.index("arc_easy, perplexity")
     assert page.words[at + 1 : at + 4] == ["12.500", "inf", "—"]
     assert (
-        "Accuracy, before and after" in page.words
+        "Accuracy before and after" in page.words
         and "arc_easy: 1,234" in page.text
         and "lm-eval 0.4.13" in page.text
     )
     assert page.tags.count("svg") == 1
 
 
-def test_flat() -> None:
+def test_nested_settings_become_dotted_names() -> None:
     assert flat({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "t", "f": {}}) == [
         ("a.b", "1"),
         ("a.c", '[1, "x"]'),
@@ -326,146 +294,50 @@ def test_flat() -> None:
     ]
 
 
-def test_what_to_expect_follows_the_bytes() -> None:
+def test_the_expected_saving_follows_the_bytes() -> None:
     report = make_report(1)
-    assert "really taken out" in expectation(report)
+    assert "no longer stored" in expectation(report)
     report["bytes"]["pruned"] = report["bytes"]["dense"]
-    assert "zeros that stay in place" in expectation(report) and "pattern" not in expectation(
-        report
-    )
+    assert "stored as zeros" in expectation(report) and "pattern" not in expectation(report)
     report["settings"]["pattern"] = "2:4"
     assert "pattern 2:4" in expectation(report)
     report["sparsity"]["total"] = 0.0
     assert "Nothing was removed" in expectation(report)
 
 
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
-        ("model.decoder.layers.11.fc1", (11, "fc1")),
-        ("layers.0.kernel", (0, "kernel")),
-        ("lm_head", None),
-        ("model.sublayers.3.fc1", None),
-    ],
-)
-def test_split(name: str, place: tuple[int, str] | None) -> None:
-    assert plots.split(name) == place
+def with_figures(*figures: LineSeries | Table) -> dict[str, Any]:
+    """A report with figures of a method, as read from pruning_report.json."""
+    return json.loads(json.dumps(make_report() | {"figures": [to_json(f) for f in figures]}))
 
 
-def test_equal_profiles_share_a_panel_and_others_do_not() -> None:
-    got = {
-        f"model.decoder.layers.{i}.{kind}": 0.5
-        for i in range(2)
-        for kind in ("self_attn.q_proj", "fc1", "fc2")
+def test_lines_of_a_method_are_a_plot_with_its_caption() -> None:
+    line = LineSeries("Loss by step", "step", "loss", {"a": [3.0, None, 2.0]}, caption="Lower <b>.")
+    page = Page(render(with_figures(line)))
+    assert page.tags.count("svg") == 4
+    assert "Loss by step" in page.words and "Lower <b>." in page.words
+
+
+def test_a_table_of_a_method_is_a_section() -> None:
+    rows = [["0", 0.2, "x"], ["1", 0.31, None], ["2", 0.39, 2.5]]
+    table = Table("Allocation", ("block", "sparsity", "exponent"), rows, fractions=("sparsity",))
+    words = Page(render(with_figures(table))).words
+    assert words[words.index("Allocation") + 1] == "3 rows"
+    start = words.index("block", words.index("Allocation"))
+    assert words[start : start + 12] == [
+        *("block", "sparsity", "exponent"),
+        *("0", "20%", "x"),
+        *("1", "31%", "—"),
+        *("2", "39%", "2.5"),
+    ]
+
+
+def test_a_path_is_shown_by_its_file_name_and_kept_in_the_protocol() -> None:
+    report = without_plots() | {
+        "perplexity": {"/a/long/way/valid.npy": {"dense": 2.0, "pruned": 3}}
     }
-    assert _said(plots.sparsity_by_block(got, {}))[-2:] == ["q_proj, fc1, fc2", "50%"]
-    got["model.decoder.layers.1.fc2"] = 0.75
-    words = _said(plots.sparsity_by_block(got, {}))
-    assert "q_proj, fc1" in words and "fc2" in words and "50% to 75%" in words
-    words = _said(plots.sparsity_by_block(got, {"model.decoder.layers.0.fc1": 0.5}))
-    assert "q_proj" in words and "fc1" in words, "a kind with a budget is not like one without"
-
-
-def test_bars_are_as_long_as_their_figures() -> None:
-    dense, pruned = _widths(plots.perplexity_bars({"a": {"dense": 5.0, "pruned": 10.0}}))
-    assert pruned / dense == pytest.approx(2.0, rel=1e-3)
-    dense, pruned = _widths(plots.perplexity_bars({"a": {"dense": 10.0, "pruned": 1000.0}}))
-    assert pruned / dense == pytest.approx(3.0, rel=1e-3), (
-        "on the log axis a bar's length is the cross-entropy"
-    )
-
-
-def test_scores_choose_a_log_axis_by_their_range() -> None:
-    narrow = plots.scores_by_block({"layers.0.fc1": [1.0, 2.0, 3.0, 4.0, 5.0]}, "s")
-    wide = plots.scores_by_block({"layers.0.fc1": [0.0, 1e-4, 1e-3, 1e-2, 1.0]}, "s")
-    assert not {"1e-4", "0.001", "0.01"} & set(_said(narrow)) and {"0.001", "0.01"} <= set(
-        _said(wide)
-    )
-
-
-def test_nothing_to_draw_is_no_plot() -> None:
-    assert (
-        plots.perplexity_bars({})
-        == plots.sparsity_by_block({"lm_head": 0.5}, {})
-        == plots.scores_by_block({}, "s")
-        == ""
-    )
-
-
-def test_names_in_plots_are_neither_mathematics_nor_limited_to_one_script() -> None:
-    svg = plots.perplexity_bars(
-        {"a $x_1$ <b>": {"dense": 1.5, "pruned": 2.0}, "語料": {"dense": 1.5, "pruned": 2.0}}
-    )
-    assert {"a $x_1$ <b>", "語料"} <= set(_said(svg))
-
-
-def test_plots_take_the_pages_colours() -> None:
-    svg = plots.sparsity_by_block({"layers.0.attn.q": 0.5, "layers.0.fc1": 0.25}, {})
-    assert "currentColor" in svg and plots.BLUE in svg and plots.ORANGE in svg
-    assert not re.search(r"#000000|#ffffff|font-family|<\?xml|<style", svg)
-
-
-def _said(svg: str) -> list[str]:
-    return Page(svg).words
-
-
-def _widths(svg: str) -> list[float]:
-    """Widths of the dense and the pruned bar, read back from the drawing's paths by their colours."""
-    widths = []
-    for colour in (plots.GREY, plots.BLUE):
-        (path,) = re.findall(rf'd="([^"]*)"[^>]*fill: {colour}', svg)
-        across = [float(pair.split()[0]) for pair in re.findall(r"-?[\d.]+ -?[\d.]+", path)]
-        widths.append(max(across) - min(across))
-    return widths
-
-
-def allocated(**details: Any) -> dict[str, Any]:
-    report = make_report()
-    report["details"] = {"block_sparsity": [0.2, 0.31, 0.39], **details}
-    return report
-
-
-def test_an_allocation_is_a_table_and_a_plot() -> None:
-    html = render(allocated(outliers=[0.0123, 0.0071, 0.0042]))
-    for part in (
-        "<h2>Allocation</h2>",
-        "31%",
-        "1.23% outliers",
-        "Sparsity allotted to each block",
-        "3 blocks",
-    ):
-        assert part in html, part
-    assert "exponent 2.500" in render(allocated(alpha=[{"q": 2.0, "k": 3.0}] * 3))
-    assert "Allocation</h2>" not in render(make_report())
-
-
-def test_a_search_shows_its_scores() -> None:
-    tried = {"block_lambdas": [0.0, 0.1, 0.2], "block_scores": [5.5, 5.1, 5.3], "block_lambda": 0.1}
-    html = render(allocated(**tried, row_lambdas=[], row_scores=[], row_lambda=None))
-    assert "Scores of lambda, block step" in html and "Scores of lambda, row step" not in html
-    assert plots.ORANGE in plots.scores_of_lambdas([0.0, 0.1], [5.0, 4.0], 0.1, "row step")
-    assert plots.ORANGE not in plots.scores_of_lambdas([0.0, 0.1], [5.0, math.nan], 0.1, "row step")
-    assert (
-        plots.scores_of_lambdas([], [], None, "row step")
-        == plots.allocation_by_block([], 0.5)
-        == ""
-    )
-
-
-def test_a_search_for_blocks_is_a_plot() -> None:
-    losses = [[None, 3.0, 2.0, 90.0], [None, 3.5, None, None]]
-    html = render(make_report() | {"details": {"removal_order": [2, 1], "losses": losses}})
-    assert "Loss without each block" in html and "in this order: 2, 1." in html
-    parts = {"removal_order": [2], "losses": losses[:1], "removed_parts": [[1, "o"]]}
-    assert (
-        "Loss without each sublayer" in (html := render(make_report() | {"details": parts}))
-        and "1 (o)" in html
-    )
-    assert "Loss without" not in render(
-        make_report() | {"details": {"removal_order": [2], "losses": []}}
-    )
-    assert (
-        plots.losses_by_unit([[2.0, 2.0]], [0], "block")
-        and plots.losses_by_unit([[None]], [], "block") == ""
-    )
+    report["protocol"]["evaluation"] = {
+        "/a/long/way/valid.npy": {"source": "/a/long/way/valid.npy"}
+    }
+    words = Page(render(report)).words
+    assert "Perplexity, valid.npy" in words and "evaluation: valid.npy" in words
+    assert [word for word in words if "/a/long" in word] == ["/a/long/way/valid.npy"]

@@ -1,4 +1,4 @@
-"""Quality lights: what each threshold makes of figures on both sides of it, and that the page says it without colour."""
+"""Each threshold judges numbers on both sides of it, and the page shows it without colour."""
 
 import math
 from typing import Any
@@ -8,8 +8,9 @@ import pytest
 
 from eval.perplexity import Perplexity
 from launch.report import html as report
-from launch.report import plots, summary
+from launch.report import summary
 from launch.report.quality import lights, repetition
+from launch.report.quality_plots import perplexity_bars
 
 LEAST: dict[str, Any] = {"model": "m", "method": "wanda", "sparsity": {"per_linear": {}}}
 
@@ -23,22 +24,22 @@ def states(**parts: Any) -> list[str]:
     [
         (9.0, "good"),
         (10.0, "good"),
-        (10.01, "look"),
-        (16.0, "look"),
-        (16.01, "bad"),
-        (math.inf, "bad"),
-        (math.nan, "bad"),
+        (10.01, "check"),
+        (16.0, "check"),
+        (16.01, "poor"),
+        (math.inf, "poor"),
+        (math.nan, "poor"),
     ],
 )
-def test_perplexity_by_its_ratio(pruned: float, state: str) -> None:
+def test_perplexity_is_judged_by_its_ratio(pruned: float, state: str) -> None:
     assert states(perplexity={"d": {"dense": 8.0, "pruned": pruned}}) == [state]
 
 
 @pytest.mark.parametrize(
     ("dense", "pruned", "state"),
-    [(0.5, 0.4, "good"), (0.5, 0.29, "good"), (0.5, 0.28, "bad"), (0.26, 0.26, "look")],
+    [(0.5, 0.4, "good"), (0.5, 0.29, "good"), (0.5, 0.28, "poor"), (0.26, 0.26, "check")],
 )
-def test_accuracy_by_what_guessing_gives(dense: float, pruned: float, state: str) -> None:
+def test_accuracy_is_judged_against_guessing(dense: float, pruned: float, state: str) -> None:
     tasks = {
         "t": {
             which: {"acc": v, "acc_stderr": 0.015}
@@ -51,45 +52,43 @@ def test_accuracy_by_what_guessing_gives(dense: float, pruned: float, state: str
     )
 
 
-def test_repeated_text() -> None:
+def test_texts_are_judged_by_repeated_sequences() -> None:
     assert repetition("a b c d e f") == 0.0 and repetition("a b") == 0.0
-    assert repetition("a a a a a a") == 0.75  # four runs of three, all the same
+    assert repetition("a a a a a a") == 0.75  # four sequences of three, all the same
     said = {"prompt": "", "dense": "one two three four five six"}
     assert states(samples=[said | {"pruned": "and then a cat came by"}]) == ["good"]
-    assert states(samples=[said | {"pruned": "the the the the the the"}]) == ["bad"]
-    assert states(samples=[said | {"pruned": ""}]) == ["look"]
+    assert states(samples=[said | {"pruned": "the the the the the the"}]) == ["poor"]
+    assert states(samples=[said | {"pruned": ""}]) == ["check"]
     assert states(samples=[{"dense": "a a a a a a", "pruned": "b b b b b b"}]) == ["good"], (
         "no worse than the dense model"
     )
 
 
-def test_checks_sparsity_and_draws() -> None:
+def test_checks_sparsity_and_draws_are_judged() -> None:
     back = {"topiary": "0", "transformers": "cannot load it"}
     assert states(checks={"topiary": True, "transformers": False}, load_back=back) == [
         "good",
-        "bad",
+        "poor",
     ]
-    assert states(checks={"transformers": None}, load_back=back) == ["look"]
+    assert states(checks={"transformers": None}, load_back=back) == ["check"]
     assert states(sparsity={"target": 0.5, "prunable": 0.504}) == ["good"]
-    assert states(sparsity={"target": 0.5, "prunable": 0.49}) == ["look"]
+    assert states(sparsity={"target": 0.5, "prunable": 0.49}) == ["check"]
     of = {"mean": 10.0, "min": 9.0, "max": 11.0}
     assert states(spread={"perplexity": {"a": of | {"std": 0.5}, "b": of | {"std": 0.6}}}) == [
         "good",
-        "look",
+        "check",
     ]
     assert states() == []
 
 
-def test_the_page_says_a_light_by_shape_word_and_limit() -> None:
+def test_the_page_shows_shape_word_and_limit() -> None:
     page = report.render(LEAST | {"perplexity": {"d": {"dense": 8.0, "pruned": 80.0}}})
-    assert (
-        '<span class="mark" aria-hidden="true">■</span> <strong>bad</strong> perplexity, d: 10.000x'
-        in page
-    )
-    assert "over 2x is bad" in page and "Quality at a glance" not in report.render(LEAST)
+    mark = '<span class="mark" aria-hidden="true">■</span>'
+    assert f"{mark} <strong>Poor</strong> Perplexity, d: 10.000x" in page
+    assert "poor: above 2x" in page and "Quality at a glance" not in report.render(LEAST)
 
 
-def test_the_standard_error_of_a_perplexity() -> None:
+def test_the_standard_error_of_a_perplexity_is_that_of_many_draws() -> None:
     ce = np.array([1.0, 1.2, 1.4, 0.8])
     error = Perplexity(math.exp(1.1), ce, 4).error
     assert error == pytest.approx(math.exp(1.1) * np.std(ce, ddof=1) / 2)
@@ -101,10 +100,10 @@ def test_the_standard_error_of_a_perplexity() -> None:
     )
 
 
-def test_error_bars_are_drawn_and_said() -> None:
+def test_error_bars_are_drawn_and_explained() -> None:
     figures = {"dense": 8.0, "pruned": 9.0, "tokens": 10}
     with_errors = figures | {"dense_stderr": 0.5, "pruned_stderr": 0.25}
-    assert plots.perplexity_bars({"d": with_errors}) != plots.perplexity_bars({"d": figures})
+    assert perplexity_bars({"d": with_errors}) != perplexity_bars({"d": figures})
     row = summary.quality_rows({"perplexity": {"d": with_errors}})[0]
     assert (row.dense, row.pruned) == ("8.000 ± 0.500", "9.000 ± 0.250")
     assert "one standard error over windows" in report.render(

@@ -1,4 +1,4 @@
-"""The words for figures: what a reader sees for odd values, and that the rows hold the report's figures."""
+"""Numbers are formatted for a reader, odd values too, and the rows hold the report's numbers."""
 
 import math
 
@@ -20,7 +20,7 @@ from launch.report import summary
         (None, "—"),
     ],
 )
-def test_perplexity(value: float | None, text: str) -> None:
+def test_a_perplexity_has_about_four_digits(value: float | None, text: str) -> None:
     assert summary.perplexity(value) == text
 
 
@@ -28,7 +28,7 @@ def test_perplexity(value: float | None, text: str) -> None:
     ("value", "text"),
     [(0.2997, "29.97%"), (0.3, "30%"), (0, "0%"), (1.0, "100%"), (0.1, "10%"), (None, "—")],
 )
-def test_percent(value: float | None, text: str) -> None:
+def test_a_fraction_is_a_percentage_without_trailing_zeros(value: float | None, text: str) -> None:
     assert summary.percent(value) == text
 
 
@@ -44,7 +44,7 @@ def test_percent(value: float | None, text: str) -> None:
         (None, "—"),
     ],
 )
-def test_size(value: int | None, text: str) -> None:
+def test_bytes_are_in_a_binary_unit(value: int | None, text: str) -> None:
     assert summary.size(value) == text
 
 
@@ -59,7 +59,7 @@ def test_size(value: int | None, text: str) -> None:
         (None, "—"),
     ],
 )
-def test_duration(value: float | None, text: str) -> None:
+def test_seconds_become_minutes_and_hours(value: float | None, text: str) -> None:
     assert summary.duration(value) == text
 
 
@@ -75,7 +75,9 @@ def test_duration(value: float | None, text: str) -> None:
         (8, None, "—"),
     ],
 )
-def test_ratio(dense: float | None, pruned: float | None, text: str) -> None:
+def test_a_ratio_that_is_undefined_is_a_dash(
+    dense: float | None, pruned: float | None, text: str
+) -> None:
     assert summary.ratio(dense, pruned) == text
 
 
@@ -89,7 +91,9 @@ def test_ratio(dense: float | None, pruned: float | None, text: str) -> None:
         (1, None, "—"),
     ],
 )
-def test_difference(dense: int | None, pruned: int | None, text: str) -> None:
+def test_a_difference_is_relative_to_the_dense_model(
+    dense: int | None, pruned: int | None, text: str
+) -> None:
     assert summary.difference(dense, pruned) == text
 
 
@@ -100,7 +104,25 @@ def test_a_long_name_keeps_its_end() -> None:
     assert summary.shorten("/data/" + "x" * 40) == "…" + "x" * 23
 
 
-def test_rows_of_a_report() -> None:
+def test_a_path_is_shortened_to_its_file_name() -> None:
+    assert summary.short_names(["c4", "/data/tokens/valid.npy"]) == {
+        "c4": "c4",
+        "/data/tokens/valid.npy": "valid.npy",
+    }
+
+
+def test_equal_file_names_keep_the_folders_that_tell_them_apart() -> None:
+    names = ["/a/x/valid.npy", "/b/x/valid.npy", "valid.npy", "out/wanda/", "out/flap"]
+    assert list(summary.short_names(names).values()) == [
+        "a/x/valid.npy",
+        "b/x/valid.npy",
+        "valid.npy",
+        "wanda",
+        "flap",
+    ]
+
+
+def test_the_rows_hold_the_numbers_of_a_report() -> None:
     report = {
         "perplexity": {"ptb": {"dense": 8.1, "pruned": 9.3}},
         "sparsity": {"target": 0.3, "prunable": 0.2997, "total": 0.2},
@@ -111,17 +133,17 @@ def test_rows_of_a_report() -> None:
     }
     assert summary.quality_rows(report) == [
         ("Perplexity, ptb", "8.100", "9.300", "1.148x"),
-        ("Sparsity, prunable", "", "29.97%", "asked 30%"),
+        ("Sparsity, prunable", "", "29.97%", "target 30%"),
         ("Sparsity, whole model", "", "20%", ""),
         ("Parameters", "1,000,000", "800,000", "-20.00%"),
         ("Weights on disk", "4.0 KiB", "4.0 KiB", "unchanged"),
     ]
     costs = dict(summary.cost_rows(report))
     assert costs["Time, calibrate and prune"] == "1 min 00 s"
-    assert costs["Time, in all"] == "1 min 06 s"
+    assert costs["Time, total"] == "1 min 06 s"
     assert costs["Peak memory, host"] == "2.0 KiB" and costs["Peak memory, device"] == "—"
 
 
-def test_rows_of_an_empty_report() -> None:
+def test_an_empty_report_has_rows_of_dashes() -> None:
     assert all(row.change in ("", "—") for row in summary.quality_rows({}))
     assert summary.cost_rows({}) == []

@@ -1,4 +1,4 @@
-"""A sweep's figures: put together over seeds as a calculator would, in the table, in the file of rows, and in the plot."""
+"""A sweep's results are combined over seeds, in its table, its files and its plot."""
 
 import csv
 import io
@@ -11,9 +11,10 @@ import pytest
 from rich.console import Console
 
 from launch import sweep
-from launch.report import sweep_report
 from launch.report.sweep_plot import Point, perplexity_by_sparsity
-from launch.report.sweep_report import Board, curves, lines
+from launch.report.sweep_report import Board
+from launch.report.sweep_table import DENSE as DENSE_PREFIX
+from launch.report.sweep_table import curves, lines, with_prefix
 from launch.trials.trial import Trial
 
 DENSE = 2.5
@@ -51,7 +52,7 @@ def report(sparsity: float, perplexity: float) -> dict[str, Any]:
 
 @pytest.fixture
 def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
-    """Wanda finished, FLAP at 30 % too, at 50 % one failed and two wait; a combination is left out."""
+    """Wanda and FLAP at 30 % are finished, FLAP at 50 % failed or waits, one is left out."""
     trials = grid()
     left_out = grid("--allocations=owl")[0]
     made = Board(tmp_path, {"model": "<m>", "seeds": "0,1,2"}, trials, [(left_out, "it cannot be")])
@@ -63,8 +64,8 @@ def board(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Board:
 
     monkeypatch.setattr(Trial, "report", found)
     for trial in trials:
-        made.look(trial)
-    made.look(trials[3], "it broke, badly")
+        made.update(trial)
+    made.update(trials[3], "it broke, badly")
     assert trials[3].name == "flap-0.5-seed0"
     return made
 
@@ -94,7 +95,7 @@ def test_lines_are_means_and_deviations_over_seeds(board: Board) -> None:
     )
 
 
-def test_rows_are_read_back_as_they_were(board: Board, tmp_path: Path) -> None:
+def test_the_csv_file_holds_every_trial(board: Board, tmp_path: Path) -> None:
     board.publish()
     rows = list(csv.DictReader(io.StringIO((tmp_path / "sweep.csv").read_text())))
     assert len(rows) == 13 and list(rows[0])[-1] == "error"
@@ -117,7 +118,9 @@ def test_rows_are_read_back_as_they_were(board: Board, tmp_path: Path) -> None:
     )
 
 
-def test_the_page_has_every_trial_and_says_what_failed(board: Board, tmp_path: Path) -> None:
+def test_the_page_has_every_trial_and_the_reasons_for_failures(
+    board: Board, tmp_path: Path
+) -> None:
     board.publish()
     page = (tmp_path / "sweep.html").read_text()
     assert "&lt;m&gt;" in page and "<m>" not in page and "9 of 12 trials finished" in page
@@ -131,7 +134,7 @@ def test_the_page_has_every_trial_and_says_what_failed(board: Board, tmp_path: P
     assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
 
 
-def test_the_table_in_the_terminal(board: Board) -> None:
+def test_the_terminal_shows_the_table_and_the_failures(board: Board) -> None:
     console = Console(file=io.StringIO(), width=140)
     board.show(console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
@@ -140,7 +143,7 @@ def test_the_table_in_the_terminal(board: Board) -> None:
         "flap-0.5-seed0": "it broke, badly"
     }
     assert (
-        board.said(grid()[0])
+        board.progress_line(grid()[0])
         == "10 of 12: wanda-0.3-seed0: perplexity 3.000 (c4), perplexity 10.000 (b,d)"
     )
 
@@ -154,7 +157,7 @@ def test_curves_are_by_method_and_allocation_in_order_of_sparsity(board: Board) 
     assert got["wanda"][1].mean == pytest.approx(statistics.mean(SCORES["wanda", 0.5]))
 
 
-def test_a_plot_names_its_curves_and_leaves_out_what_is_not_finite() -> None:
+def test_a_plot_names_its_curves_and_leaves_out_infinite_values() -> None:
     svg = perplexity_by_sparsity(
         {
             "wanda": [Point(0.3, 3.0, 0.1), Point(0.5, 900.0, math.nan)],
@@ -177,4 +180,4 @@ def test_a_board_without_any_figures_is_a_page_too(tmp_path: Path) -> None:
     empty.publish()
     assert "0 of 12 trials finished" in (tmp_path / "sweep.html").read_text()
     empty.show(Console(file=io.StringIO()))
-    assert sweep_report.named(empty.rows, sweep_report.DENSE) == {}
+    assert with_prefix(empty.rows, DENSE_PREFIX) == {}

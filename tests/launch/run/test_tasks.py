@@ -80,7 +80,7 @@ def test_dense_and_pruned_in_one_report(
     said = capsys.readouterr()
     assert "stories, acc" in said.out and said.err.count("log-likelihoods: 2 of 2") == 2
     page = (out / "report.html").read_text()
-    assert "Accuracy, before and after" in page and facts["sha256"] in page
+    assert "Accuracy before and after" in page and facts["sha256"] in page
 
     monkeypatch.setattr(
         "eval.harness.log_likelihoods", fail

@@ -1,4 +1,4 @@
-"""Trials elsewhere: on a real Ray cluster of this host, through submitit's local queue, and what is said where neither is there."""
+"""Trials run on a Ray cluster of this host and through submitit's local queue."""
 
 import json
 import os
@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 from calibration.step_cache import StepCache
@@ -19,49 +17,27 @@ from launch.flags.cli import Terminated, run, termination_deferred
 from launch.run import export
 from launch.trials import backends
 from launch.trials import trial as trials
-from launch.trials.backends import Where
+from launch.trials.backends import Execution
 from launch.trials.trial import Job, Trial
-from models.checkpoint.writer import save
 from models.errors import InputError
-from models.init import init_model
 
 ROOT = Path(__file__).parents[3]
-LLAMA = dict(
-    model_type="llama",
-    vocab_size=64,
-    hidden_size=16,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=24,
-    max_position_embeddings=24,
-)
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("inputs")
-    save(root / "llama", init_model(LLAMA, jax.random.key(1)), LLAMA, root)
-    rng = np.random.default_rng(0)
-    np.save(root / "calib.npy", rng.integers(0, 64, (4, 16), np.int32))
-    np.save(root / "eval.npy", rng.integers(0, 64, (2, 16), np.int32))
-    return root
 
 
 @pytest.fixture(autouse=True)
-def _no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes seconds, and nothing here is about it. (Workers ask it.)"""
+def _skip_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skip the check with transformers, which takes seconds; other processes still do it."""
     monkeypatch.setattr(export, "_by_transformers", lambda *_: export.Check(True, "not asked"))
 
 
-def argv(inputs: Path, output: Path, *more: str) -> list[str]:
+def argv(trial_inputs: Path, output: Path, *more: str) -> list[str]:
     data = [
-        f"--calibration={inputs / 'calib.npy'}",
-        f"--eval_data={inputs / 'eval.npy'}",
+        f"--calibration={trial_inputs / 'calib.npy'}",
+        f"--eval_data={trial_inputs / 'eval.npy'}",
         "--calibration_batch=2",
     ]
     return [
-        f"--model={inputs / 'llama'}",
+        f"--model={trial_inputs / 'llama'}",
         *data,
         "--mesh=data=1",
         f"--output={output}",
@@ -70,14 +46,14 @@ def argv(inputs: Path, output: Path, *more: str) -> list[str]:
     ]
 
 
-def made(inputs: Path, output: Path, *more: str) -> list[Trial]:
+def made(trial_inputs: Path, output: Path, *more: str) -> list[Trial]:
     """The trials of a grid."""
     output.mkdir()
-    return sweep.grid(sweep.options().parse(argv(inputs, output, *more)), output)
+    return sweep.grid(sweep.options().parse(argv(trial_inputs, output, *more)), output)
 
 
-def where(workers: int = 0, **resources: Any) -> Where:
-    return Where(resources, workers, StepCache())
+def execution(workers: int = 0, **resources: Any) -> Execution:
+    return Execution(resources, workers, StepCache())
 
 
 @pytest.fixture(scope="module")
@@ -118,12 +94,12 @@ def call(args: list[str]) -> int:
     return run(sweep.options(), sweep.main, args)
 
 
-def test_a_sweep_on_ray(
-    inputs: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
+def test_a_sweep_on_ray_runs_failed_trials_again(
+    trial_inputs: Path, tmp_path: Path, cluster: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Two trials at a time; one cannot be written, and is, when the same command is given again."""
     out = tmp_path / "out"
-    args = argv(inputs, out, "--sparsities=0.2,0.4", "--backend=ray", "--resources=CPU=1")
+    args = argv(trial_inputs, out, "--sparsities=0.2,0.4", "--backend=ray", "--resources=CPU=1")
     stone = out / "trials" / "magnitude-0.4-seed0" / "stone"
     stone.parent.mkdir(parents=True)
     stone.touch()
@@ -153,31 +129,33 @@ class Fatal(Trial):
             os._exit(1)
 
 
-def test_a_trial_that_ends_its_worker_is_a_failure_and_the_rest_goes_on(
-    inputs: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
+def test_a_trial_that_kills_its_worker_fails_and_the_others_run(
+    trial_inputs: Path, tmp_path: Path, cluster: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ray.cloudpickle
 
     monkeypatch.setattr(backends, "RETRIES", 0)
     ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    first, second = made(inputs, tmp_path / "out", "--sparsities=0.2,0.4")
+    first, second = made(trial_inputs, tmp_path / "out", "--sparsities=0.2,0.4")
     found = dict(
-        backends.on_ray([Fatal(first.sweep, first.config), second], where(workers=1, CPU=1))
+        backends.run_on_ray([Fatal(first.sweep, first.config), second], execution(workers=1, CPU=1))
     )
     assert list(found.values())[1] is None and second.report()
     (error, _) = found.values()
     assert "its worker was lost" in str(error) and first.log.read_text().startswith(str(error))
 
 
-def test_ray_says_what_the_cluster_lacks(inputs: Path, tmp_path: Path, cluster: str) -> None:
-    (trial,) = made(inputs, tmp_path / "out", "--sparsities=0.2")
+def test_resources_that_no_host_has_are_an_error(
+    trial_inputs: Path, tmp_path: Path, cluster: str
+) -> None:
+    (trial,) = made(trial_inputs, tmp_path / "out", "--sparsities=0.2")
     for resources, said in [
         ({"CPU": 64}, "no host of the cluster"),
         ({"TPU": 4}, "no host"),
-        ({"CPU": "many"}, "are amounts"),
+        ({"CPU": "many"}, "must be positive amounts"),
     ]:
         with pytest.raises(InputError, match=said):
-            list(backends.on_ray([trial], where(**resources)))
+            list(backends.run_on_ray([trial], execution(**resources)))
 
 
 def test_a_trial_takes_a_whole_host_of_the_strongest_kind() -> None:
@@ -188,14 +166,14 @@ def test_a_trial_takes_a_whole_host_of_the_strongest_kind() -> None:
         {"CPU": 96.0, "GPU": 8.0},
     ]
     need = backends._whole_host(hosts)
-    assert need == {"TPU": 4.0, "CPU": 8.0} and backends._fitting(hosts, need) == 2
+    assert need == {"TPU": 4.0, "CPU": 8.0} and backends._capacity(hosts, need) == 2
     assert (
-        backends._fitting(hosts, {"CPU": 8}) == 8 + 1 + 1 + 12
-        and backends._fitting(hosts, {"GPU": 2, "CPU": 1}) == 4
+        backends._capacity(hosts, {"CPU": 8}) == 8 + 1 + 1 + 12
+        and backends._capacity(hosts, {"GPU": 2, "CPU": 1}) == 4
     )
 
 
-def test_sigterm_waits_where_it_may_not_raise() -> None:
+def test_a_deferred_sigterm_sets_an_event() -> None:
     import signal
 
     before = signal.getsignal(signal.SIGTERM)
@@ -209,7 +187,7 @@ def test_sigterm_waits_where_it_may_not_raise() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
-def test_resources_are_names_with_amounts_or_words() -> None:
+def test_resources_are_names_with_numbers_or_texts() -> None:
     assert backends.parse_resources("CPU=4, TPU-v4=0.5,partition=gpu") == {
         "CPU": 4,
         "TPU-v4": 0.5,
@@ -219,21 +197,23 @@ def test_resources_are_names_with_amounts_or_words() -> None:
 
 
 @pytest.mark.parametrize(("backend", "package"), [("ray", "ray"), ("slurm", "submitit")])
-def test_a_package_that_is_not_there_is_named(
+def test_a_missing_package_is_named(
     backend: str,
     package: str,
-    inputs: Path,
+    trial_inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert call(argv(inputs, tmp_path / "out", "--sparsities=0.2", f"--backend={backend}")) == 2
-    assert f"pip install 'topiary[{backend}]'" in capsys.readouterr().err
+    assert (
+        call(argv(trial_inputs, tmp_path / "out", "--sparsities=0.2", f"--backend={backend}")) == 2
+    )
+    assert f"pip install {package}" in capsys.readouterr().err
 
 
-def test_no_cluster_and_no_queue_are_said(
-    inputs: Path,
+def test_a_missing_cluster_or_queue_is_an_error(
+    trial_inputs: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -244,25 +224,27 @@ def test_no_cluster_and_no_queue_are_said(
         raise ConnectionError("Could not find any running Ray instance.")
 
     monkeypatch.setattr(ray, "init", nothing)
-    assert call(argv(inputs, tmp_path / "out", "--sparsities=0.2", "--backend=ray")) == 2
+    assert call(argv(trial_inputs, tmp_path / "out", "--sparsities=0.2", "--backend=ray")) == 2
     assert "set RAY_ADDRESS, or start one" in capsys.readouterr().err
     monkeypatch.setenv("PATH", "")
-    assert call(argv(inputs, tmp_path / "out", "--sparsities=0.2", "--backend=slurm")) == 2
+    assert call(argv(trial_inputs, tmp_path / "out", "--sparsities=0.2", "--backend=slurm")) == 2
     assert "no sbatch" in capsys.readouterr().err
 
 
-def test_jobs_of_consecutive_trials(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_jobs_run_consecutive_trials_and_report_failures(
+    trial_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Through submitit's queue of this host: two jobs for three trials, one of which fails."""
+    """Two jobs run three trials through submitit's local queue; one trial fails."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setattr(backends, "POLL", 0.2)
-    first, second, third = made(inputs, tmp_path / "out", "--sparsities=0.2,0.4,0.6")
+    first, second, third = made(trial_inputs, tmp_path / "out", "--sparsities=0.2,0.4,0.6")
     stone = Path(str(second.config.output)) / "stone"
     stone.parent.mkdir(parents=True)
     stone.touch()
     found = dict(
-        backends.on_slurm([first, second, third], where(workers=2, timeout_min=10), cluster="local")
+        backends.run_on_slurm(
+            [first, second, third], execution(workers=2, timeout_min=10), cluster="local"
+        )
     )
     assert (
         found[first] is None
@@ -273,10 +255,10 @@ def test_jobs_of_consecutive_trials(
     assert len(list((tmp_path / "out" / "slurm").glob("*_submitted.pkl"))) == 2
 
 
-def test_a_job_that_ends_without_a_result_is_the_failure_of_what_it_left(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_job_without_a_result_fails_its_unfinished_trials(
+    trial_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first, second = made(inputs, tmp_path / "out", "--sparsities=0.2,0.4")
+    first, second = made(trial_inputs, tmp_path / "out", "--sparsities=0.2,0.4")
     assert trials.Worker().run(first) is None
 
     class Gone:
@@ -285,20 +267,20 @@ def test_a_job_that_ends_without_a_result_is_the_failure_of_what_it_left(
         def result(self) -> None:
             raise RuntimeError("out of memory\nand more")
 
-    assert dict(backends._ended(Gone(), [first, second])) == {
+    assert dict(backends._results(Gone(), [first, second])) == {
         first: None,
         second: "job 7 ended without a result: out of memory",
     }
     assert "and more" in second.log.read_text()
 
 
-def test_what_slurm_parameters_submitit_does_not_know(inputs: Path, tmp_path: Path) -> None:
-    (trial,) = made(inputs, tmp_path / "out", "--sparsities=0.2")
+def test_an_unknown_slurm_parameter_is_an_error(trial_inputs: Path, tmp_path: Path) -> None:
+    (trial,) = made(trial_inputs, tmp_path / "out", "--sparsities=0.2")
     with pytest.raises(InputError, match="zebra"):
-        list(backends.on_slurm([trial], where(zebra=1), cluster="local"))
+        list(backends.run_on_slurm([trial], execution(zebra=1), cluster="local"))
 
 
-def test_a_preempted_job_is_submitted_as_it_was(inputs: Path, tmp_path: Path) -> None:
-    part = made(inputs, tmp_path / "out", "--sparsities=0.2,0.4")
+def test_a_preempted_job_is_submitted_again_unchanged(trial_inputs: Path, tmp_path: Path) -> None:
+    part = made(trial_inputs, tmp_path / "out", "--sparsities=0.2,0.4")
     again = Job(".", part).checkpoint().function
     assert isinstance(again, Job) and again.trials == part

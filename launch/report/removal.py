@@ -1,0 +1,118 @@
+"""Count what was removed in the written checkpoint, and warn about surprises."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eval.size import Size
+from launch.report import summary
+from launch.run import export
+from models.checkpoint.reader import Checkpoint
+from pruning.types import Outcome
+
+# Sparsity may miss its target by this much, as a fraction of the prunable weights.
+TOLERANCE = 0.005
+
+
+class LinearCounts(NamedTuple):
+    """Number of weights by name of linear.
+
+    Attributes:
+      dense: All weights of the dense model.
+      removed: Weights of the dense model that are absent or zero in the pruned one.
+    """
+
+    dense: dict[str, int]
+    removed: dict[str, int]
+
+
+def count_removed(
+    checkpoint: Checkpoint, size: Size, kept_blocks: Sequence[int] | None = None
+) -> LinearCounts:
+    """Count the weights removed from each linear.
+
+    Args:
+      checkpoint: The dense checkpoint.
+      size: Size of the pruned checkpoint, as `eval.size.measure` returns it.
+      kept_blocks: Original index of each block of the pruned checkpoint; None if all were kept.
+    """
+    specs, slots = checkpoint.specs, [s.name for s in checkpoint.model.arch.slots]
+    sizes = tuple({s: math.prod(getattr(block, s).w.shape) for s in slots} for block in specs)
+    dense = export.by_linear(specs, sizes)
+    kept = specs if kept_blocks is None else tuple(specs[i] for i in kept_blocks)
+    left = export.by_linear(kept, size.nonzero)
+    return LinearCounts(dense, {name: n - left.get(name, 0) for name, n in dense.items()})
+
+
+def sparsity(
+    checkpoint: Checkpoint, outcome: Outcome, counts: LinearCounts, dense: int, target: float
+) -> dict[str, Any]:
+    """Return the report's `sparsity`: fractions of the dense model's weights that were removed.
+
+    Args:
+      checkpoint: The dense checkpoint.
+      outcome: Result of the method; `asked` names the linears it covers.
+      counts: Weights by linear, dense and removed.
+      dense: Number of parameters of the dense model.
+      target: Sparsity of the request.
+
+    Returns:
+      `target`; `prunable`, over the linears that the method covers; `total`, over the whole
+      model; `per_linear` and `asked`, by linear.
+    """
+    asked = export.by_linear(checkpoint.specs, outcome.asked)
+    covered = sum(counts.dense[name] for name in asked)
+    return {
+        "target": target,
+        "prunable": sum(counts.removed[name] for name in asked) / covered,
+        "total": sum(counts.removed.values()) / dense,
+        "per_linear": {name: n / counts.dense[name] for name, n in counts.removed.items()},
+        "asked": asked,
+    }
+
+
+def score_quantiles(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, Any]:
+    """Return the report's `scores`: minimum, quartiles and maximum of the scores by linear."""
+    levels = [0, 0.25, 0.5, 0.75, 1]
+    per_linear = export.by_linear(
+        checkpoint.specs, outcome.scores, lambda x: [float(q) for q in np.quantile(x, levels)]
+    )
+    return {"label": outcome.scores_label, "per_linear": per_linear}
+
+
+def warnings(
+    sparsity: Mapping[str, Any], written: export.Written, checkpoint: Checkpoint, length: int
+) -> Iterator[str]:
+    """Yield what a reader of the report must know, one clause each.
+
+    Args:
+      sparsity: The report's `sparsity`.
+      written: The pruned checkpoint, loaded back.
+      checkpoint: The dense checkpoint.
+      length: Tokens in a calibration window.
+    """
+    if written.padding:
+        yield (
+            f"{written.padding:,} stored values are zero padding for narrower blocks "
+            "and missing biases"
+        )
+    if written.form.code:
+        yield (
+            f"blocks differ in width, so the model loads as {written.form.label}; "
+            "--layout=padded writes a stock architecture instead"
+        )
+    if not written.transformers.ok:
+        yield f"transformers does not reproduce the logits: {written.transformers.said}"
+    if abs(sparsity["prunable"] - sparsity["target"]) > TOLERANCE:
+        yield (
+            f"{summary.percent(sparsity['prunable'])} of the prunable weights were removed, "
+            f"the target was {summary.percent(sparsity['target'])}"
+        )
+    positions = checkpoint.config.get("max_position_embeddings")
+    if positions and length > positions:
+        yield (
+            f"calibration windows have {length} tokens, "
+            f"but the model was trained for {positions} positions"
+        )

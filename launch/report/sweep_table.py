@@ -1,0 +1,227 @@
+"""Summarise the trials of a sweep over seeds: rows of a file, lines and columns of a table."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from launch.report import summary
+from launch.report.seeds import Spread, spread
+from launch.report.sweep_plot import Point
+from launch.trials.trial import Trial
+
+# Prefixes of the file's columns of perplexity, before the name of a data set.
+DENSE, PRUNED = "perplexity_dense:", "perplexity:"
+# Prefixes of its columns of accuracy, before a task and a metric: piqa, acc.
+DENSE_ACCURACY, ACCURACY = "accuracy_dense:", "accuracy:"
+# Columns that name a line of the table.
+LABELS = ("method", "target")
+
+
+def pending_row(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
+    """Return the row of a trial without results.
+
+    Args:
+      trial: The trial.
+      state: "waiting", "finished", "failed" or "left out".
+      error: Reason for a failure or for leaving the trial out.
+    """
+    c = trial.config
+    return {
+        "trial": trial.name,
+        "state": state,
+        "method": c.method,
+        "sparsity": c.sparsity,
+        "allocation": c.allocation,
+        "refine": c.refine,
+        "seed": c.seed,
+        "error": error,
+    }
+
+
+def finished_row(trial: Trial, report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the row of a finished trial.
+
+    Args:
+      trial: The trial.
+      report: Content of its pruning_report.json.
+
+    Returns:
+      The settings; `sparsity` as requested; `reached`, the fraction removed of the prunable
+      weights; `total`, of all weights; size, seconds, perplexities and accuracies.
+    """
+    row = pending_row(trial, "finished") | {
+        "sparsity": report["sparsity"]["target"],
+        "reached": report["sparsity"]["prunable"],
+        "total": report["sparsity"]["total"],
+        "parameters": report["parameters"]["pruned"],
+        "bytes": report["bytes"]["pruned"],
+        "seconds": sum(report["seconds"].values()),
+    }
+    for prefix, model in ((DENSE, "dense"), (PRUNED, "pruned")):
+        row |= {f"{prefix}{name}": s[model] for name, s in report["perplexity"].items()}
+    metrics = [m for m in summary.metrics(report.get("tasks", {})) if m.fraction]
+    for prefix, model in ((DENSE_ACCURACY, "dense"), (ACCURACY, "pruned")):
+        for m in metrics:
+            if value := m.of(model):
+                row[f"{prefix}{m.task}, {m.name}"] = value[0]
+    return row
+
+
+class Line(NamedTuple):
+    """Trials that differ only in the seed.
+
+    Attributes:
+      method: The method, as a call.
+      allocation: The allocation, as a call.
+      refine: The refinement, as a call.
+      sparsity: Requested sparsity; None if the method sets its own.
+      finished: Number of finished trials.
+      trials: Number of trials.
+      reached: Mean fraction removed of the prunable weights; None without a finished trial.
+      bytes: Mean size in bytes; None without a finished trial.
+      perplexity: Spread over seeds by data set.
+      accuracy: Spread over seeds by task and metric.
+    """
+
+    method: str
+    allocation: str
+    refine: str
+    sparsity: float | None
+    finished: int
+    trials: int
+    reached: float | None
+    bytes: float | None
+    perplexity: Mapping[str, Spread]
+    accuracy: Mapping[str, Spread]
+
+    @property
+    def name(self) -> str:
+        """Return the method with its allocation and refinement, if they are not the defaults."""
+        extra = [call for call in (self.allocation, self.refine) if call not in ("uniform", "none")]
+        return ", ".join([self.method, *extra])
+
+
+def _spreads(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Spread]:
+    """Return the spread over the rows of every column with the prefix."""
+    # A collapsed model has an infinite perplexity, whose standard deviation is NaN.
+    with np.errstate(invalid="ignore"):
+        return {
+            name: spread([row[f"{prefix}{name}"] for row in rows])
+            for name in with_prefix(rows, prefix)
+        }
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
+    """Combine rows that differ only in the seed; trials that were left out are dropped."""
+    groups: dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]] = {}
+    for row in rows:
+        if row["state"] != "left out":
+            key = (row["method"], row["allocation"], row["refine"], row["sparsity"])
+            groups.setdefault(key, []).append(row)
+    result = []
+    for key, members in groups.items():
+        done = [row for row in members if row["state"] == "finished"]
+        line = Line(
+            *key,
+            finished=len(done),
+            trials=len(members),
+            reached=float(np.mean([row["reached"] for row in done])) if done else None,
+            bytes=float(np.mean([row["bytes"] for row in done])) if done else None,
+            perplexity=_spreads(done, PRUNED),
+            accuracy=_spreads(done, ACCURACY),
+        )
+        result.append(line)
+    return result
+
+
+def with_prefix(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
+    """Return {name: last value} of all columns `prefix` + name."""
+    return {k.removeprefix(prefix): v for r in rows for k, v in r.items() if k.startswith(prefix)}
+
+
+class Column(NamedTuple):
+    """One of the table's columns of quality.
+
+    Attributes:
+      kind: Field of `Line` that holds the values.
+      name: Data set, or task and metric.
+      label: Short name for the heading.
+      dense: Value of the dense model.
+    """
+
+    kind: Literal["perplexity", "accuracy"]
+    name: str
+    label: str
+    dense: float
+
+    @property
+    def heading(self) -> str:
+        """Return the heading of the column."""
+        return f"perplexity, {self.label}" if self.kind == "perplexity" else self.label
+
+    def text(self, value: float | None) -> str:
+        """Format a value of this column."""
+        return summary.perplexity(value) if self.kind == "perplexity" else summary.percent(value)
+
+
+def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Return the columns for which a row has values: perplexities, then accuracies."""
+    dense = with_prefix(rows, DENSE)
+    labels = summary.short_names(dense)
+    result = [Column("perplexity", name, labels[name], value) for name, value in dense.items()]
+    for name, value in with_prefix(rows, DENSE_ACCURACY).items():
+        result.append(Column("accuracy", name, name, value))
+    return result
+
+
+def spread_text(s: Spread | None, seeds: int, text: Callable[[float], str]) -> str:
+    """Format a mean, with its standard deviation if there are several seeds.
+
+    Args:
+      s: The spread; None if nothing is finished.
+      seeds: Number of finished trials.
+      text: Formats a value.
+    """
+    if s is None:
+        return summary.ABSENT
+    return text(s.mean) + (f" ± {text(s.std)}" if seeds > 1 else "")
+
+
+def _cells(line: Line, quality: Sequence[Column]) -> list[str]:
+    """Return a line of the table as text."""
+    cells = [line.name, summary.percent(line.sparsity)]
+    for c in quality:
+        values = line.perplexity if c.kind == "perplexity" else line.accuracy
+        cells.append(spread_text(values.get(c.name), line.finished, c.text))
+    seeds = str(line.finished)
+    if line.finished < line.trials:
+        seeds += f" of {line.trials}"
+    size = summary.ABSENT if line.bytes is None else summary.size(round(line.bytes))
+    return [*cells, summary.percent(line.reached), seeds, size]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Return the table as text: headings, a line per setting, the dense model last."""
+    quality, costs = columns(rows), ("reached", "seeds", "size")
+    result = [[*LABELS, *(c.heading for c in quality), *costs]]
+    result += [_cells(line, quality) for line in lines(rows)]
+    if quality:
+        values = [c.text(c.dense) for c in quality]
+        result.append(["dense", *[""] * (len(LABELS) - 1), *values, *[""] * len(costs)])
+    return result
+
+
+def curves(every: Sequence[Line], data: str) -> dict[str, list[Point]]:
+    """Return a data set's points by method, allocation and refinement, in order of sparsity.
+
+    Args:
+      every: The lines of the table.
+      data: Name of the data set.
+    """
+    result: dict[str, list[Point]] = {}
+    for line in every:
+        if data in line.perplexity and line.reached is not None:
+            point = Point(line.reached, *line.perplexity[data])
+            result.setdefault(line.name, []).append(point)
+    return {name: sorted(points) for name, points in result.items()}
