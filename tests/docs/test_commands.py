@@ -153,4 +153,6 @@ def cells(line: str) -> list[str]:
 
 def number(cell: str) -> float:
     """Return the first number of a cell."""
-    return float(re.sub(r"[^\d.\-].*", "", cell.removeprefix("asked ").replace(",", "")))
+    match = re.search(r"-?\d[\d,]*\.?\d*", cell)
+    assert match, cell
+    return float(match[0].replace(",", ""))
