@@ -1,4 +1,4 @@
-"""docs/add-a-method.md: the file that the page shows, tested and run as the page says."""
+"""The file of docs/add-a-method.md, tested and run as the page shows it."""
 
 import importlib.util
 import json
@@ -14,14 +14,14 @@ from launch import prune
 from launch.flags import cli
 from models.checkpoint.reader import open_checkpoint
 from pruning.methods import METHODS
-from reference.pages import ROOT, code
+from reference.pages import ROOT, code, shell_commands
 
 PAGE = "docs/add-a-method.md"
 
 
 @pytest.fixture
 def ria(tmp_path: Path) -> Iterator[ModuleType]:
-    """The page's file, imported; what it adds to METHODS is taken back."""
+    """Import the page's file, and take its entry of METHODS away afterwards."""
     before = dict(METHODS)
     file = tmp_path / "ria.py"
     file.write_text("\n\n".join(code(PAGE, "python")), encoding="utf-8")
@@ -35,11 +35,11 @@ def ria(tmp_path: Path) -> Iterator[ModuleType]:
         METHODS.update(before)
 
 
-def test_the_pages_own_test_passes(ria: ModuleType) -> None:
+def test_the_test_of_the_page_passes(ria: ModuleType) -> None:
     ria.test_ria_is_its_formula()
 
 
-def test_a_dead_input_is_no_nan(ria: ModuleType) -> None:
+def test_a_dead_input_gives_finite_scores(ria: ModuleType) -> None:
     w = np.float32([[1, 0, 2], [3, 0, 1]])
     stats = ria.second_moment.update(ria.second_moment.init(3), np.ones((1, 4, 3), np.float32))
     assert np.isfinite(ria.score(0.5)(w, stats)).all()
@@ -50,10 +50,10 @@ def test_a_dead_input_is_no_nan(ria: ModuleType) -> None:
     [[], ["--model=embedded:tiny-opt", "--allocation=owl", "--refine=dsnot"]],
     ids=["page", "composed"],
 )
-def test_the_pages_command_prunes(
+def test_the_command_of_the_page_prunes(
     ria: ModuleType, tmp_path: Path, more: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (command,) = code(PAGE, "bash")
+    (command,) = shell_commands(PAGE)
     python, file, *flags = shlex.split(command)
     assert (python, file) == ("python", "ria.py")
     small = [
@@ -71,12 +71,12 @@ def test_the_pages_command_prunes(
     assert report["method"] == "ria(a=0.5)" and report["sparsity"]["prunable"] == pytest.approx(
         0.5, abs=2e-3
     )
-    found = report["perplexity"]["embedded"]
-    assert found["dense"] < found["pruned"] < 2 * found["dense"]
+    perplexity = report["perplexity"]["embedded"]
+    assert perplexity["dense"] < perplexity["pruned"] < 2 * perplexity["dense"]
     assert len(open_checkpoint(output).model.blocks)
 
 
-def test_a_wrong_parameter_is_said(
+def test_a_wrong_parameter_ends_in_an_error_that_names_it(
     ria: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--model=embedded:tiny-llama", "--sparsity=0.5", f"--output={tmp_path / 'out'}"]
@@ -86,5 +86,5 @@ def test_a_wrong_parameter_is_said(
     assert "it has a" in capsys.readouterr().err
 
 
-def test_the_page_says_where_its_test_is() -> None:
+def test_the_page_names_its_test() -> None:
     assert Path(__file__).relative_to(ROOT).as_posix() in (ROOT / PAGE).read_text(encoding="utf-8")

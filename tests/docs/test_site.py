@@ -1,4 +1,4 @@
-"""The documentation's site: complete, strict, and fetching nothing from elsewhere."""
+"""The documentation's site is complete, builds strictly, and fetches nothing from elsewhere."""
 
 import os
 import re
@@ -15,12 +15,12 @@ from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from reference.pages import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = {"wanda_sp": "wanda-sp", "magnitude_sp": "wanda-sp"}  # of names that are not their page's
+PAGES = {"wanda_sp": "wanda-sp", "magnitude_sp": "wanda-sp"}  # names that differ from their page's
 PARTS = ("Equations", "Flags", "Measured", "Differences from the authors' code")
 
 
 def pages(nav: object) -> Iterator[str]:
-    """The pages of a navigation of mkdocs, at whatever depth."""
+    """Yield the pages of an mkdocs navigation, at any depth."""
     if isinstance(nav, str):
         yield nav
     elif nav:
@@ -56,11 +56,40 @@ def test_every_method_has_a_page_in_the_navigation(name: str) -> None:
 
 
 @pytest.mark.parametrize("page", sorted({page_of(name) for name in named()}))
-def test_a_methods_page_has_every_part(page: str) -> None:
+def test_the_page_of_a_method_has_every_part(page: str) -> None:
     text = (DOCS / page).read_text(encoding="utf-8")
     assert not [p for p in PARTS if f"\n## {p}\n" not in text]
     assert "\nPaper: " in text and "\nFiles: " in text
     assert "python -m launch." in text.split("\n## Measured\n")[1].split("\n## ")[0]
+
+
+def test_every_decision_is_in_the_build_notes() -> None:
+    notes = (ROOT / "BUILD_NOTES.md").read_text(encoding="utf-8")
+    assert not [p.name for p in DOCS.glob("decisions/*.md") if f"decisions/{p.name})" not in notes]
+    assert len(notes.splitlines()) <= 120
+
+
+@pytest.mark.parametrize("page", sorted(p.name for p in DOCS.glob("decisions/*.md")))
+def test_a_decision_has_every_part(page: str) -> None:
+    text = (DOCS / "decisions" / page).read_text(encoding="utf-8")
+    assert re.findall(r"^## (.*)$", text, re.M) == ["Context", "Decision", "Evidence", "Rejected"]
+    assert len(re.findall(r"^\|-", text, re.M)) == 1, "one table of evidence"
+
+
+def test_the_links_of_the_repositorys_pages_lead_somewhere() -> None:
+    for page in (
+        "README.md",
+        "BUILD_NOTES.md",
+        "CHANGELOG.md",
+        "notebooks/README.md",
+        "launch/tpu_pod.md",
+    ):
+        targets = re.findall(r"\]\((?!https?:)([^)#]+)", (ROOT / page).read_text(encoding="utf-8"))
+        assert not [t for t in targets if not ((ROOT / page).parent / t).exists()], page
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 900
 
 
 def test_the_files_that_pages_name_exist() -> None:
@@ -75,17 +104,17 @@ def test_the_files_that_pages_name_exist() -> None:
     ]
 
 
-class Fetched(HTMLParser):
-    """The addresses that a browser fetches for a page."""
+class FetchedAddresses(HTMLParser):
+    """Addresses that a browser fetches for a page."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[str] = []
+        self.addresses: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         given = dict(attrs)
         if given.get("rel") != "canonical" and tag != "a":
-            self.found += [given[name] or "" for name in ("src", "href") if name in given]
+            self.addresses += [given[name] or "" for name in ("src", "href") if name in given]
 
 
 def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: Path) -> None:
@@ -111,9 +140,11 @@ def test_the_site_builds_strictly_and_fetches_nothing_from_elsewhere(tmp_path: P
     assert built.returncode == 0 and "WARNING" not in built.stderr, built.stderr
     for name in navigation():
         html = (tmp_path / name).with_suffix(".html").read_text(encoding="utf-8")
-        parser = Fetched()
+        parser = FetchedAddresses()
         parser.feed(html)
-        assert parser.found and not [a for a in parser.found if re.match(r"(https?:)?//", a)], name
+        assert parser.addresses and not [
+            a for a in parser.addresses if re.match(r"(https?:)?//", a)
+        ], name
         assert "arithmatex" not in html
         assert (
             html.count('display="block"')
