@@ -28,8 +28,8 @@ from launch.report.console import progress
 from launch.run.staging import check_free
 from models import mlp
 from models.errors import InputError
-from pruning.structured import mlprank, select
-from pruning.structured.llmrank_core import SCORERS
+from pruning.structured import mlprank, select_core
+from pruning.structured.page_rank_core import SCORERS
 
 CLASSES = 10
 
@@ -155,11 +155,11 @@ def accuracy(params: mlp.Params, keeps: Sequence[jax.Array], part: images.Part) 
     return jnp.mean(jnp.argmax(mlp.apply(mlp.mask(params, keeps), part.x)[0], axis=-1) == part.y)
 
 
-def _keeps(scope: str, scores: Sequence[np.ndarray], ratio: float) -> select.Keeps:
+def _keeps(scope: str, scores: Sequence[np.ndarray], ratio: float) -> select_core.Keeps:
     return (
-        select.local(scores, ratio)
+        select_core.select_lowest_per_block(scores, ratio)
         if scope == "local"
-        else select.global_(scores, ratio, [1.0] * len(scores))
+        else select_core.select_lowest_overall(scores, ratio, [1.0] * len(scores))
     )
 
 
@@ -169,7 +169,7 @@ def measure(s: Settings, data: images.Images, seed: int) -> list[Row]:
     params = train(s, data.train, start)
     samples = jax.random.choice(draw, data.train.x, (s.calibration_samples,), replace=False)
 
-    def row(name: str, ratio: float, keeps: select.Keeps) -> Row:
+    def row(name: str, ratio: float, keeps: select_core.Keeps) -> Row:
         size = sum(a.size for a in jax.tree.leaves(mlp.cut(params, keeps)))
         valid, test = (float(accuracy(params, keeps, part)) for part in (data.valid, data.test))
         return Row(name, ratio, seed, valid, test, size)

@@ -18,7 +18,6 @@ from models.errors import InputError
 from models.programs import Program, program
 from models.sharding import to_host, tree_to_host
 from models.surgery import zero_rows
-from pruning.structured import select
 from pruning.structured.llmrank_core import (
     Centrality,
     Ffn,
@@ -27,6 +26,12 @@ from pruning.structured.llmrank_core import (
     official_centrality,
 )
 from pruning.structured.remove import Keep, Repair, check_round_to, remove, removed_outcome
+from pruning.structured.select_core import (
+    round_kept,
+    select_lowest_by_count,
+    select_lowest_overall,
+    select_lowest_per_block,
+)
 from pruning.types import (
     BlockSink,
     Outcome,
@@ -279,10 +284,10 @@ class LLMRank:
     def _keep_neurons(self, neurons: Sequence[np.ndarray], fraction: float) -> list[Keep]:
         """Return the neurons that stay; all of a model's hold the same number of parameters."""
         if self.scope == "local":
-            keeps = select.local(neurons, fraction)
+            keeps = select_lowest_per_block(neurons, fraction)
         else:
-            keeps = select.global_(neurons, fraction, [1.0] * len(neurons))
-        return [{"neurons": keep} for keep in select.rounded(neurons, keeps, self.round_to)]
+            keeps = select_lowest_overall(neurons, fraction, [1.0] * len(neurons))
+        return [{"neurons": keep} for keep in round_kept(neurons, keeps, self.round_to)]
 
     def _keep_rows(
         self, ranks: Sequence[Ranks], fraction: float
@@ -290,15 +295,15 @@ class LLMRank:
         """Return the rows of up and of down that stay, by block."""
         flat = [scores for block in ranks for scores in block]
         if self.scope == "local":
-            keeps = select.local(flat, fraction)
+            keeps = select_lowest_per_block(flat, fraction)
         elif not self._official:
             # A row of up holds d parameters, a row of down f: the length of the other's ranks.
             costs = [len(other) for block in ranks for other in (block.channels, block.neurons)]
-            keeps = select.global_(flat, fraction, costs)
+            keeps = select_lowest_overall(flat, fraction, costs)
         elif self.chain:
-            keeps = select.global_by_count(flat, fraction)
+            keeps = select_lowest_by_count(flat, fraction)
         else:  # without a chain the authors' lists hold one block each
-            keeps = [k for block in ranks for k in select.global_by_count(block, fraction)]
+            keeps = [k for block in ranks for k in select_lowest_by_count(block, fraction)]
         return list(zip(keeps[::2], keeps[1::2], strict=True))
 
     def _zero_rows(

@@ -17,15 +17,15 @@ from models.errors import InputError
 from models.programs import Program
 from models.sharding import tree_to_host
 from models.surgery import cut, mask
-from pruning.structured import repair
+from pruning.structured.repair_core import add_lost_mean, refit_kept_columns
 from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
 
 GROUPS = ("heads", "neurons")
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; absent groups stay whole
 Repair = Literal["none", "bias", "refit"]
 
-_repair_by_bias = Program(repair.bias, "readers repaired")
-_repair_by_refit = Program(repair.least_squares, "readers repaired")
+_repair_by_bias = Program(add_lost_mean, "readers repaired")
+_repair_by_refit = Program(refit_kept_columns, "readers repaired")
 
 
 class Mean(NamedTuple):
@@ -55,8 +55,10 @@ def check_round_to(method: str, round_to: int) -> None:
     """
     if round_to < 0:
         raise InputError(
-            f"{method}: round_to={round_to} must not be negative",
+            f"of {method} must not be negative",
             "give 0 for off, or a number of neurons such as 64",
+            field="round_to",
+            value=round_to,
         )
 
 
