@@ -63,8 +63,8 @@ def _score_by_magnitude(w: jax.Array, stats: Any) -> jax.Array:
 class ChannelMethod:
     """Method that removes heads and neurons by the sum of a score over each one's channels.
 
-    With scope "local" one pass over the pruned blocks scores, repairs and cuts; with "global" a pass
-    over the dense model comes first.
+    With scope "local" one pass over the pruned blocks scores, repairs and cuts; with "global" a
+    pass over the dense model comes first.
 
     Attributes:
       name: Name of the method, in messages; a journal takes scores of one name for the same.
@@ -182,7 +182,7 @@ def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0)
 def magnitude_sp(
     scope: Scope = "local", repair: Repair = "none", round_to: int = 0
 ) -> ChannelMethod:
-    """Magnitude-sp (An et al. 2024): remove heads and neurons by the norm of the columns reading them.
+    """Magnitude-sp (An et al. 2024): remove heads and neurons by the norms of their readers.
 
     Args:
       scope: "local" removes the same share of every block's heads and of its neurons; "global" the

@@ -231,9 +231,9 @@ def select_corrected(
       heads: Attention heads.
       neurons: Feed-forward neurons.
       ratio: Fraction of the parameters to remove.
-      structure: "UL-UM" removes the same share of each kind in every block, "UL-MM" a number of heads
-        and the rest neurons in every block, "AL-MM" the same over all blocks together, "AL-AM" the
-        lowest units of the whole model.
+      structure: "UL-UM" removes the same share of each kind in every block, "UL-MM" a number of
+        heads and the rest neurons in every block, "AL-MM" the same over all blocks together,
+        "AL-AM" the lowest units of the whole model.
       heads_removed: Heads of the whole model to remove, for the "MM" structures.
       spread: Largest difference between the fraction of its neurons that a block loses and the
         model's, for "AL-MM".

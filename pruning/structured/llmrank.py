@@ -1,4 +1,4 @@
-"""LLMRank over a model: one dense pass for statistics, importance along the blocks, selection, removal."""
+"""LLMRank over a model: dense statistics, importance along the blocks, selection, removal."""
 
 import dataclasses
 import itertools
@@ -183,7 +183,7 @@ def _importance(
 
 @dataclasses.dataclass(frozen=True)
 class LLMRank:
-    """LLM-Rank (Hoffmann et al. 2024): rank feed-forward neurons by centrality in the weighted graph.
+    """LLM-Rank (Hoffmann et al. 2024): rank feed-forward neurons by their centrality.
 
     Args:
       scorer: "wpr" weighted PageRank, "mpr" modified PageRank, or a baseline: "norm" the L1 norm of
@@ -191,8 +191,8 @@ class LLMRank:
       gamma: Share of the graph against the activations in "wpr". None: 0 in the official variant,
         as its authors have it, else 0.5.
       theta: Share of the weighted edges against unweighted ones in "wpr".
-      zero_pruned: First zero the lowest 30 % of the importance that comes in, for "mpr" (the authors'
-        z_importance).
+      zero_pruned: First zero the lowest 30 % of the importance that comes in, for "mpr" (the
+        authors' z_importance).
       chain: Let importance flow from block to block; else each block stands alone.
       scope: "local" removes the same fraction of every block, "global" the lowest of all blocks,
         which gives blocks of different widths.
@@ -223,12 +223,13 @@ class LLMRank:
     def __post_init__(self) -> None:
         if not (0 <= self._gamma <= 1 and 0 <= self.theta <= 1):
             raise InputError(
-                f"llmrank: gamma={self._gamma} and theta={self.theta} must lie between 0 and 1"
+                f"gamma={self._gamma} and theta={self.theta} of llmrank must lie between 0 and 1",
+                "give shares such as 0.5",
             )
         if self.units == "rows" and (self.repair != "none" or self.round_to):
             raise InputError(
-                "llmrank: repair and round_to are for whole neurons",
-                'leave them out, or set units="neurons"',
+                "repair and round_to of llmrank are for whole neurons",
+                'leave them out, or give units="neurons"',
             )
         check_round_to("llmrank", self.round_to)
 

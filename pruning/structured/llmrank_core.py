@@ -1,12 +1,12 @@
 """LLM-Rank: importance of neurons as a centrality of the network's weighted graph.
 
-Source: Hoffmann, Budhathoki & Kleindessner, "LLM-Rank: A Graph Theoretical Approach to Pruning Large
-Language Models", 2024. A block's feed-forward part is a part of the graph, and importance flows from
-block to block along the residual channels.
+Source: Hoffmann, Budhathoki & Kleindessner, "LLM-Rank: A Graph Theoretical Approach to Pruning
+Large Language Models", 2024. A block's feed-forward part is a part of the graph, and importance
+flows from block to block along the residual channels.
 
-Letters: d residual channels; f neurons; rho and prev [d] importance of the channels; gamma the share
-of the graph against the activations; theta the share of the weighted graph against the unweighted
-one.
+Letters: d residual channels; f neurons; rho and prev [d] importance of the channels; gamma the
+share of the graph against the activations; theta the share of the weighted graph against the
+unweighted one.
 """
 
 import functools
@@ -255,8 +255,8 @@ def flow(
       carried: Importance of the residual channels before the first step [d].
 
     Returns:
-      Importance carried out of the last step [d], and the ranks of neurons [blocks f] and of channels
-      [blocks d].
+      Importance carried out of the last step [d], and the ranks of neurons [blocks f] and of
+      channels [blocks d].
     """
     chex.assert_rank([blocks.up, blocks.down, *blocks.gates], 3)
     chex.assert_equal_shape_prefix(jax.tree.leaves(blocks), 1)

@@ -131,8 +131,8 @@ def _random(layer: Layer, prev: jax.Array) -> jax.Array:
     return layer.noise
 
 
-# Cached, so that equal arguments give the same function: it is a static argument of jit, and a fresh
-# one would compile again.
+# Cached, so that equal arguments give the same function: it is a static argument of jit, and a
+# fresh one would compile again.
 @functools.cache
 def scorer(name: str, gamma: float = 0.0, theta: float = 0.5, zeroed: float = 0.0) -> Scorer:
     """Return the scorer of this name with its parameters bound.

@@ -55,7 +55,7 @@ def select_lowest_overall(
 ) -> Keeps:
     """Drop the lowest units of all blocks until `fraction` of the parameters is removed.
 
-    The budget is met to the nearest unit, as far as the best unit of every block, which stays, allows.
+    The budget is met to the nearest unit. The best unit of every block stays.
 
     Args:
       scores: By block [units], comparable between blocks.
@@ -105,8 +105,8 @@ def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) 
       spread: Largest difference between the fraction that a block loses and `fraction`.
 
     Returns:
-      By block: scores, float64 [units], with -inf for units to drop in any case and inf for units to
-      keep in any case.
+      By block: scores, float64 [units], with -inf for units to drop in any case and inf for units
+      to keep in any case.
     """
     clamped = []
     for s in scores:
@@ -124,13 +124,13 @@ def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) 
 def round_kept(scores: Sequence[np.ndarray], keeps: Keeps, multiple: int) -> Keeps:
     """Round the number of kept units of each block to a multiple.
 
-    The best dropped units come back, or the worst kept units are dropped. A block that keeps all its
-    units is left alone.
+    The best dropped units come back, or the worst kept units are dropped. A block that keeps all
+    its units is left alone.
 
     Args:
       scores: By block [units].
       keeps: The units that stay, by block.
-      multiple: Keep a multiple of this many units, at least one multiple and at most all; 0 for off.
+      multiple: Keep a multiple of this many units, at least one multiple and at most all; 0: off.
 
     Returns:
       The units that stay, by block.
