@@ -221,15 +221,18 @@ class LLMRank:
     variant: Literal["corrected", "official"] = "corrected"
 
     def __post_init__(self) -> None:
-        if not (0 <= self._gamma <= 1 and 0 <= self.theta <= 1):
-            raise InputError(
-                f"gamma={self._gamma} and theta={self.theta} of llmrank must lie between 0 and 1",
-                "give shares such as 0.5",
-            )
+        for field, value in (("gamma", self._gamma), ("theta", self.theta)):
+            if not 0 <= value <= 1:
+                raise InputError(
+                    "of llmrank must lie between 0 and 1",
+                    "give a share such as 0.5",
+                    field=field,
+                    value=value,
+                )
         if self.units == "rows" and (self.repair != "none" or self.round_to):
             raise InputError(
-                "repair and round_to of llmrank are for whole neurons",
-                'leave them out, or give units="neurons"',
+                "`repair` and `round_to` of llmrank are for whole neurons",
+                'leave them out, or give `units`="neurons"',
             )
         check_round_to("llmrank", self.round_to)
 

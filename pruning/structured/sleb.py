@@ -198,9 +198,10 @@ class Sleb:
         reject_weight_settings("sleb", request)
         if self.units == "sublayers" and not model.arch.residual:
             raise InputError(
-                'sleb: units="sublayers" needs parts that only add to the residual stream; here a '
-                "norm follows",
-                'use units="blocks"',
+                "of sleb needs parts that only add to the residual stream; here a norm follows",
+                'give units="blocks"',
+                field="units",
+                value=self.units,
             )
         self._choice(model, request)
 

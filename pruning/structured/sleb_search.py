@@ -47,8 +47,8 @@ def _lowest_units(values: Mapping[int, float | None], n: int, quantity: str) -> 
     finite = sorted((v, u) for u, v in values.items() if v is not None and np.isfinite(v))
     if len(finite) < n:
         raise InputError(
-            f"only {len(finite)} of {len(values)} candidates have a finite {quantity}, and {n} must "
-            "be removed",
+            f"only {len(finite)} of {len(values)} candidates have a finite {quantity}, "
+            f"and {n} must be removed",
             "try `dtype`=float32 or other calibration data",
         )
     return [u for _, u in finite[:n]]

@@ -1,4 +1,4 @@
-"""What the authors' own code left in ../shared/golden, read; and our models beside it."""
+"""Goldens that the authors' own code left in ../shared/golden, and our models beside them."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ SPARSITY = {"0.5": (0.5, None), "0.7": (0.7, None), "2of4": (0.5, (2, 4)), "4of8
     frozen=True, eq=False
 )  # compared by identity, so that statistics can be cached
 class Reference:
-    """A model with its tokens, and the names that the goldens give its linears: a block's {slot: name}."""
+    """A model with its tokens, and by block {slot: name} as the goldens name its linears."""
 
     model: Model
     names: tuple[Mapping[str, str], ...]
@@ -35,7 +35,7 @@ class Reference:
 
 @functools.cache
 def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
-    """The model in float32, read once."""
+    """Return the model in float32, read once."""
     checkpoint = open_checkpoint(directory, jnp.float32)
     slots = [s.name for s in checkpoint.model.arch.slots]
     names = tuple(
@@ -51,13 +51,13 @@ def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
 
 
 def tiny(shared: pathlib.Path, name: str) -> Reference:
-    """One of the small trained models."""
+    """Return one of the small trained models."""
     return load(shared / "models" / name, shared / "golden/tokens/tiny")
 
 
 @functools.cache
 def index(shared: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
-    """The goldens' settings by model and variant."""
+    """Return the goldens' settings by model and variant."""
     return {
         (r["model"], r["variant"]): r
         for r in json.loads((shared / "golden/index.json").read_text())["runs"]
@@ -65,24 +65,24 @@ def index(shared: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def golden(shared: pathlib.Path, model: str, variant: str) -> Mapping[str, np.ndarray]:
-    """One golden's arrays."""
+    """Return the arrays of a golden."""
     return np.load(shared / "golden" / index(shared)[model, variant]["file"])
 
 
 def bits(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """A packed mask; True = zero."""
+    """Unpack a mask; True is zero."""
     return np.unpackbits(packed)[: int(np.prod(shape))].reshape(shape).astype(bool)
 
 
 def assert_perplexity(
     r: Reference, model: Model, window_ce: np.ndarray, rtol: float = 1e-3
 ) -> None:
-    """Each window's perplexity within this relative tolerance."""
+    """Assert that each window's perplexity agrees within a relative tolerance."""
     got = perplexity(model, r.evaluation[:WINDOWS], batch=4).cross_entropy
     np.testing.assert_allclose(np.exp(got - window_ce[:WINDOWS]), 1, rtol=rtol)
 
 
 def pruned(r: Reference, method: str, variant: str) -> Model:
-    """The model pruned as the golden's name says."""
+    """Return the model pruned as the golden's name says."""
     sparsity, pattern = SPARSITY[variant]
     return prune(r.model, METHODS[method](), r.calibration, Request(sparsity, pattern))[0]

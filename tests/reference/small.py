@@ -1,4 +1,4 @@
-"""Three small random models (LLaMA, LLaMA with grouped-query attention, OPT), tokens for them, and what a method left of them."""
+"""Small random models (LLaMA, with grouped-query attention, OPT) and masks of what is removed."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -40,7 +40,10 @@ FAMILIES = tuple(CONFIGS)
 
 @functools.cache
 def model(family: str, seed: int = 0, dtype: str = "float32") -> Model:
-    """The random model, drawn on the host; norms and biases are random too, so that forgetting one of them shows."""
+    """Return the random model, drawn on the host.
+
+    Norms and biases are random too, so that forgetting one of them shows.
+    """
     arch, non_block, blocks = hf.specs(CONFIGS[family])
     rng = np.random.default_rng(seed)
 
@@ -57,13 +60,13 @@ def _taps(arch: Arch) -> Callable[..., Any]:
 
 
 def run_block(model: Model, block: Block, x: jax.Array) -> tuple[jax.Array, dict[str, np.ndarray]]:
-    """A block's output [b t d], and its taps on the host in float64."""
+    """Return a block's output [b t d], and its taps on the host in float64."""
     y, taps = _taps(model.arch)(block, x)
     return y, {name: np.asarray(tap).astype(np.float64) for name, tap in taps.items()}
 
 
 def logits(model: Model, tokens: np.ndarray) -> np.ndarray:
-    """The model's logits [b t vocab]."""
+    """Return the model's logits [b t vocab]."""
     x = embed(model.arch, model.non_block, tokens)
     for block in model.blocks:
         x, _ = _taps(model.arch)(block, x)
@@ -71,24 +74,24 @@ def logits(model: Model, tokens: np.ndarray) -> np.ndarray:
 
 
 def tokens(samples: int = 6, length: int = 12, seed: int = 0) -> np.ndarray:
-    """Random calibration windows, int32 [samples length]."""
+    """Return random calibration windows, int32 [samples length]."""
     return np.random.default_rng(seed).integers(0, VOCAB, (samples, length), dtype=np.int32)
 
 
 def weight(block: Block, slot: str) -> np.ndarray:
-    """A linear's matrix [out in] on the host, in float64, where NumPy's formulas are exact enough to compare with."""
+    """Return a linear's matrix [out in] on the host, in float64."""
     return np.asarray(getattr(block, slot).w).astype(np.float64)
 
 
 def zeros(model: Model) -> list[dict[str, np.ndarray]]:
-    """Where each prunable linear is zero: a block's {slot: bool [out in]}."""
+    """Return by block {slot: bool [out in]}, True where a prunable linear is zero."""
     return [
         {s.name: weight(block, s.name) == 0 for s in model.arch.slots} for block in model.blocks
     ]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two trees of arrays have the same structure, types and bits."""
+    """Return whether two trees of arrays have the same structure, types and bits."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs
@@ -96,16 +99,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 def kept(outcome: Outcome, block: int, slot: str, units: int) -> np.ndarray:
-    """The keep mask, bool [units], of the rows or columns that the outcome says left a linear."""
-    gone = outcome.removed[block][slot]
+    """Return the keep mask, bool [units], of a linear's rows or columns by the outcome."""
+    removed = outcome.removed[block][slot]
     keep = np.ones(units, bool)
-    keep[list(gone.rows or gone.columns)] = False
+    keep[list(removed.rows or removed.columns)] = False
     return keep
 
 
 def without(block: Block, removed: Mapping[str, np.ndarray]) -> Block:
-    """The block with zeros where {slot: bool [out in]} says that entries are removed."""
-    zeroed = {name: jnp.where(gone, 0, getattr(block, name).w) for name, gone in removed.items()}
+    """Return the block with zeros where {slot: bool [out in]} says that entries are removed."""
+    zeroed = {name: jnp.where(mask, 0, getattr(block, name).w) for name, mask in removed.items()}
     return block.replace(**{name: getattr(block, name).replace(w=w) for name, w in zeroed.items()})
 
 
@@ -116,7 +119,10 @@ def removed_by_wanda(
     fractions: Mapping[str, Any],
     pattern: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Wanda's masks of a block from its dense taps: {slot: bool [out in]}, each row without its fraction () or [out], or n:m."""
+    """Return Wanda's masks of a block from its dense taps: {slot: bool [out in]}, True is removed.
+
+    Each row loses its fraction () or [out], or n of every m.
+    """
     removed = {}
     for slot in m.arch.slots:
         w = weight(block, slot.name)
