@@ -135,14 +135,18 @@ class ChannelMethod:
             keep: dict[str, np.ndarray] = {}
             for group in map(arch.group, GROUPS):
                 unit = scores[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
+                # Truncated, as the official code counts.
                 stays = drop_lowest(unit, int(request.sparsity * len(unit)))
+                # Heads are few, and their width suits the hardware already.
                 round_to = self.round_to if group.name == "neurons" else 0
                 (keep[group.name],) = round_kept([unit], [stays], round_to)
+            # Repair before the cut: statistics have an entry for every dense channel.
             block = repair_readers(arch, block, stats, keep, self.repair)
             block = remove_units(arch, block, keep)
             sink(i, block)
             return block, (keep, scores)
 
+        # Observers of repairs include the moments that scores read.
         observer = REPAIR_OBSERVERS[self.repair] or self.observer
         records = calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning")
         return [keep for keep, _ in records], [scores for _, scores in records]
@@ -159,8 +163,10 @@ class ChannelMethod:
         dense = score_dense(
             model, tokens, runtime, self.observer, self.score, "measuring channels", self.name
         )
+        # "AL-AM" removes no fixed number of heads.
         kept = select_corrected(dense.heads, dense.neurons, request.sparsity, "AL-AM", 0)
         keeps = round_neurons(kept, dense.neurons.metric, self.round_to)
+        # A repair observes anew: its inputs come from the pruned blocks before it.
         remove(model, tokens, runtime, sink, keeps, self.repair)
         return keeps, dense.by_reader
 

@@ -59,6 +59,7 @@ def score_dense(
     groups = [model.arch.group(group) for group in GROUPS]
 
     def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+        # On the host at once, so that the devices hold the statistics of one block only.
         means = {}
         if observer:
             means = {tap: tree_to_host(s).mean for tap, s in stats.items()}

@@ -100,6 +100,7 @@ class Flap:
 
     @property
     def _repair(self) -> Repair:
+        # A refit fits the bias as well, so it needs no repair by the bias before it.
         refit = self.bias and not self._official if self.refit is None else self.refit
         if refit:
             return "refit"
@@ -132,6 +133,7 @@ class Flap:
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
         observer = official_fluctuation if self._official else moments
+        # All that the scores depend on besides model and tokens, so that runs can share them.
         key = ("flap", self.metric, self.variant)
         dense = score_dense(
             model, tokens, runtime, observer, self._score, "measuring fluctuation", key
@@ -140,6 +142,7 @@ class Flap:
         if self._official and sparsity:
             kept = select_official(heads, neurons, sparsity, self._structure, self.heads_removed)
         else:  # the authors' code always removes something, so sparsity 0 takes this one
+            # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
             to_remove = self.heads_removed if sparsity else 0
             kept = select_corrected(
                 heads, neurons, sparsity, self._structure, to_remove, self.spread

@@ -124,6 +124,7 @@ class Units(NamedTuple):
             m = m.astype(np.float64)
             # torch.std, which the official code calls, divides by n - 1.
             deviation = m.std(ddof=1) if len(m) > 1 else 0.0
+            # Equal scores order nothing: zeros instead of a division by zero.
             m = (m - m.mean()) / deviation if deviation > 0 else np.zeros_like(m)
             scores.append(self._by_unit(m).mean(axis=1))
         return scores
@@ -183,6 +184,7 @@ def select_official(
         h, n = squared.sums(), neurons.sums()
         per_block = heads_removed // len(h)
         total = len(h[0]) * heads.cost + len(n[0]) * neurons.cost
+        # The heads alone may exceed the budget, hence the maximum with 0.
         count = int((ratio * total - heads.cost * per_block) / neurons.cost)
         return Kept(
             [drop_lowest(s, per_block) for s in h], [drop_lowest(s, max(0, count)) for s in n]
@@ -191,6 +193,7 @@ def select_official(
     if structure == "AL-MM":
         total = _count(h) * heads.cost + _count(n) * neurons.cost
         count = int((ratio * total - heads.cost * heads_removed) / neurons.cost)
+        # Unlike `select_lowest_overall`, the official code may empty a block.
         return Kept(_drop_lowest_overall(h, heads_removed), _drop_lowest_overall(n, max(0, count)))
     return _select_official_by_threshold(h, n, ratio, int(heads.cost / neurons.cost))
 
@@ -242,6 +245,7 @@ def select_corrected(
       The units that stay.
     """
     chex.assert_equal(len(heads.metric), len(neurons.metric))
+    # Within a block, sums compare units; between blocks, scores must be standardised.
     if structure == "UL-UM":
         return Kept(_drop_share(heads.sums(), ratio), _drop_share(neurons.sums(), ratio))
     if structure == "UL-MM":
@@ -270,6 +274,7 @@ def _heads_then_neurons_per_block(
     for keep, s in zip(keep_heads, n, strict=True):
         budget = ratio * (len(keep) * heads.cost + len(s) * neurons.cost)
         remaining = budget - (~keep).sum() * heads.cost
+        # At least 0, as the heads may exceed the budget; and one neuron stays.
         count = min(max(0, round(remaining / neurons.cost)), len(s) - 1)
         keep_neurons.append(drop_lowest(s, count))
     return Kept(keep_heads, keep_neurons)

@@ -85,6 +85,7 @@ def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict
     """Return every block's activation norms at the inputs and outputs of up and down."""
     names = _linears(model)
     into_up, into_down = model.arch.tap(names.up), model.arch.tap(names.down)
+    # Outputs too: PageRank teleports to their norms.
     watch: dict[str, Observer] = dict.fromkeys(
         (into_up, into_down, names.up, names.down), batch_norms
     )
@@ -112,6 +113,7 @@ def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:
     """Return uniform noise [width] for block i, for the scorer "random"."""
+    # A key for each block and linear: noise must not depend on how blocks are stacked.
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 2 * i + which), (width,))
 
 
@@ -152,6 +154,7 @@ def _stacks(stats: Sequence[dict[str, np.ndarray]], linears: int) -> list[range]
     stacks = []
     for (f, d), equal in itertools.groupby(range(len(stats)), widths):
         blocks = list(equal)
+        # 4 bytes: the scan takes |W| in float32, whatever the type of the weights.
         most = max(1, STACK_BYTES // (4 * linears * f * d))
         for start in range(0, len(blocks), most):
             part = blocks[start : start + most]
@@ -169,12 +172,14 @@ def _importance(
     """Return every block's ranks, with the importance carried along all blocks."""
     stacks = _stacks(stats, len(model.arch.group("neurons").writers) + 1)
     first = stats[0]["a_in"]
+    # At the output every channel matters alike; at the input by its norm.
     carried = np.ones_like(first) if backward else first
     ranks: dict[int, Ranks] = {}
     for blocks in reversed(stacks) if backward else stacks:
         carried, (neurons, channels) = _flow(
             centrality, backward, _stacked(model, stats, blocks, seed), carried
         )
+        # To the host before the next stack, so that one stack at a time takes device memory.
         neurons, channels = to_host(neurons), to_host(channels)
         for k, i in enumerate(blocks):
             ranks[i] = Ranks(neurons[k], channels[k])
@@ -273,6 +278,7 @@ class LLMRank:
         make = official_centrality if self._official else corrected_centrality
         zeroed = ZEROED if self.zero_pruned else 0.0
         centrality = make(self.scorer, self._gamma, self.theta, zeroed, self.chain)
+        # Only corrected PageRank follows importance from the outputs back.
         backward = not self._official and self.scorer == "wpr"
         stats = _statistics(model, tokens, runtime)
         ranks = _importance(model, stats, centrality, backward, request.seed)

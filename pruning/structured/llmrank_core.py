@@ -98,6 +98,7 @@ def rank_official_graph(
         Layer(_abs(ffn.down), ffn.a_mid, ffn.a_down, ffn.noise_down),
     )
     with jax.named_scope("official_centrality"):
+        # Unchained, the official code starts each block from the norms of its inputs.
         last, (up, down) = chain(score, layers, prev if chained else ffn.a_in)
     return last, (up, down)
 
@@ -129,6 +130,7 @@ def reverse_page_rank(
       Importance of the channels that it reads [d], and the ranks.
     """
     _check_shapes(ffn)
+    # Below a block of zeros the carried importance sums to less than one.
     rho = normalise(rho) if chained else jnp.full_like(rho, 1 / rho.shape[0])
     with jax.named_scope("centrality"):
         sent = normalise(ffn.a_mid * (rho @ _abs(ffn.down)))
@@ -162,6 +164,7 @@ def modified_forward(
     with jax.named_scope("centrality"):
         start = normalise(prev if chained else ffn.a_in)
         into = Layer(_in_edges(ffn), ffn.a_in, ffn.a_mid, ffn.noise_up)
+        # Normalised at every step: products of norms along many blocks would overflow.
         reached = normalise(modified_page_rank(zeroed, into, start))
         down = _abs(ffn.down)
         out = Layer(down, ffn.a_mid, ffn.a_down, ffn.noise_down)
@@ -182,6 +185,7 @@ def _rank_alone(
 
 def _norm_of_neurons(ffn: Ffn) -> jax.Array:
     """Return the L1 norm of all weights of each neuron [f]."""
+    # `_in_edges` is a mean; the norm is over the sum.
     incoming = jnp.sum(_in_edges(ffn), axis=1) * (1 + len(ffn.gates))
     return incoming + jnp.sum(_abs(ffn.down), axis=0)
 
@@ -201,6 +205,7 @@ def _wanda_of_channels(ffn: Ffn) -> jax.Array:
     return _abs(ffn.down) @ ffn.a_mid
 
 
+# Cached as `scorer` is: a static argument of jit.
 @functools.cache
 def corrected_centrality(
     name: str, gamma: float, theta: float, zeroed: float, chained: bool

@@ -69,6 +69,7 @@ def cost(block: Block, group: Group) -> float:
       block: Only its shapes are read.
       group: The coupled channels.
     """
+    # A unit has `width` rows or columns of each linear, each as long as the other axis.
     members = (group.reader, *group.writers)
     return float(sum(m.width * getattr(block, m.name).w.shape[1 - m.axis] for m in members))
 
@@ -85,6 +86,7 @@ def remove_units(arch: Arch, block: Block, keep: Keep) -> Block:
     """
     for name, stays in keep.items():
         if not stays.any():
+            # Zeros first, so that the unit kept for storage computes nothing.
             block = mask(block, arch.group(name), stays)
             stays = np.arange(len(stays)) == 0
         block = cut(block, arch.group(name), stays)
@@ -106,7 +108,7 @@ def repair_readers(
     repaired = {}
     for name, stays in keep.items():
         if stays.all() or how == "none":
-            continue
+            continue  # a reader that loses nothing stays as it is, bit for bit
         reader = arch.group(name).reader
         linear = getattr(block, reader.name)
         channels = np.repeat(stays, reader.width)
@@ -117,6 +119,7 @@ def repair_readers(
         else:
             of_channels, of_pairs = tap_stats
             host = tree_to_host(of_channels)
+            # The observer counts windows; its sum of x x^T runs over their tokens.
             tokens = tree_to_host(of_pairs.samples) * host.length
             repaired[reader.name] = _repair_by_refit(
                 linear, of_pairs.total, host.mean, tokens, channels
@@ -199,13 +202,14 @@ def remove(
     def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
         if means is not None:
             stats = {tap: Mean(mean) for tap, mean in means[i].items()}
+        # Repair before the cut: statistics have an entry for every dense channel.
         block = repair_readers(model.arch, block, stats, keeps[i], how)
         block = remove_units(model.arch, block, keeps[i])
         sink(i, block)
         return block, None
 
     observer = REPAIR_OBSERVERS[how] if means is None else None
-    groups = list(keeps[0])
+    groups = list(keeps[0])  # the same in every block
     calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning", groups)
 
 
@@ -240,6 +244,7 @@ def removed_outcome(
                 rows = dropped_indices(np.repeat(stays, writer.width))
                 linears[writer.name] = Removed(rows=rows, cut=True)
         removed.append(linears)
+    # JSON has no NumPy integers.
     kept_units = {
         f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps]
         for name in keeps[0]

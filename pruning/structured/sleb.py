@@ -103,6 +103,7 @@ def _write_blocks(model: Model, path: Path, sink: BlockSink) -> None:
     Of a removed sublayer every linear is zeroed, so that all of it counts as removed.
     """
     for new, piece in enumerate(path):
+        # A block that lost all its parts is not in the path at all.
         names = [name for w in piece.silent for name in _sublayer(model.arch, w)]
         sink(new, silenced(model.blocks[piece.block], names))
 
@@ -217,6 +218,7 @@ class Sleb:
         total = len(model.blocks)
         units = _units(model.arch, total, self.units)
         n, candidates = self._choice(model, request)
+        # The report compares fractions, so a number of units becomes one.
         asked = request.sparsity if self.blocks is None else n / len(units)
         room = [int(gib * GIB) for gib in (self.device_gib, self.host_gib, self.disk_gib)]
         runner = Runner(model, tokens, runtime, room)

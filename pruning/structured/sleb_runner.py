@@ -79,6 +79,7 @@ class Runner:
         shards = self._mesh.shape["model"] if self._mesh else 1
         streamed = isinstance(blocks, LazyBlocks) and not fits_in_memory(blocks.nbytes, shards)
         self.blocks_held = not streamed
+        # Trials run every block again and again: those that fit are placed once.
         self._blocks = list(prefetch(blocks, mesh=self._mesh)) if self.blocks_held else blocks
         self._tokens = list(micro_batches(tokens, runtime.batch, self._mesh))
         shape = jax.ShapeDtypeStruct(tokens.shape, jnp.int32)
@@ -111,6 +112,7 @@ class Runner:
             for store in (self.shared, self.own):
                 x = store.get(m, path[:k])
                 if x is not None:
+                    # States from the host or disk go back to the devices.
                     return k, split(x, self._mesh, "sample")
         return 0, embed(self.arch, self._non_block, self._tokens[m])
 
@@ -140,6 +142,7 @@ class Runner:
         Args:
           candidate: The path to run.
         """
+        # Outputs stay until all parts are done: running the blocks again would cost far more.
         xs = States([], self._offload, self._mesh)
         chosen: list[jax.Array] = []
         sums: list[jax.Array] = []
@@ -158,7 +161,7 @@ class Runner:
                     tokens,
                     chosen[m],
                     sums[m],
-                    np.int32(part),
+                    np.int32(part),  # data, so that one program serves all parts
                 )
                 # Summed in float64, so that candidates close to each other keep their order.
                 losses[m] = to_host(bound).astype(np.float64).sum() * tokens.shape[1]
@@ -181,6 +184,7 @@ class Runner:
         path = path[: 1 + [piece.block for piece in path].index(last)]
         for k, block in enumerate(self._read(path)):
             y = self._apply(path[k], block, x)
+            # The first phase of trials starts from these states.
             self.shared.put(m, path[: k + 1], y)
             for u in [u for u, unit in units.items() if unit.block == path[k].block]:
                 left, _ = remove_unit((path[k],), units[u], writers)

@@ -97,6 +97,7 @@ def _run_phase(
         trials = try_candidates(runner, candidates, needed, stop_early, advance)
         return [[u, *trial] for u, trial in trials.items()], runner.evaluations - before
 
+    # Trials depend on the order too: it decides which candidates are stopped.
     paths = tuple((u, candidate.path) for u, candidate in candidates.items())
     key = ("losses", runner.digest, paths, needed, stop_early)
     trials, evaluations = runtime.step(compute, key)
@@ -136,6 +137,7 @@ def _search_by_loss(
     advance = runtime.progress("trying removals", steps)
     result = SearchResult(path, [], [], influence, [], [])
     for _ in range(rounds):
+        # One unit in each of n phases, or all n after the only one.
         candidates = {u: remove_unit(path, units[u], writers) for u in order}
         trials, evaluations = _run_phase(
             runner, candidates, n // rounds, stop_early, advance, runtime
@@ -143,6 +145,7 @@ def _search_by_loss(
         losses = {u: trial.loss for u, trial in trials.items()}
         removed = _lowest_units(losses, n // rounds, "loss")
         for u in removed:
+            # No later path holds this piece, so its states only take memory.
             runner.forget(path[candidates[u].shared])
         path = _without(path, [units[u] for u in removed], writers)
         result.phases.append(trials)
@@ -151,6 +154,7 @@ def _search_by_loss(
         pieces = sum(len(candidate.path) for candidate in candidates.values())
         result.plain_evaluations.append(pieces * sum(runner.windows))
         if stop_early:
+            # The losses of this phase order the next one better than influence does.
             order.sort(key=lambda u: (trials[u].estimate, u))
         order = [u for u in order if u not in removed]
     return result._replace(path=path)

@@ -39,7 +39,7 @@ def try_candidate(
     bounds: list[float] = []
     for bound in runner.loss_bounds(candidate):
         bounds.append(bound)
-        if not math.isfinite(bound):
+        if not math.isfinite(bound):  # bounds only rise, so the loss is not finite either
             return Trial(None, None, math.inf), bounds
         if bound > limit and len(bounds) < runner.bounds_per_loss:
             # Losses of candidates grow alike along the vocabulary, so their ratio is kept.
