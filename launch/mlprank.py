@@ -27,8 +27,8 @@ from launch.report.console import progress
 from launch.run.staging import check_free
 from models import mlp
 from models.errors import InputError
-from pruning.structured import mlprank, select
-from pruning.structured.llmrank_core import SCORERS
+from pruning.structured import mlprank, select_core
+from pruning.structured.page_rank_core import SCORERS
 
 CLASSES = 10
 
@@ -201,11 +201,13 @@ def accuracy(params: mlp.Params, keeps: Sequence[jax.Array], part: images.Part) 
     return jnp.mean(jnp.argmax(logits, axis=-1) == part.y)
 
 
-def _select(scope: str, scores: Sequence[np.ndarray], ratio: float) -> select.Keeps:
+def _select(scope: str, scores: Sequence[np.ndarray], ratio: float) -> select_core.Keeps:
     """Return the hidden units to keep, bool [u], one array a hidden layer."""
     if scope == "local":
-        return select.local(scores, ratio)
-    return select.global_(scores, ratio, [1.0] * len(scores))  # every unit counts the same
+        return select_core.select_lowest_per_block(scores, ratio)
+    return select_core.select_lowest_overall(
+        scores, ratio, [1.0] * len(scores)
+    )  # every unit counts the same
 
 
 def evaluate_seed(s: Settings, data: images.Images, seed: int) -> list[Row]:
@@ -224,7 +226,7 @@ def evaluate_seed(s: Settings, data: images.Images, seed: int) -> list[Row]:
     drawn = jax.random.choice(draw_key, data.train.x, (s.calibration_samples,), replace=False)
     sample = mlprank.Sample(drawn, noise_key)
 
-    def row(scorer: str, ratio: float, keeps: select.Keeps) -> Row:
+    def row(scorer: str, ratio: float, keeps: select_core.Keeps) -> Row:
         size = sum(a.size for a in jax.tree.leaves(mlp.cut(params, keeps)))
         valid = float(accuracy(params, keeps, data.valid))
         test = float(accuracy(params, keeps, data.test))

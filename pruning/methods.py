@@ -8,7 +8,8 @@ from pruning.allocation.alpha import alpha
 from pruning.allocation.neuroal import neuroal
 from pruning.allocation.owl import owl
 from pruning.budget import uniform
-from pruning.structured.flap import Flap, magnitude_sp, wanda_sp
+from pruning.structured.channel_methods import magnitude_sp, wanda_sp
+from pruning.structured.flap import Flap
 from pruning.structured.llmrank import LLMRank
 from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner

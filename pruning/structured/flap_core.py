@@ -1,125 +1,223 @@
-"""FLAP (An et al. 2024), maths: how much each input channel of a linear fluctuates, which units go by it, and what makes up for them.
+"""FLAP (An et al. 2024): fluctuation of channels, and the selection of units by it.
 
-A unit is an attention head (with grouped-query attention a key-value head with the query heads that share it) or a feed-forward neuron;
-its channels are the inputs of the linear that reads it (`o`, `down`). On the host but for the statistics; nothing here is large.
+A unit is an attention head or a feed-forward neuron; with grouped-query attention a key-value head
+and the query heads that share it are one unit. Its channels are the inputs of the linear that reads
+it (`o`, `down`). Statistics run on the devices; selection runs on the host, as units are few.
 """
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import Moments, Observer, SecondMoment, second_moment
-from pruning.structured.select import Keeps, global_, lowest, within
+from pruning.structured.select_core import (
+    Keeps,
+    clamp_to_band,
+    drop_lowest,
+    select_lowest_overall,
+    split_like,
+)
 
 Metric = Literal["IFV", "WIFV", "WIFN"]
 Structure = Literal["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 
 
 class Fluctuation(NamedTuple):
-    """The released code's running statistics [c]: `mean` over samples of the mean over tokens, its `fluctuation`, and `second`."""
+    """Running statistics of the official code.
+
+    Attributes:
+      second: Second moment of every channel.
+      mean: Mean over samples of the mean over tokens, float32 [c].
+      fluctuation: Fluctuation of every channel, float32 [c].
+    """
 
     second: SecondMoment
     mean: jax.Array
     fluctuation: jax.Array
 
 
-def _fluctuation_update(state: Fluctuation, x: jax.Array) -> Fluctuation:
-    """Sample n (from 0): F <- F (n-1)/n + sum_t (x - b)^2 / (n+1) with b the mean that has this sample in it already, F = 0 for the first.
-    The paper's recursion has the mean before it there; the released code changes that one in place before it is read."""
+def _start_fluctuation(channels: int) -> Fluctuation:
+    """Return the statistics before the first sample."""
+    return Fluctuation(second_moment.init(channels), jnp.zeros(channels), jnp.zeros(channels))
+
+
+def _update_fluctuation(state: Fluctuation, x: jax.Array) -> Fluctuation:
+    """Add samples x [b t c], one after the other.
+
+    For sample n, from 0: F <- F (n-1)/n + sum_t (x - b)^2 / (n+1), and F = 0 for the first.
+    """
+    chex.assert_rank(x, 3)
+    chex.assert_shape([state.mean, state.fluctuation], (x.shape[2],))
     x = x.astype(jnp.float32)
 
     def add(
-        carry: tuple[jax.Array, jax.Array, jax.Array], x: jax.Array
+        carry: tuple[jax.Array, jax.Array, jax.Array], sample: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         n, b, f = carry
-        b = b * n / (n + 1) + jnp.mean(x, axis=0) / (n + 1)
-        new = f * (n - 1) / jnp.maximum(n, 1) + jnp.sum((x - b[None, :]) ** 2, axis=0) / (n + 1)
+        # The paper takes deviations from the mean before this sample. The official code overwrites
+        # that mean before it reads it, so the sample is in it already.
+        b = b * n / (n + 1) + jnp.mean(sample, axis=0) / (n + 1)
+        squares = jnp.sum((sample - b[None, :]) ** 2, axis=0)
+        new = f * (n - 1) / jnp.maximum(n, 1) + squares / (n + 1)
         return (n + 1, b, jnp.where(n == 0, 0.0, new)), None
 
-    (_, b, f), _ = jax.lax.scan(add, (state.second.samples, state.mean, state.fluctuation), x)
-    return Fluctuation(second_moment.update(state.second, x), b, f)
+    with jax.named_scope("fluctuation"):
+        # Samples follow each other: every one changes the mean that the next is compared with.
+        start = (state.second.samples, state.mean, state.fluctuation)
+        (_, mean, fluctuation), _ = jax.lax.scan(add, start, x)
+        return Fluctuation(second_moment.update(state.second, x), mean, fluctuation)
 
 
-official_fluctuation = Observer(
-    lambda c: Fluctuation(second_moment.init(c), jnp.zeros(c), jnp.zeros(c)), _fluctuation_update
-)
+official_fluctuation = Observer(_start_fluctuation, _update_fluctuation)
 
 
 def input_feature_metrics(w: jax.Array, stats: Fluctuation | Moments) -> dict[str, jax.Array]:
-    """Every metric of the inputs of W [out c], float32 [c]: IFV the fluctuation, WIFV it times the column's squared norm (eq. 5), WIFN the
-    mean of |W| times the norm of the input."""
-    w = w.astype(jnp.float32)
-    f = stats.fluctuation if isinstance(stats, Fluctuation) else stats.variance
-    edge = jnp.abs(w) * jnp.sqrt(stats.second.per_sample)[None, :]
-    return {"IFV": f, "WIFV": f * jnp.sum(w**2, axis=0), "WIFN": jnp.mean(edge, axis=0)}
+    """Score the inputs of a linear by every metric.
+
+    Source: An et al. 2024, eq. 5 for WIFV.
+
+    Args:
+      w: Weights of the reader [out c].
+      stats: Statistics of its input.
+
+    Returns:
+      Scores, float32 [c]: "IFV" the fluctuation; "WIFV" that times the squared norm of the column;
+      "WIFN" the mean over outputs of |W| times the norm of the input.
+    """
+    chex.assert_rank(w, 2)
+    chex.assert_shape(stats.second.total, (w.shape[1],))
+    with jax.named_scope("channel_metrics"):
+        w = w.astype(jnp.float32)
+        f = stats.fluctuation if isinstance(stats, Fluctuation) else stats.variance
+        edges = jnp.abs(w) * jnp.sqrt(stats.second.per_sample)[None, :]
+        return {"IFV": f, "WIFV": f * jnp.sum(w**2, axis=0), "WIFN": jnp.mean(edges, axis=0)}
 
 
 class Units(NamedTuple):
-    """One kind of unit over all blocks. metric: of the channels, one [units * width] a block; width: channels of a unit; cost: parameters
-    that one unit holds."""
+    """Units of one kind over all blocks.
+
+    Attributes:
+      metric: By block: scores of the channels [units * width].
+      width: Channels of one unit.
+      cost: Parameters that one unit holds.
+    """
 
     metric: Sequence[np.ndarray]
     width: int
     cost: float
 
-    def each(self, reduce: Literal["sum", "mean"], standard: bool) -> list[np.ndarray]:
-        """A score a unit [units] of every block: over its channels, which `standard` first gives mean 0 and deviation 1 in each block."""
-        found = []
+    def sums(self) -> list[np.ndarray]:
+        """Return the sum of each unit's channel scores, float64 [units] by block."""
+        return [self._by_unit(m.astype(np.float64)).sum(axis=1) for m in self.metric]
+
+    def standardised_means(self) -> list[np.ndarray]:
+        """Return the mean of each unit's standardised channel scores, float64 [units] by block.
+
+        Scores get mean 0 and deviation 1 within each block, so that blocks can be compared.
+        """
+        scores = []
         for m in self.metric:
             m = m.astype(np.float64)
-            if standard:
-                spread = m.std(ddof=1) if len(m) > 1 else 0.0
-                m = (m - m.mean()) / spread if spread > 0 else np.zeros_like(m)
-            by_unit = m.reshape(-1, self.width)
-            found.append(by_unit.sum(axis=1) if reduce == "sum" else by_unit.mean(axis=1))
-        return found
+            # torch.std, which the official code calls, divides by n - 1.
+            deviation = m.std(ddof=1) if len(m) > 1 else 0.0
+            # Equal scores order nothing: zeros instead of a division by zero.
+            m = (m - m.mean()) / deviation if deviation > 0 else np.zeros_like(m)
+            scores.append(self._by_unit(m).mean(axis=1))
+        return scores
+
+    def _by_unit(self, channels: np.ndarray) -> np.ndarray:
+        """Return the channels of each unit in a row [units width]."""
+        return channels.reshape(-1, self.width)
 
 
 class Kept(NamedTuple):
-    """bool [units] a block, True stays."""
+    """Units that stay.
+
+    Attributes:
+      heads: By block: bool [heads], True stays.
+      neurons: By block: bool [neurons], True stays.
+    """
 
     heads: Keeps
     neurons: Keeps
 
 
-def _lowest_of_all(scores: Sequence[np.ndarray], count: int) -> Keeps:
-    """The `count` lowest of all blocks go; a block may lose all."""
-    return np.split(lowest(np.concatenate(scores), count), np.cumsum([len(s) for s in scores])[:-1])
+def _count(scores: Sequence[np.ndarray]) -> int:
+    """Return the number of units in all blocks."""
+    return sum(len(s) for s in scores)
+
+
+def _drop_lowest_overall(scores: Sequence[np.ndarray], count: int) -> Keeps:
+    """Drop the lowest units of all blocks by number; a block may lose all."""
+    return split_like(drop_lowest(np.concatenate(scores), count), scores)
 
 
 def select_official(
     heads: Units, neurons: Units, ratio: float, structure: Structure, heads_removed: int
 ) -> Kept:
-    """What stays by the released code's counts. It squares the metric of attention, truncates a head's worth in neurons to a whole number,
-    and leaves out, of all units in one list, the one whose place is nearest to the ratio."""
-    blocks = len(heads.metric)
+    """Select units with the counts of the official code.
+
+    Args:
+      heads: Attention heads.
+      neurons: Feed-forward neurons.
+      ratio: Fraction of the parameters to remove.
+      structure: Comparison of units within or between blocks, as `Flap` has it.
+      heads_removed: Heads of the whole model to remove, for the "MM" structures.
+
+    Returns:
+      The units that stay.
+    """
+    chex.assert_equal(len(heads.metric), len(neurons.metric))
+    # The official code squares the metric of attention, and of attention only.
     squared = heads._replace(metric=[m.astype(np.float64) ** 2 for m in heads.metric])
-    if structure in ("UL-UM", "UL-MM"):
-        h, n = squared.each("sum", False), neurons.each("sum", False)
-        per_block = heads_removed // blocks
-        if structure == "UL-UM":
-            return Kept(
-                [lowest(s, int(ratio * len(s))) for s in h],
-                [lowest(s, int(ratio * len(s))) for s in n],
-            )
+    if structure == "UL-UM":
+        h, n = squared.sums(), neurons.sums()
+        return Kept(
+            [drop_lowest(s, int(ratio * len(s))) for s in h],
+            [drop_lowest(s, int(ratio * len(s))) for s in n],
+        )
+    if structure == "UL-MM":
+        h, n = squared.sums(), neurons.sums()
+        per_block = heads_removed // len(h)
         total = len(h[0]) * heads.cost + len(n[0]) * neurons.cost
+        # The heads alone may exceed the budget, hence the maximum with 0.
         count = int((ratio * total - heads.cost * per_block) / neurons.cost)
-        return Kept([lowest(s, per_block) for s in h], [lowest(s, max(0, count)) for s in n])
-    h, n = squared.each("mean", True), neurons.each("mean", True)
+        return Kept(
+            [drop_lowest(s, per_block) for s in h], [drop_lowest(s, max(0, count)) for s in n]
+        )
+    h, n = squared.standardised_means(), neurons.standardised_means()
     if structure == "AL-MM":
-        total = sum(len(s) for s in h) * heads.cost + sum(len(s) for s in n) * neurons.cost
+        total = _count(h) * heads.cost + _count(n) * neurons.cost
         count = int((ratio * total - heads.cost * heads_removed) / neurons.cost)
-        return Kept(_lowest_of_all(h, heads_removed), _lowest_of_all(n, max(0, count)))
-    flat = np.concatenate([*h, *n])
+        # Unlike `select_lowest_overall`, the official code may empty a block.
+        return Kept(_drop_lowest_overall(h, heads_removed), _drop_lowest_overall(n, max(0, count)))
+    return _select_official_by_threshold(h, n, ratio, int(heads.cost / neurons.cost))
+
+
+def _select_official_by_threshold(
+    heads: Sequence[np.ndarray], neurons: Sequence[np.ndarray], ratio: float, head_worth: int
+) -> Kept:
+    """Keep the units of one list that lie above its entry at the ratio, as the official code does.
+
+    Args:
+      heads: Scores of heads, by block.
+      neurons: Scores of neurons, by block.
+      ratio: Fraction to remove.
+      head_worth: Neurons that a head is worth, truncated to a whole number.
+    """
+    flat = np.concatenate([*heads, *neurons])
     worth = np.ones(len(flat), np.int64)
-    worth[: sum(len(s) for s in h)] = int(heads.cost / neurons.cost)
+    worth[: _count(heads)] = head_worth
     order = np.argsort(-flat, kind="stable")
-    done = np.cumsum(worth[order])
-    threshold = flat[order[np.argmin(np.abs(done - done[-1] * (1 - ratio)))]]
-    return Kept([s > threshold for s in h], [s > threshold for s in n])
+    kept_worth = np.cumsum(worth[order])
+    nearest = np.argmin(np.abs(kept_worth - kept_worth[-1] * (1 - ratio)))
+    threshold = flat[order[nearest]]
+    # The comparison is strict, so the unit at the threshold itself is removed too.
+    return Kept([s > threshold for s in heads], [s > threshold for s in neurons])
 
 
 def select_corrected(
@@ -130,35 +228,70 @@ def select_corrected(
     heads_removed: int,
     spread: float = 1.0,
 ) -> Kept:
-    """What stays by parameters removed: of each kind and block alike (UL-UM), a number of heads and the rest neurons in each block
-    (UL-MM) or of all blocks (AL-MM), or whatever scores lowest in all the model (AL-AM). One unit of each kind stays in each block.
+    """Select units by the parameters that they hold; one unit of each kind stays in every block.
 
     Args:
-      spread: by how much the fraction of its neurons that a block loses may differ from the model's, in AL-MM.
+      heads: Attention heads.
+      neurons: Feed-forward neurons.
+      ratio: Fraction of the parameters to remove.
+      structure: "UL-UM" removes the same share of each kind in every block, "UL-MM" a number of
+        heads and the rest neurons in every block, "AL-MM" the same over all blocks together,
+        "AL-AM" the lowest units of the whole model.
+      heads_removed: Heads of the whole model to remove, for the "MM" structures.
+      spread: Largest difference between the fraction of its neurons that a block loses and the
+        model's, for "AL-MM".
+
+    Returns:
+      The units that stay.
     """
+    chex.assert_equal(len(heads.metric), len(neurons.metric))
+    # Within a block, sums compare units; between blocks, scores must be standardised.
     if structure == "UL-UM":
-        return Kept(
-            *(
-                [lowest(s, min(round(ratio * len(s)), len(s) - 1)) for s in u.each("sum", False)]
-                for u in (heads, neurons)
-            )
-        )
-    blocks = len(heads.metric)
+        return Kept(_drop_share(heads.sums(), ratio), _drop_share(neurons.sums(), ratio))
     if structure == "UL-MM":
-        h, n = heads.each("sum", False), neurons.each("sum", False)
-        keep_heads = [lowest(s, min(heads_removed // blocks, len(s) - 1)) for s in h]
-        kept = []
-        for k, s in zip(keep_heads, n, strict=True):
-            left = ratio * (len(k) * heads.cost + len(s) * neurons.cost) - (~k).sum() * heads.cost
-            kept.append(lowest(s, min(max(0, round(left / neurons.cost)), len(s) - 1)))
-        return Kept(keep_heads, kept)
-    h, n = heads.each("mean", True), neurons.each("mean", True)
-    if structure == "AL-AM":
-        keeps = global_([*h, *n], ratio, [heads.cost] * blocks + [neurons.cost] * blocks)
-        return Kept(keeps[:blocks], keeps[blocks:])
-    all_heads, all_neurons = (sum(map(len, s)) for s in (h, n))
-    keep_heads = global_(h, min(1.0, heads_removed / all_heads), [1.0] * blocks)
-    gone = sum(int((~k).sum()) for k in keep_heads)
-    left = ratio * (all_heads * heads.cost + all_neurons * neurons.cost) - gone * heads.cost
-    share = min(1.0, max(0.0, left / (all_neurons * neurons.cost)))
-    return Kept(keep_heads, global_(within(n, share, spread), share, [1.0] * blocks))
+        return _heads_then_neurons_per_block(heads, neurons, ratio, heads_removed)
+    if structure == "AL-MM":
+        return _heads_then_neurons_overall(heads, neurons, ratio, heads_removed, spread)
+    scores = [*heads.standardised_means(), *neurons.standardised_means()]
+    blocks = len(heads.metric)
+    costs = [heads.cost] * blocks + [neurons.cost] * blocks
+    keeps = select_lowest_overall(scores, ratio, costs)
+    return Kept(keeps[:blocks], keeps[blocks:])
+
+
+def _drop_share(scores: Sequence[np.ndarray], ratio: float) -> Keeps:
+    """Drop the same share of every block's units, but never all of them."""
+    return [drop_lowest(s, min(round(ratio * len(s)), len(s) - 1)) for s in scores]
+
+
+def _heads_then_neurons_per_block(
+    heads: Units, neurons: Units, ratio: float, heads_removed: int
+) -> Kept:
+    """Drop the same number of heads in every block, and neurons for the rest of its budget."""
+    h, n = heads.sums(), neurons.sums()
+    keep_heads = [drop_lowest(s, min(heads_removed // len(h), len(s) - 1)) for s in h]
+    keep_neurons = []
+    for keep, s in zip(keep_heads, n, strict=True):
+        budget = ratio * (len(keep) * heads.cost + len(s) * neurons.cost)
+        remaining = budget - (~keep).sum() * heads.cost
+        # At least 0, as the heads may exceed the budget; and one neuron stays.
+        count = min(max(0, round(remaining / neurons.cost)), len(s) - 1)
+        keep_neurons.append(drop_lowest(s, count))
+    return Kept(keep_heads, keep_neurons)
+
+
+def _heads_then_neurons_overall(
+    heads: Units, neurons: Units, ratio: float, heads_removed: int, spread: float
+) -> Kept:
+    """Drop a number of the model's heads, and neurons of all blocks for the rest of the budget."""
+    h, n = heads.standardised_means(), neurons.standardised_means()
+    all_heads, all_neurons = _count(h), _count(n)
+    equal_costs = [1.0] * len(h)
+    keep_heads = select_lowest_overall(h, min(1.0, heads_removed / all_heads), equal_costs)
+    # Counted, not assumed: the best head of every block stays, so fewer may be removed than asked.
+    removed = sum(int((~keep).sum()) for keep in keep_heads)
+    budget = ratio * (all_heads * heads.cost + all_neurons * neurons.cost)
+    remaining = budget - removed * heads.cost
+    share = min(1.0, max(0.0, remaining / (all_neurons * neurons.cost)))
+    keep_neurons = select_lowest_overall(clamp_to_band(n, share, spread), share, equal_costs)
+    return Kept(keep_heads, keep_neurons)

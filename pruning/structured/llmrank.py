@@ -1,4 +1,4 @@
-"""LLMRank over a model: one dense pass for statistics, importance along the blocks, selection, removal."""
+"""LLMRank over a model: dense statistics, importance along the blocks, selection, removal."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,6 @@ from models.errors import InputError
 from models.programs import Program, program
 from models.sharding import to_host, tree_to_host
 from models.surgery import zero_rows
-from pruning.structured import select
 from pruning.structured.llmrank_core import (
     Centrality,
     Ffn,
@@ -27,6 +26,12 @@ from pruning.structured.llmrank_core import (
     official_centrality,
 )
 from pruning.structured.remove import Keep, Repair, check_round_to, remove, removed_outcome
+from pruning.structured.select_core import (
+    round_kept,
+    select_lowest_by_count,
+    select_lowest_overall,
+    select_lowest_per_block,
+)
 from pruning.types import (
     BlockSink,
     Outcome,
@@ -80,6 +85,7 @@ def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict
     """Return every block's activation norms at the inputs and outputs of up and down."""
     names = _linears(model)
     into_up, into_down = model.arch.tap(names.up), model.arch.tap(names.down)
+    # Outputs too: PageRank teleports to their norms.
     watch: dict[str, Observer] = dict.fromkeys(
         (into_up, into_down, names.up, names.down), batch_norms
     )
@@ -107,6 +113,7 @@ def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict
 
 def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:
     """Return uniform noise [width] for block i, for the scorer "random"."""
+    # A key for each block and linear: noise must not depend on how blocks are stacked.
     return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 2 * i + which), (width,))
 
 
@@ -147,6 +154,7 @@ def _stacks(stats: Sequence[dict[str, np.ndarray]], linears: int) -> list[range]
     stacks = []
     for (f, d), equal in itertools.groupby(range(len(stats)), widths):
         blocks = list(equal)
+        # 4 bytes: the scan takes |W| in float32, whatever the type of the weights.
         most = max(1, STACK_BYTES // (4 * linears * f * d))
         for start in range(0, len(blocks), most):
             part = blocks[start : start + most]
@@ -164,12 +172,14 @@ def _importance(
     """Return every block's ranks, with the importance carried along all blocks."""
     stacks = _stacks(stats, len(model.arch.group("neurons").writers) + 1)
     first = stats[0]["a_in"]
+    # At the output every channel matters alike; at the input by its norm.
     carried = np.ones_like(first) if backward else first
     ranks: dict[int, Ranks] = {}
     for blocks in reversed(stacks) if backward else stacks:
         carried, (neurons, channels) = _flow(
             centrality, backward, _stacked(model, stats, blocks, seed), carried
         )
+        # To the host before the next stack, so that one stack at a time takes device memory.
         neurons, channels = to_host(neurons), to_host(channels)
         for k, i in enumerate(blocks):
             ranks[i] = Ranks(neurons[k], channels[k])
@@ -178,7 +188,7 @@ def _importance(
 
 @dataclasses.dataclass(frozen=True)
 class LLMRank:
-    """LLM-Rank (Hoffmann et al. 2024): rank feed-forward neurons by centrality in the weighted graph.
+    """LLM-Rank (Hoffmann et al. 2024): rank feed-forward neurons by their centrality.
 
     Args:
       scorer: "wpr" weighted PageRank, "mpr" modified PageRank, or a baseline: "norm" the L1 norm of
@@ -186,8 +196,8 @@ class LLMRank:
       gamma: Share of the graph against the activations in "wpr". None: 0 in the official variant,
         as its authors have it, else 0.5.
       theta: Share of the weighted edges against unweighted ones in "wpr".
-      zero_pruned: First zero the lowest 30 % of the importance that comes in, for "mpr" (the authors'
-        z_importance).
+      zero_pruned: First zero the lowest 30 % of the importance that comes in, for "mpr" (the
+        authors' z_importance).
       chain: Let importance flow from block to block; else each block stands alone.
       scope: "local" removes the same fraction of every block, "global" the lowest of all blocks,
         which gives blocks of different widths.
@@ -216,14 +226,18 @@ class LLMRank:
     variant: Literal["corrected", "official"] = "corrected"
 
     def __post_init__(self) -> None:
-        if not (0 <= self._gamma <= 1 and 0 <= self.theta <= 1):
-            raise InputError(
-                f"llmrank: gamma={self._gamma} and theta={self.theta} must lie between 0 and 1"
-            )
+        for field, value in (("gamma", self._gamma), ("theta", self.theta)):
+            if not 0 <= value <= 1:
+                raise InputError(
+                    "of llmrank must lie between 0 and 1",
+                    "give a share such as 0.5",
+                    field=field,
+                    value=value,
+                )
         if self.units == "rows" and (self.repair != "none" or self.round_to):
             raise InputError(
-                "llmrank: repair and round_to are for whole neurons",
-                'leave them out, or set units="neurons"',
+                "`repair` and `round_to` of llmrank are for whole neurons",
+                'leave them out, or give `units`="neurons"',
             )
         check_round_to("llmrank", self.round_to)
 
@@ -264,6 +278,7 @@ class LLMRank:
         make = official_centrality if self._official else corrected_centrality
         zeroed = ZEROED if self.zero_pruned else 0.0
         centrality = make(self.scorer, self._gamma, self.theta, zeroed, self.chain)
+        # Only corrected PageRank follows importance from the outputs back.
         backward = not self._official and self.scorer == "wpr"
         stats = _statistics(model, tokens, runtime)
         ranks = _importance(model, stats, centrality, backward, request.seed)
@@ -279,10 +294,10 @@ class LLMRank:
     def _keep_neurons(self, neurons: Sequence[np.ndarray], fraction: float) -> list[Keep]:
         """Return the neurons that stay; all of a model's hold the same number of parameters."""
         if self.scope == "local":
-            keeps = select.local(neurons, fraction)
+            keeps = select_lowest_per_block(neurons, fraction)
         else:
-            keeps = select.global_(neurons, fraction, [1.0] * len(neurons))
-        return [{"neurons": keep} for keep in select.rounded(neurons, keeps, self.round_to)]
+            keeps = select_lowest_overall(neurons, fraction, [1.0] * len(neurons))
+        return [{"neurons": keep} for keep in round_kept(neurons, keeps, self.round_to)]
 
     def _keep_rows(
         self, ranks: Sequence[Ranks], fraction: float
@@ -290,15 +305,15 @@ class LLMRank:
         """Return the rows of up and of down that stay, by block."""
         flat = [scores for block in ranks for scores in block]
         if self.scope == "local":
-            keeps = select.local(flat, fraction)
+            keeps = select_lowest_per_block(flat, fraction)
         elif not self._official:
             # A row of up holds d parameters, a row of down f: the length of the other's ranks.
             costs = [len(other) for block in ranks for other in (block.channels, block.neurons)]
-            keeps = select.global_(flat, fraction, costs)
+            keeps = select_lowest_overall(flat, fraction, costs)
         elif self.chain:
-            keeps = select.global_by_count(flat, fraction)
+            keeps = select_lowest_by_count(flat, fraction)
         else:  # without a chain the authors' lists hold one block each
-            keeps = [k for block in ranks for k in select.global_by_count(block, fraction)]
+            keeps = [k for block in ranks for k in select_lowest_by_count(block, fraction)]
         return list(zip(keeps[::2], keeps[1::2], strict=True))
 
     def _zero_rows(

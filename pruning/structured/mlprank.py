@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from models import mlp
 from models.errors import InputError
-from pruning.structured.llmrank_core import SCORERS, Layer, Scorer, chain, scorer
+from pruning.structured.page_rank_core import SCORERS, Layer, Scorer, chain, scorer
 
 
 class Sample(NamedTuple):

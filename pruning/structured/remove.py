@@ -18,15 +18,15 @@ from models.programs import Program
 from models.sharding import tree_to_host
 from models.surgery import cut, mask
 from pruning.figures import kept_map
-from pruning.structured import repair
+from pruning.structured.repair_core import add_lost_mean, refit_kept_columns
 from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
 
 GROUPS = ("heads", "neurons")
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; absent groups stay whole
 Repair = Literal["none", "bias", "refit"]
 
-_repair_by_bias = Program(repair.bias, "readers repaired")
-_repair_by_refit = Program(repair.least_squares, "readers repaired")
+_repair_by_bias = Program(add_lost_mean, "readers repaired")
+_repair_by_refit = Program(refit_kept_columns, "readers repaired")
 
 
 class Mean(NamedTuple):
@@ -56,8 +56,10 @@ def check_round_to(method: str, round_to: int) -> None:
     """
     if round_to < 0:
         raise InputError(
-            f"{method}: round_to={round_to} must not be negative",
+            f"of {method} must not be negative",
             "give 0 for off, or a number of neurons such as 64",
+            field="round_to",
+            value=round_to,
         )
 
 
@@ -68,6 +70,7 @@ def cost(block: Block, group: Group) -> float:
       block: Only its shapes are read.
       group: The coupled channels.
     """
+    # A unit has `width` rows or columns of each linear, each as long as the other axis.
     members = (group.reader, *group.writers)
     return float(sum(m.width * getattr(block, m.name).w.shape[1 - m.axis] for m in members))
 
@@ -84,6 +87,7 @@ def remove_units(arch: Arch, block: Block, keep: Keep) -> Block:
     """
     for name, stays in keep.items():
         if not stays.any():
+            # Zeros first, so that the unit kept for storage computes nothing.
             block = mask(block, arch.group(name), stays)
             stays = np.arange(len(stays)) == 0
         block = cut(block, arch.group(name), stays)
@@ -105,7 +109,7 @@ def repair_readers(
     repaired = {}
     for name, stays in keep.items():
         if stays.all() or how == "none":
-            continue
+            continue  # a reader that loses nothing stays as it is, bit for bit
         reader = arch.group(name).reader
         linear = getattr(block, reader.name)
         channels = np.repeat(stays, reader.width)
@@ -116,6 +120,7 @@ def repair_readers(
         else:
             of_channels, of_pairs = tap_stats
             host = tree_to_host(of_channels)
+            # The observer counts windows; its sum of x x^T runs over their tokens.
             tokens = tree_to_host(of_pairs.samples) * host.length
             repaired[reader.name] = _repair_by_refit(
                 linear, of_pairs.total, host.mean, tokens, channels
@@ -198,13 +203,14 @@ def remove(
     def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
         if means is not None:
             stats = {tap: Mean(mean) for tap, mean in means[i].items()}
+        # Repair before the cut: statistics have an entry for every dense channel.
         block = repair_readers(model.arch, block, stats, keeps[i], how)
         block = remove_units(model.arch, block, keeps[i])
         sink(i, block)
         return block, None
 
     observer = REPAIR_OBSERVERS[how] if means is None else None
-    groups = list(keeps[0])
+    groups = list(keeps[0])  # the same in every block
     calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning", groups)
 
 
@@ -239,6 +245,7 @@ def removed_outcome(
                 rows = dropped_indices(np.repeat(stays, writer.width))
                 linears[writer.name] = Removed(rows=rows, cut=True)
         removed.append(linears)
+    # JSON has no NumPy integers.
     kept_units = {
         f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps]
         for name in keeps[0]

@@ -1,8 +1,8 @@
-"""SLEB over a model: whole blocks (or their two halves) leave, one after the other, each time the one that is missed least."""
+"""SLEB over a model: remove whole blocks, or their halves, one after the other."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 
@@ -12,16 +12,10 @@ from models.arch import Arch, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.structured.sleb_figures import search_figures
-from pruning.structured.sleb_runner import (
-    Candidate,
-    Path,
-    Runner,
-    Trial,
-    Unit,
-    silenced,
-    try_all,
-    without,
-)
+from pruning.structured.sleb_paths import Path, Unit
+from pruning.structured.sleb_runner import Runner, silenced
+from pruning.structured.sleb_search import SearchResult, search_units, writers_of
+from pruning.structured.sleb_trials import Trial
 from pruning.types import SAME_SHAPES, BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
@@ -29,222 +23,103 @@ Search = Literal["greedy", "perplexity", "influence"]
 GIB = 1 << 30
 
 
-def _writers(arch: Arch) -> tuple[str, ...]:
-    """The linears of a block that write to the residual stream."""
-    return tuple(s.name for s in arch.slots if s.feeds == "next")
+def _sublayer(arch: Arch, writer: str) -> tuple[str, ...]:
+    """Return the linears that serve only `writer`, itself last.
 
-
-def _part(arch: Arch, writer: str) -> tuple[str, ...]:
-    """The linears that nothing but `writer` is there for, itself last: slots stand in their order, so those since the writer before."""
+    Slots stand in the order of the forward pass, so these are the ones after the writer before.
+    """
     names = [s.name for s in arch.slots]
-    start = max(
-        (names.index(w) + 1 for w in _writers(arch) if names.index(w) < names.index(writer)),
-        default=0,
-    )
-    return tuple(names[start : names.index(writer) + 1])
+    end = names.index(writer) + 1
+    start = 0
+    for other in writers_of(arch):
+        after = names.index(other) + 1
+        if after < end:
+            start = max(start, after)
+    return tuple(names[start:end])
 
 
 def _units(arch: Arch, blocks: int, kind: Kind) -> list[Unit]:
-    """All units of a model in the order of its forward pass: their indices are what reports speak of."""
-    every = _writers(arch)
-    parts = [every] if kind == "blocks" else [(w,) for w in every]
+    """Return all units in the order of the forward pass; reports name them by index."""
+    writers = writers_of(arch)
+    parts = [writers] if kind == "blocks" else [(w,) for w in writers]
     return [Unit(i, part) for i in range(blocks) for part in parts]
 
 
-class Trace(NamedTuple):
-    """A search's result: the path that is left, the units removed in order, each phase's trials and the order they were made in, the
-    influences it knew, and by phase what was run and what the plain search would have run (blocks times windows)."""
-
-    path: Path
-    removed: list[int]
-    phases: list[dict[int, Trial]]
-    influence: dict[int, float]
-    evaluations: list[int]
-    plain: list[int]
-
-
-def _lowest(values: Mapping[int, float | None], n: int, what: str) -> list[int]:
-    """The n units of lowest finite value, the earliest of a tie; InputError if there are not so many."""
-    finite = sorted((v, u) for u, v in values.items() if v is not None and np.isfinite(v))
-    if len(finite) < n:
-        raise InputError(
-            f"{what} is finite without {len(finite)} of {len(values)} candidates, {n} must go: try --dtype=float32 or other calibration"
-        )
-    return [u for _, u in finite[:n]]
-
-
-def _after(path: Path, gone: Sequence[Unit], writers: tuple[str, ...]) -> Path:
-    for unit in gone:
-        path = without(path, unit, writers).path
-    return path
-
-
-def _influences(
-    runner: Runner, path: Path, units: Mapping[int, Unit], batches: Sequence[int], runtime: Runtime
-) -> dict[int, float]:
-    """Each unit's influence over these micro-batches, the mean over their windows."""
-    advance, found = runtime.progress("measuring influence", len(batches)), []
-    for m in batches:
-        found.append(runner.influences(m, path, units, _writers(runner.arch)))
-        advance()
-    sizes = [runner.sizes[m] for m in batches]
-    return {u: float(np.average([f[u] for f in found], weights=sizes)) for u in units}
-
-
-def _phase(
-    runner: Runner,
-    candidates: Mapping[int, Candidate],
-    best: int,
-    stop: bool,
-    advance: Callable[[], None],
-    runtime: Runtime,
-) -> tuple[dict[int, Trial], int]:
-    """`try_all` as a durable step: the trials, and what was run for them."""
-
-    def compute() -> Any:
-        before = runner.evaluations
-        trials = try_all(runner, candidates, best, stop, advance)
-        return [[u, *t] for u, t in trials.items()], runner.evaluations - before
-
-    paths = tuple((u, candidate.path) for u, candidate in candidates.items())
-    trials, run = runtime.step(compute, ("losses", runner.digest, paths, best, stop))
-    return {u: Trial(*t) for u, *t in trials}, run
-
-
-def _search(
-    runner: Runner, units: Mapping[int, Unit], n: int, rounds: int, stop: bool, runtime: Runtime
-) -> Trace:
-    """Remove `n` of the units in `rounds` phases of trials: as many as go (greedy), one, or none, which leaves it to their influence."""
-    writers, order = _writers(runner.arch), list(units)
-    path: Path = tuple((i, ()) for i in range(runner.depth))
-    influence: dict[int, float] = {}
-    if not n:
-        return Trace(path, [], [], {}, [], [])
-    if stop or not rounds:  # the first micro-batch is enough to put candidates in an order
-        seen = range(len(runner.sizes) if not rounds else 1)
-        key = ("influences", runner.digest, tuple(units.items()), seen)
-        found = runtime.step(lambda: _influences(runner, path, units, seen, runtime), key)
-        influence = {int(u): x for u, x in found.items()}
-        order = sorted(order, key=lambda u: (influence[u], u))
-    if not rounds:
-        removed = _lowest(influence, n, "the influence")
-        return Trace(
-            _after(path, [units[u] for u in removed], writers),
-            removed,
-            [],
-            influence,
-            [runner.evaluations],
-            [runner.evaluations],
-        )
-    advance = runtime.progress("trying removals", sum(len(order) - p for p in range(rounds)))
-    trace = Trace(path, [], [], influence, [], [])
-    for _ in range(rounds):
-        candidates = {u: without(path, units[u], writers) for u in order}
-        trials, run = _phase(runner, candidates, n // rounds, stop, advance, runtime)
-        gone = _lowest({u: t.loss for u, t in trials.items()}, n // rounds, "the loss")
-        for piece in [path[candidates[u].shared] for u in gone]:
-            runner.forget(piece)
-        path = _after(path, [units[u] for u in gone], writers)
-        trace.phases.append(trials)
-        trace.removed.extend(gone)
-        trace.evaluations.append(run)
-        trace.plain.append(sum(len(c.path) for c in candidates.values()) * sum(runner.sizes))
-        order = [
-            u
-            for u in (sorted(order, key=lambda u: (trials[u].guess, u)) if stop else order)
-            if u not in gone
-        ]
-    return trace._replace(path=path)
-
-
 def _by_unit(
-    phases: Sequence[Mapping[int, Trial]], field: str, units: int
+    phases: Sequence[Mapping[int, Trial]],
+    field: Literal["loss", "stopped_at"],
+    units: int,
 ) -> list[list[float | None]]:
-    """A list a phase of a figure of each unit's trial, None where it has none."""
-    return [
-        [getattr(trials[u], field) if u in trials else None for u in range(units)]
-        for trials in phases
-    ]
+    """Return a figure of each unit's trial, by phase; None where a unit was not tried."""
+    rows = []
+    for trials in phases:
+        rows.append([getattr(trials[u], field) if u in trials else None for u in range(units)])
+    return rows
 
 
-def _details(runner: Runner, trace: Trace, units: Sequence[Unit], kind: Kind) -> dict[str, Any]:
-    (shared, own), count = runner.stores, len(units)
-    found: dict[str, Any] = {
-        "removal_order": trace.removed,
-        "losses": _by_unit(trace.phases, "loss", count),
-        "stopped_at": _by_unit(trace.phases, "passed", count),
-        "influence": [trace.influence.get(u) for u in range(count)],
+def _details(
+    runner: Runner, result: SearchResult, units: Sequence[Unit], kind: Kind
+) -> dict[str, Any]:
+    """Return the figures of a search for the report."""
+    count = len(units)
+    cache: dict[str, Any] = {
+        "surviving_every": runner.shared.limits.every,
+        "candidates_every": runner.own.limits.every,
+        "blocks_held": runner.blocks_held,
+    }
+    for memory, shared, own in zip(OFFLOADS, runner.shared.most, runner.own.most, strict=True):
+        cache[f"{memory}_bytes"] = shared + own
+    details = {
+        "removal_order": result.removed,
+        "losses": _by_unit(result.phases, "loss", count),
+        "stopped_at": _by_unit(result.phases, "stopped_at", count),
+        "influence": [result.influence.get(u) for u in range(count)],
         "block_evaluations": {
-            "run": trace.evaluations,
-            "plain_search": trace.plain,
-        },  # blocks times windows, a phase
-        "cache": {
-            "surviving_every": shared.room.every,
-            "candidates_every": own.room.every,
-            "blocks_held": runner.held,
-            **{
-                f"{tier}_bytes": a + b
-                for tier, a, b in zip(OFFLOADS, shared.most, own.most, strict=True)
-            },
+            "run": result.evaluations,
+            "plain_search": result.plain_evaluations,
         },
+        "cache": cache,
     }
     if kind == "sublayers":
-        found["removed_parts"] = [[units[u].block, units[u].writers[0]] for u in trace.removed]
-    return found
+        removed = [units[u] for u in result.removed]
+        details["removed_parts"] = [[unit.block, unit.writers[0]] for unit in removed]
+    return details
 
 
-def _warnings(trace: Trace) -> Iterator[str]:
-    """Candidates that cannot be compared, and what is zero but still in the file."""
-    for p, trials in enumerate(trace.phases, start=1):
-        if lost := [str(u) for u, t in trials.items() if t.loss is None and t.passed is None]:
-            yield f"phase {p}: the loss without {', '.join(sorted(lost, key=int))} is not finite, so it was not chosen"
-    if halves := sum(bool(silent) for _, silent in trace.path):
+def _warnings(result: SearchResult) -> Iterator[str]:
+    """Yield the candidates without a finite loss, and the zeros that stay in the file."""
+    for p, trials in enumerate(result.phases, start=1):
+        lost = sorted(u for u, t in trials.items() if t.loss is None and t.stopped_at is None)
+        if lost:
+            names = ", ".join(map(str, lost))
+            yield f"phase {p}: the loss without {names} is not finite, so it was not chosen"
+    halves = sum(bool(piece.silent) for piece in result.path)
+    if halves:
         yield f"{halves} blocks have one part zeroed in place: the file holds its zeros"
 
 
-def _finish(model: Model, path: Path, sink: BlockSink) -> None:
-    """Hand over what is left, numbered anew; of a removed part every linear is zeroed, so that all of it counts as gone."""
-    for new, (i, silent) in enumerate(path):
-        sink(
-            new, silenced(model.blocks[i], [name for w in silent for name in _part(model.arch, w)])
-        )
+def _write_blocks(model: Model, path: Path, sink: BlockSink) -> None:
+    """Hand the pieces that stay to the sink.
 
-
-def _candidates(
-    arch: Arch, total: int, n: int, kind: Kind, early: int, latter: int
-) -> dict[int, Unit]:
-    """The units that the barriers leave to choose from; InputError if they are too few for `n`, or nothing would stay."""
-    units = _units(arch, total, kind)
-    inside = {u: unit for u, unit in enumerate(units) if early <= unit.block < total - latter}
-    most = min(len(inside), len(units) - 1)
-    if n > most:
-        raise InputError(
-            f"cannot remove {n} of {len(units)} {kind} with early_barrier={early} and latter_barrier={latter}: "
-            f"ask for {max(most, 0)} or fewer"
-        )
-    return inside
-
-
-def _room(device_gib: float, host_gib: float, disk_gib: float) -> list[int]:
-    """Bytes by tier; InputError for negative ones."""
-    if not min(device_gib, host_gib, disk_gib) >= 0:
-        raise InputError(
-            f"sleb: device_gib={device_gib}, host_gib={host_gib} and disk_gib={disk_gib} must not be negative"
-        )
-    return [int(gib * GIB) for gib in (device_gib, host_gib, disk_gib)]
+    Of a removed sublayer every linear is zeroed, so that all of it counts as removed.
+    """
+    for new, piece in enumerate(path):
+        # A block that lost all its parts is not in the path at all.
+        names = [name for w in piece.silent for name in _sublayer(model.arch, w)]
+        sink(new, silenced(model.blocks[piece.block], names))
 
 
 def _rounds(search: Search, n: int) -> int:
-    """Phases of trials until n units are gone."""
+    """Return the number of phases of trials that remove n units."""
     return {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
 
 
 @dataclasses.dataclass(frozen=True)
 class Sleb:
-    """SLEB (Song et al. 2024, algorithm 1): remove the block whose absence costs the least loss, again and again.
+    """SLEB (Song et al. 2024, algorithm 1): remove the block that is missed least, repeatedly.
 
-    Losses are the authors' code's: the sum over windows of the mean cross-entropy times the window's
-    length.
+    Losses are those of the official code: the sum over windows of the mean cross-entropy times the
+    window's length.
 
     Args:
       blocks: Units to remove; None: the request's sparsity is the fraction of them.
@@ -260,8 +135,9 @@ class Sleb:
       host_gib: Room on the host for those that do not fit there.
       disk_gib: Room in the temporary directory for those that fit on neither.
       variant: "corrected", the default, stops a candidate when a part of its loss (over part of the
-        vocabulary, or of the windows) exceeds the lowest whole loss of its phase: the same order with
-        less work (docs/methods/sleb.md). "official" computes every loss, as the authors' code does.
+        vocabulary, or of the windows) exceeds the lowest whole loss of its phase: the same order
+        with less work (docs/methods/sleb.md). "official" computes every loss, as the authors' code
+        does.
     """
 
     blocks: int | None = None
@@ -275,13 +151,19 @@ class Sleb:
     variant: Literal["corrected", "official"] = "corrected"
 
     def __post_init__(self) -> None:
-        barriers = min(self.early_barrier, self.latter_barrier)
-        if barriers < 0 or (self.blocks is not None and self.blocks < 0):
-            raise InputError(
-                f"sleb: blocks={self.blocks}, early_barrier={self.early_barrier} and "
-                f"latter_barrier={self.latter_barrier} must not be negative"
-            )
-        _room(self.device_gib, self.host_gib, self.disk_gib)
+        numbers = {
+            "blocks": self.blocks or 0,
+            "early_barrier": self.early_barrier,
+            "latter_barrier": self.latter_barrier,
+            "device_gib": self.device_gib,
+            "host_gib": self.host_gib,
+            "disk_gib": self.disk_gib,
+        }
+        for field, value in numbers.items():
+            if not value >= 0:  # so that NaN is refused too
+                raise InputError(
+                    "of sleb must not be negative", "give 0 or more", field=field, value=value
+                )
 
     @property
     def shape_change(self) -> ShapeChange:
@@ -296,12 +178,21 @@ class Sleb:
     def _choice(self, model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
         """Return the number of units to remove, and the candidates by index."""
         total = len(model.blocks)
+        units = _units(model.arch, total, self.units)
         n = self.blocks
         if n is None:
-            n = round(request.sparsity * len(_units(model.arch, total, self.units)))
-        candidates = _candidates(
-            model.arch, total, n, self.units, self.early_barrier, self.latter_barrier
-        )
+            n = round(request.sparsity * len(units))
+        last = total - self.latter_barrier
+        candidates = {
+            u: unit for u, unit in enumerate(units) if self.early_barrier <= unit.block < last
+        }
+        most = max(min(len(candidates), len(units) - 1), 0)  # something must stay
+        if n > most:
+            raise InputError(
+                f"cannot remove {n} of {len(units)} {self.units} with "
+                f"early_barrier={self.early_barrier} and latter_barrier={self.latter_barrier}",
+                f"ask for {most} or fewer",
+            )
         return n, candidates
 
     def check(self, model: Model, request: Request) -> None:
@@ -309,9 +200,10 @@ class Sleb:
         reject_weight_settings("sleb", request)
         if self.units == "sublayers" and not model.arch.residual:
             raise InputError(
-                'sleb: units="sublayers" needs parts that only add to the residual stream; here a '
-                "norm follows",
-                'use units="blocks"',
+                "of sleb needs parts that only add to the residual stream; here a norm follows",
+                'give units="blocks"',
+                field="units",
+                value=self.units,
             )
         self._choice(model, request)
 
@@ -327,20 +219,21 @@ class Sleb:
         total = len(model.blocks)
         units = _units(model.arch, total, self.units)
         n, candidates = self._choice(model, request)
+        # The report compares fractions, so a number of units becomes one.
         asked = request.sparsity if self.blocks is None else n / len(units)
-        room = _room(self.device_gib, self.host_gib, self.disk_gib)
+        room = [int(gib * GIB) for gib in (self.device_gib, self.host_gib, self.disk_gib)]
         runner = Runner(model, tokens, runtime, room)
         rounds = _rounds(self.search, n)
-        stop = self.variant == "corrected"
-        trace = _search(runner, candidates, n, rounds, stop, runtime)
-        _finish(model, trace.path, sink)
+        stop_early = self.variant == "corrected"
+        result = search_units(runner, candidates, n, rounds, stop_early, runtime)
+        _write_blocks(model, result.path, sink)
         slots = [slot.name for slot in model.arch.slots]
-        details = _details(runner, trace, units, self.units)
+        details = _details(runner, result, units, self.units)
         parts = details.get("removed_parts")
         return Outcome(
             asked=tuple(dict.fromkeys(slots, asked) for _ in range(total)),
-            kept_blocks=tuple(i for i, _ in trace.path),
+            kept_blocks=tuple(piece.block for piece in result.path),
             details=details,
-            warnings=tuple(_warnings(trace)),
-            figures=search_figures(details["losses"], trace.removed, parts),
+            warnings=tuple(_warnings(result)),
+            figures=search_figures(details["losses"], result.removed, parts),
         )

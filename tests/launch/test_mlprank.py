@@ -17,7 +17,7 @@ from launch.mlp import images, report
 from launch.mlp.images import Images, Part
 from launch.mlp.report import DENSE
 from models.errors import InputError
-from pruning.structured.llmrank_core import SCORERS
+from pruning.structured.page_rank_core import SCORERS
 
 SMALL = ("--hidden=12,8", "--epochs=3", "--batch=20", "--seeds=3,4", "--ratios=0.25,0.5")
 SMALL += ("--learning_rate=0.01", "--calibration_samples=16")

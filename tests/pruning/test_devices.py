@@ -15,6 +15,7 @@ from calibration.runtime import Runtime
 from models.sharding import make_mesh
 from pruning.methods import METHODS
 from pruning.structured import llmrank_core as core
+from pruning.structured.page_rank_core import SCORERS
 from pruning.types import Request, prune
 from pruning.weights import patterns, scores
 from reference.small import model, tokens, zeros
@@ -126,7 +127,7 @@ def block(seed: int) -> core.Ffn:
 
 @every_way
 @pytest.mark.parametrize("make", [core.official_centrality, core.corrected_centrality])
-@pytest.mark.parametrize("name", core.SCORERS)
+@pytest.mark.parametrize("name", SCORERS)
 def test_centralities(name: str, make: Callable[..., core.Centrality], way: str) -> None:
     """Eight blocks, each on its device, from the same importance that comes in."""
     step = make(name, 0.5, 0.5, 0.3, True)

@@ -1,4 +1,4 @@
-"""What the authors' own code gives (../shared/golden), from the same weights and tokens: masks, statistics, importances, perplexity."""
+"""Wanda, magnitude and LLM-Rank against goldens of the authors' own code."""
 
 import dataclasses
 import functools
@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 
 from calibration.observers import SecondMoment, second_moment
-from calibration.passes import fold_blocks
+from calibration.passes import calibrate_blocks
+from calibration.runtime import Runtime
 from models.arch import Block
 from pruning.structured import llmrank as wiring
-from pruning.structured.llmrank import llmrank
+from pruning.structured.llmrank import LLMRank, Scope
 from pruning.structured.llmrank_core import official_centrality
 from pruning.types import Request, prune
 from pruning.weights import scores
@@ -44,11 +45,11 @@ RANKS = {
     "wanda": {"scorer": "wanda"},
 }
 CHAINS = {"chained": True, "isolated": False}
-Pairs = list[tuple[np.ndarray, np.ndarray]]  # a block's arrays for rows of up and of down
+Pairs = list[tuple[np.ndarray, np.ndarray]]  # by block: arrays for rows of up and of down
 
 
 def groups(x: np.ndarray, m: int) -> np.ndarray:
-    """Every m consecutive inputs together, [out in/m m]."""
+    """Return every m consecutive inputs together, [out in/m m]."""
     return x.reshape(len(x), -1, m)
 
 
@@ -57,7 +58,10 @@ def follow(
     masks: Mapping[str, np.ndarray],
     see: Callable[[str, jax.Array, SecondMoment, np.ndarray], None],
 ) -> None:
-    """Walk the blocks as the authors' run did, pruned by its masks; `see` gets each linear's name, weights, statistics and mask."""
+    """Visit the blocks as the authors' run did, pruned by its masks.
+
+    `see` gets each linear's name, weights, statistics and mask.
+    """
 
     def visit(i: int, block: Block, stats: Any) -> tuple[Block, None]:
         new = {}
@@ -69,13 +73,17 @@ def follow(
         return block.replace(**new), None
 
     watch = {slot.reads: second_moment for slot in r.model.arch.slots}
-    fold_blocks(r.model, r.calibration, visit, watch=watch, propagate="pruned", batch=8)
+    calibrate_blocks(
+        r.model, r.calibration, Runtime(), visit, watch=watch, propagate="pruned", name="following"
+    )
 
 
 @pytest.mark.parametrize("variant", SPARSITY)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_wanda_masks_of_every_linear(shared: pathlib.Path, name: str, variant: str) -> None:
-    """To the bit, but for a pair or two within a relative 1e-5 of the boundary, whose order is the rounding's."""
+def test_wanda_masks_every_linear_as_the_golden_run(
+    shared: pathlib.Path, name: str, variant: str
+) -> None:
+    """To the bit, but for a pair or two within a relative 1e-5 of the boundary."""
     sparsity, pattern = SPARSITY[variant]
     own = n_of_m(*pattern) if pattern else per_row
 
@@ -96,8 +104,10 @@ def test_wanda_masks_of_every_linear(shared: pathlib.Path, name: str, variant: s
 
 @pytest.mark.parametrize("variant", SPARSITY)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_wanda_masks_of_the_whole_run(shared: pathlib.Path, name: str, variant: str) -> None:
-    """No bit differs, ties at inputs that are never active included."""
+def test_a_whole_wanda_run_equals_the_golden_run(
+    shared: pathlib.Path, name: str, variant: str
+) -> None:
+    """No bit differs, not even in ties at inputs that are never active."""
     r, want = tiny(shared, name), golden(shared, name, f"wanda-{variant}")
     model = pruned(r, "wanda", variant)
     same = [
@@ -109,10 +119,10 @@ def test_wanda_masks_of_the_whole_run(shared: pathlib.Path, name: str, variant: 
     assert_perplexity(r, model, want["window_ce"])
 
 
-def test_wanda_masks_of_the_first_block_of_smollm2(
+def test_wanda_masks_the_first_block_of_smollm2_as_the_golden_run(
     shared: pathlib.Path, smollm2: pathlib.Path
 ) -> None:
-    """To the bit. Over all thirty a pair that rounding swaps changes what every later block sees: BUILD_NOTES, "Choices measured"."""
+    """To the bit. Over all thirty, a pair that rounding swaps changes every later block's input."""
     r, want = (
         load(smollm2, shared / "golden/tokens/smollm2"),
         golden(shared, "smollm2", "wanda-0.5"),
@@ -126,8 +136,8 @@ def test_wanda_masks_of_the_first_block_of_smollm2(
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_statistics_are_those_of_the_wanda_run(shared: pathlib.Path, name: str) -> None:
-    """The absolute tolerance is for channels behind a ReLU that are almost never active: typical values are above one."""
+def test_statistics_equal_those_of_the_wanda_run(shared: pathlib.Path, name: str) -> None:
+    """The absolute tolerance is for channels that ReLU leaves almost always zero."""
     want = golden(shared, name, "wanda-0.5-stats")
 
     def see(linear: str, w: jax.Array, stats: SecondMoment, mask: np.ndarray) -> None:
@@ -140,7 +150,9 @@ def test_statistics_are_those_of_the_wanda_run(shared: pathlib.Path, name: str) 
 
 @pytest.mark.parametrize("variant", ["0.5", "0.7"])
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_magnitude_masks_are_bit_exact(shared: pathlib.Path, name: str, variant: str) -> None:
+def test_magnitude_masks_equal_the_golden_run(
+    shared: pathlib.Path, name: str, variant: str
+) -> None:
     """Masks of two blocks are stored, hashes of all."""
     r, want = tiny(shared, name), golden(shared, name, f"magnitude-{variant}")
     hashes = index(shared)[name, f"magnitude-{variant}"]["mask_sha256"]
@@ -160,7 +172,7 @@ def test_magnitude_masks_are_bit_exact(shared: pathlib.Path, name: str, variant:
 def test_magnitude_groups_differ_only_in_ties(
     shared: pathlib.Path, name: str, variant: str
 ) -> None:
-    """torch.topk orders equal magnitudes in its own way; the index counts the groups where that matters."""
+    """torch.topk has its own order of ties; the index counts the groups where that matters."""
     r, want, n, m = (
         tiny(shared, name),
         golden(shared, name, f"magnitude-{variant}"),
@@ -183,7 +195,7 @@ def test_magnitude_groups_differ_only_in_ties(
 
 
 class Ranked(NamedTuple):
-    """A model with the statistics of its one dense walk, as every scorer of LLM-Rank reads them."""
+    """A model with the statistics of its dense pass, which every scorer of LLM-Rank reads."""
 
     reference: Reference
     stats: list[dict[str, Any]]
@@ -191,18 +203,21 @@ class Ranked(NamedTuple):
 
 @functools.cache
 def ranked(r: Reference) -> Ranked:
-    """The walk, with the released runs' micro-batches of four."""
-    return Ranked(r, wiring._statistics(r.model, r.calibration, Request(0.3, batch=4)))
+    """Measure the statistics with the official runs' micro-batches of four."""
+    return Ranked(r, wiring._statistics(r.model, r.calibration, Runtime(batch=4)))
 
 
 def by_block(flat: np.ndarray, stats: list[dict[str, Any]], keys: tuple[str, str]) -> Pairs:
-    """A golden's vector, all linears one after the other, as a pair a block; `keys` name statistics of their widths."""
+    """Split a golden's vector over all linears into a pair for each block.
+
+    `keys` name statistics of the linears' widths.
+    """
     parts = np.split(flat, np.cumsum([s[k].shape[0] for s in stats for k in keys])[:-1])
     return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def assert_rows(got: np.ndarray, want: np.ndarray, importance: np.ndarray) -> None:
-    """The same rows are removed, but for those at the boundary whose importances differ by less than a relative 2e-6."""
+    """Assert that the same rows are removed, apart from those within 2e-6 of the boundary."""
     assert got.sum() == want.sum()
     if want.any():
         boundary = np.sort(importance)[want.sum() - 1]
@@ -210,7 +225,7 @@ def assert_rows(got: np.ndarray, want: np.ndarray, importance: np.ndarray) -> No
 
 
 def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: str) -> None:
-    """Importances to a relative 1e-4, and the rows that local and global selection remove."""
+    """Check importances to a relative 1e-4, and the rows that both scopes remove."""
     entry = index(shared)[name, f"llmrank-{scorer}-{chain}"]
     masks, other = golden(shared, name, entry["variant"]), entry["importance_identical_to"]
     stored = masks if "importance" in masks else golden(shared, name, other)
@@ -223,20 +238,22 @@ def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: 
     for pair, expected in zip(got, want, strict=True):
         for a, b in zip(pair, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4)
-    for scope in ("local", "global"):
+    scopes: tuple[Scope, ...] = ("local", "global")
+    for scope in scopes:
         removed = by_block(
             bits(masks[f"pruned_rows:{scope}0.3"], stored["importance"].shape),
             r.stats,
             ("a_up", "a_down"),
         )
-        kept = wiring._keep_rows(got, 0.3, scope, CHAINS[chain], True)
-        for keep, gone, expected in zip(kept, removed, want, strict=True):
+        method = LLMRank(scope=scope, units="rows", chain=CHAINS[chain], variant="official")
+        kept = method._keep_rows(got, 0.3)
+        for keep, expected_rows, expected in zip(kept, removed, want, strict=True):
             for linear in (0, 1):
-                assert_rows(~keep[linear], gone[linear], expected[linear])
+                assert_rows(~keep[linear], expected_rows[linear], expected[linear])
 
 
 def check_activations(shared: pathlib.Path, name: str, r: Ranked) -> None:
-    """Norms of what enters and leaves up and down, to a relative 1e-4."""
+    """Check the norms of the inputs and outputs of up and down, to a relative 1e-4."""
     want = golden(shared, name, "llmrank-activation-chained")
     for field, keys in {
         "in_activation": ("a_in", "a_mid"),
@@ -248,14 +265,14 @@ def check_activations(shared: pathlib.Path, name: str, r: Ranked) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-gqa"])
-def test_llmrank_activations(shared: pathlib.Path, name: str) -> None:
+def test_llmrank_activations_equal_the_golden_run(shared: pathlib.Path, name: str) -> None:
     check_activations(shared, name, ranked(tiny(shared, name)))
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("scorer", RANKS)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-gqa"])
-def test_llmrank_importances_and_rows(
+def test_llmrank_importances_and_rows_equal_the_golden_run(
     shared: pathlib.Path, name: str, scorer: str, chain: str
 ) -> None:
     check_ranks(shared, name, ranked(tiny(shared, name)), scorer, chain)
@@ -268,15 +285,15 @@ def test_llmrank_importances_and_rows(
         ("tiny-llama-gqa", "wpr-g0.5", "isolated", "global"),
     ],
 )
-def test_llmrank_zeroes_these_rows(
+def test_llmrank_zeroes_the_rows_of_the_golden_run(
     shared: pathlib.Path, name: str, scorer: str, chain: str, scope: Any
 ) -> None:
-    """The whole method: the rows are zero, nothing else has changed, and the perplexity is theirs."""
+    """Nothing else has changed, and the perplexity agrees."""
     r, want = tiny(shared, name), golden(shared, name, f"llmrank-{scorer}-{chain}")
-    method = llmrank(
+    method = LLMRank(
         **RANKS[scorer], chain=CHAINS[chain], scope=scope, units="rows", variant="official"
     )
-    model, _ = prune(r.model, method, r.calibration, Request(0.3, batch=4))
+    model, _ = prune(r.model, method, r.calibration, Request(0.3), Runtime(batch=4))
     removed = by_block(
         bits(want[f"pruned_rows:{scope}0.3"], (len(want["importance"]),)),
         ranked(r).stats,
@@ -291,17 +308,19 @@ def test_llmrank_zeroes_these_rows(
 
 @pytest.fixture(scope="module")
 def smollm2_ranked(shared: pathlib.Path, smollm2: pathlib.Path) -> Ranked:
-    """The one walk over SmolLM2-135M that all its scorers share: half a minute."""
+    """Return the statistics of SmolLM2-135M that all scorers share: half a minute."""
     return ranked(load(smollm2, shared / "golden/tokens/smollm2"))
 
 
-def test_llmrank_activations_of_smollm2(shared: pathlib.Path, smollm2_ranked: Ranked) -> None:
+def test_llmrank_activations_of_smollm2_equal_the_golden_run(
+    shared: pathlib.Path, smollm2_ranked: Ranked
+) -> None:
     check_activations(shared, "smollm2", smollm2_ranked)
 
 
 @pytest.mark.parametrize("chain", CHAINS)
 @pytest.mark.parametrize("scorer", RANKS)
-def test_llmrank_importances_and_rows_of_smollm2(
+def test_llmrank_importances_and_rows_of_smollm2_equal_the_golden_run(
     shared: pathlib.Path, smollm2_ranked: Ranked, scorer: str, chain: str
 ) -> None:
     check_ranks(shared, "smollm2", smollm2_ranked, scorer, chain)

@@ -1,4 +1,4 @@
-"""FLAP, Wanda-sp and magnitude-sp against what the authors' own code gives (../shared/golden): every run that is stored."""
+"""FLAP, Wanda-sp and magnitude-sp against goldens of the authors' own code, every stored run."""
 
 import pathlib
 from typing import Any
@@ -25,6 +25,7 @@ RUNS = [
 
 
 def arguments(entry: dict[str, Any]) -> dict[str, Any]:
+    """Return our arguments for a golden's settings."""
     if entry["method"] != "flap":
         return {}
     s = entry["settings"]
@@ -37,8 +38,10 @@ def arguments(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("variant", RUNS)
-def test_flap(shared: pathlib.Path, variant: str) -> None:
-    """Metrics, kept units to the last one, biases, perplexity."""
+def test_units_metrics_biases_and_perplexity_equal_the_golden_run(
+    shared: pathlib.Path, variant: str
+) -> None:
+    """Kept units to the last one."""
     r, want, entry = (
         tiny(shared, "tiny-llama"),
         golden(shared, "tiny-llama", variant),

@@ -1,10 +1,11 @@
-"""SLEB against what the authors' own code gives (../shared/golden): removal orders, every candidate's loss, perplexities."""
+"""SLEB against goldens of the authors' own code: orders, every loss, perplexities."""
 
 import pathlib
 
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from eval.perplexity import perplexity
 from models.arch import Model
 from pruning.methods import METHODS
@@ -13,11 +14,13 @@ from reference.golden import Reference, golden, index, load, tiny
 
 
 def removed(r: Reference, rows: int, **arguments: object) -> tuple[Model, Outcome]:
-    return prune(r.model, METHODS["sleb"](**arguments), r.calibration[:rows], Request(0.0, batch=4))
+    """Run SLEB with the official micro-batches of four."""
+    method = METHODS["sleb"](**arguments)
+    return prune(r.model, method, r.calibration[:rows], Request(0.0), Runtime(batch=4))
 
 
 def assert_golden(shared: pathlib.Path, name: str, variant: str, r: Reference) -> None:
-    """Order, every loss, perplexity."""
+    """Assert that the order, every loss and the perplexity agree with a golden."""
     want, entry = golden(shared, name, variant), index(shared)[name, variant]
     s = entry["settings"]
     arguments = {
@@ -36,12 +39,12 @@ def assert_golden(shared: pathlib.Path, name: str, variant: str, r: Reference) -
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_tiny(shared: pathlib.Path, name: str) -> None:
+def test_tiny_models_lose_the_blocks_of_the_golden_run(shared: pathlib.Path, name: str) -> None:
     assert_golden(shared, name, "sleb-remove2", tiny(shared, name))
 
 
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_the_default_removes_the_same(shared: pathlib.Path, name: str) -> None:
+def test_the_corrected_variant_removes_the_same_blocks(shared: pathlib.Path, name: str) -> None:
     _, outcome = removed(tiny(shared, name), 16, blocks=2)
     assert (
         outcome.details["removal_order"]
@@ -49,7 +52,9 @@ def test_the_default_removes_the_same(shared: pathlib.Path, name: str) -> None:
     )
 
 
-def test_smollm2(shared: pathlib.Path, smollm2: pathlib.Path) -> None:
+def test_smollm2_loses_the_blocks_of_the_golden_run(
+    shared: pathlib.Path, smollm2: pathlib.Path
+) -> None:
     assert_golden(
         shared, "smollm2", "sleb-remove3", load(smollm2, shared / "golden/tokens/smollm2")
     )

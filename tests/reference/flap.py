@@ -1,12 +1,12 @@
-"""FLAP's statistics as its official code computes them, in float64 NumPy, a sample at a time."""
+"""FLAP's statistics as the official code computes them, in float64 NumPy, sample by sample."""
 
 import numpy as np
 
 
-def released(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return mean and fluctuation, each [c], of samples x [n t c].
+def official(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mean and the fluctuation [c] of samples x [n t c].
 
-    The mean within the fluctuation already includes the sample, as in the official code.
+    Deviations are taken from a mean that has the sample in it already.
     """
     mean, fluctuation = np.zeros(x.shape[-1]), np.zeros(x.shape[-1])
     for n, sample in enumerate(x.astype(np.float64)):
@@ -20,10 +20,7 @@ def released(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def refit(w: np.ndarray, x: np.ndarray, keep: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (weights, bias) that predict w x best from the kept columns, by least squares.
-
-    x is [tokens in], and the prediction [tokens out].
-    """
+    """Fit weights and a bias on the kept columns of x [tokens in] to w x, by least squares."""
     a = np.concatenate([x[:, keep], np.ones((len(x), 1))], axis=1)
     solution = np.linalg.lstsq(a, x @ w.T, rcond=None)[0]
     new = np.zeros_like(w)

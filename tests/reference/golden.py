@@ -1,4 +1,4 @@
-"""Readers of the results in ../shared/golden that the authors' own code wrote."""
+"""Goldens that the authors' own code left in ../shared/golden, and our models beside them."""
 
 import dataclasses
 import functools
@@ -25,7 +25,7 @@ SPARSITY = {"0.5": (0.5, None), "0.7": (0.7, None), "2of4": (0.5, (2, 4)), "4of8
     frozen=True, eq=False
 )  # compared by identity, so that statistics can be cached
 class Reference:
-    """A model with its tokens, and the goldens' names of its linears: a block's {slot: name}."""
+    """A model with its tokens, and by block {slot: name} as the goldens name its linears."""
 
     model: Model
     names: tuple[Mapping[str, str], ...]
@@ -35,7 +35,7 @@ class Reference:
 
 @functools.cache
 def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
-    """Open the model in float32, once."""
+    """Return the model in float32, read once."""
     checkpoint = open_checkpoint(directory, jnp.float32)
     slots = [s.name for s in checkpoint.model.arch.slots]
     names = tuple(
@@ -51,7 +51,7 @@ def load(directory: pathlib.Path, tokens: pathlib.Path) -> Reference:
 
 
 def tiny(shared: pathlib.Path, name: str) -> Reference:
-    """Open one of the small trained models."""
+    """Return one of the small trained models."""
     return load(shared / "models" / name, shared / "golden/tokens/tiny")
 
 
@@ -65,24 +65,24 @@ def index(shared: pathlib.Path) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 def golden(shared: pathlib.Path, model: str, variant: str) -> Mapping[str, np.ndarray]:
-    """Return one golden's arrays."""
+    """Return the arrays of a golden."""
     return np.load(shared / "golden" / index(shared)[model, variant]["file"])
 
 
 def bits(packed: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """Unpack a mask; True marks a zero."""
+    """Unpack a mask; True is zero."""
     return np.unpackbits(packed)[: int(np.prod(shape))].reshape(shape).astype(bool)
 
 
 def assert_perplexity(
     r: Reference, model: Model, window_ce: np.ndarray, rtol: float = 1e-3
 ) -> None:
-    """Assert that each window's perplexity is within this relative tolerance."""
+    """Assert that each window's perplexity agrees within a relative tolerance."""
     got = perplexity(model, r.evaluation[:WINDOWS], batch=4).cross_entropy
     np.testing.assert_allclose(np.exp(got - window_ce[:WINDOWS]), 1, rtol=rtol)
 
 
 def pruned(r: Reference, method: str, variant: str) -> Model:
-    """Prune the model as the golden's name says."""
+    """Return the model pruned as the golden's name says."""
     sparsity, pattern = SPARSITY[variant]
     return prune(r.model, METHODS[method](), r.calibration, Request(sparsity, pattern))[0]

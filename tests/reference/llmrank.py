@@ -1,8 +1,7 @@
-"""LLM-Rank in float64 NumPy, with edges summed one by one.
+"""LLM-Rank (Hoffmann et al. 2024) in float64 NumPy, with edges summed one by one.
 
-Source: Hoffmann et al. 2024. `released*` follows the authors' code, on rows of up and down.
-`whole*` has the same centralities on whole neurons: one node for the rows of up and gate with the
-column of down.
+`official*` is what the authors' code computes, on rows of up and down. `corrected` has the same
+centralities on whole neurons: one node for the rows of up and gate with the column of down.
 """
 
 import math
@@ -41,10 +40,10 @@ def share(x: np.ndarray) -> np.ndarray:
     return x / x.sum() if x.sum() > 0 else np.zeros_like(x)
 
 
-def handed_on(w: np.ndarray, theta: float) -> np.ndarray:
-    """Return the share of input j's importance that goes to output i, [out in].
+def transition(w: np.ndarray, theta: float) -> np.ndarray:
+    """Return the share of input j's importance that goes to output i [out in].
 
-    A fraction theta is shared by weight, the rest equally among the edges.
+    A share theta goes by weight, the rest equally to all edges.
     """
     m = np.zeros(w.shape)
     for j in range(w.shape[1]):
@@ -64,42 +63,40 @@ def without_lowest(prev: np.ndarray, zeroed: float) -> np.ndarray:
 def row_scores(
     s: Settings, w: np.ndarray, a_in: np.ndarray, a_out: np.ndarray, prev: np.ndarray
 ) -> np.ndarray:
-    """Return one linear's importance of rows, of sum one."""
+    """Return the importance of one linear's rows, of sum one."""
     match s.name:
         case "norm":
-            found = np.array([np.abs(row).sum() for row in w])
+            scores = np.array([np.abs(row).sum() for row in w])
         case "activation":
-            found = a_out
+            scores = a_out
         case "wanda":
-            found = np.array([sum(abs(row[j]) * a_in[j] for j in range(len(row))) for row in w])
+            scores = np.array([sum(abs(row[j]) * a_in[j] for j in range(len(row))) for row in w])
         case "mpr":
             prev = without_lowest(prev, s.zeroed)
-            found = (
+            scores = (
                 np.array([sum(abs(row[j]) * prev[j] for j in range(len(row))) for row in w]) * a_out
             )
         case "wpr":
-            m = handed_on(w, s.theta)
-            found = s.gamma * np.array([row @ prev for row in m]) + (1 - s.gamma) * share(a_out)
-    return share(found)
+            m = transition(w, s.theta)
+            scores = s.gamma * np.array([row @ prev for row in m]) + (1 - s.gamma) * share(a_out)
+    return share(scores)
 
 
-def released(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
-    """Return importance along up_0, down_0, up_1, ...
-
-    It is one list, or a list a block; each begins with the norms of its input.
-    """
-    found, prev = [], share(graphs[0].a_in)
+def official(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
+    """Return the importance along up_0, down_0, up_1, ...; unchained, every block starts anew."""
+    pairs: list[Pair] = []
+    prev = share(graphs[0].a_in)
     for g in graphs:
         if not chained:
             prev = share(g.a_in)
         up = row_scores(s, g.up, g.a_in, g.a_up, prev)
         prev = row_scores(s, g.down, g.a_mid, g.a_down, up)
-        found.append((up, prev))
-    return found
+        pairs.append((up, prev))
+    return pairs
 
 
-def released_global_counts(pairs: Sequence[Pair], amount: float) -> list[int]:
-    """Count each linear's rows among the `ceil(amount * rows)` lowest of all."""
+def official_global_counts(pairs: Sequence[Pair], amount: float) -> list[int]:
+    """Count the rows of each linear that are among the `ceil(amount * rows)` lowest of all."""
     ranked = sorted(
         (value, i) for i, scores in enumerate(x for pair in pairs for x in pair) for value in scores
     )
@@ -108,13 +105,14 @@ def released_global_counts(pairs: Sequence[Pair], amount: float) -> list[int]:
 
 
 def entering(g: Graph) -> np.ndarray:
-    """Return weights of the edges into whole neurons [f d]: the mean over up and gates."""
+    """Return the weights of the edges into whole neurons [f d]: the mean over up and gates."""
     return np.mean([np.abs(w) for w in (g.up, *g.gates)], axis=0)
 
 
 def _backward(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
     d = len(graphs[0].a_in)
-    rho, found = np.full(d, 1 / d), []
+    rho = np.full(d, 1 / d)
+    pairs: list[Pair] = []
     for g in reversed(graphs):
         rho = rho if chained else np.full(d, 1 / d)
         f = len(g.a_mid)
@@ -124,22 +122,23 @@ def _backward(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]
             )
         )
         neurons = s.gamma * sent + (1 - s.gamma) * share(g.a_mid)
-        found.append((neurons, s.gamma * share(g.a_down * rho) + (1 - s.gamma) * share(g.a_down)))
-        m = handed_on(entering(g), s.theta)
+        pairs.append((neurons, s.gamma * share(g.a_down * rho) + (1 - s.gamma) * share(g.a_down)))
+        m = transition(entering(g), s.theta)
         rho = 0.5 * rho + 0.5 * share(
             np.array([sum(m[k, c] * neurons[k] for k in range(f)) for c in range(d)])
         )
-    return found[::-1]
+    return pairs[::-1]
 
 
 def _forward(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
-    found, prev = [], share(graphs[0].a_in)
+    pairs: list[Pair] = []
+    prev = share(graphs[0].a_in)
     for g in graphs:
         prev = prev if chained else share(g.a_in)
         into = share((entering(g) @ without_lowest(prev, s.zeroed)) * g.a_mid)
         prev = share((np.abs(g.down) @ without_lowest(into, s.zeroed)) * g.a_down)
-        found.append((share(into * np.abs(g.down).sum(axis=0)), prev))
-    return found
+        pairs.append((share(into * np.abs(g.down).sum(axis=0)), prev))
+    return pairs
 
 
 def _alone(s: Settings, g: Graph) -> Pair:
@@ -156,8 +155,8 @@ def _alone(s: Settings, g: Graph) -> Pair:
     raise KeyError(s.name)
 
 
-def whole(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
-    """Return importance of whole neurons and of the channels they write."""
+def corrected(s: Settings, graphs: Sequence[Graph], chained: bool) -> list[Pair]:
+    """Return the importance of whole neurons and of the channels they write."""
     if s.name in ("wpr", "mpr"):
         return (_backward if s.name == "wpr" else _forward)(s, graphs, chained)
     return [_alone(s, g) for g in graphs]

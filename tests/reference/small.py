@@ -1,4 +1,4 @@
-"""Three small random models, tokens for them, and readers of a method's result."""
+"""Small random models (LLaMA, with grouped-query attention, OPT) and masks of what is removed."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -40,9 +40,9 @@ FAMILIES = tuple(CONFIGS)
 
 @functools.cache
 def model(family: str, seed: int = 0, dtype: str = "float32") -> Model:
-    """Return the random model of a family, drawn on the host.
+    """Return the random model, drawn on the host.
 
-    Norms and biases are random too, so that a method that forgets them fails.
+    Norms and biases are random too, so that forgetting one of them shows.
     """
     arch, non_block, blocks = hf.specs(CONFIGS[family])
     rng = np.random.default_rng(seed)
@@ -79,19 +79,19 @@ def tokens(samples: int = 6, length: int = 12, seed: int = 0) -> np.ndarray:
 
 
 def weight(block: Block, slot: str) -> np.ndarray:
-    """Return a linear's matrix [out in] on the host in float64."""
+    """Return a linear's matrix [out in] on the host, in float64."""
     return np.asarray(getattr(block, slot).w).astype(np.float64)
 
 
 def zeros(model: Model) -> list[dict[str, np.ndarray]]:
-    """Return where each block's linears are zero: {slot: bool [out in]}."""
+    """Return by block {slot: bool [out in]}, True where a prunable linear is zero."""
     return [
         {s.name: weight(block, s.name) == 0 for s in model.arch.slots} for block in model.blocks
     ]
 
 
 def same(a: Any, b: Any) -> bool:
-    """Return True if two trees of arrays have the same structure, types and bits."""
+    """Return whether two trees of arrays have the same structure, types and bits."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return jax.tree.structure(a) == jax.tree.structure(b) and all(
         x.dtype == y.dtype and np.array_equal(x, y) for x, y in pairs
@@ -99,16 +99,16 @@ def same(a: Any, b: Any) -> bool:
 
 
 def kept(outcome: Outcome, block: int, slot: str, units: int) -> np.ndarray:
-    """Return the keep mask, bool [units], of a linear's rows or columns in an outcome."""
-    gone = outcome.removed[block][slot]
+    """Return the keep mask, bool [units], of a linear's rows or columns by the outcome."""
+    removed = outcome.removed[block][slot]
     keep = np.ones(units, bool)
-    keep[list(gone.rows or gone.columns)] = False
+    keep[list(removed.rows or removed.columns)] = False
     return keep
 
 
 def without(block: Block, removed: Mapping[str, np.ndarray]) -> Block:
-    """Zero the entries of a block that {slot: bool [out in]} marks."""
-    zeroed = {name: jnp.where(gone, 0, getattr(block, name).w) for name, gone in removed.items()}
+    """Return the block with zeros where {slot: bool [out in]} says that entries are removed."""
+    zeroed = {name: jnp.where(mask, 0, getattr(block, name).w) for name, mask in removed.items()}
     return block.replace(**{name: getattr(block, name).replace(w=w) for name, w in zeroed.items()})
 
 
@@ -119,9 +119,9 @@ def removed_by_wanda(
     fractions: Mapping[str, Any],
     pattern: tuple[int, int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Return Wanda's masks of a block from its dense taps: {slot: bool [out in]}.
+    """Return Wanda's masks of a block from its dense taps: {slot: bool [out in]}, True is removed.
 
-    Each row loses its fraction, () or [out], or the lowest of n:m.
+    Each row loses its fraction () or [out], or n of every m.
     """
     removed = {}
     for slot in m.arch.slots:

@@ -1,4 +1,4 @@
-"""FLAP: statistics and repairs against NumPy, selections by what they count, and masks that give what cuts give."""
+"""FLAP: statistics and repairs against NumPy, counts of selections, and cuts against masks."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from models.layers import Linear
 from models.surgery import mask
 from models.surgery import units as dense_units
 from pruning.methods import METHODS
-from pruning.structured import repair
+from pruning.structured import repair_core
 from pruning.structured.flap_core import (
     Units,
     input_feature_metrics,
@@ -36,7 +36,8 @@ SCOPES, REPAIRS = ("local", "global"), ("none", "bias", "refit")
 STRUCTURES = ["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 
 
-def folded(observer: Any, sizes: tuple[int, ...]) -> Any:
+def observed(observer: Any, sizes: tuple[int, ...]) -> Any:
+    """Return the state of an observer after X in micro-batches of these sizes."""
     state = observer.init(6)
     for part in np.split(X, np.cumsum(sizes)[:-1]):
         state = jax.jit(observer.update)(state, jnp.asarray(part))
@@ -44,34 +45,42 @@ def folded(observer: Any, sizes: tuple[int, ...]) -> Any:
 
 
 @pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 4)])
-def test_released_statistics_are_the_loops_however_batched(sizes: tuple[int, ...]) -> None:
-    state = folded(official_fluctuation, sizes)
-    mean, fluctuation = reference.released(X)
+def test_official_statistics_equal_the_loop_over_samples_in_any_batches(
+    sizes: tuple[int, ...],
+) -> None:
+    state = observed(official_fluctuation, sizes)
+    mean, fluctuation = reference.official(X)
     np.testing.assert_allclose(state.mean, mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(state.fluctuation, fluctuation, rtol=1e-4, atol=1e-6)
 
 
-def test_metrics() -> None:
-    got = input_feature_metrics(jnp.asarray(W), folded(moments, (7,)))
+def test_metrics_equal_their_formulas() -> None:
+    metrics = input_feature_metrics(jnp.asarray(W), observed(moments, (7,)))
     variance = X.astype(np.float64).var((0, 1))
     norm = np.sqrt((X.astype(np.float64) ** 2).sum(1).mean(0))
-    np.testing.assert_allclose(got["IFV"], variance, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(got["WIFV"], variance * (W**2).sum(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(got["WIFN"], (np.abs(W) * norm).mean(0), rtol=1e-5)
+    np.testing.assert_allclose(metrics["IFV"], variance, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["WIFV"], variance * (W**2).sum(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(metrics["WIFN"], (np.abs(W) * norm).mean(0), rtol=1e-5)
 
 
 def units() -> tuple[Units, Units]:
-    """Three blocks of four heads of 2 channels and ten neurons; a head holds as much as eight neurons."""
+    """Return the heads and neurons of three blocks: four heads of 2 channels, and ten neurons.
+
+    A head holds as many parameters as eight neurons.
+    """
     rng = np.random.default_rng(1)
-    return Units([rng.random(8) for _ in range(3)], 2, 24.0), Units(
-        [rng.random(10) for _ in range(3)], 1, 3.0
-    )
+    heads = Units([rng.random(8) for _ in range(3)], 2, 24.0)
+    neurons = Units([rng.random(10) for _ in range(3)], 1, 3.0)
+    return heads, neurons
 
 
 @pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_the_corrected_choice_removes_the_share_of_parameters(structure: Any, ratio: float) -> None:
-    """To half a head, or half a neuron where neurons make up for the heads; of each kind something stays in every block."""
+def test_corrected_selection_removes_the_share_of_parameters(structure: Any, ratio: float) -> None:
+    """To half a head, or half a neuron where neurons make up for the heads.
+
+    Of each kind one unit stays in every block.
+    """
     heads, neurons = units()
     kept = select_corrected(heads, neurons, ratio, structure, 3)
     removed = sum(
@@ -84,8 +93,11 @@ def test_the_corrected_choice_removes_the_share_of_parameters(structure: Any, ra
     assert all(k.any() for ks in kept for k in ks)
 
 
-def test_the_released_choice_by_hand() -> None:
-    """Heads 1 and 4 (squared), neurons 1, 2, 3 in one block; a head is worth 2.67 neurons, cut to 2."""
+def test_official_selection_equals_the_one_by_hand() -> None:
+    """One block with heads 1 and 4 (squared) and neurons 1, 2, 3.
+
+    A head is worth 2.67 neurons, truncated to 2.
+    """
     heads, neurons = (
         Units([np.array([1.0, 2.0])], 1, 8.0),
         Units([np.array([3.0, 1.0, 2.0])], 1, 3.0),
@@ -104,8 +116,9 @@ def test_the_released_choice_by_hand() -> None:
             False,
             True,
         ]
-    # Standardised: heads -0.7, 0.7; neurons 1, -1, 0. From above worth 1, 3, 4, 6, 7 of 7: at 0.5 the third (3.5 is as near to 3 as to 4:
-    # the first of both, the head 0.7) is the last not to stay.
+    # Standardised: heads -0.7, 0.7; neurons 1, -1, 0. From the highest down they are worth 1, 3, 4,
+    # 6, 7 of 7. At 0.5 the target 3.5 is as near to 3 as to 4: the first of both, the head 0.7, is
+    # the threshold and does not stay.
     kept = select_official(heads, neurons, 0.5, "AL-AM", 0)
     assert kept.heads[0].tolist() == [False, False] and kept.neurons[0].tolist() == [
         True,
@@ -116,22 +129,22 @@ def test_the_released_choice_by_hand() -> None:
 
 @every_family
 @pytest.mark.parametrize("name", ["heads", "neurons"])
-def test_bias_repair_keeps_the_mean_output(name: str, family: str) -> None:
+def test_the_bias_keeps_the_mean_output(name: str, family: str) -> None:
     m = model(family)
     group = m.arch.group(name)
     tap = next(s.reads for s in m.arch.slots if s.name == group.reader.name)
     _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
     x, p = taps[tap].reshape(-1, taps[tap].shape[-1]), getattr(m.blocks[0], group.reader.name)
     keep = RNG.random(x.shape[1]) < 0.6
-    new = repair.bias(p, jnp.asarray(x.mean(0), jnp.float32), jnp.asarray(keep))
+    new = repair_core.add_lost_mean(p, jnp.asarray(x.mean(0), jnp.float32), jnp.asarray(keep))
     dense = x @ np.asarray(p.w, np.float64).T + (0 if p.b is None else np.asarray(p.b, np.float64))
     left = (x * keep) @ np.asarray(new.w, np.float64).T + np.asarray(new.b, np.float64)
     np.testing.assert_allclose(left.mean(0), dense.mean(0), atol=1e-4)
     assert np.array_equal(new.w, p.w)
 
 
-def test_least_squares_repair_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With next to no ridge it is NumPy's; with the default it is still nearer than the bias alone."""
+def test_the_refit_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without much of a ridge it equals NumPy's; with the default it still beats the bias alone."""
     x = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12)) + 1
     w, keep = RNG.normal(size=(5, 12)), np.arange(12) % 3 > 0
     arrays = [jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), np.float32(400))]
@@ -144,20 +157,20 @@ def test_least_squares_repair_is_least_squares(monkeypatch: pytest.MonkeyPatch) 
         )
 
     fitted, alone = (
-        repair.least_squares(p, *arrays, jnp.asarray(keep)),
-        repair.bias(p, arrays[1], jnp.asarray(keep)),
+        repair_core.refit_kept_columns(p, *arrays, jnp.asarray(keep)),
+        repair_core.add_lost_mean(p, arrays[1], jnp.asarray(keep)),
     )
     assert error(fitted) < 0.7 * error(alone)
-    monkeypatch.setattr(repair, "RIDGE", 1e-7)
-    exact = repair.least_squares.__wrapped__(p, *arrays, jnp.asarray(keep))
+    monkeypatch.setattr(repair_core, "RIDGE", 1e-7)
+    exact = repair_core.refit_kept_columns(p, *arrays, jnp.asarray(keep))
     np.testing.assert_allclose(exact.w, want, atol=2e-3)
     np.testing.assert_allclose(exact.b, b + 1, atol=2e-2)
 
 
-def test_least_squares_of_nothing_removed_changes_nothing() -> None:
+def test_the_refit_changes_nothing_where_nothing_is_removed() -> None:
     x = RNG.normal(size=(50, 6))
     p = Linear(jnp.asarray(W))
-    got = repair.least_squares(
+    got = repair_core.refit_kept_columns(
         p, *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), 50.0)), jnp.ones(6, bool)
     )
     assert np.array_equal(got.w, W) and not np.asarray(got.b).any()
@@ -171,7 +184,7 @@ def run(
 
 
 def widened(dense: Block, cut: Block, group: Group, kept: list[int]) -> Block:
-    """The dense block with the units of the group that are not kept zero, and the reader of the cut block in its place."""
+    """Return the dense block with zeros for removed units, and the cut block's reader widened."""
     units = dense_units(dense, group)
     block = mask(dense, group, np.isin(np.arange(units), kept))
     reader, old = getattr(cut, group.reader.name), getattr(dense, group.reader.name)
@@ -205,9 +218,10 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
 @every_family
 @pytest.mark.parametrize(("name", "options"), CHOICES, ids=str)
 def test_a_cut_gives_what_the_mask_gives(name: str, options: dict[str, Any], family: str) -> None:
-    """Every scorer, scope and repair: zeros in place of what was cut leave the logits, and as many parameters are gone as is said."""
+    """For every scorer, scope and repair; and the outcome counts the removed units."""
     m, (pruned, outcome) = model(family), run(family, name=name, **options)
-    wide, gone = [], 0
+    wide: list[Block] = []
+    removed = 0
     for i, (dense, block) in enumerate(zip(m.blocks, pruned.blocks, strict=True)):
         new = dense
         for group in ("heads", "neurons"):
@@ -215,9 +229,9 @@ def test_a_cut_gives_what_the_mask_gives(name: str, options: dict[str, Any], fam
                 kept, g = outcome.details[f"kept_{group}"][i], m.arch.group(group)
                 new = widened(new, block, g, kept)
                 assert dense_units(block, g) == max(1, len(kept))
-                gone += dense_units(dense, g) - len(kept)
+                removed += dense_units(dense, g) - len(kept)
         wide.append(new)
-    assert gone > 0
+    assert removed > 0
     np.testing.assert_allclose(
         logits(m._replace(blocks=tuple(wide)), tokens()),
         logits(pruned, tokens()),
@@ -228,7 +242,7 @@ def test_a_cut_gives_what_the_mask_gives(name: str, options: dict[str, Any], fam
 
 @every_family
 @pytest.mark.parametrize("name", ["flap", "llmrank", "wanda_sp"])
-def test_widths_are_multiples(name: str, family: str) -> None:
+def test_numbers_of_neurons_are_multiples_of_round_to(name: str, family: str) -> None:
     _, outcome = run(family, name=name, round_to=5)
     assert {len(k) for k in outcome.details["kept_neurons"]} <= {5, 10, 15, 20, 24}
     assert same(run(family, 0.0, name, round_to=5)[0].blocks, model(family).blocks)
@@ -237,7 +251,7 @@ def test_widths_are_multiples(name: str, family: str) -> None:
 @every_family
 @pytest.mark.parametrize("name", ["flap", "llmrank"])
 def test_repairs_help_on_the_calibration_tokens(name: str, family: str) -> None:
-    """Of the same units removed, the logits are nearer to the dense ones with a repair."""
+    """With the same units removed, logits are nearer to the dense ones after a repair."""
     errors = []
     for how in REPAIRS:
         options = (
@@ -252,8 +266,8 @@ def test_repairs_help_on_the_calibration_tokens(name: str, family: str) -> None:
 
 @every_family
 @pytest.mark.parametrize("name", ["wanda_sp", "magnitude_sp"])
-def test_the_baselines_take_sums_over_channels(name: str, family: str) -> None:
-    """The first block, whose inputs are the dense model's."""
+def test_the_baselines_rank_units_by_sums_over_channels(name: str, family: str) -> None:
+    """In the first block, whose inputs are the dense model's."""
     m, (_, outcome) = model(family), run(family, 0.5, name)
     _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
     for group, key in (("heads", "kept_heads"), ("neurons", "kept_neurons")):
@@ -269,45 +283,45 @@ def test_the_baselines_take_sums_over_channels(name: str, family: str) -> None:
 
 
 def test_a_spread_bounds_what_blocks_lose() -> None:
-    """None leaves the share of every block that UL-MM has, but for rounding; the free choice goes beyond a small one."""
+    """Spread 0 gives the shares of UL-MM, but for rounding; without a limit blocks differ."""
 
-    def left(**options: Any) -> list[int]:
+    def widths(**options: Any) -> list[int]:
         pruned, _ = prune(model("llama"), METHODS["flap"](**options), tokens(), Request(0.3))
         return [len(block.up.w) for block in pruned.blocks]
 
-    alike, free = left(structure="UL-MM"), left(structure="AL-MM")
+    alike, free = widths(structure="UL-MM"), widths(structure="AL-MM")
     assert len(set(alike)) == 1 and len(set(free)) > 1
-    even = left(structure="AL-MM", spread=0.0)
+    even = widths(structure="AL-MM", spread=0.0)
     assert (
         sum(even) == sum(free) and max(abs(a - b) for a, b in zip(even, alike, strict=True)) <= 1
     )  # the budget to one neuron
     assert free != even
 
 
-def test_biases_of_opt_are_added_to() -> None:
+def test_lost_means_are_added_to_the_biases_of_opt() -> None:
     m, (pruned, _) = model("opt"), run("opt", structure="UL-UM")
     assert not np.array_equal(pruned.blocks[0].o.b, m.blocks[0].o.b)
     without, _ = run("opt", structure="UL-UM", bias=False)
     assert same(without.blocks[0].o.b, m.blocks[0].o.b)
 
 
-def test_the_outcome_names_what_went() -> None:
+def test_the_outcome_names_the_removed_rows_and_columns() -> None:
     m, (pruned, outcome) = (
         model("llama-gqa"),
         run("llama-gqa", structure="UL-UM", refit=False, sparsity=0.5),
     )
-    gone = outcome.removed[0]
+    removed = outcome.removed[0]
     assert (
-        gone["down"].cut
-        and len(gone["down"].columns) == 24 - pruned.blocks[0].down.w.shape[1] == 12
+        removed["down"].cut
+        and len(removed["down"].columns) == 24 - pruned.blocks[0].down.w.shape[1] == 12
     )
     assert (
-        gone["o"].cut
-        and len(gone["o"].columns) == 8
-        and len(gone["k"].rows) == 4
-        and len(gone["q"].rows) == 8
+        removed["o"].cut
+        and len(removed["o"].columns) == 8
+        and len(removed["k"].rows) == 4
+        and len(removed["q"].rows) == 8
     )
-    stays = np.setdiff1d(np.arange(16), gone["o"].columns)
+    stays = np.setdiff1d(np.arange(16), removed["o"].columns)
     assert np.array_equal(pruned.blocks[0].o.w, np.asarray(m.blocks[0].o.w)[:, stays])
     assert dataclasses.is_dataclass(outcome) and outcome.details["kept_neurons"][0] == sorted(
         outcome.details["kept_neurons"][0]
@@ -316,15 +330,15 @@ def test_the_outcome_names_what_went() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
-        ({"heads_removed": -1}, "negative"),
-        ({"bias": False, "refit": True}, "leave"),
-        ({"spread": 1.5}, "0 to 1"),
+        ({"heads_removed": -1}, "heads_removed=-1 of flap must not be negative"),
+        ({"bias": False, "refit": True}, "leave one of them out"),
+        ({"spread": 1.5}, "spread=1.5 of flap must lie between 0 and 1"),
     ],
 )
-def test_bad_arguments_of_flap(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_flap_refuses_arguments_out_of_range(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         METHODS["flap"](**arguments)
 
 
@@ -336,6 +350,6 @@ def test_bad_arguments_of_flap(arguments: dict[str, Any], said: str) -> None:
         ("llmrank", {"units": "rows", "repair": "bias"}),
     ],
 )
-def test_bad_arguments(name: str, arguments: dict[str, Any]) -> None:
+def test_round_to_must_fit_the_method(name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"round_to"):
         METHODS[name](**arguments)

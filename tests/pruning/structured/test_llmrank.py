@@ -1,4 +1,4 @@
-"""LLMRank over whole models: the walk's statistics, the importance and the selection against the float64 port, and what is removed."""
+"""LLMRank over whole models: importance and selection against the float64 port, and removal."""
 
 import functools
 from typing import Any
@@ -6,13 +6,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from calibration import passes as fold
+from calibration import passes
+from calibration.runtime import Runtime
 from models.arch import Model, embed
 from models.errors import InputError
 from models.surgery import cut, mask
 from pruning.budget import uniform
 from pruning.structured import llmrank as wiring
-from pruning.structured.llmrank import llmrank
+from pruning.structured.llmrank import LLMRank
 from pruning.types import Outcome, Request, prune
 from reference import llmrank as reference
 from reference.llmrank import Graph, Settings
@@ -24,7 +25,7 @@ SCORERS: dict[str, tuple[dict[str, Any], Settings]] = {
     "mpr zeroed": ({"scorer": "mpr", "zero_pruned": True}, Settings("mpr", zeroed=0.3)),
     "norm": ({"scorer": "norm"}, Settings("norm")),
 }
-PORTS = {"corrected": reference.whole, "official": reference.released}
+PORTS = {"corrected": reference.corrected, "official": reference.official}
 NAMES = {
     "llama": ("up", ("gate",), "down"),
     "llama-gqa": ("up", ("gate",), "down"),
@@ -33,24 +34,25 @@ NAMES = {
 
 
 def graphs(m: Model, family: str, batch: int) -> list[Graph]:
-    """Weights and norms of activations of every feed-forward part, from the blocks' taps."""
-    (up, gates, down), found = NAMES[family], []
+    """Return the graph of every feed-forward part, with norms from the blocks' taps."""
+    up, gates, down = NAMES[family]
+    parts: list[Graph] = []
     x = embed(m.arch, m.non_block, tokens())
     for block in m.blocks:
         x, taps = run_block(m, block, x)
 
         def norms(name: str, taps: Any = taps) -> np.ndarray:
-            parts = np.split(taps[name], len(taps[name]) // batch)
-            return np.mean([np.linalg.norm(part, axis=(0, 1)) for part in parts], axis=0)
+            batches = np.split(taps[name], len(taps[name]) // batch)
+            return np.mean([np.linalg.norm(x, axis=(0, 1)) for x in batches], axis=0)
 
         weights = weight(block, up), tuple(weight(block, g) for g in gates), weight(block, down)
-        found.append(Graph(*weights, norms("mlp_in"), norms(up), norms("mlp_mid"), norms(down)))
-    return found
+        parts.append(Graph(*weights, norms("mlp_in"), norms(up), norms("mlp_mid"), norms(down)))
+    return parts
 
 
 def run(m: Model, sparsity: float = 0.5, **arguments: Any) -> tuple[Model, Outcome]:
-    """LLMRank with micro-batches of three windows."""
-    return prune(m, llmrank(**arguments), tokens(), Request(sparsity, batch=3))
+    """Run LLMRank with micro-batches of three windows."""
+    return prune(m, LLMRank(**arguments), tokens(), Request(sparsity), Runtime(batch=3))
 
 
 @pytest.mark.parametrize("variant", PORTS)
@@ -58,7 +60,7 @@ def run(m: Model, sparsity: float = 0.5, **arguments: Any) -> tuple[Model, Outco
     ("family", "name"),
     [*(("llama", name) for name in SCORERS), ("opt", "wpr"), ("opt", "mpr zeroed")],
 )
-def test_scores_are_those_of_the_port(family: str, name: str, variant: str) -> None:
+def test_scores_equal_those_of_the_port(family: str, name: str, variant: str) -> None:
     arguments, settings = SCORERS[name]
     m, (up, _, down) = model(family), NAMES[family]
     _, outcome = run(m, units="rows", variant=variant, **arguments)
@@ -69,8 +71,8 @@ def test_scores_are_those_of_the_port(family: str, name: str, variant: str) -> N
         np.testing.assert_allclose(got[down], channels, rtol=2e-4)
 
 
-def test_defaults() -> None:
-    """gamma is 0 in the released code and 0.5 in the corrected one; the corrected weighted PageRank on whole neurons is the default."""
+def test_the_default_is_corrected_weighted_page_rank_on_whole_neurons() -> None:
+    """gamma is 0 in the official variant and 0.5 in the corrected one."""
     m = model("llama")
     for variant, gamma in {"corrected": 0.5, "official": 0.0}.items():
         named = run(
@@ -93,16 +95,16 @@ def test_defaults() -> None:
 @pytest.mark.parametrize(
     ("family", "scope"), [*((family, "local") for family in FAMILIES), ("llama", "global")]
 )
-def test_neurons_are_cut_with_everything_of_theirs(family: str, scope: Any) -> None:
-    """Rows of up and gates and their biases, columns of down; of each block the lowest scores. And cut is mask: the same function."""
+def test_neurons_are_cut_with_all_their_weights_and_biases(family: str, scope: Any) -> None:
+    """The lowest scores of each block are removed, and the cut computes what the mask computes."""
     m, (up, gates, down) = model(family), NAMES[family]
     new, outcome = run(m, scope=scope)
     keeps = [kept(outcome, i, down, 24) for i in range(3)]
-    for block, old, scores, gone, keep in zip(
+    for block, old, scores, removed, keep in zip(
         new.blocks, m.blocks, outcome.scores, outcome.removed, keeps, strict=True
     ):
         for name in (up, *gates):
-            assert gone[name].cut and gone[name].rows == gone[down].columns
+            assert removed[name].cut and removed[name].rows == removed[down].columns
             got, was = getattr(block, name), getattr(old, name)
             assert np.array_equal(got.w, np.asarray(was.w)[keep])
             assert got.b is None or np.array_equal(got.b, np.asarray(was.b)[keep])
@@ -138,8 +140,8 @@ def test_global_neurons_are_the_lowest_of_all_blocks() -> None:
 
 
 @pytest.mark.parametrize("variant", PORTS)
-def test_blocks_may_differ_in_width(variant: Any) -> None:
-    """A model that was pruned before is a model like any other."""
+def test_scores_equal_those_of_the_port_where_blocks_differ_in_width(variant: Any) -> None:
+    """As in a model that was pruned before."""
     m, (arguments, settings) = model("llama"), SCORERS["wpr"]
     narrow = cut(m.blocks[1], m.arch.group("neurons"), np.arange(24) % 2 == 0)
     ragged = m._replace(blocks=(m.blocks[0], narrow, m.blocks[2]))
@@ -165,44 +167,46 @@ def test_rows_are_zeroed_with_their_biases_and_nothing_else(family: str) -> None
 
 
 @pytest.mark.parametrize("chain", [True, False], ids=["chained", "isolated"])
-def test_released_global_selection_counts_rows(chain: bool) -> None:
-    """`ceil(share)` of all rows of a list, which is the whole model or one block; the counts of the port on its own importance."""
+def test_official_global_selection_removes_a_count_of_rows(chain: bool) -> None:
+    """`ceil(share)` of the rows of a list: the whole model, or one block without a chain."""
     m = model("llama")
     _, outcome = run(
         m, 0.3, units="rows", variant="official", scope="global", scorer="mpr", chain=chain
     )
-    pairs = reference.released(Settings("mpr"), graphs(m, "llama", 3), chain)
+    pairs = reference.official(Settings("mpr"), graphs(m, "llama", 3), chain)
     lists = [pairs] if chain else [[pair] for pair in pairs]
-    want = [count for one in lists for count in reference.released_global_counts(one, 0.3)]
-    assert [len(gone[name].rows) for gone in outcome.removed for name in ("up", "down")] == want
+    want = [count for part in lists for count in reference.official_global_counts(part, 0.3)]
+    counts = [len(linears[name].rows) for linears in outcome.removed for name in ("up", "down")]
+    assert counts == want
     assert sum(want) == (36 if chain else 3 * 12)
 
 
 def test_corrected_global_rows_meet_the_budget_in_parameters() -> None:
-    """A row of up holds 16 parameters, a row of down 24; to the nearest row, and the best of each linear stays."""
+    """To the nearest row: one of up holds 16 parameters, one of down 24. The best rows stay."""
     m = model("llama")
     for sparsity in (0.25, 0.9):
         _, outcome = run(m, sparsity, units="rows", scope="global", scorer="activation")
         spent = sum(
-            16 * len(gone["up"].rows) + 24 * len(gone["down"].rows) for gone in outcome.removed
+            16 * len(removed["up"].rows) + 24 * len(removed["down"].rows)
+            for removed in outcome.removed
         )
         assert abs(spent - sparsity * 3 * 2 * 16 * 24) <= 12
-        for scores, gone in zip(outcome.scores, outcome.removed, strict=True):
+        for scores, removed in zip(outcome.scores, outcome.removed, strict=True):
             assert all(
-                int(np.argmax(scores[name])) not in gone[name].rows for name in ("up", "down")
+                int(np.argmax(scores[name])) not in removed[name].rows for name in ("up", "down")
             )
 
 
 @pytest.mark.parametrize("variant", PORTS)
-def test_several_scans_are_one(variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of more than RUN_BYTES go in several scans; the importance is carried from one to the next, either way."""
+def test_several_scans_give_what_one_gives(variant: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of more than STACK_BYTES take several scans, with the importance carried between."""
     m, arguments = model("llama"), SCORERS["wpr"][0]
     one = run(m, variant=variant, **arguments)
     two_blocks = 2 * 4 * 3 * 24 * 16
     for limit, lengths in ((1, [1, 1, 1]), (two_blocks, [2, 1]), (two_blocks - 1, [1, 1, 1])):
-        monkeypatch.setattr(wiring, "RUN_BYTES", limit)
+        monkeypatch.setattr(wiring, "STACK_BYTES", limit)
         stats = [{"a_up": np.zeros(24), "a_in": np.zeros(16)}] * 3
-        assert [len(r) for r in wiring._runs(stats, 3)] == lengths
+        assert [len(r) for r in wiring._stacks(stats, 3)] == lengths
         many = run(m, variant=variant, **arguments)
         assert same(one[0].blocks, many[0].blocks)
         for a, b in zip(one[1].scores, many[1].scores, strict=True):
@@ -211,22 +215,22 @@ def test_several_scans_are_one(variant: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_statistics_cost_one_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is pruned on the way, so no block runs a second time."""
-    monkeypatch.setattr(fold, "apply_block", None)
+    monkeypatch.setattr(passes, "apply_block", None)
     run(model("llama"))
 
 
-def test_zeroing_is_for_modified_page_rank() -> None:
+def test_zero_pruned_changes_modified_page_rank() -> None:
     m = model("llama")
     runs = {z: run(m, scorer="mpr", zero_pruned=z)[1].scores[0]["up"] for z in (False, True)}
     assert not np.allclose(runs[False], runs[True], rtol=1e-3)
 
 
 @pytest.mark.parametrize("units", ["neurons", "rows"])
-def test_the_outcome_says_what_was_asked_and_found(units: Any) -> None:
+def test_the_outcome_holds_the_request_the_removal_and_the_scores(units: Any) -> None:
     _, outcome = run(model("llama"), 0.25, units=units)
     slots = {"neurons": {"gate", "up", "down"}, "rows": {"up", "down"}}[units]
     assert all(asked == dict.fromkeys(slots, 0.25) for asked in outcome.asked)
-    assert all(gone.keys() == slots for gone in outcome.removed)
+    assert all(removed.keys() == slots for removed in outcome.removed)
     assert all(
         scores.keys() == slots - {"gate"} - ({"down"} if units == "neurons" else set())
         for scores in outcome.scores
@@ -237,8 +241,8 @@ def test_the_outcome_says_what_was_asked_and_found(units: Any) -> None:
     )
 
 
-def test_all_neurons_may_go() -> None:
-    """99 % of 24 rounds to all of them: one of zeros is left, and the blocks run as attention alone."""
+def test_all_neurons_may_be_removed() -> None:
+    """99 % of 24 rounds to all: one neuron of zeros stays, and blocks run as attention alone."""
     new, _ = run(model("opt"), 0.99)
     assert [b.fc1.w.shape for b in new.blocks] == [(1, 16)] * 3 and not any(
         np.asarray(b.fc2.w).any() for b in new.blocks
@@ -249,20 +253,21 @@ def test_all_neurons_may_go() -> None:
 @pytest.mark.parametrize(
     "bad", [{"gamma": -0.1}, {"gamma": 1.5}, {"gamma": float("nan")}, {"theta": 2.0}]
 )
-def test_shares_must_be_shares(bad: dict[str, float]) -> None:
+def test_shares_must_lie_between_0_and_1(bad: dict[str, float]) -> None:
     with pytest.raises(InputError, match="must lie between 0 and 1"):
-        llmrank(**bad)  # type: ignore[arg-type]
+        LLMRank(**bad)  # type: ignore[arg-type]
 
 
 def test_requests_for_weight_methods_are_refused() -> None:
     """Before anything is computed."""
-    refuse = functools.partial(prune, model("llama"), llmrank(), tokens()[:0])
+    refuse = functools.partial(prune, model("llama"), LLMRank(), tokens()[:0])
     with pytest.raises(
         InputError,
-        match=r"--pattern=2:4 is for weight methods: llmrank removes whole units, leave it out",
+        match=r"^pattern=2:4 is for weight methods, and llmrank removes whole units: leave it out$",
     ):
         refuse(Request(0.5, pattern=(2, 4)))
     with pytest.raises(
-        InputError, match="--allocation is for weight methods: llmrank sets its own, leave it out"
+        InputError,
+        match=r"^allocation is for weight methods, and llmrank sets its own: leave it out$",
     ):
         refuse(Request(0.5, allocation=uniform))

@@ -1,4 +1,4 @@
-"""LLM-Rank's mathematics against an independent float64 port, and the properties that a centrality of neurons must have."""
+"""LLM-Rank's centralities against a float64 port, and the properties that they must have."""
 
 from collections.abc import Callable
 
@@ -9,10 +9,11 @@ import pytest
 
 from pruning.structured import llmrank_core as core
 from pruning.structured.llmrank_core import Centrality, Ffn
+from pruning.structured.page_rank_core import Layer, modified_page_rank
 from reference import llmrank as reference
 from reference.llmrank import Graph, Settings
 
-F, D, BLOCKS = 11, 6, 4  # every walk below has BLOCKS blocks, so that it compiles once
+F, D, BLOCKS = 11, 6, 4  # all tests have BLOCKS blocks, so that a centrality compiles once
 SETTINGS = {
     "wpr": Settings("wpr"),
     "wpr mixed": Settings("wpr", gamma=0.5, theta=0.5),
@@ -24,11 +25,11 @@ SETTINGS = {
     "activation": Settings("activation"),
     "wanda": Settings("wanda"),
 }
-GRAPHS = {"released": core.official_centrality, "whole": core.corrected_centrality}
+GRAPHS = {"official": core.official_centrality, "corrected": core.corrected_centrality}
 
 
 def graph(seed: int, gates: int = 1) -> Graph:
-    """A random block; a fifth of the edges are missing, and all of those of input 2 and of neuron 3."""
+    """Return a random block; a fifth of the edges is zero, and all of input 2 and of neuron 3."""
     rng = np.random.default_rng(seed)
 
     def w(*shape: int) -> np.ndarray:
@@ -47,24 +48,26 @@ def graph(seed: int, gates: int = 1) -> Graph:
 
 
 def ffn(g: Graph, seed: int = 0) -> Ffn:
-    """The graph as the library takes it, float32, with noise for the random baseline."""
+    """Return the graph as the library takes it, float32, with noise for the random baseline."""
     noise = [np.random.default_rng(seed).random(n) for n in (F, D)]
     return Ffn(*jax.tree.map(np.float32, (*g, *noise)))
 
 
 def stack(blocks: list[Ffn]) -> Ffn:
-    """The arrays of all blocks with a leading axis of blocks."""
+    """Return the arrays of all blocks with a leading axis of blocks."""
     return jax.tree.map(lambda *xs: np.stack(xs), *blocks)
 
 
 def centrality(kind: str, s: Settings, chained: bool = True) -> Centrality:
-    """The library's centrality of one of SETTINGS."""
+    """Return the library's centrality of one of SETTINGS."""
     return GRAPHS[kind](s.name, s.gamma, s.theta, s.zeroed, chained)
 
 
-def walk(kind: str, s: Settings, graphs: list[Graph], chained: bool = True) -> list[reference.Pair]:
-    """The library's ranks along blocks, by its own scan."""
-    backward = kind == "whole" and s.name == "wpr"
+def ranks_along(
+    kind: str, s: Settings, graphs: list[Graph], chained: bool = True
+) -> list[reference.Pair]:
+    """Return the library's ranks along blocks, by its own scan."""
+    backward = kind == "corrected" and s.name == "wpr"
     stacked = stack([ffn(g) for g in graphs])
     start = np.ones(D, np.float32) if backward else stacked.a_in[0]
     _, (neurons, channels) = core.flow(centrality(kind, s, chained), backward, stacked, start)
@@ -72,7 +75,7 @@ def walk(kind: str, s: Settings, graphs: list[Graph], chained: bool = True) -> l
 
 
 def assert_close(got: list[reference.Pair], want: list[reference.Pair], rtol: float = 1e-5) -> None:
-    """Each importance within a relative 1e-5 (zeros: of the smallest share that matters)."""
+    """Assert that importances agree to a relative 1e-5; 1e-8 is below any share that matters."""
     for pair, expected in zip(got, want, strict=True):
         for a, b in zip(pair, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-8)
@@ -88,18 +91,20 @@ def assert_close(got: list[reference.Pair], want: list[reference.Pair], rtol: fl
     ],
 )
 @pytest.mark.parametrize("kind", GRAPHS)
-def test_ranks_along_blocks_are_those_of_the_port(
+def test_ranks_along_blocks_equal_those_of_the_port(
     kind: str, name: str, gates: int, chained: bool
 ) -> None:
     graphs = [graph(i, gates) for i in range(BLOCKS)]
-    port = {"released": reference.released, "whole": reference.whole}[kind]
-    assert_close(walk(kind, SETTINGS[name], graphs, chained), port(SETTINGS[name], graphs, chained))
+    port = {"official": reference.official, "corrected": reference.corrected}[kind]
+    assert_close(
+        ranks_along(kind, SETTINGS[name], graphs, chained), port(SETTINGS[name], graphs, chained)
+    )
 
 
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_importance_sums_to_one(kind: str, name: str) -> None:
-    for pair in walk(kind, SETTINGS[name], [graph(i) for i in range(BLOCKS)]):
+    for pair in ranks_along(kind, SETTINGS[name], [graph(i) for i in range(BLOCKS)]):
         for ranks in pair:
             assert ranks.sum() == pytest.approx(1, abs=1e-6)
             assert (ranks >= 0).all()
@@ -107,21 +112,21 @@ def test_importance_sums_to_one(kind: str, name: str) -> None:
 
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_wpr_without_graph_is_the_activation_alone(kind: str) -> None:
-    """gamma = 0, the released code's default: the graph vanishes, and theta with it."""
+    """gamma = 0, the official default: the graph vanishes, and theta with it."""
     graphs = [graph(i) for i in range(BLOCKS)]
     for theta in (0.5, 1.0):
         assert_close(
-            walk(kind, Settings("wpr", theta=theta), graphs),
-            walk(kind, Settings("activation"), graphs),
+            ranks_along(kind, Settings("wpr", theta=theta), graphs),
+            ranks_along(kind, Settings("activation"), graphs),
             1e-6,
         )
 
 
-def test_whole_wpr_of_graph_alone_is_summed_wanda_in_every_block_on_its_own() -> None:
+def test_corrected_wpr_of_one_block_without_activations_is_summed_wanda() -> None:
     """gamma = 1 with equal channels leaves the neuron's outgoing weights times its activation."""
     graphs = [graph(i) for i in range(BLOCKS)]
     wpr, wanda = (
-        walk("whole", s, graphs, chained=False)
+        ranks_along("corrected", s, graphs, chained=False)
         for s in (Settings("wpr", gamma=1.0), Settings("wanda"))
     )
     for (got, _), (want, _) in zip(wpr, wanda, strict=True):
@@ -129,7 +134,7 @@ def test_whole_wpr_of_graph_alone_is_summed_wanda_in_every_block_on_its_own() ->
 
 
 def permuted(g: Graph, neurons: np.ndarray, channels: np.ndarray) -> Graph:
-    """The same network with its neurons and residual channels in another order."""
+    """Return the same network with its neurons and residual channels in another order."""
     into = [w[neurons][:, channels] for w in (g.up, *g.gates)]
     return Graph(
         into[0],
@@ -150,10 +155,10 @@ def test_ranks_follow_a_permutation(kind: str, name: str) -> None:
     orders = [rng.permutation(F) for _ in graphs]
     want = [
         (up[order], down[channels])
-        for order, (up, down) in zip(orders, walk(kind, SETTINGS[name], graphs), strict=True)
+        for order, (up, down) in zip(orders, ranks_along(kind, SETTINGS[name], graphs), strict=True)
     ]
     assert_close(
-        walk(
+        ranks_along(
             kind,
             SETTINGS[name],
             [permuted(g, order, channels) for g, order in zip(graphs, orders, strict=True)],
@@ -175,20 +180,20 @@ def test_degenerate_blocks_give_finite_ranks(kind: str, name: str) -> None:
     degenerate = [
         Graph(*a(weights), *b(norms)) for a, b in ((blank, blank), (blank, ones), (ones, blank))
     ]
-    ranks = walk(kind, SETTINGS[name], [base, *degenerate]) + walk(
+    ranks = ranks_along(kind, SETTINGS[name], [base, *degenerate]) + ranks_along(
         kind, SETTINGS[name], [*degenerate, base]
     )
     assert all(np.isfinite(r).all() for pair in ranks for r in pair)
-    neurons, channels = walk(kind, SETTINGS[name], [Graph(*ones(weights), *ones(norms))] * BLOCKS)[
-        -1
-    ]
+    neurons, channels = ranks_along(
+        kind, SETTINGS[name], [Graph(*ones(weights), *ones(norms))] * BLOCKS
+    )[-1]
     np.testing.assert_allclose(neurons, 1 / F, rtol=1e-5)
     np.testing.assert_allclose(channels, 1 / D, rtol=1e-5)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
-@pytest.mark.parametrize(("kind", "name"), [("released", "mpr zeroed"), ("whole", "wpr mixed")])
-def test_the_scan_is_a_loop(kind: str, name: str, backward: bool) -> None:
+@pytest.mark.parametrize(("kind", "name"), [("official", "mpr zeroed"), ("corrected", "wpr mixed")])
+def test_the_scan_equals_a_loop_over_blocks(kind: str, name: str, backward: bool) -> None:
     step, blocks = centrality(kind, SETTINGS[name]), [ffn(graph(i)) for i in range(BLOCKS)]
     carried, want = jnp.linspace(1, 2, D), {}
     for i in reversed(range(BLOCKS)) if backward else range(BLOCKS):
@@ -206,7 +211,9 @@ def test_unchained_blocks_do_not_see_each_other(kind: str, name: str) -> None:
     after = [before[0], graph(9), *before[2:]]
 
     def changed(chained: bool) -> list[bool]:
-        pairs = zip(walk(kind, s, before, chained), walk(kind, s, after, chained), strict=True)
+        pairs = zip(
+            ranks_along(kind, s, before, chained), ranks_along(kind, s, after, chained), strict=True
+        )
         return [
             not all(np.allclose(x, y, rtol=1e-5) for x, y in zip(a, b, strict=True))
             for a, b in pairs
@@ -215,16 +222,18 @@ def test_unchained_blocks_do_not_see_each_other(kind: str, name: str) -> None:
     assert changed(False) == [False, True, False, False]
     assert changed(True) == (
         [True, True, False, False]
-        if kind == "whole" and s.name == "wpr"
+        if kind == "corrected" and s.name == "wpr"
         else [False, True, True, True]
     )
 
 
-def test_released_graph_knows_no_gates_and_no_columns_of_down() -> None:
-    """The two things that the whole-neuron graph adds."""
+def test_the_official_graph_ignores_gates_and_columns_of_down() -> None:
+    """The corrected graph adds these two."""
     g, s = graph(0), Settings("norm")
     other = g._replace(gates=(g.gates[0] * 3,), down=g.down[:, ::-1])
-    rows, neurons = ([walk(kind, s, [one] * BLOCKS)[0][0] for one in (g, other)] for kind in GRAPHS)
+    rows, neurons = (
+        [ranks_along(kind, s, [one] * BLOCKS)[0][0] for one in (g, other)] for kind in GRAPHS
+    )
     assert np.array_equal(*rows)
     assert not np.allclose(*neurons)
 
@@ -232,7 +241,7 @@ def test_released_graph_knows_no_gates_and_no_columns_of_down() -> None:
 @pytest.mark.parametrize("kind", GRAPHS)
 def test_random_ranks_by_its_noise(kind: str) -> None:
     (neurons, channels), made = (
-        walk(kind, Settings("random"), [graph(0)] * BLOCKS)[0],
+        ranks_along(kind, Settings("random"), [graph(0)] * BLOCKS)[0],
         ffn(graph(0)),
     )
     np.testing.assert_allclose(neurons, made.noise_up / made.noise_up.sum(), rtol=1e-6)
@@ -240,18 +249,18 @@ def test_random_ranks_by_its_noise(kind: str) -> None:
 
 
 def test_modified_page_rank_zeroes_the_lowest_inputs() -> None:
-    """`int`, not rounded: 0.3 of 6 inputs is one. The caller's importance keeps its values."""
+    """Truncated, not rounded: 0.3 of 6 inputs is one. The argument keeps its values."""
     prev = jnp.array([0.5, 0.1, 0.2, 0.05, 0.6, 0.3])
-    layer = core.Layer(jnp.eye(6), prev, jnp.ones(6), prev)
+    layer = Layer(jnp.eye(6), prev, jnp.ones(6), prev)
     np.testing.assert_array_equal(
-        core.modified_page_rank(0.3, layer, prev), jnp.array([0.5, 0.1, 0.2, 0, 0.6, 0.3])
+        modified_page_rank(0.3, layer, prev), jnp.array([0.5, 0.1, 0.2, 0, 0.6, 0.3])
     )
-    np.testing.assert_array_equal(core.modified_page_rank(0.0, layer, prev), prev)
+    np.testing.assert_array_equal(modified_page_rank(0.0, layer, prev), prev)
 
 
 @pytest.mark.parametrize("kind", GRAPHS)
-def test_weights_may_be_bfloat16(kind: str) -> None:
-    """They are read in float32, so the ranks are those of the rounded weights."""
+def test_bfloat16_weights_rank_as_their_rounded_values(kind: str) -> None:
+    """They are read in float32."""
     step, made = jax.jit(centrality(kind, SETTINGS["wpr mixed"])), ffn(graph(0))
     low = dict(
         zip(("up", "gates", "down"), jax.tree.map(jnp.bfloat16, tuple(made[:3])), strict=True)
@@ -265,7 +274,7 @@ def test_weights_may_be_bfloat16(kind: str) -> None:
 
 
 @pytest.mark.parametrize("make", [core.official_centrality, core.corrected_centrality])
-def test_equal_arguments_are_one_static_argument(make: Callable[..., Centrality]) -> None:
-    """A fresh function would compile again."""
+def test_equal_arguments_give_the_same_function(make: Callable[..., Centrality]) -> None:
+    """A fresh function would compile again, as it is a static argument."""
     assert make("wpr", 0.5, 0.5, 0.0, True) is make("wpr", 0.5, 0.5, 0.0, True)
     assert make("wpr", 0.5, 0.5, 0.0, True) is not make("wpr", 0.5, 0.5, 0.0, False)

@@ -9,7 +9,7 @@ from models import mlp
 from models.errors import InputError
 from models.layers import Linear
 from pruning.structured import mlprank
-from pruning.structured.llmrank_core import SCORERS, Scorer
+from pruning.structured.page_rank_core import SCORERS, Scorer
 
 WIDTHS = (8, 12, 10, 11, 3)
 VARIANTS = {

@@ -1,4 +1,4 @@
-"""SLEB: against a plain search that knows nothing of caches, with every budget of caches, stopping early or not, at its limits."""
+"""SLEB against a plain search without caches: all budgets, early stopping, and limits."""
 
 import functools
 import math
@@ -7,11 +7,14 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
+from calibration.states import OFFLOADS
 from eval.perplexity import perplexity
 from models import arch
 from models.arch import Model, embed, logits
@@ -19,9 +22,11 @@ from models.checkpoint.blocks import LazyBlocks
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 from models.families import hf
+from models.programs import Program
 from models.sharding import make_mesh
-from pruning.structured import sleb_runner as core
-from pruning.structured.sleb import sleb
+from pruning.structured import sleb_runner
+from pruning.structured.sleb import Sleb
+from pruning.structured.sleb_store import plan_stores
 from pruning.types import Outcome, Request, prune
 from reference import small, tiny
 
@@ -34,7 +39,7 @@ families = pytest.mark.parametrize("family", ["llama", "opt"])
 
 @functools.cache
 def deep(family: str, blocks: int = 8) -> Model:
-    """A random model of many blocks, of different sizes so that they matter differently."""
+    """Return a random model of many blocks, scaled so that they matter differently."""
     arch, non_block, specs = hf.specs(small.CONFIGS[family] | {"num_hidden_layers": blocks})
     rng = np.random.default_rng(3)
 
@@ -56,7 +61,7 @@ def deep(family: str, blocks: int = 8) -> Model:
 
 
 def run(m: Model, n: int, batch: int = 2, **arguments: Any) -> tuple[Model, Outcome]:
-    return prune(m, sleb(n, **arguments), TOKENS, Request(0.0, batch=batch))
+    return prune(m, Sleb(n, **arguments), TOKENS, Request(0.0), Runtime(batch=batch))
 
 
 def details(m: Model, n: int, batch: int = 2, **arguments: Any) -> dict[str, Any]:
@@ -64,7 +69,7 @@ def details(m: Model, n: int, batch: int = 2, **arguments: Any) -> dict[str, Any
 
 
 def loss(m: Model, blocks: Sequence[Any]) -> float:
-    """The released code's loss of the model with these blocks, from its logits, in float64."""
+    """Return the official loss of the model with these blocks, from its logits, in float64."""
     z = np.asarray(logits(m._replace(blocks=tuple(blocks)), TOKENS), np.float64)[:, :-1]
     z -= z.max(axis=-1, keepdims=True)
     log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
@@ -76,23 +81,26 @@ def loss(m: Model, blocks: Sequence[Any]) -> float:
 def plain_search(
     m: Model, n: int, early: int = 1, latter: int = 1
 ) -> tuple[list[int], list[dict[int, float]], int]:
-    """Order, losses, and blocks times windows: every candidate is a tuple of blocks, run from the tokens to the end."""
-    alive, order, phases, work = list(range(len(m.blocks))), [], [], 0
+    """Run every candidate whole; return the order, the losses and the blocks times windows run."""
+    alive = list(range(len(m.blocks)))
+    order: list[int] = []
+    phases: list[dict[int, float]] = []
+    work = 0
     for _ in range(n):
-        found = {}
+        losses = {}
         for j in range(early, len(alive) - latter):
             left = alive[:j] + alive[j + 1 :]
-            found[alive[j]] = loss(m, [m.blocks[i] for i in left])
+            losses[alive[j]] = loss(m, [m.blocks[i] for i in left])
             work += len(left) * WINDOWS
-        order.append(min(found, key=lambda i: (found[i], i)))
+        order.append(min(losses, key=lambda i: (losses[i], i)))
         alive.remove(order[-1])
-        phases.append(found)
+        phases.append(losses)
     return order, phases, work
 
 
 @families
 @pytest.mark.parametrize("barriers", [(1, 1), (0, 0), (2, 3)])
-def test_a_plain_search_agrees(family: str, barriers: tuple[int, int]) -> None:
+def test_the_search_agrees_with_a_plain_one(family: str, barriers: tuple[int, int]) -> None:
     m = deep(family)
     order, phases, work = plain_search(m, 3, *barriers)
     pruned, outcome = run(
@@ -111,8 +119,8 @@ def test_a_plain_search_agrees(family: str, barriers: tuple[int, int]) -> None:
 
 
 @families
-def test_a_block_switched_off_is_a_block_dropped(family: str) -> None:
-    """The loss of the last phase is the perplexity of what is written."""
+def test_the_last_loss_is_that_of_the_pruned_model(family: str) -> None:
+    """A block left out of a trial costs what a dropped block costs."""
     pruned, outcome = run(deep(family), 2)
     best = min(x for x in outcome.details["losses"][-1] if x is not None)
     assert math.exp(best / LENGTH / WINDOWS) == pytest.approx(
@@ -141,7 +149,7 @@ def test_no_result_depends_on_the_cache(
     want = details(m, 4, variant=variant)
     got = details(m, 4, variant=variant, device_gib=room[0], host_gib=room[1], disk_gib=room[2])
     assert all(got[k] == want[k] for k in ("removal_order", "losses", "stopped_at"))
-    spent = [got["cache"][f"{tier}_bytes"] for tier in core.OFFLOADS]
+    spent = [got["cache"][f"{tier}_bytes"] for tier in OFFLOADS]
     assert all(s <= r * GIB for s, r in zip(spent, room, strict=True)) and any(spent) == any(room)
     runs = [sum(d["block_evaluations"]["run"]) for d in (want, got)]
     plain = sum(got["block_evaluations"]["plain_search"])
@@ -155,23 +163,26 @@ def test_no_result_depends_on_the_cache(
 def test_a_checkpoint_that_does_not_fit_is_read_as_it_is_run(
     search: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same result as with all blocks held; never more of them alive than the one at work and the one behind it."""
+    """The result is that of held blocks, with at most two alive: one at work, and the next."""
     config = small.CONFIGS["llama"] | {"num_hidden_layers": 8}
     tiny.write(tmp_path, tiny.state_of(config, deep("llama")), config)
-    m, refs, most = open_checkpoint(tmp_path).model, [], []  # type: Model, list[weakref.ref[Any]], list[int]
+    m = open_checkpoint(tmp_path).model
+    refs: list[weakref.ref[Any]] = []
+    most: list[int] = []
     placed = LazyBlocks.placed
 
     def counted(self: LazyBlocks, block: Any, mesh: Any = None) -> Any:
-        found = placed(self, block, mesh)
-        refs.append(weakref.ref(found.up.w))
+        on_device = placed(self, block, mesh)
+        refs.append(weakref.ref(on_device.up.w))
         most.append(sum(ref() is not None for ref in refs))
-        return found
+        return on_device
 
     monkeypatch.setattr(LazyBlocks, "placed", counted)
     held, want = run(m, 3, search=search)
     whole = sum(x.nbytes for x in jax.tree.leaves(deep("llama").blocks))
-    monkeypatch.setattr(core, "roomy", lambda size, shards: size < whole)
-    refs.clear(), most.clear()
+    monkeypatch.setattr(sleb_runner, "fits_in_memory", lambda size, shards: size < whole)
+    refs.clear()
+    most.clear()
     streamed, got = run(m, 3, search=search)
     reads = most[: -len(streamed.blocks)]  # the last ones are the result
     assert max(reads) <= 2 and len(reads) >= 7
@@ -183,7 +194,7 @@ def test_a_checkpoint_that_does_not_fit_is_read_as_it_is_run(
     )
 
 
-def test_states_of_candidates_spare_work_in_the_next_phase() -> None:
+def test_states_of_candidates_save_work_in_the_next_phase() -> None:
     m = deep("llama")
     states = 7 * WINDOWS * STATE  # of the surviving blocks alone
     alone, both = (
@@ -195,16 +206,17 @@ def test_states_of_candidates_spare_work_in_the_next_phase() -> None:
 
 @families
 def test_stopping_early_changes_nothing_but_the_work(family: str) -> None:
-    """The same order; the same loss where a candidate ran to its end, null and what it had passed where not."""
-    m = deep(family)  # with a head so sharp that losses differ by much, and by more windows
+    """A stopped candidate has no loss, but the limit that it exceeded."""
+    m = deep(family)
+    # A head so sharp that losses differ by much; and more windows.
     m = m._replace(
         non_block=m.non_block.replace(norm=jax.tree.map(lambda x: 8 * x, m.non_block.norm))
     )
-    found = [
-        prune(m, sleb(4, variant=v), small.tokens(24, LENGTH), Request(0.0, batch=1))[1]
+    outcomes = [
+        prune(m, Sleb(4, variant=v), small.tokens(24, LENGTH), Request(0.0), Runtime(batch=1))[1]
         for v in ("official", "corrected")
     ]
-    every, stopped = (dict(o.details) for o in found)
+    every, stopped = (dict(o.details) for o in outcomes)
     assert stopped["removal_order"] == every["removal_order"]
     assert not any(x is not None for phase in every["stopped_at"] for x in phase)
     ended = 0
@@ -223,16 +235,16 @@ def test_stopping_early_changes_nothing_but_the_work(family: str) -> None:
     assert sum(stopped["block_evaluations"]["run"]) < sum(every["block_evaluations"]["run"])
 
 
-def test_the_batch_does_not_matter() -> None:
+def test_the_micro_batch_changes_no_order() -> None:
     a, b = (details(deep("opt"), 3, batch, variant="official") for batch in (4, 6))
     assert a["removal_order"] == b["removal_order"]
     np.testing.assert_allclose(*(np.array(d["losses"], float) for d in (a, b)), rtol=1e-5)
 
 
 def test_a_mesh_removes_the_same() -> None:
-    m, method = deep("llama"), sleb(3, variant="official")
+    m, method = deep("llama"), Sleb(3, variant="official")
     one, many = (
-        prune(m, method, TOKENS, Request(0.0, batch=4, mesh=mesh))[1]
+        prune(m, method, TOKENS, Request(0.0), Runtime(batch=4, mesh=mesh))[1]
         for mesh in (None, make_mesh("data=4,model=2"))
     )
     assert one.kept_blocks == many.kept_blocks
@@ -241,10 +253,13 @@ def test_a_mesh_removes_the_same() -> None:
     )
 
 
-def test_one_program_serves_all_candidates() -> None:
-    arch._apply.clear_cache()
+def test_one_program_serves_all_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    chex.clear_trace_counter()
+    once = chex.assert_max_traces(arch._apply.function, n=1)
+    program = Program(once, arch._apply.name, arch._apply.static)
+    monkeypatch.setattr(arch, "_apply", program)
     run(deep("llama"), 4)
-    assert arch._apply._cache_size() == 1
+    assert program.jitted._cache_size() == 1
 
 
 def test_one_shot_by_perplexity_takes_the_lowest_of_the_first_phase() -> None:
@@ -274,7 +289,7 @@ def test_one_shot_by_influence_takes_the_blocks_that_turn_their_input_least(fami
 
 @families
 @pytest.mark.parametrize("search", ["greedy", "perplexity", "influence"])
-def test_sublayers_leave_on_their_own(family: str, search: str) -> None:
+def test_sublayers_are_removed_one_by_one(family: str, search: str) -> None:
     m = deep(family, 4)
     pruned, outcome = run(m, 5, units="sublayers", search=search, early_barrier=0, latter_barrier=0)
     parts = outcome.details["removed_parts"]
@@ -311,11 +326,12 @@ def test_sublayers_need_a_residual_stream() -> None:
 
 @pytest.mark.parametrize("search", ["greedy", "perplexity"])
 def test_a_tie_goes_to_the_earliest(search: str) -> None:
-    """Three blocks that do nothing cost the same; the order they are tried in does not decide."""
+    """Three blocks that do nothing cost the same; the order of trials does not decide."""
     m = deep("llama")
     m = m._replace(
         blocks=tuple(
-            core.silenced(b, ("o", "down")) if i in (2, 3, 4) else b for i, b in enumerate(m.blocks)
+            sleb_runner.silenced(b, ("o", "down")) if i in (2, 3, 4) else b
+            for i, b in enumerate(m.blocks)
         )
     )
     for variant in ("official", "corrected"):
@@ -328,10 +344,12 @@ def test_a_tie_goes_to_the_earliest(search: str) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_not_chosen() -> None:
-    """A block that overflows is chosen where it is a candidate; where it stays, nothing can be."""
+    """A block that overflows is removed if it may be; if it must stay, no candidate is finite."""
     m = deep("llama")
     huge = jax.tree.map(lambda x: x * 1e38, m.blocks[7])
-    with pytest.raises(InputError, match="the loss is finite without 0 of 6 candidates, 1 must go"):
+    with pytest.raises(
+        InputError, match="only 0 of 6 candidates have a finite loss, and 1 must be removed"
+    ):
         run(m._replace(blocks=(*m.blocks[:7], huge)), 1)
     alone = m._replace(blocks=(*m.blocks[:2], huge, *m.blocks[3:]))
     for variant in ("official", "corrected"):
@@ -342,41 +360,44 @@ def test_a_loss_that_is_not_finite_is_not_chosen() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             {"blocks": 7},
-            "cannot remove 7 of 8 blocks with early_barrier=1 and latter_barrier=1: ask for 6 or fewer",
+            "cannot remove 7 of 8 blocks with early_barrier=1 and latter_barrier=1: "
+            "ask for 6 or fewer",
         ),
         ({"blocks": 8, "early_barrier": 0, "latter_barrier": 0}, "ask for 7 or fewer"),
         ({"blocks": 1, "early_barrier": 5, "latter_barrier": 5}, "ask for 0 or fewer"),
         ({"blocks": 13, "units": "sublayers"}, "cannot remove 13 of 16 sublayers"),
-        ({"blocks": -1}, "must not be negative"),
-        ({"early_barrier": -1}, "must not be negative"),
-        ({"device_gib": -1.0}, "must not be negative"),
+        ({"blocks": -1}, "blocks=-1 of sleb must not be negative"),
+        ({"early_barrier": -1}, "early_barrier=-1 of sleb must not be negative"),
+        ({"device_gib": -1.0}, "device_gib=-1.0 of sleb must not be negative"),
     ],
 )
-def test_bad_arguments(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        prune(deep("llama"), sleb(**arguments), TOKENS, Request(0.0))
+def test_arguments_that_the_model_cannot_follow_are_refused(
+    arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        prune(deep("llama"), Sleb(**arguments), TOKENS, Request(0.0))
 
 
 def test_sparsity_is_a_fraction_of_the_blocks_unless_their_number_is_given() -> None:
     m = deep("llama")
-    assert len(prune(m, sleb(), TOKENS, Request(0.25))[0].blocks) == 6
-    assert len(prune(m, sleb(blocks=1), TOKENS, Request(0.25))[0].blocks) == 7
-    assert small.same(prune(m, sleb(blocks=0), TOKENS, Request(0.25))[0].blocks, m.blocks)
+    assert len(prune(m, Sleb(), TOKENS, Request(0.25))[0].blocks) == 6
+    assert len(prune(m, Sleb(blocks=1), TOKENS, Request(0.25))[0].blocks) == 7
+    assert small.same(prune(m, Sleb(blocks=0), TOKENS, Request(0.25))[0].blocks, m.blocks)
 
 
 @pytest.mark.parametrize("device", [0, 1, 5, 21, 22, 60, 1000])
 @pytest.mark.parametrize("host", [0, 1, 6, 30, 1000])
 @pytest.mark.parametrize("disk", [0, 40])
-def test_the_plan_spends_no_more_than_there_is(device: int, host: int, disk: int) -> None:
-    there = (device, host, disk)
-    shared, own = core.plan(8, 3, there)
-    assert all(a + b <= room for a, b, room in zip(shared.bytes, own.bytes, there, strict=True))
+def test_stores_take_no_more_memory_than_is_available(device: int, host: int, disk: int) -> None:
+    available = (device, host, disk)
+    shared, own = plan_stores(8, 3, available)
+    assert all(a + b <= room for a, b, room in zip(shared.bytes, own.bytes, available, strict=True))
     assert shared.every <= 4
-    if sum(there) >= 21:
+    if sum(available) >= 21:
         assert shared.every == 1 and sum(shared.bytes) == 21
         assert shared.bytes[:2] == (
             min(device, 21),
@@ -384,4 +405,4 @@ def test_the_plan_spends_no_more_than_there_is(device: int, host: int, disk: int
         )  # the fastest first
     else:
         assert own.every == 0
-    assert (own.every == 1) == (sum(there) - 21 >= 28 * 3)
+    assert (own.every == 1) == (sum(available) - 21 >= 28 * 3)

@@ -1,4 +1,4 @@
-"""Losses from below: against the whole softmax in float64, never falling, whatever the vocabulary's size and the head."""
+"""Bounds of the loss against the softmax in float64, for all sizes of vocabularies and heads."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from models.arch import Model, logits
-from pruning.structured.sleb_core import PARTS, add, chosen, narrowed
+from pruning.structured.sleb_core import PARTS, add_part, chosen_logits, narrow_head
 from reference import small, tiny
 
 TOKENS = small.tokens(3, 10)
@@ -14,7 +14,7 @@ MODELS = ["llama", "llama-gqa", "opt", "untied", "projected"]
 
 
 def model(name: str, vocab: int) -> Model:
-    """A random model of each kind of head."""
+    """Return a random model with this kind of head."""
     configs = {
         **small.CONFIGS,
         "untied": small.CONFIGS["llama"] | {"tie_word_embeddings": False},
@@ -24,36 +24,38 @@ def model(name: str, vocab: int) -> Model:
 
 
 def bounds(m: Model, tokens: np.ndarray) -> np.ndarray:
-    """Every bound of every window [PARTS b]."""
+    """Return every bound of every window [PARTS b]."""
     x = m.arch.embed(m.non_block, tokens)
     for block in m.blocks:
         x, _ = m.arch.block(block, x)
-    picked = sums = chosen(m.arch, m.non_block, x, tokens)
-    found = []
+    step = jax.jit(add_part, static_argnums=0)
+    chosen = jax.jit(chosen_logits, static_argnums=0)(m.arch.head, m.non_block, x, tokens)
+    sums = chosen
+    rows = []
     for part in range(PARTS):
-        sums, bound = add(m.arch, m.non_block, x, tokens, picked, sums, part)
-        found.append(np.asarray(bound))
-    return np.array(found)
+        sums, bound = step(m.arch.head, m.non_block, x, tokens, chosen, sums, np.int32(part))
+        rows.append(np.asarray(bound))
+    return np.array(rows)
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("vocab", [small.VOCAB, 5, 16, 100])
 def test_bounds_rise_to_the_cross_entropy(name: str, vocab: int) -> None:
     m, tokens = model(name, vocab), TOKENS % vocab
-    found = bounds(m, tokens)
+    rising = bounds(m, tokens)
     z = np.asarray(logits(m, jnp.asarray(tokens)), np.float64)[:, :-1]
     picked = np.take_along_axis(z, tokens[:, 1:, None], axis=2)[..., 0]
     np.testing.assert_allclose(
-        found[-1], (np.log(np.exp(z).sum(axis=-1)) - picked).mean(axis=1), rtol=1e-5
+        rising[-1], (np.log(np.exp(z).sum(axis=-1)) - picked).mean(axis=1), rtol=1e-5
     )
-    assert np.all(found >= 0) and np.all(np.diff(found, axis=0) >= 0)
+    assert np.all(rising >= 0) and np.all(np.diff(rising, axis=0) >= 0)
     size = -(-vocab // PARTS)
     for part in range(PARTS):  # each is the sum over the tokens so far, and the next one itself
         seen = np.exp(z[..., : (part + 1) * size]).sum(axis=-1) + np.where(
             tokens[:, 1:] < (part + 1) * size, 0, np.exp(picked)
         )
         np.testing.assert_allclose(
-            found[part], (np.log(seen) - picked).mean(axis=1), rtol=1e-4, atol=1e-6
+            rising[part], (np.log(seen) - picked).mean(axis=1), rtol=1e-4, atol=1e-6
         )
 
 
@@ -64,15 +66,15 @@ def test_bounds_never_fall_by_a_bit() -> None:
     m = m._replace(
         non_block=m.non_block.replace(head=m.non_block.head.replace(w=m.non_block.head.w * scale))
     )
-    found = bounds(m, np.random.default_rng(1).integers(0, 4096, (4, 64)).astype(np.int32))
+    rising = bounds(m, np.random.default_rng(1).integers(0, 4096, (4, 64)).astype(np.int32))
     assert (
-        np.all(np.diff(found, axis=0) >= 0)
-        and np.any(np.diff(found, axis=0) == 0)
-        and np.all(np.isfinite(found))
+        np.all(np.diff(rising, axis=0) >= 0)
+        and np.any(np.diff(rising, axis=0) == 0)
+        and np.all(np.isfinite(rising))
     )
 
 
-def test_what_is_not_finite_is_seen_at_once() -> None:
+def test_a_model_that_overflows_has_no_finite_bound() -> None:
     m = model("llama", small.VOCAB)
     broken = m._replace(
         non_block=m.non_block.replace(norm=jax.tree.map(lambda x: x * jnp.nan, m.non_block.norm))
@@ -80,7 +82,7 @@ def test_what_is_not_finite_is_seen_at_once() -> None:
     assert np.all(np.isnan(bounds(broken, TOKENS)))
 
 
-def test_a_narrowed_head_gives_a_slice_of_the_logits() -> None:
+def test_a_narrow_head_gives_a_slice_of_the_logits() -> None:
     for name in MODELS:
         m = model(name, 40)
         x = jnp.asarray(
@@ -89,7 +91,7 @@ def test_a_narrowed_head_gives_a_slice_of_the_logits() -> None:
             ),
             jnp.float32,
         )
-        got = m.arch.head(narrowed(m.non_block, jnp.int32(7), 9), x)
+        got = m.arch.head(narrow_head(m.non_block, jnp.int32(7), 9), x)
         np.testing.assert_allclose(
             got, m.arch.head(m.non_block, x)[..., 7:16], rtol=1e-5, atol=1e-6
         )

@@ -1,0 +1,201 @@
+"""Wanda-sp, magnitude-sp and any other method that scores heads and neurons by their channels."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calibration.observers import Observer, moments
+from calibration.runtime import Runtime
+from models.arch import Block, Model
+from models.checkpoint.output_format import ShapeChange
+from models.programs import program
+from models.sharding import tree_to_host
+from pruning.structured.channel_scores import (
+    ChannelScore,
+    round_neurons,
+    score_dense,
+    score_readers,
+)
+from pruning.structured.flap_core import select_corrected
+from pruning.structured.remove import (
+    GROUPS,
+    REPAIR_OBSERVERS,
+    Keep,
+    Repair,
+    calibrate_readers,
+    check_round_to,
+    remove,
+    remove_units,
+    removed_outcome,
+    repair_readers,
+)
+from pruning.structured.select_core import drop_lowest, round_kept
+from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
+
+Scope = Literal["local", "global"]
+
+
+@program("channels scored")
+def _wanda_scores(w: jax.Array, norm: jax.Array) -> jax.Array:
+    """Return the mean of |W_ij| ||X_j|| over a channel's column [in]."""
+    return jnp.mean(jnp.abs(w.astype(jnp.float32)) * norm[None, :], axis=0)
+
+
+@program("channels scored")
+def _column_norms(w: jax.Array) -> jax.Array:
+    """Return the L2 norm of every column [in]."""
+    return jnp.sqrt(jnp.sum(w.astype(jnp.float32) ** 2, axis=0))
+
+
+def _score_by_wanda(w: jax.Array, stats: Any) -> jax.Array:
+    return _wanda_scores(w, np.sqrt(tree_to_host(stats).second.per_sample))
+
+
+def _score_by_magnitude(w: jax.Array, stats: Any) -> jax.Array:
+    return _column_norms(w)
+
+
+@dataclasses.dataclass(frozen=True)
+class ChannelMethod:
+    """Method that removes heads and neurons by the sum of a score over each one's channels.
+
+    With scope "local" one pass over the pruned blocks scores, repairs and cuts; with "global" a
+    pass over the dense model comes first.
+
+    Attributes:
+      name: Name of the method, in messages; a journal takes scores of one name for the same.
+      observer: `moments`, or None for a score of the weights alone.
+      score: (W [out in] of a reader, Moments of its input if observed) -> score of each channel
+        [in]; the lowest are removed.
+      scores_label: Name of the scores, for the report.
+      scope: "local" removes the same share of every block's heads and of its neurons; "global" the
+        lowest of all by parameters removed, standardised within blocks.
+      repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
+        what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
+    """
+
+    name: str
+    observer: Observer | None
+    score: ChannelScore
+    scores_label: str
+    scope: Scope = "local"
+    repair: Repair = "none"
+    round_to: int = 0
+
+    def __post_init__(self) -> None:
+        check_round_to(self.name, self.round_to)
+
+    @property
+    def shape_change(self) -> ShapeChange:
+        """Return that heads and neurons are cut."""
+        return ShapeChange(GROUPS, self.scope == "local", self.repair != "none")
+
+    @property
+    def sets_sparsity(self) -> bool:
+        """Return that the request sets the sparsity."""
+        return False
+
+    def check(self, model: Model, request: Request) -> None:
+        """Raise InputError for a request that the method cannot follow on this model."""
+        reject_weight_settings(self.name, request)
+
+    def run(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> Outcome:
+        """Prune the model, as `Method.run` says."""
+        choose = self._run_local if self.scope == "local" else self._run_global
+        keeps, scores = choose(model, tokens, request, runtime, sink)
+        return removed_outcome(model.arch, keeps, request, scores, self.scores_label)
+
+    def _run_local(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> tuple[Sequence[Keep], Sequence[dict[str, np.ndarray]]]:
+        """Score, repair and cut block after block; return the kept units and the scores."""
+        arch = model.arch
+
+        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+            # A refit observes (Moments, Gram); the score reads the moments.
+            seen = {tap: s[0] for tap, s in stats.items()} if self.repair == "refit" else stats
+            scores = score_readers(model, block, seen, self.score)
+            keep: dict[str, np.ndarray] = {}
+            for group in map(arch.group, GROUPS):
+                unit = scores[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
+                # Truncated, as the official code counts.
+                stays = drop_lowest(unit, int(request.sparsity * len(unit)))
+                # Heads are few, and their width suits the hardware already.
+                round_to = self.round_to if group.name == "neurons" else 0
+                (keep[group.name],) = round_kept([unit], [stays], round_to)
+            # Repair before the cut: statistics have an entry for every dense channel.
+            block = repair_readers(arch, block, stats, keep, self.repair)
+            block = remove_units(arch, block, keep)
+            sink(i, block)
+            return block, (keep, scores)
+
+        # Observers of repairs include the moments that scores read.
+        observer = REPAIR_OBSERVERS[self.repair] or self.observer
+        records = calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning")
+        return [keep for keep, _ in records], [scores for _, scores in records]
+
+    def _run_global(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> tuple[Sequence[Keep], Sequence[dict[str, np.ndarray]]]:
+        """Score the dense model, then repair and cut; return the kept units and the scores."""
+        dense = score_dense(
+            model, tokens, runtime, self.observer, self.score, "measuring channels", self.name
+        )
+        # "AL-AM" removes no fixed number of heads.
+        kept = select_corrected(dense.heads, dense.neurons, request.sparsity, "AL-AM", 0)
+        keeps = round_neurons(kept, dense.neurons.metric, self.round_to)
+        # A repair observes anew: its inputs come from the pruned blocks before it.
+        remove(model, tokens, runtime, sink, keeps, self.repair)
+        return keeps, dense.by_reader
+
+
+def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> ChannelMethod:
+    """Wanda-sp (An et al. 2024): remove heads and neurons by the mean Wanda score of their readers.
+
+    Args:
+      scope: "local" removes the same share of every block's heads and of its neurons; "global" the
+        lowest of all by parameters removed, standardised within blocks.
+      repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
+        what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
+    """
+    label = "Wanda's score of channels"
+    return ChannelMethod("wanda_sp", moments, _score_by_wanda, label, scope, repair, round_to)
+
+
+def magnitude_sp(
+    scope: Scope = "local", repair: Repair = "none", round_to: int = 0
+) -> ChannelMethod:
+    """Magnitude-sp (An et al. 2024): remove heads and neurons by the norms of their readers.
+
+    Args:
+      scope: "local" removes the same share of every block's heads and of its neurons; "global" the
+        lowest of all by parameters removed, standardised within blocks.
+      repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
+        what stays by least squares.
+      round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
+    """
+    label = "norm of the columns"
+    return ChannelMethod("magnitude_sp", None, _score_by_magnitude, label, scope, repair, round_to)
