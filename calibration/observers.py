@@ -1,7 +1,8 @@
-"""Streaming statistics of an activation: a few numbers a channel, folded over micro-batches, never the activations themselves.
+"""Streaming statistics of activations: a few numbers a channel, updated micro-batch by micro-batch.
 
-An observer is a value of two pure functions (as an optax transformation is): `init(channels) -> state` and
-`update(state, x [b t c]) -> state`. Sums are float32 whatever x is. Observers are hashable, for use as static arguments of jit.
+An observer is a value of two pure functions, as an optax transformation is:
+`init(channels) -> state` and `update(state, x [b t c]) -> state`. Sums are float32 whatever the
+type of x. Observers are hashable, for use as static arguments of jit.
 """
 
 import functools
@@ -13,21 +14,29 @@ import jax.numpy as jnp
 
 
 class Observer(NamedTuple):
-    """init: channels -> state; update: (state, x [b t c]) -> state."""
+    """A streaming statistic.
+
+    Attributes:
+      init: channels -> initial state.
+      update: (state, x [b t c]) -> state.
+    """
 
     init: Callable[[int], Any]
     update: Callable[[Any, jax.Array], Any]
 
 
 def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """a + b as rounded, and what the rounding lost, exactly (Knuth, TAOCP 2, 4.2.2, theorem B)."""
+    """Return a + b as rounded, and the exact rounding error.
+
+    Source: Knuth, The Art of Computer Programming 2, 4.2.2, theorem B.
+    """
     s = a + b
     part = s - a
     return s, (a - (s - part)) + (b - part)
 
 
 def _compensated(total: jax.Array, lost: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """Sum along an axis of numbers `total + lost`, in pairs, as such a number without that axis."""
+    """Sum numbers `total + lost` along an axis in pairs, and keep what rounding loses."""
     while (n := total.shape[axis]) > 1:
         if n % 2:
             pad = [(0, int(i == axis)) for i in range(total.ndim)]
@@ -38,19 +47,28 @@ def _compensated(total: jax.Array, lost: jax.Array, axis: int) -> tuple[jax.Arra
     return total.squeeze(axis), lost.squeeze(axis)
 
 
-CHUNK = 16  # tokens summed plainly: their rounding errors are many and independent
+CHUNK = 16  # tokens summed without compensation: their rounding errors are independent
 
 
 def _sum_over_tokens(y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Sum of [b t c] over sequences and tokens as (rounded, lost) [c]: first within each sequence, where its device holds it."""
+    """Sum y [b t c] over sequences and tokens; return (rounded, lost), each [c]."""
+    # Within each sequence first, on the device that holds it.
     y = jnp.pad(y, ((0, 0), (0, -y.shape[1] % CHUNK), (0, 0)))
     chunks = y.reshape(len(y), -1, CHUNK, y.shape[2]).sum(axis=2)
     return _compensated(*_compensated(chunks, jnp.zeros_like(chunks), axis=1), axis=0)
 
 
 class SecondMoment(NamedTuple):
-    """`total`: sum over all tokens of x^2, float32 [c], rounded once: what additions lost is kept in `lost` [c], so that it does not
-    depend on how sequences are batched, and near ties of scores fall the same way; `samples`: sequences seen, float32 []."""
+    """Sum of squares of each channel.
+
+    The sum does not depend on how sequences are batched, so that near ties of scores fall the same
+    way for every micro-batch.
+
+    Attributes:
+      total: Sum over all tokens of x^2, float32 [c], rounded once.
+      samples: Sequences seen, float32 ().
+      lost: Rounding errors of the additions [c].
+    """
 
     total: jax.Array
     samples: jax.Array
@@ -58,12 +76,15 @@ class SecondMoment(NamedTuple):
 
     @property
     def per_sample(self) -> jax.Array:
-        """Mean over sequences of the squared L2 norm over tokens [c]: Wanda's `scaler_row` (Sun et al. 2024, eq. 1, squared)."""
+        """Return the mean over sequences of the squared L2 norm over tokens [c].
+
+        Source: `scaler_row` of Sun et al. 2024 (eq. 1, squared).
+        """
         return self.total / self.samples
 
 
 def _add(state: SecondMoment, squares: jax.Array) -> SecondMoment:
-    """A micro-batch's x^2 [b t c], float32."""
+    """Add a micro-batch of squares [b t c], float32."""
     new, lost = _sum_over_tokens(squares)
     total, more = _two_sum(state.total, new)
     total, lost = _two_sum(total, state.lost + lost + more)
@@ -84,13 +105,14 @@ def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
     return _add(state, jnp.square(x.astype(jnp.float32)) * weight[:, None, None])
 
 
-# NeuroAL's released code takes the norms of SparseGPT's inputs after SparseGPT has scaled them, so that later sequences count less.
+# NeuroAL's official code takes the norms of SparseGPT's inputs after SparseGPT has scaled them, so
+# that later sequences count less.
 fading_second_moment = Observer(second_moment.init, _fading_update)
 
 
 @functools.cache
 def pair(a: Observer, b: Observer) -> Observer:
-    """Both observers: their states side by side. Work that they share is done once, by the compiler."""
+    """Return an observer with the states of both; the compiler does shared work once."""
     return Observer(
         lambda c: (a.init(c), b.init(c)),
         lambda state, x: (a.update(state[0], x), b.update(state[1], x)),
@@ -98,8 +120,15 @@ def pair(a: Observer, b: Observer) -> Observer:
 
 
 class Moments(NamedTuple):
-    """First and second moments [c]: `second` as SecondMoment has them; over sequences, the sums of their `sums` over tokens, of these
-    squared, and of the `variances` within each; `length` of a sequence, float32 []: the last one's, for all are equal."""
+    """First and second moments of each channel.
+
+    Attributes:
+      second: Sum of squares.
+      sums: Sum over sequences of their sums over tokens [c].
+      squares: Sum over sequences of the squares of these sums [c].
+      variances: Sum over sequences of the variance within each [c].
+      length: Tokens in a sequence, float32 (); all are equal.
+    """
 
     second: SecondMoment
     sums: jax.Array
@@ -109,22 +138,22 @@ class Moments(NamedTuple):
 
     @property
     def window_sum(self) -> jax.Array:
-        """Mean over sequences of the sum over their tokens [c]."""
+        """Return the mean over sequences of the sum over tokens [c]."""
         return self.sums / self.second.samples
 
     @property
     def mean(self) -> jax.Array:
-        """Mean over all tokens [c]."""
+        """Return the mean over all tokens [c]."""
         return self.window_sum / self.length
 
     @property
     def variance_within(self) -> jax.Array:
-        """Mean over sequences of the variance within each [c]."""
+        """Return the mean over sequences of the variance within each [c]."""
         return self.variances / self.second.samples
 
     @property
     def variance(self) -> jax.Array:
-        """Variance over all tokens [c]: within sequences and between them."""
+        """Return the variance over all tokens [c], within sequences and between them."""
         between = self.squares / self.second.samples - self.window_sum**2
         return self.variance_within + jnp.maximum(between, 0) / self.length**2
 
@@ -149,14 +178,22 @@ moments = Observer(_moments_init, _moments_update)
 
 
 class BatchNorms(NamedTuple):
-    """`total`: sum over micro-batches of the L2 norm over the batch's tokens, float32 [c]; `batches` seen, float32 []."""
+    """Norms of each channel by micro-batch.
+
+    Attributes:
+      total: Sum over micro-batches of the L2 norm over the batch's tokens, float32 [c].
+      batches: Micro-batches seen, float32 ().
+    """
 
     total: jax.Array
     batches: jax.Array
 
     @property
     def mean(self) -> jax.Array:
-        """Mean of the norms over micro-batches [c]. Depends on how samples are batched, as LLM-Rank's released code does."""
+        """Return the mean of the norms over micro-batches [c].
+
+        It depends on how samples are batched, as in LLM-Rank's official code.
+        """
         return self.total / self.batches
 
 
@@ -169,18 +206,30 @@ batch_norms = Observer(lambda c: BatchNorms(jnp.zeros(c), jnp.zeros(())), _batch
 
 
 class Gram(NamedTuple):
-    """`total`: sum over all tokens of x x^T, float32 [c c]; `samples`: sequences seen, float32 []."""
+    """Gram matrix of the channels.
+
+    Attributes:
+      total: Sum over all tokens of x x^T, float32 [c c].
+      samples: Sequences seen, float32 ().
+    """
 
     total: jax.Array
     samples: jax.Array
 
 
-WIDE, PARTS = 1024, 4  # channels from which, and into how many parts, a Gram matrix is split
+WIDE = 1024  # channels from which on a Gram matrix is computed in parts
+PARTS = 4
 
 
 def outer_products(x: jax.Array) -> jax.Array:
-    """Sum over tokens of x x^T [c c]. Of a wide one only the blocks on and above the diagonal are multiplied (10 of 16): the others are
-    their mirror images."""
+    """Return the sum over tokens of x x^T [c c].
+
+    Of a wide matrix only the 10 of 16 blocks on and above the diagonal are multiplied; the others
+    are their mirror images.
+
+    Args:
+      x: Activations [b t c].
+    """
     c = x.shape[-1]
     width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
     starts = range(0, c, width)

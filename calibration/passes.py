@@ -1,9 +1,9 @@
 """Passes over the blocks: each block is visited with the hidden states or statistics that reach it.
 
 `visit_blocks` hands a visitor the hidden states themselves; `calibrate_blocks` hands it statistics
-of the block's activations. Both read blocks one at a time, keep a record of each, and go on from the
-last finished block of an interrupted run. Under a planning recorder (`models.programs`) the same
-passes follow shapes instead of arrays.
+of the block's activations. Both read blocks one at a time, keep a record of each, and go on from
+the last finished block of an interrupted run. Under a planning recorder (`models.programs`) the
+same passes follow shapes instead of arrays.
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping

@@ -24,7 +24,8 @@ class Runtime:
 
     Attributes:
       batch: Windows in one micro-batch.
-      mesh: Devices that windows (axis `data`) and matrices (axis `model`) are split over; None: one.
+      mesh: Devices that windows (axis `data`) and matrices (axis `model`) are split over;
+        None: one device.
       offload: Memory that holds the hidden states between two blocks.
       progress: Shows the progress of a stage.
       journal: Keeps finished steps, so that an interrupted run goes on; None: nothing is kept.
@@ -41,6 +42,7 @@ class Runtime:
 
         Args:
           compute: Gives a value that `Journal.step` can keep.
-          key: Everything the value depends on, for runs of one process to share it; None: not shared.
+          key: Everything the value depends on, so that runs of one process can share it; None: it
+            is not shared.
         """
         return self.journal.step(compute, key) if self.journal else to_serialisable(compute())

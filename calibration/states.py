@@ -1,4 +1,4 @@
-"""Hidden states between two blocks, kept where there is room: on the devices, in host memory, or in files."""
+"""Hidden states between two blocks, kept on the devices, in host memory, or in files."""
 
 import os
 import pathlib
@@ -18,8 +18,8 @@ from models.sharding import split
 Offload = Literal["device", "host", "disk"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)  # the fastest first
 
-
-SHARE = {"device": 0.25, "host": 0.5}  # of a memory that hidden states may take
+# Share of a memory that hidden states may take; weights and statistics need the rest.
+SHARE = {"device": 0.25, "host": 0.5}
 
 
 def available_memory() -> dict[str, int]:
@@ -37,22 +37,41 @@ def available_memory() -> dict[str, int]:
 
 
 def fits_in_memory(size: int, shards: int = 1) -> bool:
-    """Whether a model of so many bytes, split over so many devices, may be held whole for a search, a check or a sample."""
-    there = available_memory()
-    return size / shards <= there["device"] / 2 if there["device"] else size <= there["host"] / 8
+    """Return whether a whole model may be held in memory for a search, a check or a sample.
+
+    Args:
+      size: Bytes of the model.
+      shards: Devices that it is split over.
+    """
+    available = available_memory()
+    if available["device"]:
+        return size / shards <= available["device"] / 2
+    return size <= available["host"] / 8  # the process and its copies need the rest
 
 
-def choose_offload(device: int, host: int, there: Mapping[str, int]) -> Offload:
-    """The fastest tier with room for hidden states that take so many bytes of each device, or of the host."""
-    if not there["device"]:
-        return "device" if host <= SHARE["host"] * there["host"] else "disk"
-    if device <= SHARE["device"] * there["device"]:
+def choose_offload(device: int, host: int, available: Mapping[str, int]) -> Offload:
+    """Return the fastest memory with room for the hidden states.
+
+    Args:
+      device: Bytes that they take of each device.
+      host: Bytes that they take of the host.
+      available: Bytes of a device and of the host, as `available_memory` gives them.
+    """
+    if not available["device"]:
+        return "device" if host <= SHARE["host"] * available["host"] else "disk"
+    if device <= SHARE["device"] * available["device"]:
         return "device"
-    return "host" if host <= SHARE["host"] * there["host"] else "disk"
+    return "host" if host <= SHARE["host"] * available["host"] else "disk"
 
 
 class OnDisk(NamedTuple):
-    """An array in a file; NumPy's files do not know every type."""
+    """An array in a file.
+
+    Attributes:
+      path: The file.
+      dtype: Type of the array; NumPy's files do not know every type.
+      nbytes: Size in bytes.
+    """
 
     path: pathlib.Path
     dtype: np.dtype
@@ -63,14 +82,20 @@ Kept = jax.Array | np.ndarray | OnDisk | DeviceArray
 
 
 def scratch(owner: object) -> pathlib.Path:
-    """A temporary directory that goes when its owner does."""
+    """Return a temporary directory that is removed with its owner."""
     directory = pathlib.Path(tempfile.mkdtemp(prefix="topiary-"))
     weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
     return directory
 
 
-def keep(x: jax.Array | np.ndarray, offload: Offload, path: pathlib.Path) -> Kept:
-    """The array moved to a tier; `path` is the file where that is the disk."""
+def keep(x: jax.Array | np.ndarray | DeviceArray, offload: Offload, path: pathlib.Path) -> Kept:
+    """Move an array to a memory.
+
+    Args:
+      x: The array.
+      offload: The memory.
+      path: The file, if that is the disk.
+    """
     if isinstance(x, DeviceArray):
         recorder = planner()
         return x if offload == "device" or not recorder else recorder.keep_off(x, offload)
@@ -84,16 +109,17 @@ def keep(x: jax.Array | np.ndarray, offload: Offload, path: pathlib.Path) -> Kep
 
 
 def fetch(kept: Kept) -> Any:
-    """What was kept, on the device or in host memory."""
+    """Return a kept array, on the device or in host memory."""
     return np.load(kept.path).view(kept.dtype) if isinstance(kept, OnDisk) else kept
 
 
 class States(Sequence[jax.Array]):
-    """The hidden states of all micro-batches [b t d], in a tier; what is asked for is on the devices.
+    """Hidden states of all micro-batches, each [b t d]; an indexed one is on the devices.
 
     Args:
-      xs: in order; each is moved as it comes.
-      mesh: windows are split over its `data` axis.
+      xs: States in order; each is moved as it comes.
+      offload: Memory to keep them in.
+      mesh: Windows are split over its `data` axis.
     """
 
     def __init__(
@@ -102,19 +128,19 @@ class States(Sequence[jax.Array]):
         offload: Offload = "device",
         mesh: Mesh | None = None,
     ):
-        self._tier, self._mesh = offload, mesh
+        self._offload, self._mesh = offload, mesh
         self._directory = scratch(self) if offload == "disk" else pathlib.Path()
         self._kept: list[Kept] = []
         for x in xs:
             self.append(x)
 
     def append(self, x: jax.Array | np.ndarray) -> None:
-        """Those of one more micro-batch."""
+        """Add the states of one more micro-batch [b t d]."""
         self._kept.append(self._moved(len(self._kept), x))
 
     def _moved(self, j: int, x: jax.Array | np.ndarray) -> Kept:
-        placed = split(x, self._mesh, "sample") if self._tier == "device" else x
-        return keep(placed, self._tier, self._directory / f"{j}.npy")
+        placed = split(x, self._mesh, "sample") if self._offload == "device" else x
+        return keep(placed, self._offload, self._directory / f"{j}.npy")
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -132,11 +158,11 @@ class States(Sequence[jax.Array]):
         self._kept[j] = self._moved(j, x)
 
     def copy(self) -> "States":
-        """The same states once more, to be changed on their own."""
-        return States((fetch(x) for x in self._kept), self._tier, self._mesh)
+        """Return the same states as an object of their own."""
+        return States((fetch(x) for x in self._kept), self._offload, self._mesh)
 
     def stored(self) -> list[Any]:
-        """All of them where they are, files mapped into memory: for saving."""
+        """Return all states where they lie, files mapped into memory, for saving."""
         return [
             np.load(x.path, mmap_mode="r").view(x.dtype) if isinstance(x, OnDisk) else x
             for x in self._kept

@@ -1,7 +1,10 @@
-"""What a run will take, before any work: memory on devices, host and disk, work, collectives; for devices that are not there, too.
+"""Plan a run before any work: memory, operations, and collectives, also for absent TPUs.
+
+The plan is the run's own code, followed on shapes; no weights are read.
 
 python -m launch.plan --flagfile=configs/sparsegpt.flags
-python -m launch.plan --model=llama-2-70b --method=sparsegpt --sparsity=0.5 --topology=v5e:16x16 --mesh=data=16,model=16 --dtype=bfloat16
+python -m launch.plan --model=llama-2-70b --method=sparsegpt --sparsity=0.5 --dtype=bfloat16 \
+  --topology=v5e:16x16 --mesh=data=16,model=16
 """
 
 import dataclasses
@@ -30,9 +33,10 @@ from models.checkpoint import hub
 from models.checkpoint.blocks import ShapeBlocks
 from models.checkpoint.reader import abstract, open_checkpoint, read_config
 from models.checkpoint.writer import SHARD_BYTES
+from models.costs import Cost
 from models.errors import InputError
 from models.families import hf
-from models.programs import Cost, Recorder, record_programs
+from models.programs import Recorder, record_programs
 from models.published import MODELS
 from models.sharding import make_mesh
 
@@ -40,25 +44,35 @@ HBM = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}  # GiB a chip, as Google Cloud
 
 
 def options() -> Flags:
-    """The flags of `launch.prune`, with where the plan is for."""
+    """Return the flags of `launch.prune` with those of the plan."""
     f = prune.options()
     f.command, f.doc = "launch.plan", __doc__ or ""
     f.group("Plan")
     f.string(
         "topology",
         "",
-        "TPUs to compile for, such as v5e:4x4, v5p:2x2x2, v6e:4x4 (needs libtpu, no TPU); empty: this machine",
+        "TPUs to compile for, such as v5e:4x4 or v6e:4x4 (needs libtpu, no TPU); "
+        "empty: this machine",
     )
     f.string("json", None, "file to write the plan to")
     return f
 
 
 def config_of(name: str | None) -> dict[str, Any]:
-    """The `config.json` of a published model by its name, a directory (which need hold nothing else), a `.gguf` file, or a hub id."""
+    """Return a model's configuration; no weights need be there.
+
+    Args:
+      name: Name of a published model, a directory with a config.json, a `.gguf` file, or a hub id.
+
+    Raises:
+      InputError: There is no such model.
+    """
     known = {n.lower(): m.config for n, m in MODELS.items()}
     if not name:
         raise InputError(
-            f"--model is missing: give a directory with a config.json, or one of {', '.join(known)}"
+            "is missing",
+            f"give a directory with a config.json, or one of {', '.join(known)}",
+            field="model",
         )
     if name.lower() in known:
         return dict(known[name.lower()])
@@ -67,28 +81,44 @@ def config_of(name: str | None) -> dict[str, Any]:
 
 
 def devices_of(topology: str) -> list[Any]:
-    """The devices of a TPU topology that need not be there; the local ones for an empty text."""
+    """Return the devices of a TPU topology, which may be absent, or the local ones.
+
+    Args:
+      topology: Such as v5e:4x4; empty for this machine.
+
+    Raises:
+      InputError: There is no such topology, or libtpu is missing.
+    """
     if not topology:
         return list(jax.local_devices())
     from jax.experimental import topologies
 
-    # There is no TPU: no metadata to ask for, no other hosts, and nothing that two processes could quarrel about.
-    for name, value in {
+    # Without a TPU there is no metadata server to ask, no other host, and nothing to lock.
+    absent = {
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    }.items():
+    }
+    for name, value in absent.items():
         os.environ.setdefault(name, value)
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    except Exception as e:  # of the plugin: whatever it has
+    except Exception as e:  # the plugin raises errors of many kinds
         raise InputError(
-            f"--topology={topology} cannot be had ({str(e).splitlines()[0]}): give one such as v5e:4x4, and install jax[tpu]"
+            f"is not available ({str(e).splitlines()[0]})",
+            "give one such as v5e:4x4, and pip install 'jax[tpu]'",
+            field="topology",
+            value=topology,
         ) from None
 
 
 def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
-    """Samples and length of the calibration windows: of a token file its own, else as the flags say."""
+    """Return samples and length of the calibration windows.
+
+    Args:
+      config: Settings of the run; a token file has its own shape.
+      model: Configuration of the model, for the default length.
+    """
     path = pathlib.Path(config.calibration).expanduser()
     if path.suffix == ".npy" and path.is_file():
         samples, length = np.load(path, mmap_mode="r").shape
@@ -260,7 +290,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 
 def main(values: dict[str, Any]) -> None:
-    """Print the plan, write it where `--json` says."""
+    """Print the plan, and write it to a file if `--json` names one."""
     result = plan(values)
     show(result, Console())
     if values["json"]:

@@ -9,50 +9,17 @@ the plan of a run is the run's own code, followed on shapes.
 import contextlib
 import contextvars
 import math
-import re
-import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
-from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-COLLECTIVE = re.compile(
-    r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
-)
-
+from models.costs import Compiled, Cost, compile_for, dtype_of, placement_key
 
 Place = Literal["device", "host", "disk"]  # where a planned array lies
 PLACES: tuple[Place, ...] = get_args(Place)
-
-
-class Cost(NamedTuple):
-    """Cost of one program for one set of shapes.
-
-    Attributes:
-      name: Name for people.
-      calls: Calls in the whole run.
-      flops: Floating-point operations of one call's matrix products, all devices together.
-      bytes: Bytes that one call moves on one device, as XLA counts them (loops once).
-      memory: Bytes of one device that one call takes, arguments and results included.
-      peak: Bytes alive on one device while the program runs, at the worst of its calls.
-      collectives: Number of collective operations in the program's text, by kind.
-      seconds: Seconds to compile.
-      failed: Reason why the program could not be compiled; empty if it could.
-    """
-
-    name: str
-    calls: int
-    flops: float
-    bytes: float = 0.0
-    memory: int = 0
-    peak: int = 0
-    collectives: Mapping[str, int] = {}
-    seconds: float = 0.0
-    failed: str = ""
 
 
 class _Memory:
@@ -146,7 +113,7 @@ class Recorder:
         self._asked = 0
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._costs: dict[Any, Cost] = {}
-        self._compiled: dict[Any, _Compiled] = {}
+        self._compiled: dict[Any, Compiled] = {}
 
     @property
     def plans(self) -> bool:
@@ -184,7 +151,7 @@ class Recorder:
 
     def _shape(self, x: Any) -> jax.ShapeDtypeStruct:
         sharding = x.sharding if isinstance(x, jax.ShapeDtypeStruct) else None
-        dtype = jax.dtypes.canonicalize_dtype(_dtype(x))
+        dtype = jax.dtypes.canonicalize_dtype(dtype_of(x))
         return jax.ShapeDtypeStruct(np.shape(x), dtype, sharding=sharding or self._replicated)
 
     def call(self, program: "Program", name: str, args: Sequence[Any]) -> Any:
@@ -201,7 +168,7 @@ class Recorder:
         dynamic = [a for k, a in enumerate(args) if k not in program.static]
         leaves, structure = jax.tree.flatten(dynamic)
         fixed = tuple(args[k] for k in program.static)
-        shapes = tuple((np.shape(x), str(_dtype(x)), _spec(x)) for x in leaves)
+        shapes = tuple((np.shape(x), str(dtype_of(x)), placement_key(x)) for x in leaves)
         key = (program, name, fixed, structure, shapes)
         if not self.plans:
             cost = self._costs.get(key) or Cost(name, 0, 0.0)
@@ -209,7 +176,9 @@ class Recorder:
             return program.jitted(*args)
         compiled = self._compiled.get(key)
         if compiled is None:
-            compiled = self._compiled[key] = _compile(program, args, self._shape)
+            compiled = self._compiled[key] = compile_for(
+                program.jitted, program.static, args, self._shape
+            )
         known = self._costs.get(key) or compiled.cost._replace(name=name)
         own = compiled.cost.memory - compiled.argument_bytes
         peak = self.alive["device"] + own
@@ -220,62 +189,6 @@ class Recorder:
                 if isinstance(x, DeviceArray):
                     x.delete()
         return jax.tree.map(lambda s: self.place(s, s.sharding), compiled.result)
-
-
-class _Compiled(NamedTuple):
-    """A compiled program: its cost, bytes of arguments on one device, and result shapes."""
-
-    cost: Cost
-    argument_bytes: int
-    result: Any
-
-
-def _dtype(x: Any) -> Any:
-    return x.dtype if hasattr(x, "dtype") else np.result_type(x)
-
-
-def _spec(x: Any) -> str:
-    """Return a text that is equal for equal placements of an array."""
-    sharding = getattr(x, "sharding", None)
-    if sharding is None or sharding.is_fully_replicated:
-        return ""
-    axes = list(getattr(sharding, "spec", (sharding,)))
-    while axes and axes[-1] is None:
-        axes.pop()
-    return str(axes)
-
-
-def _compile(program: "Program", args: Sequence[Any], shape: Callable[[Any], Any]) -> _Compiled:
-    """Compile a program for the shapes of its arguments and read off its cost."""
-    shapes = [a if k in program.static else jax.tree.map(shape, a) for k, a in enumerate(args)]
-    traced = program.jitted.trace(*shapes)
-    work = flops(traced.jaxpr.jaxpr)
-    lowered, begin = traced.lower(), time.perf_counter()
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
-            raise
-        seconds = time.perf_counter() - begin
-        cost = Cost("", 0, work, seconds=seconds, failed="does not fit")
-        return _Compiled(cost, 0, jax.tree.map(shape, lowered.out_info))
-    seconds = time.perf_counter() - begin
-    sizes, told = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    memory = (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        - sizes.alias_size_in_bytes
-    )
-    collectives = dict(Counter(COLLECTIVE.findall(compiled.as_text())))
-    moved = told.get("bytes accessed", 0.0)
-    cost = Cost("", 0, work, moved, memory, 0, collectives, seconds)
-    result = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-        lowered.out_info,
-        compiled.output_shardings,
-    )
-    return _Compiled(cost, sizes.argument_size_in_bytes, result)
 
 
 _ACTIVE: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
@@ -325,6 +238,7 @@ class Program:
         self.__wrapped__ = function
 
     def __call__(self, *args: Any, name: str = "") -> Any:
+        """Run, count or plan the function; `name` replaces the program's in the record."""
         recorder = _ACTIVE.get()
         if recorder is None:
             return self.jitted(*args)
@@ -342,28 +256,3 @@ def program(
       donated: Positions of arguments whose memory the results may take.
     """
     return lambda function: Program(function, name, static, donated)
-
-
-def _dims(v: Any) -> tuple[int, ...]:
-    return getattr(v.aval, "shape", ())
-
-
-def flops(jaxpr: core.Jaxpr) -> float:
-    """Count the floating-point operations of a program's matrix products.
-
-    Args:
-      jaxpr: The traced program. Loops of unknown length count once.
-    """
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        shapes = [_dims(v) for v in eqn.invars]
-        if eqn.primitive.name == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            products = math.prod(_dims(eqn.outvars[0]))
-            total += 2.0 * products * math.prod(shapes[0][i] for i in contracted)
-        inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
-        if eqn.primitive.name == "cond":
-            total += max(inner)
-        else:
-            total += sum(inner) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)
-    return total

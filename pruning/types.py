@@ -52,11 +52,11 @@ class Pruner(NamedTuple):
 
     Attributes:
       observer: Observer of the input; None if no statistics are needed.
-      solve: (W [out in] of each linear, prepared statistics, a count as `Pattern.counts` gives it for
-        each) -> (W [out in], kept bool [out in]) of each.
-      prepare: statistics -> (what `solve` needs of them, figures for the report: float32 () by name).
-        Runs once for each input; a module-level or cached function, so that inputs of equal width
-        share a compilation.
+      solve: (W [out in] of each linear, prepared statistics, count of each as `Pattern.counts`
+        gives it) -> (W [out in], kept bool [out in]) of each.
+      prepare: statistics -> (what `solve` needs of them, figures for the report by name, float32
+        ()). Runs once for each input; a module-level or cached function, so that inputs of equal
+        width share a compilation.
     """
 
     observer: Observer | None
@@ -154,8 +154,8 @@ class Outcome:
       scores_label: Name of the scores.
       details: Figures of the method, JSON-able.
       warnings: Sentences that the report's reader must see.
-      kept_blocks: Original index of every finished block, for methods that remove whole blocks; None:
-        all blocks stay.
+      kept_blocks: Original index of every finished block, for methods that remove whole blocks;
+        None: all blocks stay.
       figures: Plots and tables for the report.
     """
 

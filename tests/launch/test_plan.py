@@ -9,10 +9,8 @@ import sys
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 
 from launch import plan
@@ -20,7 +18,6 @@ from launch.flags.cli import run
 from models.errors import InputError
 from models.families import hf
 from models.published import MODELS
-from models.sharding import make_mesh
 from reference import tiny
 
 METHODS = (
@@ -68,7 +65,7 @@ def test_every_method_can_be_planned_without_weights(
     monkeypatch.setattr(plan, "flops_per_second", lambda dtype: 1e9)
     result = plan.plan(values(shapes_only, f"--method={method}"))
     json.dumps(result)
-    programs = {p["what"]: p for p in result["programs"]}
+    programs = {p["name"]: p for p in result["programs"]}
     blocks, steps = tiny.LLAMA["num_hidden_layers"], 3
     assert programs["embedding"]["calls"] % steps == 0
     if method.startswith(("wanda_sp", "sparsegpt", "wanda")) and "global" not in method:
@@ -77,10 +74,11 @@ def test_every_method_can_be_planned_without_weights(
         ] == steps * (blocks - 1)
     assert (
         result["fits"]
-        and result["memory"]["activations"] == "device"
+        and result["memory"]["offload"] == "device"
         and result["devices"]["mesh"] == {"data": 2, "model": 2}
     )
     assert all(p["memory"] > 0 and not p["failed"] for p in programs.values())
+    assert result["total"]["device_bytes"] == max(p["peak"] for p in result["programs"])
     assert result["total"]["seconds_at_peak"] == pytest.approx(result["total"]["flops"] / 4e9)
     plan.show(result, Console())
     assert "it fits" in capsys.readouterr().out
@@ -91,7 +89,7 @@ def test_the_work_of_a_block_is_its_matrices_and_its_attention(
 ) -> None:
     monkeypatch.setattr(plan, "flops_per_second", lambda dtype: 1.0)
     result = plan.plan(values(shapes_only, "--method=wanda"))
-    (block,) = (p for p in result["programs"] if p["what"] == "pruned block")
+    (block,) = (p for p in result["programs"] if p["name"] == "pruned block")
     width, ffn, tokens, length = (
         tiny.LLAMA["hidden_size"],
         tiny.LLAMA["intermediate_size"],
@@ -109,33 +107,8 @@ def test_the_work_of_a_block_is_its_matrices_and_its_attention(
     )
     assert (
         result["parameters"] == parameters
-        and result["memory"]["disk"]["output, at most"] == 4 * parameters
+        and result["memory"]["disk"]["output_at_most"] == 4 * parameters
     )
-
-
-def test_loops_are_counted() -> None:
-    def program(x: jax.Array) -> jax.Array:
-        x = jax.lax.scan(lambda x, _: (x @ x, None), x, length=5)[0]
-        return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
-
-    jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 8))).jaxpr
-    assert plan.flops(jaxpr) == 5 * 2 * 8**3 + 2 * 8**3
-
-
-def test_what_a_program_gives_is_placed_as_the_compiler_says() -> None:
-    mesh = make_mesh("data=4")
-    compiler = plan.Compiler(mesh)
-    rows = NamedSharding(mesh, PartitionSpec("data"))
-    out = compiler(
-        "twice",
-        lambda x, y: x * 2 + y,
-        jax.ShapeDtypeStruct((8, 2), jnp.float32, sharding=rows),
-        np.float32(1),
-        calls=3,
-    )
-    assert out.shape == (8, 2) and out.sharding.is_equivalent_to(rows, 2)
-    (program,) = compiler.programs
-    assert program.calls == 3 and program.memory >= 2 * 2 * 2 * 4 and not program.collectives
 
 
 def test_a_token_file_has_its_own_shape(shapes_only: pathlib.Path) -> None:
@@ -155,7 +128,7 @@ def test_published_models_are_known_by_name() -> None:
         plan.config_of(None)
 
 
-def test_tpus_that_are_not_there(tmp_path: pathlib.Path) -> None:
+def test_a_plan_for_absent_tpus_compiles_the_real_programs(tmp_path: pathlib.Path) -> None:
     """The real programs of LLaMA-2-7B for the sixteen chips of a v5e-16, by libtpu's compiler in a process of its own."""
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu: pip install 'jax[tpu]'")
@@ -188,11 +161,11 @@ def test_tpus_that_are_not_there(tmp_path: pathlib.Path) -> None:
         "mesh": {"data": 4, "model": 4},
     }
     assert found["parameters"] == MODELS["LLaMA-2-7B"].parameters
-    assert found["fits"] and found["memory"]["device"]["there is"] == 16 << 30
+    assert found["fits"] and found["memory"]["device"]["available"] == 16 << 30
     assert (
         found["total"]["device_bytes"] < 2 * found["parameters"] / 4
     )  # neither the model nor a chip's quarter of it is held
-    programs = {p["what"]: p for p in found["programs"]}
+    programs = {p["name"]: p for p in found["programs"]}
     assert programs["pruned block"]["calls"] == 31 * 16 and all(
         p["memory"] > 0 for p in programs.values()
     )

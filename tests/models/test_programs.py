@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from models.programs import DeviceArray, Recorder, flops, planner, program, record_programs
+from models.costs import flops
+from models.programs import DeviceArray, Recorder, planner, program, record_programs
 from models.sharding import make_mesh, to_host
 
 BYTES = 4  # of a float32

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from launch.mlp import report
 from launch.mlp.report import DENSE, Row
-from pruning.structured.llmrank_core import SCORERS
+from pruning.structured.page_rank_core import SCORERS
 
 
 @pytest.fixture
