@@ -46,7 +46,7 @@ def test_second_moment_does_not_depend_on_batches(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2]])
 def test_second_moment_is_rounded_once_however_many_tokens(sizes: list[int]) -> None:
-    """A plain float32 sum is off by up to four units in the last place, and depends on the batches."""
+    """A plain float32 sum is off by four units in the last place and depends on the batches."""
     rng = np.random.default_rng(1)
     x = (rng.normal(size=(12, 500, 64)) * rng.lognormal(size=(12, 500, 1))).astype(np.float32)
     exact = (x.astype(np.float64) ** 2).sum((0, 1))

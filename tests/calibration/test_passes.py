@@ -43,7 +43,7 @@ def halved(block: Block) -> Block:
 
 
 def activations(m: Model, windows: np.ndarray, replace: bool) -> Iterator[dict[str, np.ndarray]]:
-    """Yield each block's taps in float64; the next block sees the block's outputs, or the halved one's."""
+    """Yield each block's taps in float64; the next block sees outputs of the block or its half."""
     x = embed(m.arch, m.non_block, windows)
     for block in m.blocks:
         y, taps = run_block(m, block, x)
