@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import pruning
 from models.checkpoint.reader import open_checkpoint
 from reference.pages import code
 
@@ -37,7 +36,6 @@ def test_the_page_on_python_runs(
     assert names["smaller"].blocks[0].up.w.shape[0] < names["model"].blocks[0].up.w.shape[0]
 
 
-@pytest.mark.skipif(not hasattr(pruning, "open_model"), reason="the public API is on its way")
 def test_the_readme_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
