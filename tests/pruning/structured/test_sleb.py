@@ -25,7 +25,6 @@ from models.programs import Program
 from models.sharding import make_mesh
 from pruning.structured import sleb_runner
 from pruning.structured.sleb import Sleb
-from pruning.structured.sleb_store import plan_stores
 from pruning.types import Outcome, Request, prune
 from reference import small, tiny
 
@@ -386,22 +385,3 @@ def test_sparsity_is_a_fraction_of_the_blocks_unless_their_number_is_given() -> 
     assert len(prune(m, Sleb(), TOKENS, Request(0.25))[0].blocks) == 6
     assert len(prune(m, Sleb(blocks=1), TOKENS, Request(0.25))[0].blocks) == 7
     assert small.same(prune(m, Sleb(blocks=0), TOKENS, Request(0.25))[0].blocks, m.blocks)
-
-
-@pytest.mark.parametrize("device", [0, 1, 5, 21, 22, 60, 1000])
-@pytest.mark.parametrize("host", [0, 1, 6, 30, 1000])
-@pytest.mark.parametrize("disk", [0, 40])
-def test_stores_take_no_more_memory_than_is_available(device: int, host: int, disk: int) -> None:
-    available = (device, host, disk)
-    shared, own = plan_stores(8, 3, available)
-    assert all(a + b <= room for a, b, room in zip(shared.bytes, own.bytes, available, strict=True))
-    assert shared.every <= 4
-    if sum(available) >= 21:
-        assert shared.every == 1 and sum(shared.bytes) == 21
-        assert shared.bytes[:2] == (
-            min(device, 21),
-            min(host, 21 - min(device, 21)),
-        )  # the fastest first
-    else:
-        assert own.every == 0
-    assert (own.every == 1) == (sum(available) - 21 >= 28 * 3)
