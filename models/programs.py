@@ -111,6 +111,7 @@ class Recorder:
         # The most of them at once; on the device with the memory of the program at work.
         self.peak: dict[Place, int] = dict.fromkeys(PLACES, 0)
         self._asked = 0
+        self._devices = set(mesh.devices.flat) if mesh else set()
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._costs: dict[Any, Cost] = {}
         self._compiled: dict[Any, Compiled] = {}
@@ -134,6 +135,16 @@ class Recorder:
         """Return the planned array of x's shape; every device holds all of it by default."""
         assert self._replicated is not None
         return DeviceArray(self, np.shape(x), x.dtype, sharding or self._replicated)
+
+    def _place_result(self, result: jax.ShapeDtypeStruct) -> DeviceArray:
+        """Place a result as the compiler did.
+
+        A program that reads none of its arguments, such as one that makes zeros, is compiled for
+        one device; its results move to where they are used.
+        """
+        sharding = result.sharding
+        on_mesh = sharding is not None and sharding.device_set == self._devices
+        return self.place(result, sharding if on_mesh else None)
 
     def keep_off(self, x: DeviceArray, place: Place) -> DeviceArray:
         """Return a planned array of x's shape in host memory or in a file."""
@@ -188,7 +199,7 @@ class Recorder:
             for x in jax.tree.leaves(args[k]):
                 if isinstance(x, DeviceArray):
                     x.delete()
-        return jax.tree.map(lambda s: self.place(s, s.sharding), compiled.result)
+        return jax.tree.map(self._place_result, compiled.result)
 
 
 _ACTIVE: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)

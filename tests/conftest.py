@@ -1,22 +1,32 @@
-"""Eight CPU devices, strict ranks, and where the reference material is. Set before JAX starts."""
+"""Settings of all tests: eight CPU devices, strict types, one compilation cache.
+
+Everything here is set before JAX starts.
+"""
 
 import os
 import pathlib
 import tempfile
 from collections.abc import Iterator
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# Most of a test's time is compilation. Workers and the processes that tests start share one cache
+# on disk; a process that kept every program in memory would run out of memory maps.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-SHARED = pathlib.Path(__file__).resolve().parents[2] / "shared"
+SHARED = ROOT.parent / "shared"
 SMOLLM2 = pathlib.Path(
     os.environ.get("TOPIARY_SMOLLM2", pathlib.Path(tempfile.gettempdir()) / "topiary-smollm2")
 )
@@ -24,14 +34,14 @@ SMOLLM2 = pathlib.Path(
 
 @pytest.fixture(scope="module", autouse=True)
 def forget_compilations() -> Iterator[None]:
-    """Drop compiled programs after every file: a process that keeps thousands runs out of memory maps, and the compiler crashes."""
+    """Drop compiled programs after every file; the cache on disk still has them."""
     yield
     jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
-    """The folder of reference models, tokens and goldens; tests that need it skip where it is absent."""
+    """Return the folder of reference models, tokens and goldens; skip where it is absent."""
     if not SHARED.is_dir():
         pytest.skip("needs the reference material in ../shared")
     return SHARED
@@ -39,9 +49,10 @@ def shared() -> pathlib.Path:
 
 @pytest.fixture(scope="session")
 def smollm2(shared: pathlib.Path) -> pathlib.Path:
-    """SmolLM2-135M as a Hugging Face directory; its location is TOPIARY_SMOLLM2, else made once by ../shared/tools/smollm2_to_hf.py."""
+    """Return SmolLM2-135M as a Hugging Face directory; skip where TOPIARY_SMOLLM2 has none."""
     if not (SMOLLM2 / "model.safetensors").is_file():
         pytest.skip(
-            "needs SmolLM2-135M: python ../shared/tools/smollm2_to_hf.py DIR, and TOPIARY_SMOLLM2=DIR"
+            "needs SmolLM2-135M: python ../shared/tools/smollm2_to_hf.py DIR, "
+            "and TOPIARY_SMOLLM2=DIR"
         )
     return SMOLLM2

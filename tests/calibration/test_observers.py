@@ -46,7 +46,7 @@ def test_second_moment_does_not_depend_on_batches(sizes: list[int]) -> None:
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2]])
 def test_second_moment_is_rounded_once_however_many_tokens(sizes: list[int]) -> None:
-    """A plain float32 sum of as many tokens is off by up to four units in the last place, and by others for other batches."""
+    """A plain float32 sum is off by four units in the last place and depends on the batches."""
     rng = np.random.default_rng(1)
     x = (rng.normal(size=(12, 500, 64)) * rng.lognormal(size=(12, 500, 1))).astype(np.float32)
     exact = (x.astype(np.float64) ** 2).sum((0, 1))
@@ -68,7 +68,7 @@ def test_batch_norms_are_means_of_norms_and_depend_on_batches(sizes: list[int]) 
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 5, 2], [2, 10]])
 def test_gram_is_the_sum_of_outer_products_however_batched(sizes: list[int]) -> None:
-    """Of all tokens, to float32's rounding of what is added: products of two channels may cancel."""
+    """Equal to float32's rounding of the terms: products of two channels may cancel."""
     x = X.astype(np.float64).reshape(-1, X.shape[-1])
     got, size = fold(gram, X, sizes), np.abs(x).T @ np.abs(x)
     assert np.all(np.abs(got.total - sum(np.outer(row, row) for row in x)) <= 1e-6 * size)
@@ -78,7 +78,7 @@ def test_gram_is_the_sum_of_outer_products_however_batched(sizes: list[int]) -> 
 
 @pytest.mark.parametrize("channels", [1024, 1026])
 def test_a_wide_gram_is_whole(channels: int) -> None:
-    """Blocks below the diagonal are mirrored, not multiplied; a width that does not split is multiplied whole."""
+    """Blocks below the diagonal are mirrored; a width that does not split is multiplied whole."""
     x = np.random.default_rng(0).normal(size=(2, 3, channels)).astype(np.float32)
     got = gram.update(gram.init(channels), jnp.asarray(x)).total
     flat = x.reshape(-1, channels).astype(np.float64)
@@ -104,7 +104,7 @@ def test_order_of_batches_does_not_matter(name: str) -> None:
 
 @pytest.mark.parametrize("name", OBSERVERS)
 def test_sums_are_float32_whatever_comes_in(name: str) -> None:
-    """The sums of bfloat16 numbers are those of the same numbers in float32; kept in bfloat16 they would have three digits."""
+    """Sums kept in bfloat16 would have three digits."""
     x = jnp.asarray(X, jnp.bfloat16)
     got, want = (fold(OBSERVERS[name], part, [4, 4, 4]) for part in (x, x.astype(jnp.float32)))
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(got))

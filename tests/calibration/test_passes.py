@@ -1,4 +1,4 @@
-"""The walk over the blocks against a plain loop that keeps every activation, and its costs: reads, passes, compilations."""
+"""Passes over the blocks against a plain loop that keeps every activation, and their costs."""
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -43,7 +43,7 @@ def halved(block: Block) -> Block:
 
 
 def activations(m: Model, windows: np.ndarray, replace: bool) -> Iterator[dict[str, np.ndarray]]:
-    """Each block's taps in float64, all windows at once; what comes after sees the block, or the halved one."""
+    """Yield each block's taps in float64; the next block sees outputs of the block or its half."""
     x = embed(m.arch, m.non_block, windows)
     for block in m.blocks:
         y, taps = run_block(m, block, x)
@@ -59,7 +59,7 @@ def collect(
     mesh: Mesh | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
-    """Return every block's statistics; the visitor replaces blocks by halved ones, or leaves them."""
+    """Return every block's statistics; the visitor halves the blocks, or leaves them."""
     found: list[dict[str, Any]] = []
 
     def visit(i: int, block: Block, stats: Any) -> tuple[Block, int]:
@@ -77,8 +77,7 @@ def collect(
     ("family", "propagate"), [*((family, "pruned") for family in FAMILIES), ("llama", "dense")]
 )
 def test_statistics_are_those_of_the_activations(family: str, propagate: str) -> None:
-    """Inputs (taps) and outputs (slots) alike; a dense walk does not see that blocks were replaced, a pruned one does. The model
-    itself is left alone."""
+    """Inputs (taps) and outputs (slots) alike; only a pruned pass sees replaced blocks."""
     m, windows = model(family), tokens()
     before = jax.tree.map(np.array, (m.non_block, m.blocks))
     names = {*(s.reads for s in m.arch.slots), *(s.name for s in m.arch.slots)}
@@ -193,7 +192,7 @@ def test_activations_that_overflow_are_bad_input() -> None:
 
 
 def test_equal_blocks_compile_once() -> None:
-    """Three blocks, and a second walk, are one compilation for each micro-batch's shape (and one without output, for the last block)."""
+    """Three blocks and a second pass compile once, and once without output for the last block."""
     m, options = (
         model("llama"),
         {"watch": {"mlp_in": second_moment}, "propagate": "dense", "batch": 4},

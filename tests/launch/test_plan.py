@@ -67,7 +67,10 @@ def test_every_method_can_be_planned_without_weights(
     json.dumps(result)
     programs = {p["name"]: p for p in result["programs"]}
     blocks, steps = tiny.LLAMA["num_hidden_layers"], 3
-    assert programs["embedding"]["calls"] % steps == 0
+    if method == "magnitude" or method == "magnitude_sp":
+        assert "embedding" not in programs, "the weights alone decide"
+    elif not method.startswith("sleb"):  # it looks at one micro-batch more
+        assert programs["embedding"]["calls"] % steps == 0
     if method.startswith(("wanda_sp", "sparsegpt", "wanda")) and "global" not in method:
         assert programs["statistics"]["calls"] == steps * blocks and programs["pruned block"][
             "calls"
@@ -175,7 +178,7 @@ def test_a_plan_for_absent_tpus_compiles_the_real_programs(tmp_path: pathlib.Pat
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        (["--topology=v5e:three"], "--topology=v5e:three cannot be had"),
+        (["--topology=v5e:three"], "--topology=v5e:three is not available"),
         (["--mesh=data=64"], "needs 64 devices"),
         (["--method=sleb(blocks=9)"], "cannot remove 9"),
         (["--pattern=2:4", "--sparsity=0.3"], "leave --sparsity out"),

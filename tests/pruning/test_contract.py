@@ -1,4 +1,4 @@
-"""What every method promises, on every family: a new method is held to it by being in the table of contents."""
+"""The contract of every method on every family; a method in METHODS is held to it."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -72,8 +72,11 @@ every_case = pytest.mark.parametrize("case", CASES, ids=str)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
+ONE_DEVICE = Runtime()
+
+
 def fresh(
-    case: Case, m: Model, sparsity: float, runtime: Runtime = Runtime(), **options: Any
+    case: Case, m: Model, sparsity: float, runtime: Runtime = ONE_DEVICE, **options: Any
 ) -> tuple[Model, Outcome]:
     """Run the case on its own."""
     method = METHODS[case.name](**dict(case.arguments))
@@ -123,7 +126,7 @@ def covered(m: Model, outcome: Outcome) -> list[tuple[int, str]]:
 @every_family
 @pytest.mark.parametrize("case", WEIGHTS, ids=str)
 def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
-    """Every linear is covered, and misses its budget by one entry of each row (or of the matrix) at most; what stays is there."""
+    """Every linear is covered and misses its budget by at most one entry a row (or a matrix)."""
     pruned, outcome = run(case, family)
     assert len(covered(pruned, outcome)) == 3 * len(pruned.arch.slots)
     for asked, gone in zip(outcome.asked, zeros(pruned), strict=True):
@@ -138,7 +141,7 @@ def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
 
 
 def shares(case: Case, m: Model, outcome: Outcome) -> dict[str, np.ndarray]:
-    """What was removed of each covered linear: rows a block if the method selects rows, else columns of the reader of neurons."""
+    """Return the removed rows of each linear, or the removed columns of the reader of neurons."""
     rows = dict(case.arguments).get("units") == "rows"
     reader = m.arch.group("neurons").reader.name
     slots = outcome.removed[0] if rows else [reader]
@@ -181,7 +184,7 @@ def test_units_are_removed_as_asked(case: Case, family: str) -> None:
 @every_family
 @pytest.mark.parametrize("case", BLOCKS, ids=str)
 def test_blocks_are_removed_as_asked(case: Case, family: str) -> None:
-    """Half of three blocks are two, half of their six halves three; every linear of what left counts as gone."""
+    """Half of three blocks are two, half of six sublayers three; removed linears count whole."""
     m, (pruned, outcome) = model(family), run(case, family)
     sublayers = dict(case.arguments).get("units") == "sublayers"
     assert len(outcome.asked) == 3 and all(
@@ -234,7 +237,7 @@ def test_another_seed_matters_to_what_is_random_alone(case: Case) -> None:
 @every_family
 @pytest.mark.parametrize("case", WEIGHTS, ids=str)
 def test_the_budget_is_data(case: Case, family: str, compilations: Compilations) -> None:
-    """After the first sparsity, no other compiles anything; nor does another model of the same architecture."""
+    """Another sparsity, or another model of the same architecture, compiles nothing."""
     run(case, family)
     other = model(family, seed=2)
     compilations.count = 0
@@ -249,7 +252,7 @@ def test_the_budget_is_data(case: Case, family: str, compilations: Compilations)
 def test_units_compile_only_for_their_new_widths(
     case: Case, family: str, compilations: Compilations
 ) -> None:
-    """Importance and zeroing are compiled once; cutting is one gather for each shape of array and each new width."""
+    """Importance and zeroing compile once; cutting, once for each shape and new width."""
     run(case, family)
     other = model(family, seed=2)
     compilations.count = 0
@@ -319,7 +322,7 @@ def test_every_block_goes_to_the_sink_once_and_in_order(case: Case) -> None:
 
 @every_case
 def test_the_report_of_the_outcome_is_json(case: Case) -> None:
-    """Figures and scores are plain: numbers of Python, arrays of NumPy; nothing keeps device memory alive."""
+    """Figures are Python numbers and scores NumPy arrays; nothing keeps device memory alive."""
     _, outcome = run(case, "llama")
     assert all(type(f) is float for asked in outcome.asked for f in asked.values())
     assert all(

@@ -1,5 +1,4 @@
-"""Scores, patterns and centralities are pure functions of arrays: `jit`, `jax.pmap` and `jax.shard_map` over eight devices give what a
-plain call gives. And whole methods on a mesh leave the masks of one device."""
+"""Scores, patterns and centralities under jit, pmap and shard_map equal those of one device."""
 
 import functools
 from collections.abc import Callable
@@ -72,7 +71,9 @@ def assert_same(got: Any, want: Any) -> None:
 
 @every_way
 @pytest.mark.parametrize("score", [scores.magnitude, scores.wanda])
-def test_weight_scores_of_rows(score: Callable[..., Any], way: str) -> None:
+def test_weight_scores_of_rows_are_the_same_on_eight_devices(
+    score: Callable[..., Any], way: str
+) -> None:
     """Every device has some rows of the matrix, and all statistics of its inputs."""
     got = WAYS[way](score, parts(W), everywhere(STATS))
     assert len(jax.tree.leaves(got)[0].sharding.device_set) == (1 if way == "jit" else DEVICES)
@@ -89,7 +90,9 @@ def test_weight_scores_of_rows(score: Callable[..., Any], way: str) -> None:
     ],
     ids=["per_row", "per_row of rows", "2:4"],
 )
-def test_patterns_of_rows(pattern: patterns.Pattern, fraction: np.ndarray, way: str) -> None:
+def test_patterns_of_rows_are_the_same_on_eight_devices(
+    pattern: patterns.Pattern, fraction: np.ndarray, way: str
+) -> None:
     """Ties included: a row's mask does not depend on the rows beside it."""
     count = pattern.counts(W.shape, fraction)
     want = jax.jit(pattern.keep)(TIED, count)
@@ -98,7 +101,7 @@ def test_patterns_of_rows(pattern: patterns.Pattern, fraction: np.ndarray, way: 
 
 
 @every_way
-def test_a_pattern_of_whole_matrices(way: str) -> None:
+def test_a_pattern_of_whole_matrices_is_the_same_on_eight_devices(way: str) -> None:
     """A threshold needs its whole matrix, so every device has one of its own."""
     many = RNG.normal(size=(DEVICES, OUT, IN)).astype(np.float32)
     count = patterns.per_matrix.counts((OUT, IN), np.float64(0.4))
@@ -108,7 +111,7 @@ def test_a_pattern_of_whole_matrices(way: str) -> None:
 
 
 @every_way
-def test_an_observer_per_device(way: str) -> None:
+def test_observers_sum_the_same_on_eight_devices(way: str) -> None:
     """Windows shared out; the statistics of all are the sum of the devices'."""
     x = RNG.normal(size=(2 * DEVICES, 5, IN)).astype(np.float32)
     got = WAYS[way](lambda part: second_moment.update(second_moment.init(IN), part), parts(x))
@@ -128,7 +131,9 @@ def block(seed: int) -> core.Ffn:
 @every_way
 @pytest.mark.parametrize("make", [core.official_centrality, core.corrected_centrality])
 @pytest.mark.parametrize("name", SCORERS)
-def test_centralities(name: str, make: Callable[..., core.Centrality], way: str) -> None:
+def test_centralities_are_the_same_on_eight_devices(
+    name: str, make: Callable[..., core.Centrality], way: str
+) -> None:
     """Eight blocks, each on its device, from the same importance that comes in."""
     step = make(name, 0.5, 0.5, 0.3, True)
     blocks, carried = [block(i) for i in range(DEVICES)], np.linspace(1, 2, 6, dtype=np.float32)
@@ -165,7 +170,7 @@ MESHES = [
 
 @pytest.mark.parametrize(("case", "family", "mesh"), MESHES)
 def test_a_mesh_leaves_the_same_masks(case: str, family: str, mesh: str) -> None:
-    """And the same removed units; the blocks of methods that write into them are where the mesh has them."""
+    """Removed units are the same too, and blocks lie where the mesh puts them."""
     name, arguments = CASES[case]
     runs = [
         prune(model(family), METHODS[name](**arguments), tokens(8), Request(0.5), Runtime(mesh=m))

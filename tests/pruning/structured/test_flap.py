@@ -1,179 +1,25 @@
-"""FLAP: statistics and repairs against NumPy, counts of selections, and cuts against masks."""
+"""FLAP and methods by channels over whole models: cuts against masks, repairs, rounding, errors."""
 
 import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.observers import moments
 from models.arch import Block, Group, Model, embed
 from models.errors import InputError
 from models.layers import Linear
 from models.surgery import mask
 from models.surgery import units as dense_units
 from pruning.methods import METHODS
-from pruning.structured import repair_core
-from pruning.structured.flap_core import (
-    Units,
-    input_feature_metrics,
-    official_fluctuation,
-    select_corrected,
-    select_official,
-)
 from pruning.types import Outcome, Request, prune
-from reference import flap as reference
 from reference.small import FAMILIES, logits, model, run_block, same, tokens, weight
 
-RNG = np.random.default_rng(0)
-X = (RNG.normal(size=(7, 5, 6)) * [1, 2, 0.1, 3, 1, 0] + [0, 5, 1, -2, 0, 3]).astype(np.float32)
-W = RNG.normal(size=(4, 6)).astype(np.float32)
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SCOPES, REPAIRS = ("local", "global"), ("none", "bias", "refit")
 STRUCTURES = ["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
-
-
-def observed(observer: Any, sizes: tuple[int, ...]) -> Any:
-    """Return the state of an observer after X in micro-batches of these sizes."""
-    state = observer.init(6)
-    for part in np.split(X, np.cumsum(sizes)[:-1]):
-        state = jax.jit(observer.update)(state, jnp.asarray(part))
-    return state
-
-
-@pytest.mark.parametrize("sizes", [(7,), (1,) * 7, (3, 4)])
-def test_official_statistics_equal_the_loop_over_samples_in_any_batches(
-    sizes: tuple[int, ...],
-) -> None:
-    state = observed(official_fluctuation, sizes)
-    mean, fluctuation = reference.official(X)
-    np.testing.assert_allclose(state.mean, mean, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(state.fluctuation, fluctuation, rtol=1e-4, atol=1e-6)
-
-
-def test_metrics_equal_their_formulas() -> None:
-    metrics = input_feature_metrics(jnp.asarray(W), observed(moments, (7,)))
-    variance = X.astype(np.float64).var((0, 1))
-    norm = np.sqrt((X.astype(np.float64) ** 2).sum(1).mean(0))
-    np.testing.assert_allclose(metrics["IFV"], variance, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(metrics["WIFV"], variance * (W**2).sum(0), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(metrics["WIFN"], (np.abs(W) * norm).mean(0), rtol=1e-5)
-
-
-def units() -> tuple[Units, Units]:
-    """Return the heads and neurons of three blocks: four heads of 2 channels, and ten neurons.
-
-    A head holds as many parameters as eight neurons.
-    """
-    rng = np.random.default_rng(1)
-    heads = Units([rng.random(8) for _ in range(3)], 2, 24.0)
-    neurons = Units([rng.random(10) for _ in range(3)], 1, 3.0)
-    return heads, neurons
-
-
-@pytest.mark.parametrize("ratio", [0.2, 0.5, 0.7])
-@pytest.mark.parametrize("structure", STRUCTURES)
-def test_corrected_selection_removes_the_share_of_parameters(structure: Any, ratio: float) -> None:
-    """To half a head, or half a neuron where neurons make up for the heads.
-
-    Of each kind one unit stays in every block.
-    """
-    heads, neurons = units()
-    kept = select_corrected(heads, neurons, ratio, structure, 3)
-    removed = sum(
-        (~k).sum() * u.cost for u, ks in zip((heads, neurons), kept, strict=True) for k in ks
-    )
-    total = 3 * (4 * 24 + 10 * 3)
-    most = 3 * 24 + 27 * 3 if structure.endswith("MM") else total
-    near = {"UL-UM": 3 * 12 + 3 * 1.5, "UL-MM": 4.5, "AL-MM": 1.5, "AL-AM": 12}[structure]
-    assert abs(removed - min(ratio * total, most)) <= near
-    assert all(k.any() for ks in kept for k in ks)
-
-
-def test_official_selection_equals_the_one_by_hand() -> None:
-    """One block with heads 1 and 4 (squared) and neurons 1, 2, 3.
-
-    A head is worth 2.67 neurons, truncated to 2.
-    """
-    heads, neurons = (
-        Units([np.array([1.0, 2.0])], 1, 8.0),
-        Units([np.array([3.0, 1.0, 2.0])], 1, 3.0),
-    )
-    assert [k.tolist() for k in select_official(heads, neurons, 0.5, "UL-UM", 0).heads] == [
-        [False, True]
-    ]
-    assert [k.tolist() for k in select_official(heads, neurons, 0.4, "UL-UM", 0).neurons] == [
-        [True, False, True]
-    ]
-    # Of 25 parameters 0.5 are 12.5; one head is 8, which leaves 4.5 for one neuron of 3.
-    for structure in ("UL-MM", "AL-MM"):
-        kept = select_official(heads, neurons, 0.5, structure, 1)
-        assert kept.heads[0].tolist() == [False, True] and kept.neurons[0].tolist() == [
-            True,
-            False,
-            True,
-        ]
-    # Standardised: heads -0.7, 0.7; neurons 1, -1, 0. From the highest down they are worth 1, 3, 4,
-    # 6, 7 of 7. At 0.5 the target 3.5 is as near to 3 as to 4: the first of both, the head 0.7, is
-    # the threshold and does not stay.
-    kept = select_official(heads, neurons, 0.5, "AL-AM", 0)
-    assert kept.heads[0].tolist() == [False, False] and kept.neurons[0].tolist() == [
-        True,
-        False,
-        False,
-    ]
-
-
-@every_family
-@pytest.mark.parametrize("name", ["heads", "neurons"])
-def test_the_bias_keeps_the_mean_output(name: str, family: str) -> None:
-    m = model(family)
-    group = m.arch.group(name)
-    tap = next(s.reads for s in m.arch.slots if s.name == group.reader.name)
-    _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
-    x, p = taps[tap].reshape(-1, taps[tap].shape[-1]), getattr(m.blocks[0], group.reader.name)
-    keep = RNG.random(x.shape[1]) < 0.6
-    new = repair_core.add_lost_mean(p, jnp.asarray(x.mean(0), jnp.float32), jnp.asarray(keep))
-    dense = x @ np.asarray(p.w, np.float64).T + (0 if p.b is None else np.asarray(p.b, np.float64))
-    left = (x * keep) @ np.asarray(new.w, np.float64).T + np.asarray(new.b, np.float64)
-    np.testing.assert_allclose(left.mean(0), dense.mean(0), atol=1e-4)
-    assert np.array_equal(new.w, p.w)
-
-
-def test_the_refit_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without much of a ridge it equals NumPy's; with the default it still beats the bias alone."""
-    x = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12)) + 1
-    w, keep = RNG.normal(size=(5, 12)), np.arange(12) % 3 > 0
-    arrays = [jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), np.float32(400))]
-    p = Linear(jnp.asarray(w, jnp.float32), jnp.ones(5))
-    want, b = reference.refit(w, x, keep)
-
-    def error(q: Linear) -> float:
-        return float(
-            np.square((x * keep) @ np.asarray(q.w).T + np.asarray(q.b) - x @ w.T - 1).mean()
-        )
-
-    fitted, alone = (
-        repair_core.refit_kept_columns(p, *arrays, jnp.asarray(keep)),
-        repair_core.add_lost_mean(p, arrays[1], jnp.asarray(keep)),
-    )
-    assert error(fitted) < 0.7 * error(alone)
-    monkeypatch.setattr(repair_core, "RIDGE", 1e-7)
-    exact = repair_core.refit_kept_columns(p, *arrays, jnp.asarray(keep))
-    np.testing.assert_allclose(exact.w, want, atol=2e-3)
-    np.testing.assert_allclose(exact.b, b + 1, atol=2e-2)
-
-
-def test_the_refit_changes_nothing_where_nothing_is_removed() -> None:
-    x = RNG.normal(size=(50, 6))
-    p = Linear(jnp.asarray(W))
-    got = repair_core.refit_kept_columns(
-        p, *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), 50.0)), jnp.ones(6, bool)
-    )
-    assert np.array_equal(got.w, W) and not np.asarray(got.b).any()
 
 
 @functools.cache

@@ -1,10 +1,8 @@
 """SLEB against a plain search without caches: all budgets, early stopping, and limits."""
 
-import functools
 import math
 import pathlib
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import chex
@@ -17,47 +15,21 @@ from calibration.runtime import Runtime
 from calibration.states import OFFLOADS
 from eval.perplexity import perplexity
 from models import arch
-from models.arch import Model, embed, logits
+from models.arch import Model, embed
 from models.checkpoint.blocks import LazyBlocks
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
-from models.families import hf
 from models.programs import Program
 from models.sharding import make_mesh
 from pruning.structured import sleb_runner
 from pruning.structured.sleb import Sleb
-from pruning.structured.sleb_store import plan_stores
 from pruning.types import Outcome, Request, prune
 from reference import small, tiny
+from reference.sleb import LENGTH, TOKENS, WINDOWS, deep, loss, plain_search
 
-LENGTH, WINDOWS = 12, 6
-TOKENS = small.tokens(WINDOWS, LENGTH)
 GIB = 1 << 30
 STATE = 4 * LENGTH * 16 / GIB  # one window's hidden states
 families = pytest.mark.parametrize("family", ["llama", "opt"])
-
-
-@functools.cache
-def deep(family: str, blocks: int = 8) -> Model:
-    """Return a random model of many blocks, scaled so that they matter differently."""
-    arch, non_block, specs = hf.specs(small.CONFIGS[family] | {"num_hidden_layers": blocks})
-    rng = np.random.default_rng(3)
-
-    def draw(spec: hf.Spec, scale: float = 0.3) -> jax.Array:
-        return jnp.asarray(
-            (spec.init == "ones") + scale * rng.standard_normal(spec.shape), jnp.float32
-        )
-
-    def tree(specs: Any, scale: float) -> Any:
-        return jax.tree.map(lambda s: draw(s, scale), specs, is_leaf=hf.is_spec)
-
-    return Model(
-        arch,
-        tree(non_block, 0.3),
-        tuple(
-            tree(s, scale) for s, scale in zip(specs, rng.uniform(0.1, 0.35, blocks), strict=True)
-        ),
-    )
 
 
 def run(m: Model, n: int, batch: int = 2, **arguments: Any) -> tuple[Model, Outcome]:
@@ -66,36 +38,6 @@ def run(m: Model, n: int, batch: int = 2, **arguments: Any) -> tuple[Model, Outc
 
 def details(m: Model, n: int, batch: int = 2, **arguments: Any) -> dict[str, Any]:
     return dict(run(m, n, batch, **arguments)[1].details)
-
-
-def loss(m: Model, blocks: Sequence[Any]) -> float:
-    """Return the official loss of the model with these blocks, from its logits, in float64."""
-    z = np.asarray(logits(m._replace(blocks=tuple(blocks)), TOKENS), np.float64)[:, :-1]
-    z -= z.max(axis=-1, keepdims=True)
-    log_p = z - np.log(np.exp(z).sum(axis=-1, keepdims=True))
-    return (
-        -float(np.take_along_axis(log_p, TOKENS[:, 1:, None], axis=2).mean(axis=1).sum()) * LENGTH
-    )
-
-
-def plain_search(
-    m: Model, n: int, early: int = 1, latter: int = 1
-) -> tuple[list[int], list[dict[int, float]], int]:
-    """Run every candidate whole; return the order, the losses and the blocks times windows run."""
-    alive = list(range(len(m.blocks)))
-    order: list[int] = []
-    phases: list[dict[int, float]] = []
-    work = 0
-    for _ in range(n):
-        losses = {}
-        for j in range(early, len(alive) - latter):
-            left = alive[:j] + alive[j + 1 :]
-            losses[alive[j]] = loss(m, [m.blocks[i] for i in left])
-            work += len(left) * WINDOWS
-        order.append(min(losses, key=lambda i: (losses[i], i)))
-        alive.remove(order[-1])
-        phases.append(losses)
-    return order, phases, work
 
 
 @families
@@ -387,22 +329,3 @@ def test_sparsity_is_a_fraction_of_the_blocks_unless_their_number_is_given() -> 
     assert len(prune(m, Sleb(), TOKENS, Request(0.25))[0].blocks) == 6
     assert len(prune(m, Sleb(blocks=1), TOKENS, Request(0.25))[0].blocks) == 7
     assert small.same(prune(m, Sleb(blocks=0), TOKENS, Request(0.25))[0].blocks, m.blocks)
-
-
-@pytest.mark.parametrize("device", [0, 1, 5, 21, 22, 60, 1000])
-@pytest.mark.parametrize("host", [0, 1, 6, 30, 1000])
-@pytest.mark.parametrize("disk", [0, 40])
-def test_stores_take_no_more_memory_than_is_available(device: int, host: int, disk: int) -> None:
-    available = (device, host, disk)
-    shared, own = plan_stores(8, 3, available)
-    assert all(a + b <= room for a, b, room in zip(shared.bytes, own.bytes, available, strict=True))
-    assert shared.every <= 4
-    if sum(available) >= 21:
-        assert shared.every == 1 and sum(shared.bytes) == 21
-        assert shared.bytes[:2] == (
-            min(device, 21),
-            min(host, 21 - min(device, 21)),
-        )  # the fastest first
-    else:
-        assert own.every == 0
-    assert (own.every == 1) == (sum(available) - 21 >= 28 * 3)
