@@ -43,7 +43,7 @@ from pruning.weights.sparsellm_core import (
     Ffn,
     Penalties,
     Settings,
-    Solved,
+    Solution,
     solve_corrected,
 )
 from pruning.weights.sparsellm_official_core import Aux, solve_official
@@ -143,7 +143,7 @@ def _solve_official(
     h2: jax.Array,
     counts: Counts,
     settings: Settings,
-) -> Solved:
+) -> Solution:
     """Solve the feed-forward part as the authors' code does."""
     names = _names(arch)
     gate = taps[names.gate] if names.gate else None
@@ -190,7 +190,7 @@ def _solve_corrected(
     y: tuple[jax.Array, ...],
     counts: Counts,
     settings: Settings,
-) -> Solved:
+) -> Solution:
     """Solve the feed-forward part toward its targets."""
     return solve_corrected(_ffn(arch, block), x, y, counts, settings)
 
@@ -212,7 +212,7 @@ def _stack_by_size(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
     return stacks
 
 
-class _Solution(NamedTuple):
+class _PrunedBlock(NamedTuple):
     """A pruned block.
 
     Attributes:
@@ -235,7 +235,7 @@ class _BlockSolver(NamedTuple):
 
     def _official(
         self, i: int, dense: Block, xs: States, stats: Mapping[str, Any], counts: Counts
-    ) -> Solved:
+    ) -> Solution:
         names = _names(self.arch)
         h1, h2 = _hessian(stats[names.input_tap]), _hessian(stats[names.hidden_tap])
         taps = _join([_activations(self.arch, dense, x) for x in xs])
@@ -244,7 +244,7 @@ class _BlockSolver(NamedTuple):
             settings = settings._replace(iterations=1)
         return _solve_official(self.arch, dense, taps, h1, h2, counts, settings)
 
-    def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solved:
+    def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solution:
         inputs: list[jax.Array] = []
         targets: list[jax.Array] = []
         for x in xs:
@@ -254,7 +254,7 @@ class _BlockSolver(NamedTuple):
         stacks = _stack_by_size(inputs), _stack_by_size(targets)
         return _solve_corrected(self.arch, dense, *stacks, counts, self.settings)
 
-    def solve(self, i: int, block: Block, xs: States, counts: Mapping[str, Any]) -> _Solution:
+    def solve(self, i: int, block: Block, xs: States, counts: Mapping[str, Any]) -> _PrunedBlock:
         """Prune block i.
 
         Args:
@@ -266,7 +266,7 @@ class _BlockSolver(NamedTuple):
         Raises:
           InputError: The official alternation diverged, or the activations overflow.
         """
-        arch, pattern, names = self.arch, self.settings.rule, _names(self.arch)
+        arch, pattern, names = self.arch, self.settings.pattern, _names(self.arch)
         attention = {name: count for name, count in counts.items() if name not in names.slots}
         taps = [s.reads for s in arch.slots if self.official or s.name in attention]
         stats = observe(arch, dict.fromkeys(taps, gram), i, block, xs)
@@ -274,12 +274,12 @@ class _BlockSolver(NamedTuple):
         pruned, notes = solve_block(arch, pruners, block, stats, attention)
         of_part = Counts(tuple(counts[name] for name in names.writers), counts[names.w2])
         if self.official:
-            solved = self._official(i, block, xs, stats, of_part)
+            solution = self._official(i, block, xs, stats, of_part)
         else:
             del stats  # memory: the alternation reads its own sums
-            solved = self._corrected(block, pruned, xs, of_part)
-        block_figures = figures(i, {**notes, FFN_FIGURES: {"damping": solved.damping}})
-        losses = [float(x) for x in solved.losses]
+            solution = self._corrected(block, pruned, xs, of_part)
+        block_figures = figures(i, {**notes, FFN_FIGURES: {"damping": solution.damping}})
+        losses = [float(x) for x in solution.losses]
         if self.official and not np.isfinite(losses[-1]):
             raise InputError(
                 f"block {i}: the official alternation diverged, as it does on this model",
@@ -287,7 +287,7 @@ class _BlockSolver(NamedTuple):
             )
         if not np.any(np.isfinite(losses)):
             raise overflow(i)
-        return _Solution(_with_ffn(arch, pruned, solved.ffn), block_figures, losses)
+        return _PrunedBlock(_with_ffn(arch, pruned, solution.ffn), block_figures, losses)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,7 +368,7 @@ class SparseLLM:
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_refinement("sparsellm", request)
-        check_pattern(model, self._settings(model.arch, request).rule)
+        check_pattern(model, self._settings(model.arch, request).pattern)
 
     def run(
         self,
@@ -382,7 +382,7 @@ class SparseLLM:
         arch, settings = model.arch, self._settings(model.arch, request)
         solver = _BlockSolver(arch, settings, self._official)
         # Budgets are tried with SparseGPT, which the alternation starts from.
-        layerwise = Layerwise(sparsegpt.pruner(self.damp, settings.rule), settings.rule)
+        layerwise = Layerwise(sparsegpt.pruner(self.damp, settings.pattern), settings.pattern)
         allocation = allocate(model, tokens, request, runtime, layerwise)
         depth = len(model.blocks)
         covered = depth // 2 if self.first_half else depth
@@ -390,7 +390,7 @@ class SparseLLM:
         def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
             block_figures: dict[str, dict[str, float]] = {}
             losses: list[float] = []
-            counts = counts_if_any(arch, settings.rule, block, allocation.budget[i])
+            counts = counts_if_any(arch, settings.pattern, block, allocation.budget[i])
             if i < covered and counts:
                 block, block_figures, losses = solver.solve(i, block, xs, counts)
             sink(i, block)

@@ -6,10 +6,11 @@ import typing
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.types import Layerwise, Pruner, Request, prune
 from pruning.weights.patterns import per_row
-from pruning.weights.per_linear import scored
+from pruning.weights.per_linear import score_solver
 from pruning.weights.scores import magnitude
 from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros
@@ -72,15 +73,17 @@ def test_wanda_looks_at_activations() -> None:
 def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
     m = model("opt")
     whole, parts = (
-        prune(m, METHODS["wanda"](), tokens(), Request(0.5, batch=b))[0] for b in (6, batch)
+        prune(m, METHODS["wanda"](), tokens(), Request(0.5), Runtime(batch=b))[0]
+        for b in (6, batch)
     )
     assert same(whole.blocks, parts.blocks)
 
 
 def test_uniform_is_the_same_everywhere() -> None:
     m = model("llama-gqa")
+    pruner = Pruner(None, score_solver(magnitude, per_row.keep))
     budget = ALLOCATIONS["uniform"]()(
-        m, tokens(), Request(0.3), Layerwise(Pruner(None, scored(magnitude, per_row.keep)), per_row)
+        m, tokens(), Request(0.3), Runtime(), Layerwise(pruner, per_row)
     ).budget
     assert len(budget) == 3
     assert all(fractions == {s.name: 0.3 for s in m.arch.slots} for fractions in budget)

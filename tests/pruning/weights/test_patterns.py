@@ -15,8 +15,8 @@ from pruning.weights.patterns import (
     per_column_block,
     per_matrix,
     per_row,
-    value_of_rank,
 )
+from pruning.weights.patterns_core import value_of_rank
 from reference import wanda as reference
 
 FRACTIONS = (0.0, 0.1, 0.29, 0.5, 0.7, 0.99)
@@ -183,7 +183,7 @@ def test_equal_patterns_are_one_object() -> None:
 
 def test_inputs_must_be_a_multiple_of_m() -> None:
     with pytest.raises(
-        InputError, match=r"--pattern=2:7: 24 inputs .* not a multiple of 7: choose"
+        InputError, match=r"pattern=2:7 does not fit: 24 inputs .* not a multiple of 7: choose"
     ):
         n_of_m(2, 7).counts((6, 24), np.float64(0.5))
 

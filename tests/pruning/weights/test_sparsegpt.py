@@ -1,5 +1,6 @@
 """SparseGPT against the paper's algorithm in NumPy, what its factor is, what happens where H does not factor, and what it is for."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -9,19 +10,18 @@ import numpy as np
 import pytest
 
 from calibration.observers import Gram
-from models.arch import Model
 from models.errors import InputError
 from pruning import linalg as inverse
 from pruning.methods import METHODS
-from pruning.types import BlockSink, Mask, Method, Outcome, Pattern, Request, prune
-from pruning.weights import per_linear as lift
-from pruning.weights import sparsegpt
+from pruning.types import Allocation, Mask, Pattern, Request, prune
+from pruning.weights import per_linear, sparsegpt
+from pruning.weights import sparsegpt_core as core
 from pruning.weights.patterns import n_of_m, per_column_block, per_matrix
 from reference import sparsegpt as reference
 from reference.small import model, tokens, zeros
 
 DAMP = 0.01
-BLOCKS = per_column_block(sparsegpt.COLUMNS)
+BLOCKS = per_column_block(core.COLUMNS)
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
 
@@ -47,10 +47,8 @@ def run(
     pattern: Pattern, ws: Sequence[jax.Array], total: jax.Array, counts: Sequence[jax.Array]
 ) -> list[tuple[jax.Array, Mask]]:
     """Factored and solved, compiled once for each pattern and shapes."""
-    f = sparsegpt.factor(
-        sparsegpt.hessian(Gram(total, jnp.float32(2))), DAMP
-    )  # 2/n = 1: H is the sum itself
-    return sparsegpt.solve(ws, f, counts, pattern.keep, pattern.group)
+    f = core.factor(core.hessian(Gram(total, jnp.float32(2))), DAMP)  # 2/n = 1: H is the sum itself
+    return core.solve(ws, f, counts, pattern.keep, pattern.group)
 
 
 def solved(
@@ -143,9 +141,7 @@ def test_the_factor_is_upper_and_of_the_inverse(
     """Whole, and in panels, which may not divide it."""
     monkeypatch.setattr(inverse, "PANEL", panel)
     h = hessian(inputs)
-    u = np.asarray(jax.jit(lambda h: sparsegpt.inverse_factor(h))(jnp.asarray(h))).astype(
-        np.float64
-    )
+    u = np.asarray(jax.jit(lambda h: core.inverse_factor(h))(jnp.asarray(h))).astype(np.float64)
     assert np.array_equal(u, np.triu(u)) and np.all(np.diag(u) > 0)
     want = np.linalg.inv(h.astype(np.float64))
     np.testing.assert_allclose(u.T @ u, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
@@ -154,12 +150,12 @@ def test_the_factor_is_upper_and_of_the_inverse(
 def test_dead_inputs_and_damping_are_those_of_the_released_code() -> None:
     """H_ii of a dead input is 1 before the mean is taken, so the scale 2/n shows."""
     total = np.diag([3.0, 0.0, 6.0]).astype(np.float32)
-    h = sparsegpt.hessian(Gram(jnp.asarray(total), jnp.float32(6)))
+    h = core.hessian(Gram(jnp.asarray(total), jnp.float32(6)))
     np.testing.assert_allclose(h, total / 3, rtol=1e-6)
     np.testing.assert_allclose(
-        sparsegpt.damped(h, 0.1), np.diag(np.array([1.0, 1.0, 2.0]) + 0.1 * 4 / 3), rtol=1e-6
+        core.damped(h, 0.1), np.diag(np.array([1.0, 1.0, 2.0]) + 0.1 * 4 / 3), rtol=1e-6
     )
-    f = sparsegpt.factor(h, 0.1)
+    f = core.factor(h, 0.1)
     assert f.dead.tolist() == [False, True, False]
     assert float(f.damping) == pytest.approx(0.1)
 
@@ -211,7 +207,7 @@ def test_damping_is_raised_tenfold_until_h_factors(
 ) -> None:
     """From none at all the first raise is to 1e-6."""
     monkeypatch.setattr(inverse, "PANEL", panel)
-    f = jax.jit(lambda h: sparsegpt.factor(h, damp))(jnp.asarray(indefinite(lowest)))
+    f = jax.jit(lambda h: core.factor(h, damp))(jnp.asarray(indefinite(lowest)))
     assert float(f.damping) == pytest.approx(found)
     h = indefinite(lowest).astype(np.float64)
     want = np.linalg.inv(h + found * np.mean(np.diag(h)) * np.eye(40))
@@ -223,32 +219,24 @@ def test_damping_is_raised_tenfold_until_h_factors(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_h_that_no_damping_mends_is_bad_input(value: float) -> None:
     stats = Gram(jnp.full((40, 40), value, jnp.float32), jnp.float32(4))
-    w = jnp.asarray(matrices(40)[0])
-    _, notes = lift.solve_tap(
-        sparsegpt.pruner(DAMP, BLOCKS), stats, [w], [BLOCKS.counts(w.shape, np.float64(0.5))]
-    )
+    _, notes = per_linear.prepare_tap(sparsegpt.pruner(DAMP, BLOCKS), stats, "attn")
     with pytest.raises(
         InputError,
         match=r"block 3, attn: no damping makes its statistics solvable: use more, or other",
     ):
-        lift.figures(3, {"attn": notes})
+        per_linear.figures(3, {"attn": notes})
 
 
 def test_a_raise_is_a_warning() -> None:
-    """One for each block and input that needed it; what the method said before stays."""
+    """One sentence for each block and input that needed it, after those of the allocation."""
     details = {"damping": [{"attn": 0.01, "mlp": 0.1}, {}, {"attn": 0.010001}]}
-
-    def method(m: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        return Outcome((), details=details, warnings=("before",))
-
-    outcome = sparsegpt.reporting(Method(method), 0.01)(
-        model("llama"), tokens(), Request(0.5), lambda *_: None
-    )
-    assert outcome.warnings == (
-        "before",
-        "block 0, mlp: damping raised from 0.01 to 0.1, H did not factor",
-    )
-    assert outcome.details == details
+    warnings = ["block 0, mlp: damping raised from 0.01 to 0.1, H did not factor"]
+    assert sparsegpt.damping_warnings(0.01, details) == warnings
+    m = model("llama")
+    budget = tuple({slot.name: np.float64(0.5) for slot in m.arch.slots} for _ in m.blocks)
+    method = dataclasses.replace(METHODS["magnitude"](), warn=lambda details: ["after"])
+    request = Request(0.5, allocation=lambda *_: Allocation(budget, warnings=("before",)))
+    assert prune(m, method, tokens(), request)[1].warnings == ("before", "after")
 
 
 def test_a_run_on_too_few_tokens_raises_damping_and_says_so() -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from launch.flags.calls import build
 from models.arch import Model, embed
 from models.errors import InputError
@@ -17,7 +18,7 @@ from models.layers import ACTIVATIONS, Linear, linear
 from models.sharding import make_mesh
 from pruning.methods import METHODS
 from pruning.types import Allocation, Outcome, Request, prune
-from pruning.weights import sparsegpt, sparsellm
+from pruning.weights import sparsegpt_core, sparsellm
 from pruning.weights import sparsellm_core as core
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
 
@@ -118,8 +119,8 @@ def test_a_fit_has_no_slope() -> None:
     """Of |R - D X|^2 + ridge mean(H_ii) |D|^2, D what the fit adds to W: in float64."""
     w, x, r, ridge = normal(5, 8), normal(20, 8, seed=1), normal(20, 5, seed=2), 0.3
     h = x.T @ x
-    got = core._toward(
-        jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt.factor(jnp.asarray(h), ridge)
+    got = core.ridge_step(
+        jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt_core.factor(jnp.asarray(h), ridge)
     )
     added, x64 = np.asarray(got, np.float64) - w, x.astype(np.float64)
     slope = ridge * np.mean(np.diag(h)) * added - (r - x64 @ added.T).T @ x64
@@ -132,16 +133,14 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
     """Few tokens are fitted better with SparseGPT's little damping, others worse; a ridge without end leaves W1 and its gate alone."""
     m = model(family)
     ffn, act = part(m), m.arch.config.act
-    settings = sparsellm._settings(
-        m.arch, Request(0.5), 0.01, None, (None, None, None), ITERATIONS, False
-    )
+    settings = METHODS["sparsellm"](iterations=ITERATIONS)._settings(m.arch, Request(0.5))
     *writers, two = (
-        settings.rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.w2)
+        settings.pattern.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.w2)
     )
     few, other = (jnp.asarray(normal(1, n, 16, 16, seed=n)) for n in (4, 64))
-    y, unseen = (linear(ffn.w2, core.inside(ffn, x, act)) for x in (few, other))
+    y, unseen = (linear(ffn.w2, core.hidden_input(ffn, x, act)) for x in (few, other))
 
-    def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solved:
+    def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solution:
         c = settings._replace(ridge=ridge, iterations=iterations)
         return core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
 
@@ -160,7 +159,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
     """And the residuals of z and s have the writers' shapes."""
     m = model(family)
     ffn, x, y = part(m), jnp.asarray(normal(6, 12, 16)), jnp.asarray(normal(6, 12, 16, seed=1))
-    residuals, error = core.aimed(
+    residuals, error = core.residuals_and_error(
         ffn, core.p_gain(ffn.w2, PENALTIES), x, y, m.arch.config.act, PENALTIES
     )
     assert [r.shape for r in residuals] == [(6, 12, 24)] * len(ffn.writers)
@@ -190,7 +189,7 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
     }
     behind = m.blocks[0].replace(**attention)
     h = embed(m.arch, m.non_block, tokens(8))
-    x, y = sparsellm._aims(m.arch, m.blocks[0], behind, h)
+    x, y = sparsellm.ffn_inputs_and_targets(m.arch, m.blocks[0], behind, h)
     again = float(core.squared_error(part(pruned), x, y, m.arch.config.act)) / y.size
     assert again == pytest.approx(min(losses[0]), rel=1e-4)
     # The same in terms of the blocks' outputs: all that the pruned block gets wrong is what its feed-forward part leaves of y.
@@ -208,7 +207,9 @@ def test_a_large_stream_leaves_a_target_its_digits() -> None:
     def target(m: Model, dtype: Any) -> jax.Array:
         dense = jax.tree.map(lambda p: p.astype(dtype), m.blocks[0])
         pruned = dense.replace(o=dense.o.replace(w=dense.o.w * 0.5))
-        return sparsellm._aims(m.arch, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype))[1]
+        return sparsellm.ffn_inputs_and_targets(
+            m.arch, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype)
+        )[1]
 
     m = model("llama-gqa", dtype="bfloat16")
     got, want = target(m, jnp.bfloat16), target(m, jnp.float32)
@@ -233,7 +234,8 @@ def test_the_micro_batch_does_not_matter(family: str, batch: int) -> None:
         model(family),
         METHODS["sparsellm"](iterations=ITERATIONS),
         tokens(8),
-        Request(0.5, batch=batch),
+        Request(0.5),
+        Runtime(batch=batch),
     )
     one, _ = run(family, iterations=ITERATIONS)
     assert differing(one, many) <= 1e-3
@@ -249,7 +251,7 @@ def test_a_mesh_leaves_the_same_masks(variant: str) -> None:
     """Eight devices, windows and matrices split."""
     m, one = model("opt"), run("opt", variant=variant, iterations=ITERATIONS)[0]
     method = METHODS["sparsellm"](variant=variant, iterations=ITERATIONS)
-    many, _ = prune(m, method, tokens(8), Request(0.5, mesh=make_mesh("data=8")))
+    many, _ = prune(m, method, tokens(8), Request(0.5), Runtime(mesh=make_mesh("data=8")))
     assert len(many.blocks[0].q.w.sharding.device_set) == 8
     assert differing(one, many) <= 5e-3
 
@@ -348,12 +350,13 @@ def test_an_iteration_that_helps_nowhere_is_a_warning() -> None:
     m = model("opt")
     budget = Allocation(tuple({"fc1": np.float64(0.5)} for _ in m.blocks))
     losses = [[1.0, 2.0, 1.5], [2.0, 1.0, 1.5], [1.0]]
-    outcome = sparsellm._outcome(budget, 3, {}, losses, False, 0.01)
+    records = [({}, block_losses) for block_losses in losses]
+    outcome = METHODS["sparsellm"]()._outcome(budget, 3, records)
     assert outcome.warnings == (
         "block 0: no iteration was better than SparseGPT's solution, which stays",
     )
     assert outcome.details["iteration_kept"] == [0, 1, 0]
-    official = sparsellm._outcome(budget, 3, {}, losses, True, 0.01)
+    official = METHODS["sparsellm"](variant="official")._outcome(budget, 3, records)
     assert official.warnings == () and official.details["iteration_kept"] == [2, 2, 0]
 
 
