@@ -128,7 +128,7 @@ def test_shapes_of_a_checkpoint_are_known_without_its_weights(
     assert all_shapes(lazy) == all_shapes(m) == [shapes_of(m, block) for block in m.blocks]
 
 
-def test_spread() -> None:
+def test_densities_are_linear_in_scores() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=9)
     got = fractions_from_scores(values, 0.6, 0.1)
@@ -181,14 +181,14 @@ def test_a_matrix_without_a_spectrum_has_no_exponent(w: np.ndarray) -> None:
     assert alpha.exponent(jnp.asarray(w, jnp.float32)) == 0
 
 
-def test_misalignment() -> None:
+def test_misalignment_is_blind_to_a_common_factor() -> None:
     a, b = np.array([1.0, 2.0, 1.0]), np.array([2.0, 4.0, 2.0])
     assert misalignment(a, b) == 0, "a factor common to all channels does not count"
     assert misalignment(a, np.array([1.0, 1.0, 2.0])) == pytest.approx(np.sqrt(2) / 4 / 3)
     assert misalignment(np.zeros(3), np.zeros(3)) == 0 and np.isfinite(misalignment(a, np.zeros(3)))
 
 
-def test_schedule_and_rows() -> None:
+def test_schedules_rise_evenly_and_rows_follow_their_drop() -> None:
     np.testing.assert_allclose(schedule(5, 0.7, 0.2), [0.5, 0.6, 0.7, 0.8, 0.9])
     assert np.array_equal(schedule(1, 0.7, 0.2), [0.7])
     np.testing.assert_allclose(row_fractions(np.array([0.0, 4.0, 2.0]), 0.6, 0.1), [0.7, 0.5, 0.6])

@@ -1,4 +1,4 @@
-"""The table of contents: names, parameters and defaults that users rely on, and each method's composition against NumPy."""
+"""The tables of methods: names, parameters, defaults, and compositions against NumPy."""
 
 import inspect
 import typing
@@ -16,8 +16,8 @@ from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros
 
 
-def test_names() -> None:
-    """What CONTRACT.md's users may write; more may come."""
+def test_the_names_of_the_contract_exist() -> None:
+    """Users of CONTRACT.md write these; more may come."""
     assert {"magnitude", "wanda", "llmrank"} <= METHODS.keys()
     assert {"uniform", "owl", "alpha", "neuroal"} <= ALLOCATIONS.keys()
     assert {"none", "dsnot"} <= REFINEMENTS.keys()
@@ -25,7 +25,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", [*METHODS, "owl", "alpha", "neuroal", "dsnot"])
 def test_every_method_is_documented_has_defaults_and_literal_types(name: str) -> None:
-    """`launch` builds methods from text, so every parameter needs a type that it can check, and a default."""
+    """`launch` builds methods from text, so parameters need defaults and checkable types."""
     maker = {**METHODS, **ALLOCATIONS, **REFINEMENTS}[name]
     assert maker.__doc__ and len(maker.__doc__) > 40
     hints = typing.get_type_hints(maker)
@@ -60,7 +60,7 @@ def test_magnitude_by_row_and_by_group() -> None:
 
 
 def test_wanda_looks_at_activations() -> None:
-    """tests/pruning/test_lift.py has its masks in full."""
+    """tests/pruning/weights/test_per_linear.py has its masks in full."""
     m = model("llama")
     wanda, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5))
     others, _ = prune(m, METHODS["wanda"](), tokens(seed=1), Request(0.5))

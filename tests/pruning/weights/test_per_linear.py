@@ -1,4 +1,4 @@
-"""From a layer-wise pruner to a whole model, against a plain loop over blocks in NumPy; budgets of blocks and rows; what is left alone."""
+"""`PerLinear` against a plain loop over blocks in NumPy, with budgets of blocks and rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -109,7 +109,7 @@ def test_what_stays_is_untouched() -> None:
 
 
 def test_a_block_of_which_nothing_is_asked_is_the_same_object() -> None:
-    """Even with n:m, which otherwise takes its n whatever the fraction; the blocks around it are pruned."""
+    """Even with n:m, which otherwise removes its n whatever the fraction."""
     m = model("llama")
     budget = tuple({s.name: np.float64(0.5 * (i != 1)) for s in m.arch.slots} for i in range(3))
     for pattern in (None, (3, 8)):

@@ -1,4 +1,4 @@
-"""SparseLLM's steps against the formulas they come from, and what the corrected variant promises of a whole run."""
+"""SparseLLM: its steps against their formulas, and the corrected variant's promises."""
 
 import dataclasses
 import functools
@@ -15,6 +15,7 @@ from models.arch import Model, embed
 from models.errors import InputError
 from models.families import hf
 from models.layers import ACTIVATIONS, Linear, linear
+from models.programs import Recorder, record_programs
 from models.sharding import make_mesh
 from pruning.methods import METHODS
 from pruning.types import Allocation, Outcome, Request, prune
@@ -58,7 +59,7 @@ def differing(a: Model, b: Model) -> float:
 
 @pytest.mark.parametrize(("out", "neurons"), [(16, 24), (24, 16)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_p_is_that_of_equation_8(out: int, neurons: int, biased: bool) -> None:
+def test_p_solves_equation_8(out: int, neurons: int, biased: bool) -> None:
     """The paper's system of f x f, solved in float64."""
     w, b = normal(out, neurons), normal(out, seed=1) if biased else None
     y, h, c = normal(5, 7, out, seed=2), normal(5, 7, neurons, seed=3), PENALTIES
@@ -101,7 +102,7 @@ def test_z_behind_a_gate_has_no_slope() -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 1000.0])
 def test_s_never_raises_its_objective(scale: float) -> None:
-    """However large z is, where the released step of fixed rate diverges; and it lowers it almost everywhere."""
+    """However large z is; the official step of fixed rate diverges. Most entries get better."""
     m, s, p = normal(4000), normal(4000, seed=1, scale=3), normal(4000, seed=2, scale=scale)
     z, c = np.random.default_rng(3).uniform(-scale, scale, 4000).astype(np.float32), PENALTIES
     new = np.asarray(core.s_gated(*(jnp.asarray(x) for x in (m, z, s, p)), "silu", c))
@@ -130,7 +131,10 @@ def test_a_fit_has_no_slope() -> None:
 
 @pytest.mark.parametrize("family", TWO)
 def test_a_ridge_is_for_other_tokens(family: str) -> None:
-    """Few tokens are fitted better with SparseGPT's little damping, others worse; a ridge without end leaves W1 and its gate alone."""
+    """SparseGPT's little damping fits few tokens better, other tokens worse.
+
+    A very large ridge leaves W1 and its gate alone.
+    """
     m = model(family)
     ffn, act = part(m), m.arch.config.act
     settings = METHODS["sparsellm"](iterations=ITERATIONS)._settings(m.arch, Request(0.5))
@@ -177,7 +181,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
 
 @pytest.mark.parametrize("family", TWO)
 def test_the_iteration_of_least_error_is_kept(family: str) -> None:
-    """Every block reports each iteration's error, and block 0's feed-forward part has the least of them when it is run again."""
+    """Block 0's feed-forward part has the least of the reported errors when it runs again."""
     m, (pruned, outcome) = model(family), run(family, iterations=ITERATIONS)
     losses, kept = outcome.details["loss"], outcome.details["iteration_kept"]
     assert [len(x) for x in losses] == [ITERATIONS] * 3
@@ -192,7 +196,8 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
     x, y = sparsellm.ffn_inputs_and_targets(m.arch, m.blocks[0], behind, h)
     again = float(core.squared_error(part(pruned), x, y, m.arch.config.act)) / y.size
     assert again == pytest.approx(min(losses[0]), rel=1e-4)
-    # The same in terms of the blocks' outputs: all that the pruned block gets wrong is what its feed-forward part leaves of y.
+    # The same in terms of the blocks' outputs: the pruned block's error is what its feed-forward
+    # part leaves of y.
     wrong = np.asarray(run_block(m, pruned.blocks[0], h)[0]) - np.asarray(
         run_block(m, m.blocks[0], h)[0]
     )
@@ -200,7 +205,7 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
 
 
 def test_a_large_stream_leaves_a_target_its_digits() -> None:
-    """In bfloat16, with a channel of thousands: the target is as exact as what linears give, not as the stream."""
+    """With a channel of thousands in bfloat16, the target is as exact as outputs of linears."""
     x = normal(2, 12, 16)
     x[..., 3] = 3000.0  # where bfloat16 has steps of 16
 
@@ -229,7 +234,7 @@ def test_more_iterations_never_end_worse() -> None:
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("family", TWO)
 def test_the_micro_batch_does_not_matter(family: str, batch: int) -> None:
-    """Sums over tokens, in another order; the weights of the first block alone, as each block amplifies what it is given."""
+    """Sums over tokens in another order; weights of block 0 only, as blocks amplify differences."""
     many, _ = prune(
         model(family),
         METHODS["sparsellm"](iterations=ITERATIONS),
@@ -294,16 +299,15 @@ def test_biases_and_norms_stay(family: str) -> None:
 
 @both_variants
 def test_activations_may_be_more_than_an_int32_counts(variant: str) -> None:
-    """As LLaMA-2-70B's of 128 windows of 2048 are; shapes alone."""
-    windows = jax.ShapeDtypeStruct((1 << 16, 1 << 11), jnp.int32)
-    seen: list[str] = []
-
-    def shapes(what: str, function: Any, *args: Any, calls: int) -> Any:
-        seen.append(what)
-        return jax.eval_shape(function, *args)
-
-    METHODS["sparsellm"](variant=variant).rehearse(model("llama"), windows, Request(0.5), shapes)
-    assert "alternation" in seen
+    """LLaMA-2-70B's of 128 windows of 2048 are more; the run is followed on shapes alone."""
+    m, samples = model("llama"), 1 << 16
+    windows = np.broadcast_to(np.zeros((), np.int32), (samples, 1 << 11))
+    recorder = Recorder(make_mesh(""))
+    with record_programs(recorder):
+        METHODS["sparsellm"](variant=variant).run(
+            m, windows, Request(0.5), Runtime(batch=samples), lambda i, block: None
+        )
+    assert "alternation" in {cost.name for cost in recorder.costs}
 
 
 def test_weights_keep_their_type() -> None:
@@ -328,25 +332,25 @@ def test_an_activation_without_an_update_is_bad_input() -> None:
 
 @pytest.mark.parametrize("value", [0, -1.0])
 @pytest.mark.parametrize("name", ["alpha", "beta", "gamma", "iterations"])
-def test_what_must_be_positive(name: str, value: float) -> None:
+def test_penalties_and_iterations_must_be_positive(name: str, value: float) -> None:
     with pytest.raises(InputError, match="must be"):
         METHODS["sparsellm"](**{name: value})
 
 
-def test_damping_is_not_negative() -> None:
+def test_negative_damping_is_bad_input() -> None:
     with pytest.raises(InputError, match="damp not negative"):
         METHODS["sparsellm"](damp=-0.01)
     with pytest.raises(InputError, match="ridge must not be negative"):
         METHODS["sparsellm"](ridge=-0.01)
 
 
-def test_the_released_code_has_no_ridge() -> None:
+def test_a_ridge_is_bad_input_for_the_official_variant() -> None:
     with pytest.raises(InputError, match="belongs to the corrected variant"):
         METHODS["sparsellm"](ridge=1.0, variant="official")
 
 
 def test_an_iteration_that_helps_nowhere_is_a_warning() -> None:
-    """Only of blocks that were iterated more than once; the official variant keeps its last whatever it is."""
+    """Only blocks that were iterated more than once; the official variant keeps its last."""
     m = model("opt")
     budget = Allocation(tuple({"fc1": np.float64(0.5)} for _ in m.blocks))
     losses = [[1.0, 2.0, 1.5], [2.0, 1.0, 1.5], [1.0]]
