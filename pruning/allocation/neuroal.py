@@ -1,4 +1,4 @@
-"""NeuroAL (Cunegatti et al. 2025): fractions of blocks, then of rows, found by pruning with them.
+"""NeuroAL (Cunegatti et al. 2025): search fractions of blocks, then of rows, by pruning.
 
 Both steps have one parameter, lambda, and try values of it.
 """

@@ -1,4 +1,4 @@
-"""Trials of NeuroAL: budgets that are scored by pruning with them, all in one pass over the blocks."""
+"""Trials of NeuroAL: score budgets by pruning with them, all in one pass over the blocks."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""DSnoT (Zhang et al. 2024) as a refinement of any layer-wise rule; the maths is in `dsnot_core`."""
+"""DSnoT (Zhang et al. 2024) as a refinement of any layer-wise rule."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""SparseLLM over a model: attention through SparseGPT, the feed-forward part of each block jointly."""
+"""SparseLLM over a model: attention by SparseGPT, each feed-forward part jointly."""
 
 import dataclasses
 import functools
@@ -292,7 +292,7 @@ class _BlockSolver(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class SparseLLM:
-    """SparseLLM (Bai et al. 2024): SparseGPT for attention, the feed-forward part solved as a whole.
+    """SparseLLM (Bai et al. 2024): SparseGPT for attention, a joint solve of the feed-forward part.
 
     Args:
       iterations: Iterations of the alternation; the first is SparseGPT.

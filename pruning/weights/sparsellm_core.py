@@ -1,4 +1,4 @@
-"""SparseLLM (Bai et al. 2024), maths: alternate over the auxiliary activations of a feed-forward part.
+"""SparseLLM (Bai et al. 2024), maths: alternate over auxiliary activations of a feed-forward part.
 
 The paper's objective (eq. 4, and eq. 9 for a gated part), with tokens as rows here:
 

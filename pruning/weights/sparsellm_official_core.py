@@ -1,4 +1,4 @@
-"""SparseLLM (Bai et al. 2024), maths of the authors' code: pseudo-inverses and fixed gradient steps.
+"""SparseLLM (Bai et al. 2024), official maths: pseudo-inverses and fixed gradient steps.
 
 The letters are those of `pruning.weights.sparsellm_core`. The loop diverges where activations are
 large or inputs nearly dependent.

@@ -1,4 +1,4 @@
-"""Budgets: exact to one unit whatever was asked; each allocator against NumPy; every allocator with every weight method."""
+"""Budgets exact to one unit, allocators against NumPy and with every weight method."""
 
 import functools
 import itertools
@@ -16,8 +16,7 @@ from models.arch import Model
 from models.checkpoint import reader as store
 from models.checkpoint import writer
 from models.errors import InputError
-from pruning.allocation import alpha
-from pruning.allocation import neuroal_trials
+from pruning.allocation import alpha, neuroal_trials
 from pruning.allocation.neuroal_core import misalignment, row_fractions, schedule
 from pruning.budget import all_shapes, by_block, meet_sparsity, shapes_of
 from pruning.budget_core import MAX_FRACTION, fraction_for_count, fractions_from_scores
@@ -166,7 +165,7 @@ def test_alpha_fits_spectra(family: str, released: bool) -> None:
 
 
 def test_alpha_of_a_power_law_is_its_exponent() -> None:
-    """Eigenvalues whose tail is a power law with exponent 3, in a matrix with random singular vectors."""
+    """The tail has exponent 3, in a matrix with random singular vectors."""
     rng = np.random.default_rng(0)
     e = (1 - (np.arange(400) + 0.5) / 400) ** (-1 / 2)  # quantiles of density ~ e^-3 from 1
     u, v = (np.linalg.qr(rng.normal(size=(400, 400)))[0] for _ in range(2))
@@ -215,7 +214,7 @@ def test_released_block_scores_are_the_loops(family: str) -> None:
 
 @every_family
 def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None:
-    """Wanda's masks by the dense model's activations, which `propagate="dense"` would give it, evaluated on the search windows."""
+    """Wanda's masks by dense activations, evaluated on the search windows."""
     from calibration.observers import second_moment
     from calibration.passes import calibrate_blocks
     from pruning.weights.patterns import per_row
@@ -280,7 +279,7 @@ def allocated(name: str, method: str, family: str) -> tuple[Model, Outcome]:
 def test_every_allocator_works_with_every_weight_method(
     name: str, method: str, family: str
 ) -> None:
-    """What is removed is the sparsity, to one unit of a linear and what a pattern rounds off in each of its column blocks."""
+    """The sparsity is met to one unit, and what patterns round off in column blocks."""
     pruned, outcome = allocated(name, method, family)
     gone = [zero for block in zeros(pruned) for zero in block.values()]
     total, removed = sum(z.size for z in gone), sum(z.sum() for z in gone)

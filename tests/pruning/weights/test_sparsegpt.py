@@ -1,4 +1,4 @@
-"""SparseGPT against the paper's algorithm in NumPy, what its factor is, what happens where H does not factor, and what it is for."""
+"""SparseGPT against the paper's algorithm in NumPy; its factor, damping and error."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ Pairs = list[tuple[np.ndarray, np.ndarray]]
 
 @functools.cache
 def hessian(inputs: int, dead: int | None = None) -> np.ndarray:
-    """A well-conditioned H [inputs inputs] of mixed inputs; its diagonal still spans a factor of ten."""
+    """A well-conditioned H of mixed inputs [inputs inputs]; its diagonal spans a factor of ten."""
     rng = np.random.default_rng(inputs)
     mixed = np.eye(inputs) + 0.5 * rng.normal(size=(inputs, inputs)) / np.sqrt(inputs)
     x = rng.normal(size=(8 * inputs, inputs)) @ mixed * np.linspace(0.6, 2, inputs)
@@ -58,7 +58,7 @@ def solved(
     fraction: float | Sequence[np.ndarray],
     dtype: str = "float32",
 ) -> Pairs:
-    """(W, removed) of each matrix, as a run has them; `fraction`: one for all, or the rows' own for each matrix."""
+    """(W, removed) of each matrix; `fraction`: one for all, or those of each matrix's rows."""
     fractions = [fraction] * len(ws) if isinstance(fraction, float) else fraction
     counts = [pattern.counts(w.shape, np.asarray(f)) for w, f in zip(ws, fractions, strict=True)]
     found = run(pattern, [jnp.asarray(w, dtype) for w in ws], jnp.asarray(h), counts)
@@ -83,7 +83,7 @@ def quadratic(w: np.ndarray, new: np.ndarray, h: np.ndarray) -> float:
 @pytest.mark.parametrize("dead", [None, 5])
 @pytest.mark.parametrize("inputs", [40, 128, 200, 300])
 def test_unstructured_is_algorithm_1(inputs: int, dead: int | None, fraction: float) -> None:
-    """Fewer columns than a block, one block, blocks with a shorter last one; with one threshold each, matrix by matrix."""
+    """Less than a block of columns, one block, and blocks with a shorter last one."""
     h, ws = hessian(inputs, dead), matrices(inputs)
     assert_agrees(solved(ws, h, BLOCKS, fraction), [reference.solve(w, h, fraction) for w in ws])
 
@@ -103,7 +103,7 @@ def test_unstructured_is_algorithm_1(inputs: int, dead: int | None, fraction: fl
 )
 @pytest.mark.parametrize("dead", [None, 9])
 def test_groups_are_algorithm_1(inputs: int, n: int, m: int, dead: int | None) -> None:
-    """Groups are chosen when the sweep reaches them; 6 does not divide the 128 columns of a block."""
+    """Groups are chosen when the sweep reaches them; 6 does not divide a block's 128 columns."""
     h, ws = hessian(inputs, dead), matrices(inputs)
     got = solved(ws, h, n_of_m(n, m), 0.5)
     assert_agrees(got, [reference.solve(w, h, 0.5, (n, m)) for w in ws])
@@ -147,7 +147,7 @@ def test_the_factor_is_upper_and_of_the_inverse(
     np.testing.assert_allclose(u.T @ u, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-def test_dead_inputs_and_damping_are_those_of_the_released_code() -> None:
+def test_dead_inputs_and_damping_are_those_of_the_official_code() -> None:
     """H_ii of a dead input is 1 before the mean is taken, so the scale 2/n shows."""
     total = np.diag([3.0, 0.0, 6.0]).astype(np.float32)
     h = core.hessian(Gram(jnp.asarray(total), jnp.float32(6)))
@@ -162,7 +162,7 @@ def test_dead_inputs_and_damping_are_those_of_the_released_code() -> None:
 
 @pytest.mark.parametrize("inputs", [40, 128, 200])
 def test_alike_and_independent_inputs_make_it_magnitude_pruning(inputs: int) -> None:
-    """H = 3 I leaves nothing to make good: what stays is not changed, and each block of columns has its own threshold."""
+    """H = 3 I leaves nothing to correct, and each block of columns has its own threshold."""
     for w, (new, gone) in zip(
         matrices(inputs),
         solved(matrices(inputs), 3 * np.eye(inputs, dtype=np.float32), BLOCKS, 0.5),
@@ -227,7 +227,7 @@ def test_h_that_no_damping_mends_is_bad_input(value: float) -> None:
         per_linear.figures(3, {"attn": notes})
 
 
-def test_a_raise_is_a_warning() -> None:
+def test_raised_damping_is_a_warning() -> None:
     """One sentence for each block and input that needed it, after those of the allocation."""
     details = {"damping": [{"attn": 0.01, "mlp": 0.1}, {}, {"attn": 0.010001}]}
     warnings = ["block 0, mlp: damping raised from 0.01 to 0.1, H did not factor"]
@@ -267,7 +267,7 @@ def test_a_run_as_it_should_be_warns_of_nothing() -> None:
     } == {1}
 
 
-def test_damping_is_not_negative() -> None:
+def test_negative_damping_is_bad_input() -> None:
     for damp in (-0.01, float("nan")):
         with pytest.raises(InputError, match="must not be negative"):
             METHODS["sparsegpt"](damp=damp)

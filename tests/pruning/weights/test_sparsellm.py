@@ -42,7 +42,7 @@ def silu(s: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def run(family: str, **arguments: Any) -> tuple[Model, Outcome]:
-    """The small model pruned by half on one micro-batch of eight windows, once for each choice of arguments."""
+    """The small model pruned by half on one micro-batch of eight windows."""
     return prune(model(family), METHODS["sparsellm"](**arguments), tokens(8), Request(0.5))
 
 
