@@ -34,9 +34,9 @@ from pruning.types import Allocation, Budget, Layerwise, Request
 OFFICIAL_LAMBDAS = (*(i / 100 for i in range(1, 11)), 0.12, 0.15, 0.2, 0.25)
 # From this sparsity on the official block step leaves the last of them out.
 LAST_LEFT_OUT = 0.8
-# The corrected block step tries these, then STEP to both sides of the best.
+# The corrected block step tries these, then STEP_AROUND_BEST to both sides of the best.
 COARSE_LAMBDAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
-STEP = 0.025
+STEP_AROUND_BEST = 0.025
 ROW_LAMBDAS = (0.05, 0.1, 0.2, 0.3)
 BLOCK_PROGRESS, ROW_PROGRESS = "trying block-wise sparsities", "trying row-wise sparsities"
 
@@ -214,7 +214,9 @@ def _corrected_search(search: Search, step: str) -> tuple[_StepResult, _StepResu
     tried = _try_blocks(search, COARSE_LAMBDAS if step != "row" else (0.0,))
     if step != "row":
         best = _best(tried)
-        tried |= _try_blocks(search, [lam for lam in (best - STEP, best + STEP) if lam > 0])
+        tried |= _try_blocks(
+            search, [lam for lam in (best - STEP_AROUND_BEST, best + STEP_AROUND_BEST) if lam > 0]
+        )
     first = _step_result(tried)
     if step == "block":
         return first, _StepResult([], [], None, first.budget, [])

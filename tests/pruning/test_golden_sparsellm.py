@@ -181,8 +181,8 @@ def test_whole_models_as_far_as_the_official_code_agrees_with_itself(
     """Perplexity to 1e-3, block 0's errors to 1e-2, and the mean distance of all logged errors.
 
     From block 1 on the official code differs from itself by up to 3.4 %, 0.9 % in the mean, when
-    its weights change by 1e-7 (sensitivity.json). One error is off by 7 % where a choice between two
-    masks falls the other way.
+    its weights change by 1e-7 (sensitivity.json). One error is off by 7 % where a choice between
+    two masks falls the other way.
     """
     r, want = tiny(shared, name), stored(shared, name, variant)
     asked = Request(*(SPARSITY | {"0.8": (0.8, None)})[variant])

@@ -2,6 +2,7 @@
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -179,6 +180,14 @@ def test_equal_patterns_are_one_object() -> None:
     assert n_of_m(2, 4) is n_of_m(2, 4)
     assert n_of_m(2, 4).keep is n_of_m(2, 4).keep
     assert per_column_block(128) is per_column_block(128)
+
+
+@pytest.mark.parametrize("pattern", [per_row, per_matrix], ids=["per_row", "per_matrix"])
+def test_one_compilation_serves_every_budget(pattern: Pattern) -> None:
+    chex.clear_trace_counter()
+    keep = jax.jit(chex.assert_max_traces(lambda score, count: pattern.keep(score, count), n=1))
+    for fraction in FRACTIONS:
+        keep(jnp.asarray(CONTINUOUS), pattern.counts(CONTINUOUS.shape, np.float64(fraction)))
 
 
 def test_inputs_must_be_a_multiple_of_m() -> None:

@@ -19,8 +19,9 @@ from models.programs import Recorder, record_programs
 from models.sharding import make_mesh
 from pruning.methods import METHODS
 from pruning.types import Allocation, Outcome, Request, prune
-from pruning.weights import sparsegpt_core, sparsellm
+from pruning.weights import sparsegpt_core, sparsellm_block
 from pruning.weights import sparsellm_core as core
+from pruning.weights import sparsellm_corrected_core as corrected_core
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
 
 PENALTIES = core.Penalties(0.3, 2.0, 0.7)
@@ -48,7 +49,7 @@ def run(family: str, **arguments: Any) -> tuple[Model, Outcome]:
 
 def part(m: Model, block: int = 0) -> core.Ffn:
     """A block's feed-forward part."""
-    return sparsellm._ffn(m.arch, m.blocks[block])
+    return sparsellm_block.ffn_of(m.arch, m.blocks[block])
 
 
 def differing(a: Model, b: Model) -> float:
@@ -120,7 +121,7 @@ def test_a_fit_has_no_slope() -> None:
     """Of |R - D X|^2 + ridge mean(H_ii) |D|^2, D what the fit adds to W: in float64."""
     w, x, r, ridge = normal(5, 8), normal(20, 8, seed=1), normal(20, 5, seed=2), 0.3
     h = x.T @ x
-    got = core.ridge_step(
+    got = corrected_core.ridge_step(
         jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt_core.factor(jnp.asarray(h), ridge)
     )
     added, x64 = np.asarray(got, np.float64) - w, x.astype(np.float64)
@@ -146,7 +147,7 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
 
     def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solution:
         c = settings._replace(ridge=ridge, iterations=iterations)
-        return core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
+        return corrected_core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
 
     loose, held = solved(0.01), solved(1.0)
     assert min(loose.losses[1:]) < loose.losses[0] and min(held.losses[1:]) < held.losses[0]
@@ -189,11 +190,11 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
     attention = {
         s.name: getattr(pruned.blocks[0], s.name)
         for s in m.arch.slots
-        if s.name not in sparsellm._names(m.arch).slots
+        if s.name not in sparsellm_block.ffn_names(m.arch).slots
     }
     behind = m.blocks[0].replace(**attention)
     h = embed(m.arch, m.non_block, tokens(8))
-    x, y = sparsellm.ffn_inputs_and_targets(m.arch, m.blocks[0], behind, h)
+    x, y = sparsellm_block.ffn_inputs_and_targets(m.arch, m.blocks[0], behind, h)
     again = float(core.squared_error(part(pruned), x, y, m.arch.config.act)) / y.size
     assert again == pytest.approx(min(losses[0]), rel=1e-4)
     # The same in terms of the blocks' outputs: the pruned block's error is what its feed-forward
@@ -212,7 +213,7 @@ def test_a_large_stream_leaves_a_target_its_digits() -> None:
     def target(m: Model, dtype: Any) -> jax.Array:
         dense = jax.tree.map(lambda p: p.astype(dtype), m.blocks[0])
         pruned = dense.replace(o=dense.o.replace(w=dense.o.w * 0.5))
-        return sparsellm.ffn_inputs_and_targets(
+        return sparsellm_block.ffn_inputs_and_targets(
             m.arch, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype)
         )[1]
 
