@@ -95,6 +95,15 @@ def _prune_with_sparsegpt(
     return ffn, h1, f1, jnp.stack([f1.damping, f2.damping])
 
 
+def _w2_sums(
+    ffn: Ffn, b2: jax.Array | None, act: str, x: jax.Array, y: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the sums that W2 is fitted by: h h^T [f f], and (y - b2) h^T [d f]."""
+    h = hidden_input(ffn, x, act)
+    wanted = y if b2 is None else y - b2[None, None]
+    return outer_products(h), _outer_sum(wanted, h)
+
+
 def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Settings) -> Solution:
     """Prune a feed-forward part with sums over tokens and Cholesky factors.
 
@@ -115,11 +124,6 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
     chex.assert_type([p.w for p in (*dense.writers, dense.w2)], jnp.float32)
     # H = 2/n X X^T, here over n tokens: damping is relative, so only dead inputs can tell.
     scale = 2.0 / sum(part.shape[0] * part.shape[1] for part in x)
-
-    def w2_sums(ffn: Ffn, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-        h = hidden_input(ffn, x, c.act)
-        wanted = y if dense.w2.b is None else y - dense.w2.b[None, None]
-        return outer_products(h), _outer_sum(wanted, h)
 
     def iterate(
         carry: tuple[Ffn, _Best], _: None
@@ -142,7 +146,9 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
             ]
             ffn = ffn.with_writers(sparsegpt_pruned(fitted, f1, counts.writers, c.pattern))
         with jax.named_scope("fit_w2"):
-            h2, wanted = _sum_over_batches(functools.partial(w2_sums, ffn), x, y)
+            h2, wanted = _sum_over_batches(
+                functools.partial(_w2_sums, ffn, dense.w2.b, c.act), x, y
+            )
             # R X^T of y less the output of the dense W2, whose sums H holds already.
             residual = wanted - dense.w2.w @ h2
             f2, fit2 = (sparsegpt.factor(scale * h2, share) for share in (c.damp, c.ridge))
