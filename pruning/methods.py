@@ -1,12 +1,12 @@
-"""The table of contents: every method and allocation by the name a user writes, each a few lines of composition."""
+"""Tables of the methods, allocations and refinements, by the names that users write."""
 
 from collections.abc import Callable
 from typing import Literal
 
 from calibration.observers import second_moment
-from pruning.allocation.alpha import alpha
-from pruning.allocation.neuroal import neuroal
-from pruning.allocation.owl import owl
+from pruning.allocation.alpha import Alpha
+from pruning.allocation.neuroal import NeuroAL
+from pruning.allocation.owl import Owl
 from pruning.budget import uniform
 from pruning.structured.channel_methods import magnitude_sp, wanda_sp
 from pruning.structured.flap import Flap
@@ -14,17 +14,18 @@ from pruning.structured.llmrank import LLMRank
 from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
-from pruning.weights.dsnot import dsnot
+from pruning.weights.dsnot import DSnoT
 from pruning.weights.per_linear import PerLinear, score_solver
 from pruning.weights.sparsegpt import sparsegpt
 from pruning.weights.sparsellm import SparseLLM
 
 
 def magnitude(scope: Literal["matrix", "row"] = "matrix") -> PerLinear:
-    """Magnitude pruning: the smallest |W| go. No calibration data.
+    """Magnitude pruning: remove the smallest |W|; reads no calibration data.
 
     Args:
-      scope: one threshold for a whole matrix, as Wanda's repository has it, or the smallest of each row, as NeuroAL's.
+      scope: "matrix": one threshold for a whole matrix, as in Wanda's repository; "row": the
+        smallest of each row, as in NeuroAL's.
     """
 
     def pruner(pattern: Pattern) -> Pruner:
@@ -34,7 +35,10 @@ def magnitude(scope: Literal["matrix", "row"] = "matrix") -> PerLinear:
 
 
 def wanda() -> PerLinear:
-    """Wanda (Sun et al. 2024): in each row, the smallest |W| times the norm of the input channel go; what stays is not changed."""
+    """Wanda (Sun et al. 2024): remove the smallest |W| times the input channel's norm in each row.
+
+    The weights that stay are not changed.
+    """
 
     def pruner(pattern: Pattern) -> Pruner:
         return Pruner(second_moment, score_solver(scores.wanda, pattern.keep))
@@ -43,7 +47,10 @@ def wanda() -> PerLinear:
 
 
 def multiflow() -> PerLinear:
-    """MULTIFLOW (Farina et al. 2024) as NeuroAL's authors use it: in each row, the weights that carry the least flow go."""
+    """MULTIFLOW (Farina et al. 2024): remove the weights that carry the least flow in each row.
+
+    The rows are ranked on their own, as NeuroAL's authors do.
+    """
 
     def pruner(pattern: Pattern) -> Pruner:
         return Pruner(second_moment, score_solver(scores.multiflow, pattern.keep))
@@ -65,8 +72,8 @@ METHODS: dict[str, Callable[..., Method]] = {
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "uniform": lambda: uniform,
-    "owl": owl,
-    "alpha": alpha,
-    "neuroal": neuroal,
+    "owl": Owl,
+    "alpha": Alpha,
+    "neuroal": NeuroAL,
 }
-REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": dsnot}
+REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": DSnoT}

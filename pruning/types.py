@@ -18,28 +18,11 @@ from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.figures import Figure
+from pruning.weights.patterns_core import Mask as Mask
+from pruning.weights.patterns_core import Pattern as Pattern
 
 BlockSink = Callable[[int, Block], None]  # (index, finished block)
-Mask = jax.Array  # bool, the shape of what it masks; True is kept
 Budget = tuple[Mapping[str, np.ndarray], ...]  # by block: slot -> fraction to remove, () or [out]
-
-
-class Pattern(NamedTuple):
-    """Rule for which entries of a score matrix to remove.
-
-    Attributes:
-      counts: (shape (out, in), fraction () or [out]) -> int32 () or [out]: number of entries to
-        remove. Computed on the host in float64, so that float32 rounding cannot move it, and passed
-        on as data, so that one compilation serves every budget.
-      keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure, under jit.
-      group: m where every m consecutive inputs are chosen from on their own, else None.
-      by_row: Whether every row may have its own fraction.
-    """
-
-    counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
-    keep: Callable[[jax.Array, jax.Array], Mask]
-    group: int | None = None
-    by_row: bool = True
 
 
 def unprepared(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:

@@ -1,4 +1,4 @@
-"""AlphaPruning (Lu et al. 2024): blocks whose weights have heavier-tailed spectra are better trained, and keep more."""
+"""AlphaPruning (Lu et al. 2024): blocks whose weights have heavier-tailed spectra keep more."""
 
 import dataclasses
 from typing import Any, Literal
@@ -13,78 +13,94 @@ from models.arch import Block, Model
 from models.errors import InputError
 from models.programs import Program
 from models.sharding import to_host
-from pruning.allocation.alpha_core import eigenvalues, fractions, limits, tail_exponents
+from pruning.allocation.alpha_core import (
+    best_exponent,
+    block_fractions,
+    eigenvalues,
+    tail_exponents,
+)
 from pruning.allocation.figures import allocation_figures
-from pruning.budget import all_shapes, block_means, by_block, exact
-from pruning.types import Allocation, Allocator, Layerwise, Request
+from pruning.budget import all_shapes, block_sparsities, by_block, meet_sparsity
+from pruning.types import Allocation, Layerwise, Request
 
 _eigenvalues = Program(eigenvalues, "spectrum")
 _tail_exponents = Program(tail_exponents, "power laws fitted")
 
 
 def exponent(w: jax.Array, official: bool = False) -> float:
-    """The power-law exponent alpha of the spectrum of W [out in], where the power law fits best; small is heavy-tailed."""
+    """Return the power-law exponent alpha of a matrix's spectrum; small is heavy-tailed.
+
+    Args:
+      w: Matrix [out in].
+      official: Bound where the tail begins as the authors' code does.
+    """
     e = to_host(_eigenvalues(w))
     e = e[e > 0]
     if len(e) < 2 or e[0] == e[-1]:
-        return 0.0  # no spectrum to speak of
-    alpha, distance = (to_host(x) for x in _tail_exponents(jnp.asarray(e)))
-    least, most = limits(e, official)
-    begins = (e >= least) & (e <= most) & (alpha > 1) & (np.arange(len(e)) < len(e) - 1)
-    return float(alpha[np.argmin(np.where(begins, distance, 1.0))])
+        return 0.0  # equal eigenvalues have no tail
+    alphas, distances = _tail_exponents(jnp.asarray(e))
+    return best_exponent(e, to_host(alphas), to_host(distances), official)
 
 
-def alpha(
-    epsilon: float = 0.1, variant: Literal["corrected", "official"] = "corrected"
-) -> Allocator:
-    """AlphaPruning (Lu et al. 2024): the block whose weights have the heaviest-tailed spectra loses least. No calibration data.
+@dataclasses.dataclass(frozen=True)
+class Alpha:
+    """AlphaPruning (Lu et al. 2024): blocks with heavier-tailed spectra lose less.
+
+    It reads no calibration data.
 
     Args:
-      epsilon: the most that a block loses is (1 + epsilon) / (1 - epsilon) times the least.
-      variant: "official" takes the released code's lower limit of where a tail begins (which mostly is none) and may ask for more than
-        all of a block; "corrected", the default, takes the limit that was meant and meets the sparsity to one unit.
+      epsilon: The most that a block loses is (1 + epsilon) / (1 - epsilon) times the least.
+      variant: "official" takes the lower limit of the authors' code for where a tail begins (which
+        mostly is none) and may ask for more than all of a block; "corrected", the default, takes
+        the limit that was meant and meets the sparsity to one unit.
     """
-    if not 0 <= epsilon < 1:
-        raise InputError(f"alpha: epsilon={epsilon} must be at least 0 and less than 1")
 
-    def allocate(
-        model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
+    epsilon: float = 0.1
+    variant: Literal["corrected", "official"] = "corrected"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.epsilon < 1:
+            raise InputError(f"alpha: epsilon={self.epsilon} must be at least 0 and less than 1")
+
+    def __call__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        layerwise: Layerwise,
     ) -> Allocation:
-        shapes = all_shapes(model)
+        """Allocate by spectra, as `Allocator` says."""
+        shapes, official = all_shapes(model), self.variant == "official"
 
         def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
-            return block, {
-                s.name: exponent(getattr(block, s.name).w, variant == "official")
-                for s in model.arch.slots
-            }
+            ws = {s.name: getattr(block, s.name).w for s in model.arch.slots}
+            return block, {name: exponent(w, official) for name, w in ws.items()}
 
-        alone = dataclasses.replace(runtime, mesh=None)  # a spectrum is of the whole matrix
-        key = ("spectra", variant)
-        found = calibrate_blocks(
+        # A spectrum needs the whole matrix, so nothing is split over devices.
+        unsplit = dataclasses.replace(runtime, mesh=None)
+        exponents = calibrate_blocks(
             model,
             tokens,
-            alone,
+            unsplit,
             visit,
             watch={},
             propagate="pruned",
             name="fitting spectra",
-            key=key,
+            key=("spectra", self.variant),
         )
-        asked = fractions(
-            np.array([np.mean(list(block.values())) for block in found]), request.sparsity, epsilon
-        )
-        sizes = np.array([sum(out * inputs for out, inputs in block.values()) for block in shapes])
-        asked = asked * request.sparsity / np.average(asked, weights=sizes)
-        if variant == "official":
-            budget = by_block(model, np.minimum(asked, 1.0))
+        means = np.array([np.mean(list(block.values())) for block in exponents])
+        fractions = block_fractions(means, request.sparsity, self.epsilon)
+        sizes = [sum(out * inputs for out, inputs in block.values()) for block in shapes]
+        fractions = fractions * request.sparsity / np.average(fractions, weights=np.array(sizes))
+        if official:
+            budget = by_block(model, np.minimum(fractions, 1.0))
         else:
-            budget = exact(by_block(model, asked), shapes, request.sparsity)
-        means = block_means(budget, shapes)
-        exponents = [sum(block.values()) / len(block) for block in found]
+            budget = meet_sparsity(by_block(model, fractions), shapes, request.sparsity)
+        sparsities = block_sparsities(budget, shapes)
+        by_block_mean = [sum(block.values()) / len(block) for block in exponents]
         return Allocation(
             budget,
-            {"alpha": found, "block_sparsity": means},
-            figures=allocation_figures(means, request.sparsity, "exponent", exponents),
+            {"alpha": exponents, "block_sparsity": sparsities},
+            figures=allocation_figures(sparsities, request.sparsity, "exponent", by_block_mean),
         )
-
-    return allocate

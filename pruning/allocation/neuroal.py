@@ -1,413 +1,282 @@
-"""NeuroAL (Cunegatti et al. 2025): sparsities of blocks, then of rows, tried out by pruning with them.
+"""NeuroAL (Cunegatti et al. 2025): search fractions of blocks, then of rows, by pruning.
 
-Both steps have one parameter, lambda, and try values of it. All trials of a step walk the blocks together, so weights are read once.
+Both steps have one parameter, lambda, and try values of it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
-import jax
 import numpy as np
 
-from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
-from calibration.passes import BlockResult, micro_batches, observe, visit_blocks
+from calibration.observers import gram
 from calibration.runtime import Runtime
-from calibration.states import States
-from models.arch import Arch, Block, Model, cross_entropy
+from models.arch import Arch, Model
 from models.errors import InputError
-from models.programs import program
-from models.sharding import place, to_host, tree_to_host
 from pruning.allocation.figures import allocation_figures, search_figure
-from pruning.allocation.neuroal_core import misalignment, row_fractions, schedule
-from pruning.budget import (
-    LEAST,
-    MOST,
-    Shapes,
-    all_shapes,
-    block_means,
-    by_block,
-    exact,
-    fraction_of,
-    within,
+from pruning.allocation.neuroal_core import (
+    kept_row_fractions,
+    mean_over_shared_heads,
+    row_fractions,
+    schedule,
 )
-from pruning.types import Allocation, Allocator, Budget, Layerwise, Pruner, Request
-from pruning.weights.per_linear import (
-    counts_for,
-    every_tap,
-    prepare_tap,
-    readers,
-    solve_block,
-    with_weights,
+from pruning.allocation.neuroal_trials import (
+    Norms,
+    Search,
+    loss_trials,
+    misalignment_trials,
+    run_trials,
 )
+from pruning.budget import all_shapes, block_sparsities, by_block, meet_sparsity
+from pruning.budget_core import clip_fractions
+from pruning.types import Allocation, Budget, Layerwise, Request
 
-GRID = (*(i / 100 for i in range(1, 11)), 0.12, 0.15, 0.2, 0.25)  # of the released code
-DENSEST = 0.8  # from this sparsity on the released block step leaves the last of GRID out
-COARSE, STEP = (
-    (0.0, 0.05, 0.1, 0.15, 0.2, 0.25),
-    0.025,
-)  # tried first; then this much to both sides of the best
-ROWS = (0.05, 0.1, 0.2, 0.3)
-TRIAL_BYTES = 1 << 30  # weights of one block that trials solved together may take
-DENSE_BYTES = (
-    1 << 30
-)  # what is known of the dense model's blocks that a search may keep from one walk to the next
-
-Norms = list[dict[str, np.ndarray]]  # a block's {tap: norms of its channels [c]}
-
-
-class _Search(NamedTuple):
-    """What trials of budgets have in common; `tokens` are the search windows, `dense` what `_dense` keeps, a block each."""
-
-    model: Model
-    tokens: np.ndarray
-    request: Request
-    runtime: Runtime
-    layerwise: Layerwise
-    shapes: Shapes
-    dense: list[tuple[Mapping[str, Any], dict[str, np.ndarray]]]
-
-    @property
-    def pruner(self) -> Pruner:
-        return self.layerwise.pruner
-
-    def walk(self, what: str, visit: Any) -> None:
-        """Walk the search windows through the blocks, with a progress bar that says what is tried."""
-        visit_blocks(self.model, self.tokens, self.runtime, visit, name=what, durable=False)
-
-    def tried(
-        self, trials: "Trials", budgets: Sequence[Budget], what: str
-    ) -> tuple[list[float], list[Norms]]:
-        """What the trials give, a durable step of the run."""
-        return self.runtime.step(lambda: trials(self, budgets, what))
+# Values of lambda in the official code.
+OFFICIAL_LAMBDAS = (*(i / 100 for i in range(1, 11)), 0.12, 0.15, 0.2, 0.25)
+# From this sparsity on the official block step leaves the last of them out.
+LAST_LEFT_OUT = 0.8
+# The corrected block step tries these, then STEP_AROUND_BEST to both sides of the best.
+COARSE_LAMBDAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
+STEP_AROUND_BEST = 0.025
+ROW_LAMBDAS = (0.05, 0.1, 0.2, 0.3)
+BLOCK_PROGRESS, ROW_PROGRESS = "trying block-wise sparsities", "trying row-wise sparsities"
 
 
-Trials = Callable[[_Search, Sequence[Budget], str], tuple[list[float], list[Norms]]]
+class _FedTap(NamedTuple):
+    """Tap that a linear's rows feed.
+
+    Attributes:
+      name: Name of the tap.
+      in_next_block: Whether it is a tap of the next block.
+    """
+
+    name: str
+    in_next_block: bool
 
 
-def _norms(stats: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def _fed_taps(arch: Arch) -> dict[str, _FedTap]:
+    """Return the tap that each slot's rows feed.
+
+    Through the residual stream that is the tap after the one which the slot reads.
+    """
+    taps = list(dict.fromkeys(s.reads for s in arch.slots))
+    following = {}
+    for j, tap in enumerate(taps):
+        following[tap] = _FedTap(taps[(j + 1) % len(taps)], j + 1 == len(taps))
     return {
-        tap: np.sqrt(np.asarray(tree_to_host(state).per_sample, np.float64))
-        for tap, state in stats.items()
+        s.name: following[s.reads] if s.feeds == "next" else _FedTap(s.feeds, False)
+        for s in arch.slots
     }
 
 
-def _watch(arch: Arch, pruner: Pruner, norm: Observer) -> dict[str, Observer]:
-    """What a dense block is watched with: what the pruner must see, if anything, beside the norms."""
-    return {s.reads: pair(pruner.observer, norm) if pruner.observer else norm for s in arch.slots}
+def _official_row_budget(
+    search: Search, norm_drops: list[Norms], means: np.ndarray, lam: float
+) -> Budget:
+    """Return the official row budget.
 
-
-def _seen(pruner: Pruner, stats: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What `_watch` saw: (the pruner's statistics, the norms) by tap."""
-    if pruner.observer:
-        return {tap: s[0] for tap, s in stats.items()}, _norms(
-            {tap: s[1] for tap, s in stats.items()}
-        )
-    return dict.fromkeys(stats), _norms(stats)
-
-
-def _aligned(
-    search: _Search, budgets: Sequence[Budget], what: str
-) -> tuple[list[float], list[Norms]]:
-    """The released code's trials: (misalignment of each budget, by how much dense norms exceed pruned ones in each).
-
-    In each trial every block is run dense, pruned by what was seen, and run again, on what the trial's own pruned blocks give.
+    The last block stays even, and so do linears that feed the next block. Grouped heads take the
+    fractions of the first rows. A row keeps the whole part of what it should.
     """
-    arch, pruner = search.model.arch, search.pruner
-    norm = fading_second_moment if pruner.observer is gram else second_moment
-    pruners, norms = every_tap(arch, pruner), {s.reads: norm for s in arch.slots}
-    scores, lost = [0.0] * len(budgets), [[] for _ in budgets]  # type: tuple[list[float], list[Norms]]
-    streams: list[States] = []
-
-    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
-        if i == 0:
-            streams.extend(xs.copy() for _ in budgets)
-        for k, budget in enumerate(budgets):
-            if i > 0 or k == 0:  # before the first block all trials are the same
-                stats, dense = _seen(
-                    pruner, observe(arch, _watch(arch, pruner, norm), i, block, streams[k])
-                )
-            new, _ = solve_block(
-                arch,
-                pruners,
-                block,
-                stats,
-                counts_for(arch, search.layerwise.pattern, block, budget[i]),
-            )
-            sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
-            scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
-            lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return BlockResult(block, propagated=True)
-
-    search.walk(what, visit)
-    return scores, lost
-
-
-@program("trials solved", static=(0, 1))
-def _solved(
-    arch: Arch,
-    pruner: Pruner,
-    block: Block,
-    prepared: Mapping[str, Any],
-    counts: Mapping[str, jax.Array],
-) -> dict[str, jax.Array]:
-    """The slots' matrices [n out in] for counts [n ...]; what does not depend on the counts, such as the scores, is done once."""
-
-    def one(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-        new: dict[str, jax.Array] = {}
-        for tap, names in readers(arch, counts).items():
-            ws = [getattr(block, name).w for name in names]
-            solved = pruner.solve(ws, prepared[tap], [counts[name] for name in names])
-            new |= {name: w for name, (w, _) in zip(names, solved, strict=True)}
-        return new
-
-    return jax.vmap(one)(counts)
-
-
-def _trials(
-    search: _Search, block: Block, prepared: Mapping[str, Any], counts: list[dict[str, np.ndarray]]
-) -> Iterator[Block]:
-    """The block pruned with each of the counts, as many at a time as fit in TRIAL_BYTES."""
-    slots = search.model.arch.slots
-    size = sum(getattr(block, s.name).w.nbytes for s in slots)
-    most = max(1, TRIAL_BYTES // size)
-    for start in range(0, len(counts), most):
-        some = counts[start : start + most]
-        stacked = {s.name: np.stack([c[s.name] for c in some]) for s in slots}
-        ws = _solved(search.model.arch, search.pruner, block, prepared, stacked)
-        for k in range(len(some)):
-            yield with_weights(block, {name: w[k] for name, w in ws.items()})
-
-
-def _dense(
-    search: _Search, i: int, block: Block, xs: States, last: bool
-) -> tuple[Mapping[str, Any], dict[str, np.ndarray]]:
-    """What the pruner makes of the dense block's statistics, and the norms, by tap: watched by the first walk, or by each if all blocks'
-    would take more than DENSE_BYTES."""
-    depth = len(search.model.blocks)
-    if len(search.dense) == depth:
-        return search.dense[i]
-    stats, norms = _seen(
-        search.pruner,
-        observe(
-            search.model.arch,
-            _watch(search.model.arch, search.pruner, second_moment),
-            i,
-            block,
-            xs,
-            onward=not last,
-        ),
-    )
-    prepared = {tap: prepare_tap(search.pruner, s, tap)[0] for tap, s in stats.items()}
-    if depth * sum(x.nbytes for x in jax.tree.leaves(prepared)) <= DENSE_BYTES:
-        search.dense.append((prepared, norms))
-    return prepared, norms
-
-
-def _losses(
-    search: _Search, budgets: Sequence[Budget], what: str
-) -> tuple[list[float], list[Norms]]:
-    """Each budget's mean cross-entropy on the search windows, and by how much the dense model's norms exceed the pruned ones'.
-
-    Statistics, and what the pruner makes of them, are those of the dense model, so that all trials share them.
-    """
-    arch, runtime = search.model.arch, search.runtime
-    norms = {s.reads: second_moment for s in arch.slots}
-    streams: list[States] = []
-    lost: list[Norms] = [[] for _ in budgets]
-
-    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
-        if i == 0:
-            streams.extend(xs.copy() for _ in budgets)
-        prepared, dense = _dense(search, i, block, xs, last)
-        counts = [
-            counts_for(arch, search.layerwise.pattern, block, budget[i]) for budget in budgets
-        ]
-        for k, new in enumerate(_trials(search, block, prepared, counts)):
-            sparse = _norms(observe(arch, norms, i, new, streams[k], onward=True))
-            lost[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
-        return BlockResult(block, propagated=True)
-
-    search.walk(what, visit)
-    non_block = place(search.model.non_block, runtime.mesh)
-    windows = list(micro_batches(search.tokens, runtime.batch, runtime.mesh))
-
-    def loss(xs: States) -> float:
-        return float(
-            np.mean(
-                np.concatenate(
-                    [
-                        to_host(cross_entropy(arch, non_block, x, t))
-                        for x, t in zip(xs, windows, strict=True)
-                    ]
-                )
-            )
-        )
-
-    return [loss(xs) for xs in streams], lost
-
-
-def _aims(arch: Arch) -> dict[str, tuple[str, bool]]:
-    """{slot: (the tap that its rows feed, whether that is in the next block)}; through the residual stream, the tap after its own."""
-    taps = list(dict.fromkeys(s.reads for s in arch.slots))
-    after = {tap: (taps[(j + 1) % len(taps)], j + 1 == len(taps)) for j, tap in enumerate(taps)}
-    return {s.name: after[s.reads] if s.feeds == "next" else (s.feeds, False) for s in arch.slots}
-
-
-def _official_rows(search: _Search, lost: Norms, means: np.ndarray, lam: float) -> Budget:
-    """The released row step: the last block, and what feeds a next block, stay even; grouped heads take the first rows' fractions; a row
-    keeps the whole part of what it should."""
     budget = []
     for i, block in enumerate(search.shapes):
         fractions = {}
-        for slot, (tap, beyond) in _aims(search.model.arch).items():
+        for slot, fed in _fed_taps(search.model.arch).items():
             rows, columns = block[slot]
-            even = beyond or i == len(search.shapes) - 1
-            f = (
-                np.full(rows, means[i])
-                if even
-                else row_fractions(lost[i][tap], means[i], lam)[:rows]
-            )
-            fractions[slot] = fraction_of(
-                columns - np.trunc((1 - np.clip(f, LEAST, MOST)) * columns), columns
-            )
+            if fed.in_next_block or i == len(search.shapes) - 1:
+                own = np.full(rows, means[i])
+            else:
+                own = row_fractions(norm_drops[i][fed.name], means[i], lam)[:rows]
+            fractions[slot] = kept_row_fractions(own, columns)
         budget.append(fractions)
     return tuple(budget)
 
 
-def _of_rows(arch: Arch, slot: str, tap: str, lost: np.ndarray, rows: int) -> np.ndarray | None:
-    """What the channels [c] that a slot's rows feed lost, by row [rows]: of query heads that share a key-value head, the mean."""
+def _drop_by_row(
+    arch: Arch, slot: str, tap: str, norm_drop: np.ndarray, rows: int
+) -> np.ndarray | None:
+    """Return the drop [rows] of the channels [c] that a slot's rows feed; None if they differ."""
     for group in arch.groups:
         for writer in group.writers:
             if (arch.tap(group.reader.name), writer.name) == (tap, slot):
-                lost = (
-                    lost.reshape(-1, group.reader.width // writer.width, writer.width)
-                    .mean(1)
-                    .reshape(-1)
-                )
-    return lost if len(lost) == rows else None
+                queries = group.reader.width // writer.width
+                norm_drop = mean_over_shared_heads(norm_drop, queries, writer.width)
+    return norm_drop if len(norm_drop) == rows else None
 
 
-def _rows(search: _Search, lost: Norms, means: np.ndarray, lam: float) -> Budget:
-    """Every row by what the channel that it feeds lost, in the next block too; rows of the last block's last linear stay even."""
+def _corrected_row_budget(
+    search: Search, norm_drops: list[Norms], means: np.ndarray, lam: float
+) -> Budget:
+    """Return the budget of every row by the drop of the channel it feeds, in the next block too."""
     arch, budget = search.model.arch, []
     for i, block in enumerate(search.shapes):
         fractions = {}
-        for slot, (tap, beyond) in _aims(arch).items():
-            aimed = lost[i + beyond][tap] if i + beyond < len(lost) else np.zeros(block[slot][0])
-            own = _of_rows(arch, slot, tap, aimed, block[slot][0])
-            fractions[slot] = (
-                np.asarray(means[i]) if own is None else row_fractions(own, means[i], lam)
-            )
+        for slot, fed in _fed_taps(arch).items():
+            rows, _ = block[slot]
+            j = i + fed.in_next_block
+            # Nothing reads the last block's last linear: its rows stay even.
+            drop = norm_drops[j][fed.name] if j < len(norm_drops) else np.zeros(rows)
+            own = _drop_by_row(arch, slot, fed.name, drop, rows)
+            if own is None:
+                fractions[slot] = np.asarray(means[i])
+            else:
+                fractions[slot] = row_fractions(own, means[i], lam)
         budget.append(fractions)
-    return exact(tuple(budget), search.shapes, search.request.sparsity)
+    return meet_sparsity(tuple(budget), search.shapes, search.request.sparsity)
 
 
-class _Step(NamedTuple):
-    """Values of lambda that were tried, ascending, with their scores, and the best one with its budget and what it lost; None: none."""
+class _StepResult(NamedTuple):
+    """Result of a search step.
+
+    Attributes:
+      lambdas: Values that were tried, ascending.
+      scores: Their scores; lower is better.
+      best: The best value; None if none was tried.
+      budget: Its budget.
+      norm_drops: Its drops of norms, by block.
+    """
 
     lambdas: list[float]
     scores: list[float]
     best: float | None
     budget: Budget
-    lost: Norms
+    norm_drops: list[Norms]
 
 
-def _official_search(search: _Search, step: str) -> tuple[_Step, _Step]:
-    """The released search: of least misalignment, the first."""
-    model, s = search.model, search.request.sparsity
-    grid = [lam for lam in GRID if s < DENSEST or lam < GRID[-1]] if step != "row" else []
-    even = [within(schedule(len(model.blocks), s, lam)) for lam in grid] or [
-        np.full(len(model.blocks), s)
-    ]
-    budgets = [by_block(model, f) for f in even]
-    scores, lost = search.tried(_aligned, budgets, "trying block-wise sparsities")
-    k = int(np.argmin(scores))
-    first = _Step(grid, scores if grid else [], grid[k] if grid else None, budgets[k], lost[k])
-    if step == "block":
-        return first, _Step([], [], None, first.budget, [])
-    grid = [0.0, *GRID]
-    budgets = [_official_rows(search, lost[k], even[k], lam) for lam in grid]
-    scores, lost = search.tried(_aligned, budgets, "trying row-wise sparsities")
-    k = int(np.argmin(scores))
-    return first, _Step(grid, scores, grid[k], budgets[k], lost[k])
-
-
-def _corrected_search(search: _Search, step: str) -> tuple[_Step, _Step]:
-    """The search by loss: a coarse grid and the neighbourhood of its best for the blocks, a short grid for the rows."""
-    model, s = search.model, search.request.sparsity
-    found: dict[float, tuple[float, Budget, Norms]] = {}
-
-    def even(lam: float) -> np.ndarray:
-        return schedule(len(model.blocks), s, lam)
-
-    def best() -> float:
-        return min(found, key=lambda lam: found[lam][0])
-
-    def attempt(lambdas: Sequence[float], budgets: list[Budget], what: str) -> None:
-        losses, lost = search.tried(_losses, budgets, what)
-        found.update(zip(lambdas, zip(losses, budgets, lost, strict=True), strict=True))
-
-    def finished() -> _Step:
-        lambdas = sorted(found)
-        _, budget, lost = found[best()]
-        return _Step(lambdas, [found[lam][0] for lam in lambdas], best(), budget, lost)
-
-    def blocks(lambdas: Sequence[float]) -> None:
-        budgets = [exact(by_block(model, even(lam)), search.shapes, s) for lam in lambdas]
-        attempt(lambdas, budgets, "trying block-wise sparsities")
-
-    blocks(COARSE if step != "row" else (0.0,))
+def _official_search(search: Search, step: str) -> tuple[_StepResult, _StepResult]:
+    """Return the results of the official block and row steps: the first of least misalignment."""
+    depth, sparsity = len(search.model.blocks), search.request.sparsity
+    lambdas: list[float] = []
     if step != "row":
-        blocks([lam for lam in (best() - STEP, best() + STEP) if lam > 0])
-    first = finished()
+        last = OFFICIAL_LAMBDAS[-1]
+        lambdas = [lam for lam in OFFICIAL_LAMBDAS if sparsity < LAST_LEFT_OUT or lam < last]
+    block_fractions = [clip_fractions(schedule(depth, sparsity, lam)) for lam in lambdas]
+    if not block_fractions:
+        block_fractions = [np.full(depth, sparsity)]
+    budgets = [by_block(search.model, fractions) for fractions in block_fractions]
+    trials = run_trials(misalignment_trials, search, budgets, BLOCK_PROGRESS)
+    k = int(np.argmin(trials.scores))
+    norm_drops, means = trials.norm_drops[k], block_fractions[k]
+    first = _StepResult([], [], None, budgets[k], norm_drops)
+    if lambdas:
+        first = _StepResult(lambdas, trials.scores, lambdas[k], budgets[k], norm_drops)
     if step == "block":
-        return first, _Step([], [], None, first.budget, [])
-    found = {0.0: found[best()]}
-    means = np.array(block_means(first.budget, search.shapes))
-    attempt(
-        ROWS, [_rows(search, first.lost, means, lam) for lam in ROWS], "trying row-wise sparsities"
-    )
-    return first, finished()
+        return first, _StepResult([], [], None, first.budget, [])
+    lambdas = [0.0, *OFFICIAL_LAMBDAS]
+    budgets = [_official_row_budget(search, norm_drops, means, lam) for lam in lambdas]
+    trials = run_trials(misalignment_trials, search, budgets, ROW_PROGRESS)
+    k = int(np.argmin(trials.scores))
+    return first, _StepResult(lambdas, trials.scores, lambdas[k], budgets[k], trials.norm_drops[k])
 
 
-def neuroal(
-    step: Literal["block", "row", "both"] = "both",
-    samples: int = 8,
-    variant: Literal["corrected", "official"] = "corrected",
-) -> Allocator:
-    """NeuroAL (Cunegatti et al. 2025): sparsity that grows from block to block, then rows by the activity that their channels lost.
+class _Tried(NamedTuple):
+    """Score, budget and drops of norms of one value of lambda."""
+
+    score: float
+    budget: Budget
+    norm_drops: list[Norms]
+
+
+def _try(
+    search: Search, lambdas: Sequence[float], budgets: Sequence[Budget], name: str
+) -> dict[float, _Tried]:
+    """Return what trials by loss give, by lambda."""
+    trials = run_trials(loss_trials, search, budgets, name)
+    entries = zip(trials.scores, budgets, trials.norm_drops, strict=True)
+    return dict(zip(lambdas, (_Tried(*entry) for entry in entries), strict=True))
+
+
+def _try_blocks(search: Search, lambdas: Sequence[float]) -> dict[float, _Tried]:
+    """Return what block schedules with these values give, by lambda."""
+    depth, sparsity = len(search.model.blocks), search.request.sparsity
+    budgets = []
+    for lam in lambdas:
+        budget = by_block(search.model, schedule(depth, sparsity, lam))
+        budgets.append(meet_sparsity(budget, search.shapes, sparsity))
+    return _try(search, lambdas, budgets, BLOCK_PROGRESS)
+
+
+def _best(tried: dict[float, _Tried]) -> float:
+    """Return the value of least score."""
+    return min(tried, key=lambda lam: tried[lam].score)
+
+
+def _step_result(tried: dict[float, _Tried]) -> _StepResult:
+    """Return the result of a step from all that it tried."""
+    lambdas, best = sorted(tried), _best(tried)
+    scores = [tried[lam].score for lam in lambdas]
+    return _StepResult(lambdas, scores, best, tried[best].budget, tried[best].norm_drops)
+
+
+def _corrected_search(search: Search, step: str) -> tuple[_StepResult, _StepResult]:
+    """Return the results of the block and row steps by loss.
+
+    Blocks are tried on a coarse grid and around its best value, rows on a short grid.
+    """
+    tried = _try_blocks(search, COARSE_LAMBDAS if step != "row" else (0.0,))
+    if step != "row":
+        best = _best(tried)
+        tried |= _try_blocks(
+            search, [lam for lam in (best - STEP_AROUND_BEST, best + STEP_AROUND_BEST) if lam > 0]
+        )
+    first = _step_result(tried)
+    if step == "block":
+        return first, _StepResult([], [], None, first.budget, [])
+    # The best blocks with even rows are a trial of the row step as well.
+    tried = {0.0: tried[_best(tried)]}
+    means = np.array(block_sparsities(first.budget, search.shapes))
+    budgets = [_corrected_row_budget(search, first.norm_drops, means, lam) for lam in ROW_LAMBDAS]
+    tried |= _try(search, ROW_LAMBDAS, budgets, ROW_PROGRESS)
+    return first, _step_result(tried)
+
+
+@dataclasses.dataclass(frozen=True)
+class NeuroAL:
+    """NeuroAL (Cunegatti et al. 2025): later blocks lose more, and rows with less active channels.
 
     Args:
-      step: what is searched: blocks, rows around an even sparsity, or rows on top of the best blocks.
-      samples: calibration windows that are tried on, the first of them.
-      variant: "official" chooses by the misalignment of neurons as the released code does, on its grids, with its rounding.
-        "corrected", the default, chooses by the loss of the model pruned with the trial's budget, which predicts perplexity where
-        misalignment does not, on a shorter grid that holds the even sparsity, and meets the sparsity to one unit.
+      step: What is searched: blocks, rows around an even sparsity, or rows on top of the best
+        blocks.
+      samples: Calibration windows that budgets are tried on, the first of them.
+      variant: "official" chooses by the misalignment of neurons as the authors' code does, on its
+        grids, with its rounding. "corrected", the default, chooses by the loss of the model pruned
+        with the trial's budget, which predicts perplexity where misalignment does not, on a
+        shorter grid that holds the even sparsity, and meets the sparsity to one unit.
     """
-    if samples < 1:
-        raise InputError(f"neuroal: samples={samples} must be at least 1")
 
-    def allocate(
-        model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
+    step: Literal["block", "row", "both"] = "both"
+    samples: int = 8
+    variant: Literal["corrected", "official"] = "corrected"
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"neuroal: samples={self.samples} must be at least 1")
+
+    def __call__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        layerwise: Layerwise,
     ) -> Allocation:
-        official = variant == "official"
-        followed = layerwise.pattern.by_row and not (official and layerwise.pruner.observer is gram)
-        if step == "row" and not followed:
+        """Allocate by a search, as `Allocator` says."""
+        official = self.variant == "official"
+        # The official code gives SparseGPT one threshold a block of columns, whatever the rows.
+        by_row = layerwise.pattern.by_row and not (official and layerwise.pruner.observer is gram)
+        if self.step == "row" and not by_row:
             raise InputError(
-                'neuroal(step="row"): this method has one threshold for all rows of a matrix: use step="block"'
+                'neuroal(step="row"): this method has one threshold for all rows of a matrix',
+                'use step="block"',
             )
         shapes = all_shapes(model)
-        search = _Search(model, tokens[:samples], request, runtime, layerwise, shapes, [])
-        first, second = (_official_search if official else _corrected_search)(
-            search, step if followed else "block"
-        )
-        warnings = (
-            ()
-            if followed or step == "block"
-            else ("neuroal: the method cannot follow rows, only blocks were searched",)
-        )
-        means = block_means(second.budget, shapes)
-        best_block = first.best if step != "row" else None
+        search = Search(model, tokens[: self.samples], request, runtime, layerwise, shapes, [])
+        run_search = _official_search if official else _corrected_search
+        first, second = run_search(search, self.step if by_row else "block")
+        warnings: tuple[str, ...] = ()
+        if not by_row and self.step != "block":
+            warnings = ("neuroal: the method cannot follow rows, only blocks were searched",)
+        means = block_sparsities(second.budget, shapes)
+        best_block = first.best if self.step != "row" else None
         details = {
             "block_lambda": best_block,
             "block_lambdas": first.lambdas,
@@ -423,5 +292,3 @@ def neuroal(
         if second.lambdas:
             figures.append(search_figure("row", second.lambdas, second.scores, second.best))
         return Allocation(second.budget, details, warnings, tuple(figures))
-
-    return allocate

@@ -1,15 +1,30 @@
-"""NeuroAL (Cunegatti et al. 2025), maths: how far pruned activations are from dense ones, and sparsities that follow from it.
+"""NeuroAL (Cunegatti et al. 2025), maths: misalignment of activations, and fractions from it.
 
-Activations are told by their norms: a [c], the L2 norm of every channel over the calibration tokens.
+Activations are summed up by norms a [c]: the L2 norm of every channel over the calibration tokens.
 """
 
+import chex
 import numpy as np
 
-from pruning.budget import spread
+from pruning.budget_core import (
+    MAX_FRACTION,
+    MIN_FRACTION,
+    fraction_for_count,
+    fractions_from_scores,
+)
 
 
 def misalignment(dense: np.ndarray, sparse: np.ndarray) -> float:
-    """|a / sum(a) - a' / sum(a')|_2 / c for norms a, a' [c] (eq. 2): how differently activity is shared out between the channels."""
+    """Return how differently dense and pruned activity is shared between channels.
+
+    |a / sum(a) - a' / sum(a')|_2 / c. Source: Cunegatti et al. 2025, eq. 2.
+
+    Args:
+      dense: Norms a of the dense model, [c].
+      sparse: Norms a' of the pruned one, [c].
+    """
+    chex.assert_rank([dense, sparse], 1)
+    chex.assert_equal_shape([dense, sparse])
 
     def share(a: np.ndarray) -> np.ndarray:
         total = a.sum()
@@ -19,15 +34,62 @@ def misalignment(dense: np.ndarray, sparse: np.ndarray) -> float:
 
 
 def schedule(blocks: int, sparsity: float, lam: float) -> np.ndarray:
-    """What each block loses [blocks]: evenly from sparsity - lam in the first to sparsity + lam in the last (eq. 3)."""
-    return spread(np.arange(blocks)[::-1], sparsity, lam)
+    """Return fractions to remove that grow evenly from block to block.
 
-
-def row_fractions(lost: np.ndarray, sparsity: float, lam: float) -> np.ndarray:
-    """What each row loses [rows]: the row whose channel lost most activity to pruning keeps most (eq. 4).
+    Source: Cunegatti et al. 2025, eq. 3.
 
     Args:
-      lost: by how much the dense norm of each row's channel exceeds the pruned one [rows]; with a sum of zero, rows stay even.
-      sparsity: the rows' mean; their densities span 2 lam.
+      blocks: Number of blocks.
+      sparsity: Mean of the fractions.
+      lam: The first block loses sparsity - lam, the last sparsity + lam.
+
+    Returns:
+      Fractions [blocks].
     """
-    return spread(lost if lost.sum() else np.zeros_like(lost), sparsity, lam)
+    return fractions_from_scores(np.arange(blocks)[::-1], sparsity, lam)
+
+
+def row_fractions(norm_drop: np.ndarray, sparsity: float, lam: float) -> np.ndarray:
+    """Return fractions to remove that are lowest where a channel lost most activity.
+
+    Source: Cunegatti et al. 2025, eq. 4.
+
+    Args:
+      norm_drop: Dense less pruned norm of each row's channel, [rows].
+      sparsity: Mean of the fractions.
+      lam: Half the distance between the lowest and the highest density.
+
+    Returns:
+      Fractions [rows]; even where the drops sum to zero, as in the official code.
+    """
+    chex.assert_rank(norm_drop, 1)
+    scores = norm_drop if norm_drop.sum() else np.zeros_like(norm_drop)
+    return fractions_from_scores(scores, sparsity, lam)
+
+
+def kept_row_fractions(fractions: np.ndarray, columns: int) -> np.ndarray:
+    """Round row fractions as the official code does, which truncates what a row keeps.
+
+    Args:
+      fractions: Fractions to remove, [rows].
+      columns: Inputs of a row.
+
+    Returns:
+      Fractions [rows] that stand for whole entries.
+    """
+    density = 1 - np.clip(fractions, MIN_FRACTION, MAX_FRACTION)
+    return fraction_for_count(columns - np.trunc(density * columns), columns)
+
+
+def mean_over_shared_heads(norm_drop: np.ndarray, queries: int, width: int) -> np.ndarray:
+    """Average channels over the query heads that share a key-value head.
+
+    Args:
+      norm_drop: Drop of each channel, [heads * width], heads that share one side by side.
+      queries: Query heads that share one key-value head.
+      width: Channels of a head.
+
+    Returns:
+      Means [heads / queries * width].
+    """
+    return norm_drop.reshape(-1, queries, width).mean(1).reshape(-1)

@@ -1,5 +1,6 @@
 """OWL (Yin et al. 2024): blocks with more outliers keep more."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -13,62 +14,76 @@ from models.arch import Arch, Block, Model
 from models.errors import InputError
 from models.programs import program
 from pruning.allocation.figures import allocation_figures
-from pruning.allocation.owl_core import outliers
-from pruning.budget import all_shapes, block_means, by_block, exact, spread, within
-from pruning.types import Allocation, Allocator, Layerwise, Request
+from pruning.allocation.owl_core import outlier_share
+from pruning.budget import all_shapes, block_sparsities, by_block, meet_sparsity
+from pruning.budget_core import clip_fractions, fractions_from_scores
+from pruning.types import Allocation, Layerwise, Request
 from pruning.weights import scores
 
 
 @program("outliers counted", static=(0,))
-def _of_block(arch: Arch, block: Block, stats: Mapping[str, SecondMoment], m: float) -> jax.Array:
-    return outliers([scores.wanda(getattr(block, s.name).w, stats[s.reads]) for s in arch.slots], m)
+def _block_outliers(
+    arch: Arch, block: Block, stats: Mapping[str, SecondMoment], m: float
+) -> jax.Array:
+    """Return the share of outliers among all Wanda scores of a block, float32 []."""
+    metrics = [scores.wanda(getattr(block, s.name).w, stats[s.reads]) for s in arch.slots]
+    return outlier_share(metrics, m)
 
 
-def owl(
-    m: float = 5, lam: float = 0.08, variant: Literal["corrected", "official"] = "corrected"
-) -> Allocator:
-    """OWL (Yin et al. 2024): the block with most outliers, entries of |W| |x| far above their mean, loses least.
+@dataclasses.dataclass(frozen=True)
+class Owl:
+    """OWL (Yin et al. 2024): blocks with more outliers, entries far above the mean, lose less.
 
     Args:
-      m: an entry is an outlier above m times its block's mean.
-      lam: blocks lose from about sparsity - lam to sparsity + lam.
-      variant: "official" rounds and clips (0.01 and 0.99 for what is out of bounds) as the released code does; "corrected", the
-        default, meets the sparsity to one unit and is otherwise the same.
+      m: An entry of |W| |x| is an outlier above m times its block's mean.
+      lam: Blocks lose from about sparsity - lam to sparsity + lam.
+      variant: "official" rounds and clips (0.01 and 0.99 for what is out of bounds) as the
+        authors' code does; "corrected", the default, meets the sparsity to one unit and is
+        otherwise the same.
     """
-    if not (m > 0 and 0 <= lam < 1):
-        raise InputError(f"owl: m={m} must be positive, lam={lam} at least 0 and less than 1")
 
-    def allocate(
-        model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
+    m: float = 5
+    lam: float = 0.08
+    variant: Literal["corrected", "official"] = "corrected"
+
+    def __post_init__(self) -> None:
+        if not (self.m > 0 and 0 <= self.lam < 1):
+            raise InputError(
+                f"owl: m={self.m} must be positive, lam={self.lam} at least 0 and less than 1"
+            )
+
+    def __call__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        layerwise: Layerwise,
     ) -> Allocation:
+        """Allocate by outliers, as `Allocator` says."""
         shapes = all_shapes(model)
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-            return block, float(_of_block(model.arch, block, stats, m))
+            return block, float(_block_outliers(model.arch, block, stats, self.m))
 
-        watch = {s.reads: second_moment for s in model.arch.slots}
         shares = calibrate_blocks(
             model,
             tokens,
             runtime,
             visit,
-            watch=watch,
+            watch={s.reads: second_moment for s in model.arch.slots},
             propagate="dense",
             name="counting outliers",
-            key=("outliers", m),
+            key=("outliers", self.m),
         )
-        asked = spread(np.array(shares), request.sparsity, lam)
-        official = variant == "official"
-        budget = (
-            by_block(model, within(asked))
-            if official
-            else exact(by_block(model, asked), shapes, request.sparsity)
-        )
-        means = block_means(budget, shapes)
+        fractions = fractions_from_scores(np.array(shares), request.sparsity, self.lam)
+        if self.variant == "official":
+            budget = by_block(model, clip_fractions(fractions))
+        else:
+            budget = meet_sparsity(by_block(model, fractions), shapes, request.sparsity)
+        means = block_sparsities(budget, shapes)
         return Allocation(
             budget,
             {"outliers": shares, "block_sparsity": means},
             figures=allocation_figures(means, request.sparsity, "outliers", shares, fraction=True),
         )
-
-    return allocate

@@ -1,5 +1,6 @@
-"""Scores of single weights: how much each entry of a linear's matrix matters. Pure functions of arrays."""
+"""Scores of single weights: how much each entry of a linear's matrix matters."""
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -7,17 +8,39 @@ from calibration.observers import SecondMoment
 
 
 def magnitude(w: jax.Array, stats: None) -> jax.Array:
-    """|W| [out in]."""
+    """Return |W|, float32 [out in].
+
+    Args:
+      w: Matrix [out in].
+      stats: No statistics are needed.
+    """
+    chex.assert_rank(w, 2)
     return jnp.abs(w.astype(jnp.float32))
 
 
 def wanda(w: jax.Array, stats: SecondMoment) -> jax.Array:
-    """|W_ij| * ||X_j||_2 [out in] (Sun et al. 2024, eq. 1), X_j the j-th input channel over all calibration tokens."""
+    """Return |W_ij| ||X_j||_2, float32 [out in].
+
+    Source: Sun et al. 2024, eq. 1; X_j is the j-th input channel over all calibration tokens.
+
+    Args:
+      w: Matrix [out in].
+      stats: Second moments of the inputs.
+    """
+    chex.assert_rank(w, 2)
+    chex.assert_shape(stats.total, (w.shape[1],))
     return jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(stats.per_sample)[None, :]
 
 
 def multiflow(w: jax.Array, stats: SecondMoment) -> jax.Array:
-    """|W_ij| * mean_k |W_ik| a_k * mean_k |W_kj| a_j [out in], a the norms of the input channels (Farina et al. 2024, eq. 6)."""
+    """Return |W_ij| mean_k(|W_ik| a_k) mean_k(|W_kj| a_j), float32 [out in].
+
+    Source: Farina et al. 2024, eq. 6; a are the norms of the input channels.
+
+    Args:
+      w: Matrix [out in].
+      stats: Second moments of the inputs.
+    """
     edge = wanda(w, stats)
     flow = jnp.mean(edge, axis=1, keepdims=True) * jnp.mean(edge, axis=0, keepdims=True)
     return jnp.abs(w.astype(jnp.float32)) * flow

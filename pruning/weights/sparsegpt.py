@@ -53,7 +53,7 @@ def damping_warnings(damp: float, details: Mapping[str, Any]) -> list[str]:
 
 
 def sparsegpt(damp: float = 0.01) -> PerLinear:
-    """SparseGPT (Frantar & Alistarh 2023): remove weights by their effect on the output, column by column.
+    """SparseGPT (Frantar & Alistarh 2023): remove weights by their effect on the output.
 
     The weights that stay in a row make up for each removed one.
 

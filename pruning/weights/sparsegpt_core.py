@@ -1,30 +1,37 @@
-"""SparseGPT (Frantar & Alistarh 2023): prune a linear column by column, each removed weight's error made good by the columns to come.
+"""SparseGPT (Frantar & Alistarh 2023), maths: prune column by column, correct the columns to come.
 
-Maths first, below it the layer-wise method made of it. Letters as in the paper: H = X X^T of the layer's inputs, W its weights, U the
-upper Cholesky factor of H^-1, whose row i says how an error in column i is best spread over the columns after it (Algorithm 1).
+Letters as in the paper: H = X X^T of the layer's inputs, W its weights, U the upper Cholesky factor
+of H^-1. Row i of U says how an error in column i is best spread over later columns (Algorithm 1).
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from calibration.observers import Gram
 from pruning.linalg import inverse_factor
-
-Mask = jax.Array  # bool; True is kept
+from pruning.weights.patterns_core import Mask
 
 COLUMNS = 128  # columns decided on together: the paper's B
 STEPS = 4  # columns swept between two matrix products with the errors so far
-TRIES = 7  # how often a factorisation is tried
-RAISE, LEAST = 10.0, 1e-6  # how much more damping each time, and the least of it then
+ATTEMPTS = 7  # factorisations tried, each with more damping
+DAMPING_GROWTH = 10.0
+FIRST_DAMPING = 1e-6  # least damping of a second attempt, for runs that ask for none
 
 
 class Factor(NamedTuple):
-    """u: upper Cholesky factor of the damped H^-1, float32 [c c]; dead: inputs that never fire, bool [c]; damping: as a share of H's mean
-    diagonal, float32 [], NaN if no damping tried made H positive definite."""
+    """Factor of a damped H.
+
+    Attributes:
+      u: Upper Cholesky factor U of H^-1, float32 [c c].
+      dead: Inputs that never fire, bool [c].
+      damping: Share of H's mean diagonal that was added, float32 []; NaN if no damping tried made
+        H positive definite.
+    """
 
     u: jax.Array
     dead: jax.Array
@@ -32,55 +39,80 @@ class Factor(NamedTuple):
 
 
 def hessian(gram: Gram) -> jax.Array:
-    """H = 2/n X X^T [c c] over n sequences: the scale of the released code, which only dead inputs (H_ii set to 1) can tell."""
+    """Return H = 2/n X X^T [c c] over n sequences.
+
+    Args:
+      gram: Sum of x x^T, and the number of sequences.
+    """
+    chex.assert_rank(gram.total, 2)
+    # The scale of the official code. Only dead inputs, whose H_ii becomes 1, can tell it.
     return gram.total * (2.0 / gram.samples)
 
 
 def damped(h: jax.Array, damp: jax.Array | float) -> jax.Array:
-    """H [c c] with 1 where an input never fires, and `damp` times its mean diagonal added to the diagonal."""
+    """Add damping to H's diagonal, after setting it to 1 where an input never fires.
+
+    Args:
+      h: H [c c].
+      damp: Share of the mean diagonal to add.
+    """
     diagonal = jnp.diagonal(h)
     diagonal = jnp.where(diagonal == 0, 1.0, diagonal)
     return jnp.fill_diagonal(h, diagonal + damp * jnp.mean(diagonal), inplace=False)
 
 
 def factor(h: jax.Array, damp: float) -> Factor:
-    """Factor H [c c]; while that fails, damp RAISE times more; TRIES attempts in all."""
+    """Factor H, with ten times the damping while that fails.
+
+    Args:
+      h: H, float32 [c c].
+      damp: Share of the mean diagonal to add at first.
+    """
+    chex.assert_shape(h, (len(h), len(h)))
+    chex.assert_type(h, jnp.float32)
 
     def failed(state: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        tries, _, u = state
-        return (tries < TRIES) & ~jnp.all(jnp.isfinite(u))
+        attempts, _, u = state
+        # A factorisation that fails gives NaN and never raises.
+        return (attempts < ATTEMPTS) & ~jnp.all(jnp.isfinite(u))
 
     def attempt(
         state: tuple[jax.Array, jax.Array, jax.Array],
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        tries, share, _ = state
-        share = jnp.where(tries == 0, damp, jnp.maximum(share * RAISE, LEAST))
-        return tries + 1, share, inverse_factor(damped(h, share))
+        attempts, share, _ = state
+        more = jnp.maximum(share * DAMPING_GROWTH, FIRST_DAMPING)
+        share = jnp.where(attempts == 0, damp, more)
+        return attempts + 1, share, inverse_factor(damped(h, share))
 
-    _, share, u = jax.lax.while_loop(
-        failed, attempt, (jnp.asarray(0), jnp.asarray(0.0), jnp.full_like(h, jnp.nan))
-    )
+    start = (jnp.asarray(0), jnp.asarray(0.0), jnp.full_like(h, jnp.nan))
+    with jax.named_scope("factor"):
+        _, share, u = jax.lax.while_loop(failed, attempt, start)
     return Factor(u, jnp.diagonal(h) == 0, jnp.where(jnp.all(jnp.isfinite(u)), share, jnp.nan))
 
 
-Keep = Callable[[jax.Array, jax.Array], Mask]  # (score [out c], count) -> bool [out c]
-Decide = Callable[
-    [jax.Array, Sequence[jax.Array]], Mask
-]  # (score [c rows], a count a matrix) -> bool [c rows]
+# (score [out c], count) -> kept, bool [out c].
+Keep = Callable[[jax.Array, jax.Array], Mask]
+# (score [c rows], a count for each matrix) -> kept, bool [c rows].
+Decide = Callable[[jax.Array, Sequence[jax.Array]], Mask]
 
 
 def _decide_each(keep: Keep, rows: Sequence[int]) -> Decide:
-    """`keep` for each of the matrices whose rows lie side by side."""
+    """Return `keep` applied to each of the matrices whose rows lie side by side."""
 
     def decide(score: jax.Array, counts: Sequence[jax.Array]) -> Mask:
-        parts = jnp.split(score.T, np.cumsum(rows)[:-1], axis=0)
-        return jnp.concatenate([keep(s, n) for s, n in zip(parts, counts, strict=True)]).T
+        with jax.named_scope("select"):
+            parts = jnp.split(score.T, np.cumsum(rows)[:-1], axis=0)
+            return jnp.concatenate([keep(s, n) for s, n in zip(parts, counts, strict=True)]).T
 
     return decide
 
 
-def _columns(w: jax.Array, u: jax.Array, kept: Mask) -> tuple[jax.Array, jax.Array]:
-    """Columns w [s rows] one after the other, u [s s] their corner of U: (what they become, their errors over U_ii), both [s rows]."""
+def _sweep_columns(w: jax.Array, u: jax.Array, kept: Mask) -> tuple[jax.Array, jax.Array]:
+    """Prune columns w [s rows] one by one; u [s s] is their corner of U.
+
+    Returns:
+      The new columns, and their errors over U_ii, both [s rows].
+    """
     new, errors = [], []
     for i in range(len(w)):
         errors.append(jnp.where(kept[i], 0.0, w[i] / u[i, i]))
@@ -89,25 +121,32 @@ def _columns(w: jax.Array, u: jax.Array, kept: Mask) -> tuple[jax.Array, jax.Arr
     return jnp.stack(new), jnp.stack(errors)
 
 
-def _block(
+def _sweep_block(
     w: jax.Array, u: jax.Array, kept: Mask, step: int, decide: Callable[[jax.Array], Mask] | None
 ) -> tuple[jax.Array, ...]:
-    """A block's columns w [b rows], `step` at a time, u [b b] their corner of U: (new, errors, kept), each [b rows].
+    """Prune a block's columns, `step` at a time.
 
-    kept: what stays, unless `decide` (scores [s rows] -> bool) settles it when the sweep gets there.
+    Args:
+      w: Columns, float32 [b rows].
+      u: Their corner of U, [b b].
+      kept: What stays, bool [b rows], unless `decide` is given.
+      step: Columns between two matrix products; divides b.
+      decide: Scores [step rows] -> kept, called when the sweep reaches the columns.
+
+    Returns:
+      New columns, errors over U_ii, kept: each [b rows].
     """
 
     def sweep(
         errors: jax.Array, xs: tuple[jax.Array, jax.Array, Mask]
     ) -> tuple[jax.Array, tuple[jax.Array, Mask]]:
         start, w, kept = xs
-        w = (
-            w - jax.lax.dynamic_slice_in_dim(u, start, step, 1).T @ errors
-        )  # those to come are still zero
+        # Errors of columns to come are still zero, so the product may take all of them.
+        w = w - jax.lax.dynamic_slice_in_dim(u, start, step, 1).T @ errors
         corner = jax.lax.dynamic_slice(u, (start, start), (step, step))
         if decide:
             kept = decide((w / jnp.diagonal(corner)[:, None]) ** 2)
-        new, e = _columns(w, corner, kept)
+        new, e = _sweep_columns(w, corner, kept)
         return jax.lax.dynamic_update_slice_in_dim(errors, e, start, 0), (new, kept)
 
     starts = jnp.arange(0, len(w), step)
@@ -125,7 +164,20 @@ def _sweep(
     size: int,
     group: int | None,
 ) -> tuple[jax.Array, Mask]:
-    """All columns w [c rows], blocks of `size` (which divides c), of which the first `inputs` are real: (new, kept)."""
+    """Prune all columns, a block at a time.
+
+    Args:
+      w: Columns, float32 [c rows].
+      u: U [c c].
+      quotas: Counts of each matrix, by block: [blocks ...].
+      decide: Chooses what stays.
+      inputs: Columns that are real; the rest is padding.
+      size: Columns of a block; divides c.
+      group: m of n:m, else None.
+
+    Returns:
+      New columns and kept, both [c rows].
+    """
 
     def sweep(
         errors: jax.Array, xs: tuple[jax.Array, jax.Array, list[jax.Array]]
@@ -134,19 +186,19 @@ def _sweep(
         w = w - jax.lax.dynamic_slice_in_dim(u, start, size, 1).T @ errors
         corner = jax.lax.dynamic_slice(u, (start, start), (size, size))
         if group:
-            new, e, kept = _block(
-                w, corner, jnp.ones(w.shape, bool), group, lambda score: decide(score, counts)
+            all_kept = jnp.ones(w.shape, bool)
+            new, e, kept = _sweep_block(
+                w, corner, all_kept, group, lambda score: decide(score, counts)
             )
         else:
             real = (start + jnp.arange(size) < inputs)[:, None]
             score = jnp.where(real, (w / jnp.diagonal(corner)[:, None]) ** 2, jnp.inf)
-            new, e, kept = _block(w, corner, decide(score, counts), STEPS, None)
+            new, e, kept = _sweep_block(w, corner, decide(score, counts), STEPS, None)
         return jax.lax.dynamic_update_slice_in_dim(errors, e, start, 0), (new, kept)
 
     starts = jnp.arange(0, len(w), size)
-    _, (new, kept) = jax.lax.scan(
-        sweep, jnp.zeros_like(w), (starts, w.reshape(len(starts), size, -1), list(quotas))
-    )
+    blocks = (starts, w.reshape(len(starts), size, -1), list(quotas))
+    _, (new, kept) = jax.lax.scan(sweep, jnp.zeros_like(w), blocks)
     return new.reshape(w.shape), kept.reshape(w.shape)
 
 
@@ -155,25 +207,35 @@ def solve(
 ) -> list[tuple[jax.Array, Mask]]:
     """Prune matrices that read the same inputs, in one sweep over their columns.
 
+    Source: Frantar & Alistarh 2023, Algorithm 1.
+
     Args:
-      ws: [out in] each; worked on in float32, given back in their own type.
-      f: of their common inputs.
-      counts: for each, how many entries go: [blocks] or [blocks out] as `patterns.per_column_block` has it, or [] with a group.
-      keep: chooses by the score W^2 / U_ii^2 (eq. 3 of the paper), the lowest go.
-      group: None: a block's entries are chosen when the sweep reaches it. m: those of every m consecutive columns are chosen when the
-        sweep reaches these, as the paper does for n:m.
-    Returns (W [out in], kept bool [out in]) for each.
+      ws: Matrices [out in]; worked on in float32, returned in their own types.
+      f: Factor of their common inputs.
+      counts: Entries to remove from each: [blocks] or [blocks out] as `patterns.per_column_block`
+        counts them, or [] with a group.
+      keep: Chooses by the score W^2 / U_ii^2 (eq. 3); the lowest go.
+      group: None: a block's entries are chosen when the sweep reaches the block. m: those of every
+        m consecutive columns are chosen when the sweep reaches these, as the paper does for n:m.
+
+    Returns:
+      W [out in] and kept, bool [out in], of each.
     """
-    rows, inputs = [len(w) for w in ws], ws[0].shape[1]
+    chex.assert_rank(ws, 2)
+    inputs = ws[0].shape[1]
+    chex.assert_shape([*ws], (None, inputs))
+    chex.assert_shape([f.u, f.dead], [(inputs, inputs), (inputs,)])
+    rows = [len(w) for w in ws]
     size = COLUMNS if group is None else group * max(1, COLUMNS // group)
     blocks = -(-inputs // size)
     pad = (0, blocks * size - inputs)
-    # Columns lie as rows, so each step of the sweep reads and writes consecutive memory. Padding is neither pruned nor spread to.
+    # Columns lie as rows, so that each step of the sweep reads and writes consecutive memory.
     w = jnp.concatenate([w.astype(jnp.float32) for w in ws]).T
+    # Padding is neither pruned nor receives errors.
     w = jnp.pad(jnp.where(f.dead[:, None], 0.0, w), (pad, (0, 0)))
     u = jnp.pad(f.u, (pad, pad)) + jnp.diag(jnp.pad(jnp.zeros(inputs), pad, constant_values=1.0))
     quotas = [jnp.broadcast_to(n, (blocks,)) if n.ndim == 0 else n for n in counts]
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"), jax.named_scope("sweep"):
         new, kept = _sweep(w, u, quotas, _decide_each(keep, rows), inputs, size, group)
     ends = np.cumsum(rows)[:-1]
     parts = (jnp.split(x[:inputs].T, ends) for x in (new, kept))

@@ -1,11 +1,13 @@
-"""SparseLLM's alternation exactly as its authors released it: pseudo-inverses, gradient steps of fixed rate, damping that grows.
+"""SparseLLM (Bai et al. 2024), official maths: pseudo-inverses and fixed gradient steps.
 
-Maths only; the letters are `pruning.weights.sparsellm_core`'s. It diverges where activations are large or inputs nearly dependent.
+The letters are those of `pruning.weights.sparsellm_core`. The loop diverges where activations are
+large or inputs nearly dependent.
 """
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -16,21 +18,29 @@ from pruning.weights.sparsellm_core import (
     Ffn,
     Penalties,
     Settings,
-    Solved,
+    Solution,
     hidden,
     p_gain,
     p_step,
-    pruned,
+    sparsegpt_pruned,
     squared_error,
     z_gated,
     z_relu,
 )
 
-RATE, S_STEPS, W_STEPS = 0.01, 2, 10  # of the gradient steps: on s, and on W2 without a gate
+RATE = 0.01  # of the gradient steps
+S_STEPS = 2  # gradient steps on s
+W_STEPS = 10  # gradient steps on W2, without a gate
 
 
 class Aux(NamedTuple):
-    """Auxiliary activations, float32 [samples t f]; s is None without a gate."""
+    """Auxiliary activations, float32 [samples t f].
+
+    Attributes:
+      z: Output of W1.
+      s: Output of the gate; None without one.
+      p: Input of W2.
+    """
 
     z: jax.Array
     s: jax.Array | None
@@ -38,6 +48,8 @@ class Aux(NamedTuple):
 
 
 class _State(NamedTuple):
+    """State of the alternation: the part, H of X [d d], H of p [f f], and the activations."""
+
     ffn: Ffn
     h1: jax.Array
     h2: jax.Array
@@ -45,81 +57,100 @@ class _State(NamedTuple):
 
 
 def _bias(p: Linear) -> jax.Array:
+    """Return the bias as a row, zero where there is none."""
     return jnp.zeros((1, 1)) if p.b is None else p.b[None, :]
 
 
-def _flat(a: jax.Array) -> jax.Array:
+def _flatten(a: jax.Array) -> jax.Array:
+    """Return activations as [tokens c]."""
     return a.reshape(-1, a.shape[-1])
 
 
 def _prune(
     ws: Sequence[jax.Array], h: jax.Array, counts: Sequence[jax.Array], c: Settings
 ) -> tuple[list[jax.Array], jax.Array, jax.Array]:
-    """SparseGPT with H [c c]: (the pruned matrices, the H that it leaves damped, the damping)."""
+    """Prune by SparseGPT with H [c c].
+
+    Returns:
+      The pruned matrices, H with its damping, and the damping.
+    """
+    # The official code damps H in place, so that its damping grows with each iteration.
     dead, h = jnp.diagonal(h) == 0, sparsegpt.damped(h, c.damp)
     f = sparsegpt.factor(h, 0.0)._replace(dead=dead)
-    return pruned(ws, f, counts, c.rule), h, c.damp + f.damping
+    return sparsegpt_pruned(ws, f, counts, c.pattern), h, c.damp + f.damping
 
 
 def _descend(loss: Callable[[jax.Array], jax.Array], start: jax.Array, steps: int) -> jax.Array:
-    """Take plain gradient steps at RATE."""
+    """Return the end of plain gradient descent at RATE."""
 
     def step(x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return x - RATE * jax.grad(loss)(x), None
+        return x + -RATE * jax.grad(loss)(x), None
 
     return jax.lax.scan(step, start, None, steps)[0]
 
 
-def _half(
+def _prune_and_update(
     state: _State, x: jax.Array, y: jax.Array, counts: Counts, c: Settings
 ) -> tuple[_State, tuple[jax.Array, jax.Array]]:
-    """Prune the weights as they are, then set p, z, s in turn: (the state, (the part's mean squared error, damping))."""
+    """Prune the weights as they are, then update p, z and s in turn.
+
+    Returns:
+      The state, and the part's mean squared error and damping, [] each.
+    """
     z, s, _ = state.aux
-    ws, h1, damping1 = _prune([p.w for p in state.ffn.writers], state.h1, counts.writers, c)
-    (w2,), h2, damping2 = _prune([state.ffn.w2.w], state.h2, [counts.w2], c)
+    with jax.named_scope("prune"):
+        ws, h1, damping1 = _prune([p.w for p in state.ffn.writers], state.h1, counts.writers, c)
+        (w2,), h2, damping2 = _prune([state.ffn.w2.w], state.h2, [counts.w2], c)
     ffn, k = state.ffn.with_writers(ws).with_w2(w2), c.penalties
     gain = p_gain(ffn.w2, k)
 
-    def sample(a: tuple[jax.Array, ...]) -> Aux:
+    def update_sample(a: tuple[jax.Array, ...]) -> Aux:
         x, y, z, *gate = a
         p = p_step(ffn.w2, gain, y, hidden(z, gate[0] if gate else None, c.act))
         if ffn.gate is None:
             return Aux(z_relu(linear(ffn.w1, x), p, k), None, p)
-        # The released formula has no penalties in it.
+        # The official formula has no penalties in it.
         z = z_gated(linear(ffn.w1, x), p, ACTIVATIONS[c.act](gate[0]), Penalties(1.0, 1.0, 1.0))
         m = linear(ffn.gate, x)
-        s = _descend(
-            lambda s: jnp.sum(
-                k.alpha * (s - m) ** 2 + k.gamma * (p - ACTIVATIONS[c.act](s) * z) ** 2
-            ),
-            gate[0],
-            S_STEPS,
-        )
-        return Aux(z, s, p)
 
-    aux = jax.lax.map(sample, (x, y, z) if s is None else (x, y, z, s))
-    return _State(ffn, h1, h2, aux), (
-        squared_error(ffn, x, y, c.act) / float(y.size),
-        jnp.maximum(damping1, damping2),
-    )
+        def objective(s: jax.Array) -> jax.Array:
+            mismatch = k.gamma * (p - ACTIVATIONS[c.act](s) * z) ** 2
+            return jnp.sum(k.alpha * (s - m) ** 2 + mismatch)
+
+        return Aux(z, _descend(objective, gate[0], S_STEPS), p)
+
+    with jax.named_scope("update_p_z_and_s"):
+        aux = jax.lax.map(update_sample, (x, y, z) if s is None else (x, y, z, s))
+    loss = squared_error(ffn, x, y, c.act) / float(y.size)
+    return _State(ffn, h1, h2, aux), (loss, jnp.maximum(damping1, damping2))
 
 
 def _pinv(x: jax.Array) -> jax.Array:
-    return jnp.linalg.pinv(_flat(x), rtol=1e-15)  # no direction is cut
+    """Return the pseudo-inverse of activations, [c tokens]."""
+    # The tolerance is below float32's, so that no direction is cut.
+    return jnp.linalg.pinv(_flatten(x), rtol=1e-15)
 
 
 def _fit(state: _State, x_pinv: jax.Array, y: jax.Array) -> _State:
-    """Dense weights that fit the auxiliary activations: by pseudo-inverse, but W2 without a gate by gradient steps; and p's own H."""
+    """Fit dense weights to the auxiliary activations, and recompute H of p.
+
+    W1 and its gate are fitted by pseudo-inverse, and so is W2 behind a gate; without one W2 takes
+    gradient steps.
+    """
     ffn, (z, s, p) = state.ffn, state.aux
     targets = [z] if s is None else [z, s]
-    ws = [(x_pinv @ (_flat(t) - _bias(w))).T for w, t in zip(ffn.writers, targets, strict=True)]
-    right, flat = _flat(y) - _bias(ffn.w2), _flat(p)
-    w2 = (
-        _descend(lambda w: jnp.mean((flat @ w.T - right) ** 2), ffn.w2.w, W_STEPS)
-        if s is None
-        else (_pinv(p) @ right).T
-    )
-    return state._replace(ffn=ffn.with_writers(ws).with_w2(w2), h2=(2.0 / len(p)) * flat.T @ flat)
+    with jax.named_scope("fit_w1"):
+        ws = [
+            (x_pinv @ (_flatten(t) - _bias(w))).T for w, t in zip(ffn.writers, targets, strict=True)
+        ]
+    right, flat = _flatten(y) - _bias(ffn.w2), _flatten(p)
+    with jax.named_scope("fit_w2"):
+        if s is None:
+            w2 = _descend(lambda w: jnp.mean((flat @ w.T - right) ** 2), ffn.w2.w, W_STEPS)
+        else:
+            w2 = (_pinv(p) @ right).T
+    h2 = (2.0 / len(p)) * flat.T @ flat
+    return state._replace(ffn=ffn.with_writers(ws).with_w2(w2), h2=h2)
 
 
 def solve_official(
@@ -131,27 +162,37 @@ def solve_official(
     h2: jax.Array,
     counts: Counts,
     c: Settings,
-) -> Solved:
-    """The released loop; the last iteration stays, whatever its error.
+) -> Solution:
+    """Run the authors' loop; the last iteration stays, whatever its error.
 
     Args:
-      x: what entered the dense part, float32 [samples t d].
-      y: what left it, likewise.
-      aux: the same of its inside.
-      h1: H of X [d d].
-      h2: H of p [f f].
+      ffn: The dense part.
+      x: Its input, float32 [samples t d].
+      y: Its output, float32 [samples t d].
+      aux: Its auxiliary activations.
+      h1: H of X, [d d].
+      h2: H of p, [f f].
+      counts: Entries to remove.
+      c: Settings.
     """
+    chex.assert_rank([x, y, aux.z, aux.p], 3)
+    chex.assert_type([x, y, aux.z, aux.p, h1, h2], jnp.float32)
+    chex.assert_shape([h1, h2], [(x.shape[-1],) * 2, (aux.p.shape[-1],) * 2])
 
     def half(state: _State) -> tuple[_State, tuple[jax.Array, jax.Array]]:
-        return _half(state, x, y, counts, c)
+        return _prune_and_update(state, x, y, counts, c)
+
+    def iterate(state: _State, _: None) -> tuple[_State, tuple[jax.Array, jax.Array]]:
+        return half(_fit(state, x_pinv, y))
 
     with jax.default_matmul_precision("highest"):
         state, (loss, damping) = half(_State(ffn, h1, h2, aux))
         losses, dampings = loss[None], damping[None]
         if c.iterations > 1:
             x_pinv = _pinv(x)
-            state, more = jax.lax.scan(
-                lambda s, _: half(_fit(s, x_pinv, y)), state, None, c.iterations - 1
+            state, (more_losses, more_dampings) = jax.lax.scan(
+                iterate, state, None, c.iterations - 1
             )
-            losses, dampings = jnp.append(losses, more[0]), jnp.append(dampings, more[1])
-        return Solved(state.ffn, losses, jnp.max(dampings))
+            losses = jnp.append(losses, more_losses)
+            dampings = jnp.append(dampings, more_dampings)
+        return Solution(state.ffn, losses, jnp.max(dampings))

@@ -1,4 +1,4 @@
-"""Budgets: exact to one unit whatever was asked; each allocator against NumPy; every allocator with every weight method."""
+"""Budgets exact to one unit, allocators against NumPy and with every weight method."""
 
 import functools
 import itertools
@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration import passes as fold
+from calibration import passes
+from calibration.runtime import Runtime
 from eval.perplexity import perplexity
 from models.arch import Model
 from models.checkpoint import reader as store
 from models.checkpoint import writer
 from models.errors import InputError
-from pruning.allocation import alpha as alpha_module
-from pruning.allocation import neuroal as neuroal_module
+from pruning.allocation import alpha, neuroal_trials
 from pruning.allocation.neuroal_core import misalignment, row_fractions, schedule
-from pruning.budget import MOST, all_shapes, by_block, exact, fraction_of, shapes_of, spread
+from pruning.budget import all_shapes, by_block, meet_sparsity, shapes_of
+from pruning.budget_core import MAX_FRACTION, fraction_for_count, fractions_from_scores
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Allocator, Budget, Outcome, Request, prune
 from reference import allocation as reference
@@ -33,20 +34,25 @@ every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 def run(
-    family: str, allocation: Allocator, sparsity: float = 0.5, method: str = "wanda", **options: Any
+    family: str,
+    allocation: Allocator,
+    sparsity: float = 0.5,
+    method: str = "wanda",
+    runtime: Runtime = Runtime(),  # noqa: B008, frozen
 ) -> tuple[Model, Outcome]:
     return prune(
         model(family),
         METHODS[method](),
         tokens(),
-        Request(sparsity, allocation=allocation, **options),
+        Request(sparsity, allocation=allocation),
+        runtime,
     )
 
 
 @pytest.mark.parametrize("total", [*range(1, 300), 576, 4096, 11008, 28672])
 def test_fraction_of_gives_its_count_back(total: int) -> None:
     counts = np.arange(total + 1)
-    assert np.array_equal((fraction_of(counts, total) * total).astype(int), counts)
+    assert np.array_equal((fraction_for_count(counts, total) * total).astype(int), counts)
 
 
 def random_budget(m: Model, rng: np.random.Generator) -> Budget:
@@ -71,7 +77,7 @@ def test_exact_meets_the_sparsity_to_one_unit(family: str, sparsity: float) -> N
     shapes = [shapes_of(m, block) for block in m.blocks]
     for _ in range(20):
         budget = random_budget(m, rng)
-        got = exact(budget, shapes, sparsity)
+        got = meet_sparsity(budget, shapes, sparsity)
         removed = total = 0
         for asked, fractions, block in zip(budget, got, shapes, strict=True):
             for slot, (rows, columns) in block.items():
@@ -87,16 +93,16 @@ def test_exact_meets_the_sparsity_to_one_unit(family: str, sparsity: float) -> N
 def test_exact_changes_what_is_exact_already_by_nothing_and_keeps_the_order() -> None:
     m = model("llama")
     shapes = [shapes_of(m, block) for block in m.blocks]
-    assert exact(by_block(m, np.full(3, 0.5)), shapes, 0.5) == by_block(m, np.full(3, 0.5))
-    got = exact(by_block(m, np.array([0.2, 0.9, 1.3])), shapes, 0.6)
-    assert float(got[0]["q"]) < float(got[1]["q"]) < float(got[2]["q"]) <= MOST
+    assert meet_sparsity(by_block(m, np.full(3, 0.5)), shapes, 0.5) == by_block(m, np.full(3, 0.5))
+    got = meet_sparsity(by_block(m, np.array([0.2, 0.9, 1.3])), shapes, 0.6)
+    assert float(got[0]["q"]) < float(got[1]["q"]) < float(got[2]["q"]) <= MAX_FRACTION
 
 
 def test_a_sparsity_beyond_the_bounds_moves_them() -> None:
     m = model("llama")
     shapes = [shapes_of(m, block) for block in m.blocks]
     for sparsity in (0.002, 0.9375):
-        got = exact(by_block(m, np.array([0.1, 0.5, 0.9])), shapes, sparsity)
+        got = meet_sparsity(by_block(m, np.array([0.1, 0.5, 0.9])), shapes, sparsity)
         total = sum(
             float(f) * np.prod(b[s])
             for fractions, b in zip(got, shapes, strict=True)
@@ -121,10 +127,10 @@ def test_shapes_of_a_checkpoint_are_known_without_its_weights(
     assert all_shapes(lazy) == all_shapes(m) == [shapes_of(m, block) for block in m.blocks]
 
 
-def test_spread() -> None:
+def test_densities_are_linear_in_scores() -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=9)
-    got = spread(values, 0.6, 0.1)
+    got = fractions_from_scores(values, 0.6, 0.1)
     np.testing.assert_allclose(got, reference.spread(values, 0.6, 0.1), rtol=1e-12)
     assert got.mean() == pytest.approx(0.6) and np.ptp(got) == pytest.approx(0.2)
     assert np.argmin(got) == np.argmax(values)
@@ -132,7 +138,7 @@ def test_spread() -> None:
 
 @pytest.mark.parametrize("values", [np.zeros(4), np.full(4, 3.0), np.array([2.0])])
 def test_equal_scores_give_equal_fractions(values: np.ndarray) -> None:
-    assert np.array_equal(spread(values, 0.7, 0.2), np.full(len(values), 0.7))
+    assert np.array_equal(fractions_from_scores(values, 0.7, 0.2), np.full(len(values), 0.7))
 
 
 @every_family
@@ -152,36 +158,36 @@ def test_alpha_fits_spectra(family: str, released: bool) -> None:
     m = model(family)
     for block in m.blocks:
         for slot in m.arch.slots:
-            got = alpha_module.exponent(getattr(block, slot.name).w, released)
+            got = alpha.exponent(getattr(block, slot.name).w, released)
             assert got == pytest.approx(
                 reference.exponent(weight(block, slot.name), released), rel=1e-3
             ), slot.name
 
 
 def test_alpha_of_a_power_law_is_its_exponent() -> None:
-    """Eigenvalues whose tail is a power law with exponent 3, in a matrix with random singular vectors."""
+    """The tail has exponent 3, in a matrix with random singular vectors."""
     rng = np.random.default_rng(0)
     e = (1 - (np.arange(400) + 0.5) / 400) ** (-1 / 2)  # quantiles of density ~ e^-3 from 1
     u, v = (np.linalg.qr(rng.normal(size=(400, 400)))[0] for _ in range(2))
     w = jnp.asarray(u * np.sqrt(e) @ v, jnp.float32)
-    assert alpha_module.exponent(w) == pytest.approx(3, rel=0.05)
+    assert alpha.exponent(w) == pytest.approx(3, rel=0.05)
 
 
 @pytest.mark.parametrize(
     "w", [np.zeros((4, 6)), np.eye(5), np.ones((3, 1))], ids=["zero", "identity", "column"]
 )
 def test_a_matrix_without_a_spectrum_has_no_exponent(w: np.ndarray) -> None:
-    assert alpha_module.exponent(jnp.asarray(w, jnp.float32)) == 0
+    assert alpha.exponent(jnp.asarray(w, jnp.float32)) == 0
 
 
-def test_misalignment() -> None:
+def test_misalignment_is_blind_to_a_common_factor() -> None:
     a, b = np.array([1.0, 2.0, 1.0]), np.array([2.0, 4.0, 2.0])
     assert misalignment(a, b) == 0, "a factor common to all channels does not count"
     assert misalignment(a, np.array([1.0, 1.0, 2.0])) == pytest.approx(np.sqrt(2) / 4 / 3)
     assert misalignment(np.zeros(3), np.zeros(3)) == 0 and np.isfinite(misalignment(a, np.zeros(3)))
 
 
-def test_schedule_and_rows() -> None:
+def test_schedules_rise_evenly_and_rows_follow_their_drop() -> None:
     np.testing.assert_allclose(schedule(5, 0.7, 0.2), [0.5, 0.6, 0.7, 0.8, 0.9])
     assert np.array_equal(schedule(1, 0.7, 0.2), [0.7])
     np.testing.assert_allclose(row_fractions(np.array([0.0, 4.0, 2.0]), 0.6, 0.1), [0.7, 0.5, 0.6])
@@ -208,9 +214,9 @@ def test_released_block_scores_are_the_loops(family: str) -> None:
 
 @every_family
 def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None:
-    """Wanda's masks by the dense model's activations, which `propagate="dense"` would give it, evaluated on the search windows."""
+    """Wanda's masks by dense activations, evaluated on the search windows."""
     from calibration.observers import second_moment
-    from calibration.passes import fold_blocks
+    from calibration.passes import calibrate_blocks
     from pruning.weights.patterns import per_row
     from pruning.weights.per_linear import with_weights
     from pruning.weights.scores import wanda
@@ -218,7 +224,7 @@ def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None
     m, s = model(family), 0.5
     _, outcome = run(family, ALLOCATIONS["neuroal"](step="block", samples=4), s)
     d, blocks = outcome.details, []
-    budget = exact(by_block(m, schedule(3, s, 0.1)), [shapes_of(m, b) for b in m.blocks], s)
+    budget = meet_sparsity(by_block(m, schedule(3, s, 0.1)), [shapes_of(m, b) for b in m.blocks], s)
 
     def visit(i: int, block: Any, stats: Any) -> Any:
         new = {}
@@ -231,12 +237,14 @@ def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None
         blocks.append(with_weights(block, new))
         return block, None
 
-    fold_blocks(
+    calibrate_blocks(
         m,
         tokens()[:4],
+        Runtime(),
         visit,
         watch={s.reads: second_moment for s in m.arch.slots},
         propagate="dense",
+        name="masks by hand",
     )
     want = perplexity(m._replace(blocks=tuple(blocks)), tokens()[:4]).cross_entropy.mean()
     assert d["block_scores"][d["block_lambdas"].index(0.1)] == pytest.approx(want, rel=1e-5)
@@ -271,7 +279,7 @@ def allocated(name: str, method: str, family: str) -> tuple[Model, Outcome]:
 def test_every_allocator_works_with_every_weight_method(
     name: str, method: str, family: str
 ) -> None:
-    """What is removed is the sparsity, to one unit of a linear and what a pattern rounds off in each of its column blocks."""
+    """The sparsity is met to one unit, and what patterns round off in column blocks."""
     pruned, outcome = allocated(name, method, family)
     gone = [zero for block in zeros(pruned) for zero in block.values()]
     total, removed = sum(z.size for z in gone), sum(z.sum() for z in gone)
@@ -301,12 +309,12 @@ def test_the_dense_model_is_watched_once_if_there_is_room(
 
     def counted(arch: Any, watch: Any, i: int, block: Any, xs: Any, onward: bool = False) -> Any:
         calls.append(i)
-        return fold.observe(arch, watch, i, block, xs, onward)
+        return passes.observe(arch, watch, i, block, xs, onward)
 
-    monkeypatch.setattr(neuroal_module, "observe", counted)
+    monkeypatch.setattr(neuroal_trials, "observe", counted)
     found = []
-    for room in (neuroal_module.DENSE_BYTES, -1):
-        monkeypatch.setattr(neuroal_module, "DENSE_BYTES", room)
+    for room in (neuroal_trials.DENSE_BYTES, -1):
+        monkeypatch.setattr(neuroal_trials, "DENSE_BYTES", room)
         calls.clear()
         pruned, outcome = run("llama", ALLOCATIONS["neuroal"](samples=4), method=method)
         found.append((pruned.blocks, outcome.details, len(calls)))
@@ -323,8 +331,10 @@ def test_the_search_does_not_hang_on_how_trials_are_grouped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     whole = run("llama-gqa", ALLOCATIONS["neuroal"](samples=4))[1].details
-    monkeypatch.setattr("pruning.allocation.neuroal.TRIAL_BYTES", 1)
-    single = run("llama-gqa", ALLOCATIONS["neuroal"](samples=4), batch=3)[1].details
+    monkeypatch.setattr("pruning.allocation.neuroal_trials.TRIAL_BYTES", 1)
+    single = run("llama-gqa", ALLOCATIONS["neuroal"](samples=4), runtime=Runtime(batch=3))[
+        1
+    ].details
     np.testing.assert_allclose(single["block_scores"], whole["block_scores"], rtol=1e-5)
     np.testing.assert_allclose(single["row_scores"], whole["row_scores"], rtol=1e-5)
 
@@ -336,7 +346,7 @@ def test_searches_say_how_far_they_are() -> None:
         count = itertools.count(1)
         return lambda: told.append(f"{what} {next(count)}/{steps}")
 
-    run("llama", ALLOCATIONS["neuroal"](samples=2), stage=stage)
+    run("llama", ALLOCATIONS["neuroal"](samples=2), runtime=Runtime(progress=stage))
     assert told[-4:] == [
         "trying row-wise sparsities 3/3",
         "pruning 1/3",

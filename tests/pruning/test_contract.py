@@ -280,7 +280,7 @@ def test_patterns_zero_exactly_n_of_every_m(case: Case, family: str) -> None:
 @pytest.mark.parametrize("case", WEIGHTS, ids=str)
 def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> None:
     with pytest.raises(
-        InputError, match=r"--pattern=2:5: 16 inputs of a linear are not a multiple of 5"
+        InputError, match=r"pattern=2:5 does not fit: 16 inputs of a linear are not a multiple of 5"
     ):
         fresh(case, model(family), 0.4, pattern=(2, 5))
 

@@ -1,7 +1,8 @@
-"""SparseLLM against what the authors' own code gives (../shared/golden/sparsellm_neuroal), and the corrected variant against SparseGPT.
+"""SparseLLM against results of the official code, and the corrected variant against SparseGPT.
 
-The unit models are well-conditioned, so every mask and weight must come out. On tiny-opt the released loop amplifies rounding
-without bound after its first iteration (QUIRKS2.md), so only that one is compared.
+The unit models are well-conditioned, so every mask and weight must agree. On tiny-opt the official
+loop amplifies rounding without bound after its first iteration (QUIRKS2.md), so only that one is
+compared.
 """
 
 import json
@@ -66,7 +67,7 @@ def unit(name: str, want: Mapping[str, np.ndarray]) -> tuple[Model, list[dict[st
 
 
 def assert_losses(outcome: Outcome, want: np.ndarray, rtol: float) -> None:
-    """The errors that the released code logged; NaN stands for an iteration that it leaves out."""
+    """The errors that the official code logged; NaN stands for an iteration that it leaves out."""
     for got, row in zip(outcome.details["loss"], want, strict=True):
         logged = row[np.isfinite(row)]
         assert len(got) == len(logged)
@@ -75,8 +76,8 @@ def assert_losses(outcome: Outcome, want: np.ndarray, rtol: float) -> None:
 
 @pytest.mark.parametrize("variant", ["0.5", "2of4"])
 @pytest.mark.parametrize("name", UNITS)
-def test_every_weight_of_a_unit_model(shared: pathlib.Path, name: str, variant: str) -> None:
-    """Masks to the bit, weights to 1e-4 of a matrix's largest, and the errors on the way; a gated block 1 is iterated once."""
+def test_every_weight_of_a_unit_model_agrees(shared: pathlib.Path, name: str, variant: str) -> None:
+    """Masks to the bit, weights to 1e-4 of a matrix's largest; a gated block 1 is iterated once."""
     want = stored(shared, name, variant)
     model, names = unit(name, want)
     pruned, outcome = prune(
@@ -98,8 +99,8 @@ def test_every_weight_of_a_unit_model(shared: pathlib.Path, name: str, variant: 
         assert_losses(outcome, want["train_loss"], 1e-4)
 
 
-def test_two_iterations_on_grouped_query_attention(shared: pathlib.Path) -> None:
-    """Block 0. Where W2 is solved from p's pseudo-inverse rounding grows at each iteration, and later ones move masks."""
+def test_two_iterations_agree_on_grouped_query_attention(shared: pathlib.Path) -> None:
+    """Block 0. Rounding grows in p's pseudo-inverse at each iteration; later ones move masks."""
     r, want = tiny(shared, "tiny-llama-gqa"), stored(shared, "tiny-llama-gqa", "0.7")
     first = r.model._replace(blocks=r.model.blocks[:1])
     model, outcome = prune(
@@ -119,10 +120,10 @@ def test_two_iterations_on_grouped_query_attention(shared: pathlib.Path) -> None
         )
 
 
-def test_the_first_iteration_on_tiny_opt(shared: pathlib.Path) -> None:
-    """Block 0: masks of attention, and what the first call of SparseGPT left of the feed-forward part.
+def test_the_first_iteration_agrees_on_tiny_opt(shared: pathlib.Path) -> None:
+    """Block 0: masks of attention, and the feed-forward part after the first call of SparseGPT.
 
-    fc2 has inputs that never fire, so rounding moves some of its mask, and with it the rest of that row.
+    fc2 has inputs that never fire, so rounding moves some of its mask, and the rest of that row.
     """
     r, want = tiny(shared, "tiny-opt"), stored(shared, "tiny-opt", "0.7")
     first = r.model._replace(blocks=r.model.blocks[:1])
@@ -150,7 +151,7 @@ def test_the_first_iteration_on_tiny_opt(shared: pathlib.Path) -> None:
 def test_corrected_is_not_worse_than_sparsegpt_on_tiny_opt(
     shared: pathlib.Path, variant: str
 ) -> None:
-    """Than the authors' own with one iteration, which is SparseGPT; their four give ten times its perplexity."""
+    """The official code with one iteration is SparseGPT; four give ten times its perplexity."""
     r, index = (
         tiny(shared, "tiny-opt"),
         json.loads((shared / "golden/sparsellm_neuroal/index.json").read_text()),
@@ -174,13 +175,14 @@ def test_corrected_is_not_worse_than_sparsegpt_on_tiny_opt(
         ("tiny-llama-gqa", "0.7"),
     ],
 )
-def test_whole_models_as_far_as_the_released_code_agrees_with_itself(
+def test_whole_models_as_far_as_the_official_code_agrees_with_itself(
     shared: pathlib.Path, name: str, variant: str
 ) -> None:
-    """Perplexity to 1e-3 and block 0's errors to 1e-2, of every block and iteration the mean distance of a logged error.
+    """Perplexity to 1e-3, block 0's errors to 1e-2, and the mean distance of all logged errors.
 
-    From block 1 on the released code is itself up to 3.4 % from its errors, 0.9 % in the mean, when its weights change by 1e-7
-    (sensitivity.json); where a choice between two masks falls the other way one error is off by 7 %.
+    From block 1 on the official code differs from itself by up to 3.4 %, 0.9 % in the mean, when
+    its weights change by 1e-7 (sensitivity.json). One error is off by 7 % where a choice between
+    two masks falls the other way.
     """
     r, want = tiny(shared, name), stored(shared, name, variant)
     asked = Request(*(SPARSITY | {"0.8": (0.8, None)})[variant])

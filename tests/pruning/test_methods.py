@@ -1,4 +1,4 @@
-"""The table of contents: names, parameters and defaults that users rely on, and each method's composition against NumPy."""
+"""The tables of methods: names, parameters, defaults, and compositions against NumPy."""
 
 import inspect
 import typing
@@ -6,17 +6,18 @@ import typing
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.types import Layerwise, Pruner, Request, prune
 from pruning.weights.patterns import per_row
-from pruning.weights.per_linear import scored
+from pruning.weights.per_linear import score_solver
 from pruning.weights.scores import magnitude
 from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros
 
 
-def test_names() -> None:
-    """What CONTRACT.md's users may write; more may come."""
+def test_the_names_of_the_contract_exist() -> None:
+    """Users of CONTRACT.md write these; more may come."""
     assert {"magnitude", "wanda", "llmrank"} <= METHODS.keys()
     assert {"uniform", "owl", "alpha", "neuroal"} <= ALLOCATIONS.keys()
     assert {"none", "dsnot"} <= REFINEMENTS.keys()
@@ -24,7 +25,7 @@ def test_names() -> None:
 
 @pytest.mark.parametrize("name", [*METHODS, "owl", "alpha", "neuroal", "dsnot"])
 def test_every_method_is_documented_has_defaults_and_literal_types(name: str) -> None:
-    """`launch` builds methods from text, so every parameter needs a type that it can check, and a default."""
+    """`launch` builds methods from text, so parameters need defaults and checkable types."""
     maker = {**METHODS, **ALLOCATIONS, **REFINEMENTS}[name]
     assert maker.__doc__ and len(maker.__doc__) > 40
     hints = typing.get_type_hints(maker)
@@ -59,7 +60,7 @@ def test_magnitude_by_row_and_by_group() -> None:
 
 
 def test_wanda_looks_at_activations() -> None:
-    """tests/pruning/test_lift.py has its masks in full."""
+    """tests/pruning/weights/test_per_linear.py has its masks in full."""
     m = model("llama")
     wanda, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5))
     others, _ = prune(m, METHODS["wanda"](), tokens(seed=1), Request(0.5))
@@ -72,15 +73,17 @@ def test_wanda_looks_at_activations() -> None:
 def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
     m = model("opt")
     whole, parts = (
-        prune(m, METHODS["wanda"](), tokens(), Request(0.5, batch=b))[0] for b in (6, batch)
+        prune(m, METHODS["wanda"](), tokens(), Request(0.5), Runtime(batch=b))[0]
+        for b in (6, batch)
     )
     assert same(whole.blocks, parts.blocks)
 
 
 def test_uniform_is_the_same_everywhere() -> None:
     m = model("llama-gqa")
+    pruner = Pruner(None, score_solver(magnitude, per_row.keep))
     budget = ALLOCATIONS["uniform"]()(
-        m, tokens(), Request(0.3), Layerwise(Pruner(None, scored(magnitude, per_row.keep)), per_row)
+        m, tokens(), Request(0.3), Runtime(), Layerwise(pruner, per_row)
     ).budget
     assert len(budget) == 3
     assert all(fractions == {s.name: 0.3 for s in m.arch.slots} for fractions in budget)

@@ -1,4 +1,4 @@
-"""DSnoT: swaps against sorted lists in NumPy, statistics, and what a refinement promises on every family and method."""
+"""DSnoT: swaps against sorted lists in NumPy, statistics, and every family and method."""
 
 import itertools
 from typing import Any
@@ -12,7 +12,7 @@ from models.arch import embed
 from models.errors import InputError
 from pruning.methods import METHODS, REFINEMENTS
 from pruning.types import Request, prune
-from pruning.weights.dsnot import Settings, swapped
+from pruning.weights.dsnot_core import Settings, swap
 from reference import allocation as reference
 from reference.small import FAMILIES, logits, model, run_block, same, tokens, weight, zeros
 
@@ -20,21 +20,21 @@ RNG = np.random.default_rng(0)
 
 
 @pytest.mark.parametrize("cycles", [1, 3, 12])
-@pytest.mark.parametrize("released", [True, False])
-def test_swaps_are_those_of_the_sorted_lists(cycles: int, released: bool) -> None:
-    """Few enough cycles that the lists do not run out, where the released code goes on from their other end."""
+@pytest.mark.parametrize("official", [True, False])
+def test_swaps_are_those_of_the_sorted_lists(cycles: int, official: bool) -> None:
+    """Few cycles, so that the lists do not run out: the official code then goes on at the end."""
     c = RNG.normal(size=(20, 64)) * RNG.choice([0.3, 3.0], (20, 64))
     metric, variance = RNG.random((20, 64)), RNG.random(64) + 0.1
     kept = metric >= np.sort(metric, axis=1)[:, [32]]
     want = np.stack(
         [
-            reference.swaps(*row, variance, k, cycles, released)
+            reference.swaps(*row, variance, k, cycles, official)
             for *row, k in zip(c, metric, kept, strict=True)
         ]
     )
     e = np.where(kept, 0, c).sum(axis=1)
     f = [jnp.asarray(x, jnp.float32) for x in (c, e, metric, variance)]
-    got = np.asarray(swapped(*f, jnp.asarray(kept), Settings(cycles, released)))
+    got = np.asarray(swap(*f, jnp.asarray(kept), Settings(cycles, official)))
     assert np.array_equal(got, want)
     assert not np.array_equal(got, kept)
     assert np.array_equal(got.sum(axis=1), kept.sum(axis=1))
@@ -49,7 +49,7 @@ def test_every_swap_of_the_corrected_variant_brings_the_row_nearer() -> None:
     ]
     lacks = []
     for cycles in (1, 2, 4, 8, 50):
-        got = np.asarray(swapped(*arrays, jnp.asarray(kept), Settings(cycles, False)))
+        got = np.asarray(swap(*arrays, jnp.asarray(kept), Settings(cycles, False)))
         lacks.append(np.abs(np.where(got, 0, c).sum(axis=1)))
     assert all((after <= before + 1e-5).all() for before, after in itertools.pairwise(lacks))
     assert lacks[-1].mean() < 0.2 * np.abs(arrays[1]).mean()
@@ -57,11 +57,11 @@ def test_every_swap_of_the_corrected_variant_brings_the_row_nearer() -> None:
 
 def test_inputs_that_never_vary_do_not_break_it() -> None:
     c, kept = jnp.ones((2, 6)), jnp.asarray([[True] * 3 + [False] * 3] * 2)
-    got = swapped(c, jnp.full(2, 3.0), jnp.ones((2, 6)), jnp.zeros(6), kept, Settings(5, False))
+    got = swap(c, jnp.full(2, 3.0), jnp.ones((2, 6)), jnp.zeros(6), kept, Settings(5, False))
     assert np.array_equal(got, kept)
 
 
-def test_moments() -> None:
+def test_moments_agree_with_numpy() -> None:
     x = RNG.normal(size=(6, 9, 4)).astype(np.float32) + np.array([0, 3, -1, 10], np.float32)
     state = moments.init(4)
     for part in np.split(x, [1, 4]):
@@ -97,7 +97,7 @@ def test_a_refined_mask_removes_as_much(method: str, variant: Any, family: str) 
     assert [set(asked) for asked in outcome.asked] == [{s.name for s in m.arch.slots}] * 3
 
 
-def test_the_released_code_leaves_the_feed_forward_part_alone() -> None:
+def test_the_official_variant_leaves_the_feed_forward_part_alone() -> None:
     m = model("llama")
     plain, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5))
     first, every = (
@@ -112,24 +112,24 @@ def test_the_released_code_leaves_the_feed_forward_part_alone() -> None:
 
 
 def test_expected_outputs_come_nearer() -> None:
-    """What the first block's linears lack of their mean output on the calibration tokens shrinks."""
+    """The mean outputs of the first block's linears lack less on the calibration tokens."""
     m = model("opt")
     _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
 
     def lack(refine: Any) -> float:
         block = prune(m, METHODS["wanda"](), tokens(), Request(0.5, refine=refine))[0].blocks[0]
-        gone = (
+        changes = (
             (weight(m.blocks[0], s.name) - weight(block, s.name), taps[s.reads].mean((0, 1)))
             for s in m.arch.slots
         )
-        return sum(float(np.abs(w @ x).sum()) for w, x in gone)
+        return sum(float(np.abs(w @ x).sum()) for w, x in changes)
 
     assert lack(REFINEMENTS["dsnot"]()) < 0.5 * lack(None)
 
 
-def test_what_cannot_be_refined_is_bad_input() -> None:
+def test_a_pattern_or_a_joint_method_cannot_be_refined() -> None:
     refine = REFINEMENTS["dsnot"]()
-    with pytest.raises(InputError, match="--pattern=N:M does not allow"):
+    with pytest.raises(InputError, match="an N:M pattern does not allow"):
         prune(model("llama"), METHODS["wanda"](), tokens(), Request(0.5, (4, 8), refine=refine))
     for method in ("llmrank", "sparsellm"):
         with pytest.raises(InputError, match=f"{method} does not"):

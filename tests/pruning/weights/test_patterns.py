@@ -1,7 +1,8 @@
-"""Masks of every pattern against sorting entry by entry, ties included; counts; and what a user may write."""
+"""Masks of every pattern against sorting, ties included; counts; and texts of patterns."""
 
 import math
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,8 +16,8 @@ from pruning.weights.patterns import (
     per_column_block,
     per_matrix,
     per_row,
-    value_of_rank,
 )
+from pruning.weights.patterns_core import value_of_rank
 from reference import wanda as reference
 
 FRACTIONS = (0.0, 0.1, 0.29, 0.5, 0.7, 0.99)
@@ -64,7 +65,7 @@ def test_per_row_is_a_stable_sort(name: str, fraction: float) -> None:
 @pytest.mark.parametrize("name", SCORES)
 def test_per_row_takes_a_fraction_for_every_row(name: str) -> None:
     fractions = np.array(FRACTIONS)
-    """Of equal scores the rightmost go first then, as in NeuroAL's repository: the sort of the mirrored row."""
+    # Of equal scores the rightmost go first then, as in NeuroAL's repository.
     want = reference.removed_per_row(
         SCORES[name][:, ::-1], np.array([int(24 * f) for f in FRACTIONS])
     )[:, ::-1]
@@ -86,7 +87,7 @@ def test_a_count_of_zero_keeps_everything(pattern: Pattern, name: str) -> None:
 
 @pytest.mark.parametrize("name", RANKED)
 def test_value_of_rank_is_that_of_a_sort(name: str) -> None:
-    """To the bit, for every rank: a comparison of floats would not tell denormals from zero where they are flushed."""
+    """To the bit, for every rank: float comparisons may flush denormals to zero."""
     x = RANKED[name]
     assert x.dtype == np.float32
     got = jax.jit(jax.vmap(value_of_rank, (None, 0)))(jnp.asarray(x), jnp.arange(x.size))
@@ -122,7 +123,7 @@ def test_column_blocks_are_matrices_of_their_own(columns: int, fraction: float) 
 
 @pytest.mark.parametrize("columns", [1, 7, 8, 24, 100])
 def test_rows_lose_their_count_over_all_column_blocks(columns: int) -> None:
-    """The budget of a row is met at its end, whatever its blocks round to, and no block is asked for more than it has."""
+    """A row meets its budget whatever its blocks round to; no block loses more than it has."""
     pattern, fractions = per_column_block(columns), np.array(FRACTIONS)
     counts = pattern.counts((6, 24), fractions)
     parts = np.split(CONTINUOUS, range(columns, 24, columns), axis=1)
@@ -155,7 +156,7 @@ def test_kept_scores_are_at_least_the_removed_ones() -> None:
 
 @pytest.mark.parametrize("size", [256, 704, 1024, 1536, 4096, 11008])
 def test_counts_are_those_of_python(size: int) -> None:
-    """`int(size * fraction)` in float64, whatever the fraction: 0.29 * 100 is 28, and so is the count."""
+    """`int(size * fraction)` in float64: 0.29 * 100 is 28, and so is the count."""
     for percent in range(100):
         fraction = percent / 100
         assert per_row.counts((3, size), np.float64(fraction)) == int(size * fraction)
@@ -181,9 +182,17 @@ def test_equal_patterns_are_one_object() -> None:
     assert per_column_block(128) is per_column_block(128)
 
 
+@pytest.mark.parametrize("pattern", [per_row, per_matrix], ids=["per_row", "per_matrix"])
+def test_one_compilation_serves_every_budget(pattern: Pattern) -> None:
+    chex.clear_trace_counter()
+    keep = jax.jit(chex.assert_max_traces(lambda score, count: pattern.keep(score, count), n=1))
+    for fraction in FRACTIONS:
+        keep(jnp.asarray(CONTINUOUS), pattern.counts(CONTINUOUS.shape, np.float64(fraction)))
+
+
 def test_inputs_must_be_a_multiple_of_m() -> None:
     with pytest.raises(
-        InputError, match=r"--pattern=2:7: 24 inputs .* not a multiple of 7: choose"
+        InputError, match=r"pattern=2:7 does not fit: 24 inputs .* not a multiple of 7: choose"
     ):
         n_of_m(2, 7).counts((6, 24), np.float64(0.5))
 

@@ -1,4 +1,4 @@
-"""From a layer-wise pruner to a whole model, against a plain loop over blocks in NumPy; budgets of blocks and rows; what is left alone."""
+"""`PerLinear` against a plain loop over blocks in NumPy, with budgets of blocks and rows."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration import passes as fold
+from calibration import passes
 from calibration.observers import second_moment
+from calibration.runtime import Runtime
 from models.arch import Model, embed
 from pruning.types import (
     Allocation,
@@ -24,7 +25,7 @@ from pruning.types import (
 )
 from pruning.weights import scores
 from pruning.weights.patterns import n_of_m, per_matrix, per_row
-from pruning.weights.per_linear import per_linear, scored
+from pruning.weights.per_linear import PerLinear, score_solver
 from reference import wanda as reference
 from reference.small import (
     FAMILIES,
@@ -41,7 +42,7 @@ from reference.small import (
 
 def wanda(pattern: Pattern) -> Pruner:
     """Wanda's pruner, as its method makes it."""
-    return Pruner(second_moment, scored(scores.wanda, pattern.keep))
+    return Pruner(second_moment, score_solver(scores.wanda, pattern.keep))
 
 
 def in_numpy(
@@ -83,9 +84,8 @@ def test_masks_are_those_of_the_loop(family: str, kind: str) -> None:
         0.5,
         pattern,
         allocation=(lambda *_: Allocation(budget)) if kind == "uneven" else None,
-        batch=6,
     )
-    pruned, outcome = prune(m, per_linear(wanda, per_row), tokens(), request)
+    pruned, outcome = prune(m, PerLinear(wanda, per_row), tokens(), request, Runtime(batch=6))
     for got, want in zip(zeros(pruned), in_numpy(m, budget, pattern), strict=True):
         for slot, mask in want.items():
             assert np.array_equal(got[slot], mask), slot
@@ -99,7 +99,7 @@ def test_masks_are_those_of_the_loop(family: str, kind: str) -> None:
 def test_what_stays_is_untouched() -> None:
     """Kept weights, biases and norms to the bit; only the linears of the slots are others."""
     m = model("opt")
-    pruned, _ = prune(m, per_linear(wanda, per_row), tokens(), Request(0.5))
+    pruned, _ = prune(m, PerLinear(wanda, per_row), tokens(), Request(0.5))
     assert pruned.non_block is m.non_block
     for new, old, gone in zip(pruned.blocks, m.blocks, zeros(pruned), strict=True):
         assert same((new.attn_norm, new.mlp_norm), (old.attn_norm, old.mlp_norm))
@@ -109,13 +109,13 @@ def test_what_stays_is_untouched() -> None:
 
 
 def test_a_block_of_which_nothing_is_asked_is_the_same_object() -> None:
-    """Even with n:m, which otherwise takes its n whatever the fraction; the blocks around it are pruned."""
+    """Even with n:m, which otherwise removes its n whatever the fraction."""
     m = model("llama")
     budget = tuple({s.name: np.float64(0.5 * (i != 1)) for s in m.arch.slots} for i in range(3))
     for pattern in (None, (3, 8)):
         pruned, _ = prune(
             m,
-            per_linear(wanda, per_row),
+            PerLinear(wanda, per_row),
             tokens(),
             Request(0.5, pattern, allocation=lambda *_: Allocation(budget)),
         )
@@ -127,13 +127,13 @@ def test_the_allocation_knows_the_model_the_sparsity_and_the_method() -> None:
     asked: list[tuple[Model, float, Layerwise]] = []
 
     def allocation(
-        m: Model, tokens: np.ndarray, request: Request, layerwise: Layerwise
+        m: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
     ) -> Allocation:
         asked.append((m, request.sparsity, layerwise))
         return Allocation(uneven(m), {"found": 1}, ("mind",))
 
     _, outcome = prune(
-        model("llama"), per_linear(wanda, per_row), tokens(), Request(0.37, allocation=allocation)
+        model("llama"), PerLinear(wanda, per_row), tokens(), Request(0.37, allocation=allocation)
     )
     ((m, sparsity, layerwise),) = asked
     assert m is model("llama") and sparsity == 0.37
@@ -143,12 +143,12 @@ def test_the_allocation_knows_the_model_the_sparsity_and_the_method() -> None:
 
 def test_without_an_observer_no_token_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither embedded nor run through the blocks."""
-    monkeypatch.setattr(fold, "embed", None)
+    monkeypatch.setattr(passes, "embed", None)
 
     def blind(pattern: Pattern) -> Pruner:
-        return Pruner(None, scored(scores.magnitude, pattern.keep))
+        return Pruner(None, score_solver(scores.magnitude, pattern.keep))
 
-    pruned, _ = prune(model("llama"), per_linear(blind, per_matrix), tokens(), Request(0.5))
+    pruned, _ = prune(model("llama"), PerLinear(blind, per_matrix), tokens(), Request(0.5))
     assert all(zero.any() for gone in zeros(pruned) for zero in gone.values())
 
 
@@ -166,7 +166,7 @@ def returned_input(
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_every_linear_gets_the_statistics_of_its_own_input(family: str) -> None:
     m = model(family)
-    method = per_linear(lambda pattern: Pruner(second_moment, returned_input), per_row)
+    method = PerLinear(lambda pattern: Pruner(second_moment, returned_input), per_row)
     pruned, _ = prune(m, method, tokens(), Request(0.5))
     _, taps = run_block(m, m.blocks[0], embed(m.arch, m.non_block, tokens()))
     for slot in m.arch.slots:
@@ -180,19 +180,23 @@ def test_every_linear_gets_the_statistics_of_its_own_input(family: str) -> None:
 
 def test_equal_parts_make_one_solver() -> None:
     """Solvers are static arguments of jit: a fresh one would compile again."""
-    assert scored(scores.wanda, n_of_m(2, 4).keep) is scored(scores.wanda, n_of_m(2, 4).keep)
-    assert scored(scores.wanda, per_row.keep) is not scored(scores.magnitude, per_row.keep)
+    assert score_solver(scores.wanda, n_of_m(2, 4).keep) is score_solver(
+        scores.wanda, n_of_m(2, 4).keep
+    )
+    assert score_solver(scores.wanda, per_row.keep) is not score_solver(
+        scores.magnitude, per_row.keep
+    )
 
 
 def test_a_solver_gives_its_mask() -> None:
     w = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8)), jnp.float32)
-    ((new, kept),) = scored(scores.magnitude, per_row.keep)([w], None, [jnp.int32(3)])
+    ((new, kept),) = score_solver(scores.magnitude, per_row.keep)([w], None, [jnp.int32(3)])
     assert kept.dtype == bool and np.array_equal(kept.sum(axis=1), [5] * 4)
     assert np.array_equal(new, np.where(kept, w, 0))
 
 
 def test_the_outcome_covers_every_slot() -> None:
     m = model("llama-gqa")
-    outcome: Outcome = prune(m, per_linear(wanda, per_row), tokens(), Request(0.25))[1]
+    outcome: Outcome = prune(m, PerLinear(wanda, per_row), tokens(), Request(0.25))[1]
     want: Mapping[str, float] = {s.name: 0.25 for s in m.arch.slots}
     assert list(outcome.asked) == [want] * 3

@@ -22,11 +22,11 @@ def stats() -> SecondMoment:
     return second_moment.update(second_moment.init(10), jnp.asarray(X))
 
 
-def test_magnitude() -> None:
+def test_magnitude_is_the_absolute_weight() -> None:
     assert np.array_equal(scores.magnitude(jnp.asarray(W), None), np.abs(W))
 
 
-def test_wanda(stats: SecondMoment) -> None:
+def test_wanda_agrees_with_numpy(stats: SecondMoment) -> None:
     got = jax.jit(scores.wanda)(jnp.asarray(W), stats)
     np.testing.assert_allclose(got, reference.score(W, reference.scaler_row(X)), rtol=1e-5)
 
@@ -40,13 +40,13 @@ def test_wanda_takes_the_norm_of_the_input_channel(stats: SecondMoment) -> None:
     )
 
 
-def test_multiflow(stats: SecondMoment) -> None:
+def test_multiflow_agrees_with_numpy(stats: SecondMoment) -> None:
     got = jax.jit(scores.multiflow)(jnp.asarray(W), stats)
     np.testing.assert_allclose(got, multiflow.score(W, reference.scaler_row(X)), rtol=1e-5)
 
 
 def test_multiflow_is_not_wanda(stats: SecondMoment) -> None:
-    """What flows into a weight counts: with W_ij the same everywhere but in one row, channels rank by the norm and that row's |W|."""
+    """The flow into a weight counts: one row's small weight lowers its whole channel."""
     w = np.ones((6, 10), np.float32)
     w[3, 9] = 0.01  # the loudest channel carries less for all rows
     got = scores.multiflow(jnp.asarray(w), stats)
@@ -54,7 +54,7 @@ def test_multiflow_is_not_wanda(stats: SecondMoment) -> None:
     np.testing.assert_allclose(ratio, (5 + 0.01) / 6, rtol=1e-5)
 
 
-def test_what_leaves_a_row_does_not_decide_inside_it(stats: SecondMoment) -> None:
+def test_the_flow_out_of_a_row_does_not_rank_its_entries(stats: SecondMoment) -> None:
     """Rows are pruned each on its own, so the masks are those without the flow of the output."""
     score = np.asarray(scores.multiflow(jnp.asarray(W), stats))
     edge = np.abs(W) * np.sqrt(np.asarray(stats.per_sample))

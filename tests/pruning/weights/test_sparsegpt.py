@@ -1,5 +1,6 @@
-"""SparseGPT against the paper's algorithm in NumPy, what its factor is, what happens where H does not factor, and what it is for."""
+"""SparseGPT against the paper's algorithm in NumPy; its factor, damping and error."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -9,25 +10,24 @@ import numpy as np
 import pytest
 
 from calibration.observers import Gram
-from models.arch import Model
 from models.errors import InputError
 from pruning import linalg as inverse
 from pruning.methods import METHODS
-from pruning.types import BlockSink, Mask, Method, Outcome, Pattern, Request, prune
-from pruning.weights import per_linear as lift
-from pruning.weights import sparsegpt
+from pruning.types import Allocation, Mask, Pattern, Request, prune
+from pruning.weights import per_linear, sparsegpt
+from pruning.weights import sparsegpt_core as core
 from pruning.weights.patterns import n_of_m, per_column_block, per_matrix
 from reference import sparsegpt as reference
 from reference.small import model, tokens, zeros
 
 DAMP = 0.01
-BLOCKS = per_column_block(sparsegpt.COLUMNS)
+BLOCKS = per_column_block(core.COLUMNS)
 Pairs = list[tuple[np.ndarray, np.ndarray]]
 
 
 @functools.cache
 def hessian(inputs: int, dead: int | None = None) -> np.ndarray:
-    """A well-conditioned H [inputs inputs] of mixed inputs; its diagonal still spans a factor of ten."""
+    """A well-conditioned H of mixed inputs [inputs inputs]; its diagonal spans a factor of ten."""
     rng = np.random.default_rng(inputs)
     mixed = np.eye(inputs) + 0.5 * rng.normal(size=(inputs, inputs)) / np.sqrt(inputs)
     x = rng.normal(size=(8 * inputs, inputs)) @ mixed * np.linspace(0.6, 2, inputs)
@@ -47,10 +47,8 @@ def run(
     pattern: Pattern, ws: Sequence[jax.Array], total: jax.Array, counts: Sequence[jax.Array]
 ) -> list[tuple[jax.Array, Mask]]:
     """Factored and solved, compiled once for each pattern and shapes."""
-    f = sparsegpt.factor(
-        sparsegpt.hessian(Gram(total, jnp.float32(2))), DAMP
-    )  # 2/n = 1: H is the sum itself
-    return sparsegpt.solve(ws, f, counts, pattern.keep, pattern.group)
+    f = core.factor(core.hessian(Gram(total, jnp.float32(2))), DAMP)  # 2/n = 1: H is the sum itself
+    return core.solve(ws, f, counts, pattern.keep, pattern.group)
 
 
 def solved(
@@ -60,7 +58,7 @@ def solved(
     fraction: float | Sequence[np.ndarray],
     dtype: str = "float32",
 ) -> Pairs:
-    """(W, removed) of each matrix, as a run has them; `fraction`: one for all, or the rows' own for each matrix."""
+    """(W, removed) of each matrix; `fraction`: one for all, or those of each matrix's rows."""
     fractions = [fraction] * len(ws) if isinstance(fraction, float) else fraction
     counts = [pattern.counts(w.shape, np.asarray(f)) for w, f in zip(ws, fractions, strict=True)]
     found = run(pattern, [jnp.asarray(w, dtype) for w in ws], jnp.asarray(h), counts)
@@ -85,7 +83,7 @@ def quadratic(w: np.ndarray, new: np.ndarray, h: np.ndarray) -> float:
 @pytest.mark.parametrize("dead", [None, 5])
 @pytest.mark.parametrize("inputs", [40, 128, 200, 300])
 def test_unstructured_is_algorithm_1(inputs: int, dead: int | None, fraction: float) -> None:
-    """Fewer columns than a block, one block, blocks with a shorter last one; with one threshold each, matrix by matrix."""
+    """Less than a block of columns, one block, and blocks with a shorter last one."""
     h, ws = hessian(inputs, dead), matrices(inputs)
     assert_agrees(solved(ws, h, BLOCKS, fraction), [reference.solve(w, h, fraction) for w in ws])
 
@@ -105,7 +103,7 @@ def test_unstructured_is_algorithm_1(inputs: int, dead: int | None, fraction: fl
 )
 @pytest.mark.parametrize("dead", [None, 9])
 def test_groups_are_algorithm_1(inputs: int, n: int, m: int, dead: int | None) -> None:
-    """Groups are chosen when the sweep reaches them; 6 does not divide the 128 columns of a block."""
+    """Groups are chosen when the sweep reaches them; 6 does not divide a block's 128 columns."""
     h, ws = hessian(inputs, dead), matrices(inputs)
     got = solved(ws, h, n_of_m(n, m), 0.5)
     assert_agrees(got, [reference.solve(w, h, 0.5, (n, m)) for w in ws])
@@ -143,30 +141,28 @@ def test_the_factor_is_upper_and_of_the_inverse(
     """Whole, and in panels, which may not divide it."""
     monkeypatch.setattr(inverse, "PANEL", panel)
     h = hessian(inputs)
-    u = np.asarray(jax.jit(lambda h: sparsegpt.inverse_factor(h))(jnp.asarray(h))).astype(
-        np.float64
-    )
+    u = np.asarray(jax.jit(lambda h: core.inverse_factor(h))(jnp.asarray(h))).astype(np.float64)
     assert np.array_equal(u, np.triu(u)) and np.all(np.diag(u) > 0)
     want = np.linalg.inv(h.astype(np.float64))
     np.testing.assert_allclose(u.T @ u, want, rtol=1e-5, atol=1e-5 * np.abs(want).max())
 
 
-def test_dead_inputs_and_damping_are_those_of_the_released_code() -> None:
+def test_dead_inputs_and_damping_are_those_of_the_official_code() -> None:
     """H_ii of a dead input is 1 before the mean is taken, so the scale 2/n shows."""
     total = np.diag([3.0, 0.0, 6.0]).astype(np.float32)
-    h = sparsegpt.hessian(Gram(jnp.asarray(total), jnp.float32(6)))
+    h = core.hessian(Gram(jnp.asarray(total), jnp.float32(6)))
     np.testing.assert_allclose(h, total / 3, rtol=1e-6)
     np.testing.assert_allclose(
-        sparsegpt.damped(h, 0.1), np.diag(np.array([1.0, 1.0, 2.0]) + 0.1 * 4 / 3), rtol=1e-6
+        core.damped(h, 0.1), np.diag(np.array([1.0, 1.0, 2.0]) + 0.1 * 4 / 3), rtol=1e-6
     )
-    f = sparsegpt.factor(h, 0.1)
+    f = core.factor(h, 0.1)
     assert f.dead.tolist() == [False, True, False]
     assert float(f.damping) == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("inputs", [40, 128, 200])
 def test_alike_and_independent_inputs_make_it_magnitude_pruning(inputs: int) -> None:
-    """H = 3 I leaves nothing to make good: what stays is not changed, and each block of columns has its own threshold."""
+    """H = 3 I leaves nothing to correct, and each block of columns has its own threshold."""
     for w, (new, gone) in zip(
         matrices(inputs),
         solved(matrices(inputs), 3 * np.eye(inputs, dtype=np.float32), BLOCKS, 0.5),
@@ -211,7 +207,7 @@ def test_damping_is_raised_tenfold_until_h_factors(
 ) -> None:
     """From none at all the first raise is to 1e-6."""
     monkeypatch.setattr(inverse, "PANEL", panel)
-    f = jax.jit(lambda h: sparsegpt.factor(h, damp))(jnp.asarray(indefinite(lowest)))
+    f = jax.jit(lambda h: core.factor(h, damp))(jnp.asarray(indefinite(lowest)))
     assert float(f.damping) == pytest.approx(found)
     h = indefinite(lowest).astype(np.float64)
     want = np.linalg.inv(h + found * np.mean(np.diag(h)) * np.eye(40))
@@ -223,32 +219,24 @@ def test_damping_is_raised_tenfold_until_h_factors(
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_h_that_no_damping_mends_is_bad_input(value: float) -> None:
     stats = Gram(jnp.full((40, 40), value, jnp.float32), jnp.float32(4))
-    w = jnp.asarray(matrices(40)[0])
-    _, notes = lift.solve_tap(
-        sparsegpt.pruner(DAMP, BLOCKS), stats, [w], [BLOCKS.counts(w.shape, np.float64(0.5))]
-    )
+    _, notes = per_linear.prepare_tap(sparsegpt.pruner(DAMP, BLOCKS), stats, "attn")
     with pytest.raises(
         InputError,
         match=r"block 3, attn: no damping makes its statistics solvable: use more, or other",
     ):
-        lift.figures(3, {"attn": notes})
+        per_linear.figures(3, {"attn": notes})
 
 
-def test_a_raise_is_a_warning() -> None:
-    """One for each block and input that needed it; what the method said before stays."""
+def test_raised_damping_is_a_warning() -> None:
+    """One sentence for each block and input that needed it, after those of the allocation."""
     details = {"damping": [{"attn": 0.01, "mlp": 0.1}, {}, {"attn": 0.010001}]}
-
-    def method(m: Model, tokens: np.ndarray, request: Request, sink: BlockSink) -> Outcome:
-        return Outcome((), details=details, warnings=("before",))
-
-    outcome = sparsegpt.reporting(Method(method), 0.01)(
-        model("llama"), tokens(), Request(0.5), lambda *_: None
-    )
-    assert outcome.warnings == (
-        "before",
-        "block 0, mlp: damping raised from 0.01 to 0.1, H did not factor",
-    )
-    assert outcome.details == details
+    warnings = ["block 0, mlp: damping raised from 0.01 to 0.1, H did not factor"]
+    assert sparsegpt.damping_warnings(0.01, details) == warnings
+    m = model("llama")
+    budget = tuple({slot.name: np.float64(0.5) for slot in m.arch.slots} for _ in m.blocks)
+    method = dataclasses.replace(METHODS["magnitude"](), warn=lambda details: ["after"])
+    request = Request(0.5, allocation=lambda *_: Allocation(budget, warnings=("before",)))
+    assert prune(m, method, tokens(), request)[1].warnings == ("before", "after")
 
 
 def test_a_run_on_too_few_tokens_raises_damping_and_says_so() -> None:
@@ -279,7 +267,7 @@ def test_a_run_as_it_should_be_warns_of_nothing() -> None:
     } == {1}
 
 
-def test_damping_is_not_negative() -> None:
+def test_negative_damping_is_bad_input() -> None:
     for damp in (-0.01, float("nan")):
         with pytest.raises(InputError, match="must not be negative"):
             METHODS["sparsegpt"](damp=damp)

@@ -1,4 +1,4 @@
-"""SparseLLM's steps against the formulas they come from, and what the corrected variant promises of a whole run."""
+"""SparseLLM: its steps against their formulas, and the corrected variant's promises."""
 
 import dataclasses
 import functools
@@ -9,16 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from launch.flags.calls import build
 from models.arch import Model, embed
 from models.errors import InputError
 from models.families import hf
 from models.layers import ACTIVATIONS, Linear, linear
+from models.programs import Recorder, record_programs
 from models.sharding import make_mesh
 from pruning.methods import METHODS
 from pruning.types import Allocation, Outcome, Request, prune
-from pruning.weights import sparsegpt, sparsellm
+from pruning.weights import sparsegpt_core, sparsellm_block
 from pruning.weights import sparsellm_core as core
+from pruning.weights import sparsellm_corrected_core as corrected_core
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
 
 PENALTIES = core.Penalties(0.3, 2.0, 0.7)
@@ -40,13 +43,13 @@ def silu(s: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def run(family: str, **arguments: Any) -> tuple[Model, Outcome]:
-    """The small model pruned by half on one micro-batch of eight windows, once for each choice of arguments."""
+    """The small model pruned by half on one micro-batch of eight windows."""
     return prune(model(family), METHODS["sparsellm"](**arguments), tokens(8), Request(0.5))
 
 
 def part(m: Model, block: int = 0) -> core.Ffn:
     """A block's feed-forward part."""
-    return sparsellm._ffn(m.arch, m.blocks[block])
+    return sparsellm_block.ffn_of(m.arch, m.blocks[block])
 
 
 def differing(a: Model, b: Model) -> float:
@@ -57,7 +60,7 @@ def differing(a: Model, b: Model) -> float:
 
 @pytest.mark.parametrize(("out", "neurons"), [(16, 24), (24, 16)])
 @pytest.mark.parametrize("biased", [True, False])
-def test_p_is_that_of_equation_8(out: int, neurons: int, biased: bool) -> None:
+def test_p_solves_equation_8(out: int, neurons: int, biased: bool) -> None:
     """The paper's system of f x f, solved in float64."""
     w, b = normal(out, neurons), normal(out, seed=1) if biased else None
     y, h, c = normal(5, 7, out, seed=2), normal(5, 7, neurons, seed=3), PENALTIES
@@ -100,7 +103,7 @@ def test_z_behind_a_gate_has_no_slope() -> None:
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 1000.0])
 def test_s_never_raises_its_objective(scale: float) -> None:
-    """However large z is, where the released step of fixed rate diverges; and it lowers it almost everywhere."""
+    """However large z is; the official step of fixed rate diverges. Most entries get better."""
     m, s, p = normal(4000), normal(4000, seed=1, scale=3), normal(4000, seed=2, scale=scale)
     z, c = np.random.default_rng(3).uniform(-scale, scale, 4000).astype(np.float32), PENALTIES
     new = np.asarray(core.s_gated(*(jnp.asarray(x) for x in (m, z, s, p)), "silu", c))
@@ -118,8 +121,8 @@ def test_a_fit_has_no_slope() -> None:
     """Of |R - D X|^2 + ridge mean(H_ii) |D|^2, D what the fit adds to W: in float64."""
     w, x, r, ridge = normal(5, 8), normal(20, 8, seed=1), normal(20, 5, seed=2), 0.3
     h = x.T @ x
-    got = core._toward(
-        jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt.factor(jnp.asarray(h), ridge)
+    got = corrected_core.ridge_step(
+        jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt_core.factor(jnp.asarray(h), ridge)
     )
     added, x64 = np.asarray(got, np.float64) - w, x.astype(np.float64)
     slope = ridge * np.mean(np.diag(h)) * added - (r - x64 @ added.T).T @ x64
@@ -129,21 +132,22 @@ def test_a_fit_has_no_slope() -> None:
 
 @pytest.mark.parametrize("family", TWO)
 def test_a_ridge_is_for_other_tokens(family: str) -> None:
-    """Few tokens are fitted better with SparseGPT's little damping, others worse; a ridge without end leaves W1 and its gate alone."""
+    """SparseGPT's little damping fits few tokens better, other tokens worse.
+
+    A very large ridge leaves W1 and its gate alone.
+    """
     m = model(family)
     ffn, act = part(m), m.arch.config.act
-    settings = sparsellm._settings(
-        m.arch, Request(0.5), 0.01, None, (None, None, None), ITERATIONS, False
-    )
+    settings = METHODS["sparsellm"](iterations=ITERATIONS)._settings(m.arch, Request(0.5))
     *writers, two = (
-        settings.rule.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.w2)
+        settings.pattern.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.w2)
     )
     few, other = (jnp.asarray(normal(1, n, 16, 16, seed=n)) for n in (4, 64))
-    y, unseen = (linear(ffn.w2, core.inside(ffn, x, act)) for x in (few, other))
+    y, unseen = (linear(ffn.w2, core.hidden_input(ffn, x, act)) for x in (few, other))
 
-    def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solved:
+    def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solution:
         c = settings._replace(ridge=ridge, iterations=iterations)
-        return core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
+        return corrected_core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
 
     loose, held = solved(0.01), solved(1.0)
     assert min(loose.losses[1:]) < loose.losses[0] and min(held.losses[1:]) < held.losses[0]
@@ -160,7 +164,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
     """And the residuals of z and s have the writers' shapes."""
     m = model(family)
     ffn, x, y = part(m), jnp.asarray(normal(6, 12, 16)), jnp.asarray(normal(6, 12, 16, seed=1))
-    residuals, error = core.aimed(
+    residuals, error = core.residuals_and_error(
         ffn, core.p_gain(ffn.w2, PENALTIES), x, y, m.arch.config.act, PENALTIES
     )
     assert [r.shape for r in residuals] == [(6, 12, 24)] * len(ffn.writers)
@@ -178,7 +182,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
 
 @pytest.mark.parametrize("family", TWO)
 def test_the_iteration_of_least_error_is_kept(family: str) -> None:
-    """Every block reports each iteration's error, and block 0's feed-forward part has the least of them when it is run again."""
+    """Block 0's feed-forward part has the least of the reported errors when it runs again."""
     m, (pruned, outcome) = model(family), run(family, iterations=ITERATIONS)
     losses, kept = outcome.details["loss"], outcome.details["iteration_kept"]
     assert [len(x) for x in losses] == [ITERATIONS] * 3
@@ -186,14 +190,15 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
     attention = {
         s.name: getattr(pruned.blocks[0], s.name)
         for s in m.arch.slots
-        if s.name not in sparsellm._names(m.arch).slots
+        if s.name not in sparsellm_block.ffn_names(m.arch).slots
     }
     behind = m.blocks[0].replace(**attention)
     h = embed(m.arch, m.non_block, tokens(8))
-    x, y = sparsellm._aims(m.arch, m.blocks[0], behind, h)
+    x, y = sparsellm_block.ffn_inputs_and_targets(m.arch, m.blocks[0], behind, h)
     again = float(core.squared_error(part(pruned), x, y, m.arch.config.act)) / y.size
     assert again == pytest.approx(min(losses[0]), rel=1e-4)
-    # The same in terms of the blocks' outputs: all that the pruned block gets wrong is what its feed-forward part leaves of y.
+    # The same in terms of the blocks' outputs: the pruned block's error is what its feed-forward
+    # part leaves of y.
     wrong = np.asarray(run_block(m, pruned.blocks[0], h)[0]) - np.asarray(
         run_block(m, m.blocks[0], h)[0]
     )
@@ -201,14 +206,16 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
 
 
 def test_a_large_stream_leaves_a_target_its_digits() -> None:
-    """In bfloat16, with a channel of thousands: the target is as exact as what linears give, not as the stream."""
+    """With a channel of thousands in bfloat16, the target is as exact as outputs of linears."""
     x = normal(2, 12, 16)
     x[..., 3] = 3000.0  # where bfloat16 has steps of 16
 
     def target(m: Model, dtype: Any) -> jax.Array:
         dense = jax.tree.map(lambda p: p.astype(dtype), m.blocks[0])
         pruned = dense.replace(o=dense.o.replace(w=dense.o.w * 0.5))
-        return sparsellm._aims(m.arch, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype))[1]
+        return sparsellm_block.ffn_inputs_and_targets(
+            m.arch, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype)
+        )[1]
 
     m = model("llama-gqa", dtype="bfloat16")
     got, want = target(m, jnp.bfloat16), target(m, jnp.float32)
@@ -228,12 +235,13 @@ def test_more_iterations_never_end_worse() -> None:
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("family", TWO)
 def test_the_micro_batch_does_not_matter(family: str, batch: int) -> None:
-    """Sums over tokens, in another order; the weights of the first block alone, as each block amplifies what it is given."""
+    """Sums over tokens in another order; weights of block 0 only, as blocks amplify differences."""
     many, _ = prune(
         model(family),
         METHODS["sparsellm"](iterations=ITERATIONS),
         tokens(8),
-        Request(0.5, batch=batch),
+        Request(0.5),
+        Runtime(batch=batch),
     )
     one, _ = run(family, iterations=ITERATIONS)
     assert differing(one, many) <= 1e-3
@@ -249,7 +257,7 @@ def test_a_mesh_leaves_the_same_masks(variant: str) -> None:
     """Eight devices, windows and matrices split."""
     m, one = model("opt"), run("opt", variant=variant, iterations=ITERATIONS)[0]
     method = METHODS["sparsellm"](variant=variant, iterations=ITERATIONS)
-    many, _ = prune(m, method, tokens(8), Request(0.5, mesh=make_mesh("data=8")))
+    many, _ = prune(m, method, tokens(8), Request(0.5), Runtime(mesh=make_mesh("data=8")))
     assert len(many.blocks[0].q.w.sharding.device_set) == 8
     assert differing(one, many) <= 5e-3
 
@@ -292,16 +300,15 @@ def test_biases_and_norms_stay(family: str) -> None:
 
 @both_variants
 def test_activations_may_be_more_than_an_int32_counts(variant: str) -> None:
-    """As LLaMA-2-70B's of 128 windows of 2048 are; shapes alone."""
-    windows = jax.ShapeDtypeStruct((1 << 16, 1 << 11), jnp.int32)
-    seen: list[str] = []
-
-    def shapes(what: str, function: Any, *args: Any, calls: int) -> Any:
-        seen.append(what)
-        return jax.eval_shape(function, *args)
-
-    METHODS["sparsellm"](variant=variant).rehearse(model("llama"), windows, Request(0.5), shapes)
-    assert "alternation" in seen
+    """LLaMA-2-70B's of 128 windows of 2048 are more; the run is followed on shapes alone."""
+    m, samples = model("llama"), 1 << 16
+    windows = np.broadcast_to(np.zeros((), np.int32), (samples, 1 << 11))
+    recorder = Recorder(make_mesh(""))
+    with record_programs(recorder):
+        METHODS["sparsellm"](variant=variant).run(
+            m, windows, Request(0.5), Runtime(batch=samples), lambda i, block: None
+        )
+    assert "alternation" in {cost.name for cost in recorder.costs}
 
 
 def test_weights_keep_their_type() -> None:
@@ -326,34 +333,35 @@ def test_an_activation_without_an_update_is_bad_input() -> None:
 
 @pytest.mark.parametrize("value", [0, -1.0])
 @pytest.mark.parametrize("name", ["alpha", "beta", "gamma", "iterations"])
-def test_what_must_be_positive(name: str, value: float) -> None:
+def test_penalties_and_iterations_must_be_positive(name: str, value: float) -> None:
     with pytest.raises(InputError, match="must be"):
         METHODS["sparsellm"](**{name: value})
 
 
-def test_damping_is_not_negative() -> None:
+def test_negative_damping_is_bad_input() -> None:
     with pytest.raises(InputError, match="damp not negative"):
         METHODS["sparsellm"](damp=-0.01)
     with pytest.raises(InputError, match="ridge must not be negative"):
         METHODS["sparsellm"](ridge=-0.01)
 
 
-def test_the_released_code_has_no_ridge() -> None:
+def test_a_ridge_is_bad_input_for_the_official_variant() -> None:
     with pytest.raises(InputError, match="belongs to the corrected variant"):
         METHODS["sparsellm"](ridge=1.0, variant="official")
 
 
 def test_an_iteration_that_helps_nowhere_is_a_warning() -> None:
-    """Only of blocks that were iterated more than once; the official variant keeps its last whatever it is."""
+    """Only blocks that were iterated more than once; the official variant keeps its last."""
     m = model("opt")
     budget = Allocation(tuple({"fc1": np.float64(0.5)} for _ in m.blocks))
     losses = [[1.0, 2.0, 1.5], [2.0, 1.0, 1.5], [1.0]]
-    outcome = sparsellm._outcome(budget, 3, {}, losses, False, 0.01)
+    records = [({}, block_losses) for block_losses in losses]
+    outcome = METHODS["sparsellm"]()._outcome(budget, 3, records)
     assert outcome.warnings == (
         "block 0: no iteration was better than SparseGPT's solution, which stays",
     )
     assert outcome.details["iteration_kept"] == [0, 1, 0]
-    official = sparsellm._outcome(budget, 3, {}, losses, True, 0.01)
+    official = METHODS["sparsellm"](variant="official")._outcome(budget, 3, records)
     assert official.warnings == () and official.details["iteration_kept"] == [2, 2, 0]
 
 

@@ -1,0 +1,267 @@
+"""Trials of NeuroAL: score budgets by pruning with them, all in one pass over the blocks."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from calibration.observers import Observer, fading_second_moment, gram, pair, second_moment
+from calibration.passes import BlockResult, micro_batches, observe, visit_blocks
+from calibration.runtime import Runtime
+from calibration.states import States
+from models.arch import Arch, Block, Model, cross_entropy
+from models.programs import program
+from models.sharding import place, to_host, tree_to_host
+from pruning.allocation.neuroal_core import misalignment
+from pruning.budget import Shapes
+from pruning.types import Budget, Layerwise, Pruner, Request
+from pruning.weights.per_linear import (
+    counts_for,
+    every_tap,
+    prepare_tap,
+    readers,
+    solve_block,
+    with_weights,
+)
+
+# Bytes of one block's weights that trials solved together may take.
+TRIAL_BYTES = 1 << 30
+# Bytes of prepared statistics of the dense model that a search may keep from pass to pass.
+DENSE_BYTES = 1 << 30
+
+Norms = dict[str, np.ndarray]  # tap -> norms of its channels, or drops of them, [c]
+
+
+class DenseStatistics(NamedTuple):
+    """Statistics of a dense block.
+
+    Attributes:
+      prepared: Tap -> what the pruner's `solve` needs.
+      norms: Tap -> norms of its channels.
+    """
+
+    prepared: Mapping[str, Any]
+    norms: Norms
+
+
+class Search(NamedTuple):
+    """What all trials of a search share.
+
+    Attributes:
+      model: The dense model.
+      tokens: Windows that budgets are tried on, int [samples length].
+      request: What to remove.
+      runtime: How to execute.
+      layerwise: What linears are pruned with.
+      shapes: Shapes of all slots, by block.
+      dense: Statistics of all dense blocks, filled by the first pass if they fit in DENSE_BYTES.
+    """
+
+    model: Model
+    tokens: np.ndarray
+    request: Request
+    runtime: Runtime
+    layerwise: Layerwise
+    shapes: Shapes
+    dense: list[DenseStatistics]
+
+
+class TrialResults(NamedTuple):
+    """Results of trials, one entry a budget.
+
+    Attributes:
+      scores: Lower is better.
+      norm_drops: By block: tap -> dense less pruned norms [c].
+    """
+
+    scores: list[float]
+    norm_drops: list[list[Norms]]
+
+
+Trials = Callable[[Search, Sequence[Budget], str], tuple[list[float], list[list[Norms]]]]
+
+
+def run_trials(
+    trials: Trials, search: Search, budgets: Sequence[Budget], name: str
+) -> TrialResults:
+    """Score budgets in a durable step of the run.
+
+    Args:
+      trials: `misalignment_trials` or `loss_trials`.
+      search: What the trials share.
+      budgets: Budgets to try.
+      name: What the progress bar says.
+    """
+    return TrialResults(*search.runtime.step(lambda: trials(search, budgets, name)))
+
+
+def _visit(search: Search, name: str, visit: Any) -> None:
+    """Visit all blocks with the hidden states of the search windows."""
+    visit_blocks(search.model, search.tokens, search.runtime, visit, name=name, durable=False)
+
+
+def _norms(stats: Mapping[str, Any]) -> Norms:
+    """Return the norms [c] of second moments, by tap."""
+    # The square root in float64 on the host: scores of trials differ in their last digits.
+    return {
+        tap: np.sqrt(np.asarray(tree_to_host(state).per_sample, np.float64))
+        for tap, state in stats.items()
+    }
+
+
+def _dense_watch(arch: Arch, pruner: Pruner, norm: Observer) -> dict[str, Observer]:
+    """Return the observers of a dense block: the pruner's, if any, and that of the norms."""
+    observer = pair(pruner.observer, norm) if pruner.observer else norm
+    return {slot.reads: observer for slot in arch.slots}
+
+
+def _split_dense(pruner: Pruner, stats: Mapping[str, Any]) -> tuple[dict[str, Any], Norms]:
+    """Split statistics of `_dense_watch` into the pruner's and the norms."""
+    if pruner.observer is None:
+        return dict.fromkeys(stats), _norms(stats)
+    own = {tap: both[0] for tap, both in stats.items()}
+    return own, _norms({tap: both[1] for tap, both in stats.items()})
+
+
+def misalignment_trials(
+    search: Search, budgets: Sequence[Budget], name: str
+) -> tuple[list[float], list[list[Norms]]]:
+    """Score budgets by misalignment, as the official code does.
+
+    In each trial every block runs dense, is pruned by the statistics of that run, and runs again,
+    on the outputs of the trial's own pruned blocks.
+
+    Args:
+      search: What the trials share.
+      budgets: Budgets to try.
+      name: What the progress bar says.
+
+    Returns:
+      Fields of `TrialResults`.
+    """
+    arch, pruner = search.model.arch, search.layerwise.pruner
+    # The official code takes norms of inputs that SparseGPT has scaled in place.
+    norm = fading_second_moment if pruner.observer is gram else second_moment
+    pruners, watch_norms = every_tap(arch, pruner), {s.reads: norm for s in arch.slots}
+    scores = [0.0] * len(budgets)
+    norm_drops: list[list[Norms]] = [[] for _ in budgets]
+    streams: list[States] = []
+
+    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
+        if i == 0:
+            streams.extend(xs.copy() for _ in budgets)
+        for k, budget in enumerate(budgets):
+            # Before the first block all trials have the same inputs.
+            if i > 0 or k == 0:
+                watch = _dense_watch(arch, pruner, norm)
+                stats, dense = _split_dense(pruner, observe(arch, watch, i, block, streams[k]))
+            counts = counts_for(arch, search.layerwise.pattern, block, budget[i])
+            new, _ = solve_block(arch, pruners, block, stats, counts)
+            sparse = _norms(observe(arch, watch_norms, i, new, streams[k], onward=True))
+            scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
+            norm_drops[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
+        return BlockResult(block, propagated=True)
+
+    _visit(search, name, visit)
+    return scores, norm_drops
+
+
+@program("trials solved", static=(0, 1))
+def _solve_trials(
+    arch: Arch,
+    pruner: Pruner,
+    block: Block,
+    prepared: Mapping[str, Any],
+    counts: Mapping[str, jax.Array],
+) -> dict[str, jax.Array]:
+    """Return the slots' matrices [n out in] for counts [n ...].
+
+    What does not depend on the counts, such as scores, is computed once.
+    """
+
+    def solve(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        new: dict[str, jax.Array] = {}
+        for tap, names in readers(arch, counts).items():
+            ws = [getattr(block, name).w for name in names]
+            pruned = pruner.solve(ws, prepared[tap], [counts[name] for name in names])
+            new |= {name: w for name, (w, _) in zip(names, pruned, strict=True)}
+        return new
+
+    return jax.vmap(solve)(counts)
+
+
+def _pruned_blocks(
+    search: Search, block: Block, prepared: Mapping[str, Any], counts: list[dict[str, np.ndarray]]
+) -> Iterator[Block]:
+    """Yield the block pruned with each of the counts, solved in groups of TRIAL_BYTES."""
+    arch = search.model.arch
+    size = sum(getattr(block, s.name).w.nbytes for s in arch.slots)
+    most = max(1, TRIAL_BYTES // size)
+    for start in range(0, len(counts), most):
+        group = counts[start : start + most]
+        stacked = {s.name: np.stack([c[s.name] for c in group]) for s in arch.slots}
+        ws = _solve_trials(arch, search.layerwise.pruner, block, prepared, stacked)
+        for k in range(len(group)):
+            yield with_weights(block, {name: w[k] for name, w in ws.items()})
+
+
+def _dense_statistics(
+    search: Search, i: int, block: Block, xs: States, last: bool
+) -> DenseStatistics:
+    """Return block i's dense statistics, kept from the first pass if there is room."""
+    depth, pruner = len(search.model.blocks), search.layerwise.pruner
+    if len(search.dense) == depth:
+        return search.dense[i]
+    watch = _dense_watch(search.model.arch, pruner, second_moment)
+    seen = observe(search.model.arch, watch, i, block, xs, onward=not last)
+    stats, norms = _split_dense(pruner, seen)
+    del seen
+    prepared = {tap: prepare_tap(pruner, s, tap)[0] for tap, s in stats.items()}
+    statistics = DenseStatistics(prepared, norms)
+    if depth * sum(x.nbytes for x in jax.tree.leaves(prepared)) <= DENSE_BYTES:
+        search.dense.append(statistics)
+    return statistics
+
+
+def loss_trials(
+    search: Search, budgets: Sequence[Budget], name: str
+) -> tuple[list[float], list[list[Norms]]]:
+    """Score budgets by the mean cross-entropy of the pruned model on the search windows.
+
+    Pruning statistics are those of the dense model, so that all trials share them.
+
+    Args:
+      search: What the trials share.
+      budgets: Budgets to try.
+      name: What the progress bar says.
+
+    Returns:
+      Fields of `TrialResults`.
+    """
+    arch, runtime = search.model.arch, search.runtime
+    watch_norms = {s.reads: second_moment for s in arch.slots}
+    streams: list[States] = []
+    norm_drops: list[list[Norms]] = [[] for _ in budgets]
+
+    def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
+        if i == 0:
+            streams.extend(xs.copy() for _ in budgets)
+        prepared, dense = _dense_statistics(search, i, block, xs, last)
+        pattern = search.layerwise.pattern
+        counts = [counts_for(arch, pattern, block, budget[i]) for budget in budgets]
+        for k, new in enumerate(_pruned_blocks(search, block, prepared, counts)):
+            sparse = _norms(observe(arch, watch_norms, i, new, streams[k], onward=True))
+            norm_drops[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
+        return BlockResult(block, propagated=True)
+
+    _visit(search, name, visit)
+    non_block = place(search.model.non_block, runtime.mesh)
+    windows = list(micro_batches(search.tokens, runtime.batch, runtime.mesh))
+    scores = []
+    for xs in streams:
+        losses = []
+        for x, t in zip(xs, windows, strict=True):
+            losses.append(to_host(cross_entropy(arch, non_block, x, t)))
+        scores.append(float(np.mean(np.concatenate(losses))))
+    return scores, norm_drops

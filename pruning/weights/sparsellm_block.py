@@ -1,0 +1,258 @@
+"""SparseLLM on one block: SparseGPT for attention, then the joint solution of the other part."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from calibration.observers import gram
+from calibration.passes import observe, overflow
+from calibration.states import States
+from models.arch import Arch, Block
+from models.errors import InputError
+from models.programs import Program, program
+from models.sharding import to_host
+from pruning.weights import sparsegpt, sparsegpt_core
+from pruning.weights.per_linear import every_tap, figures, solve_block
+from pruning.weights.sparsellm_core import Counts, Ffn, Settings, Solution
+from pruning.weights.sparsellm_corrected_core import solve_corrected
+from pruning.weights.sparsellm_official_core import Aux, solve_official
+
+# Blocks that the authors' code for gated models iterates once, whatever the model's depth.
+ITERATED_ONCE = (1, 30, 31)
+FFN_FIGURES = "feed-forward"  # what the report calls the figures of the joint solution
+
+
+class FfnNames(NamedTuple):
+    """Slots and taps of the feed-forward part.
+
+    Attributes:
+      w1: Linear path into the neurons.
+      gate: Linear that gates them; None without one.
+      w2: Reader of the neurons.
+      input_tap: Tap that enters the part.
+      hidden_tap: Tap that enters W2.
+    """
+
+    w1: str
+    gate: str | None
+    w2: str
+    input_tap: str
+    hidden_tap: str
+
+    @property
+    def writers(self) -> tuple[str, ...]:
+        """Return the slots that write the neurons: W1 and its gate."""
+        return (self.w1, self.gate) if self.gate else (self.w1,)
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Return all slots of the part."""
+        return (*self.writers, self.w2)
+
+
+@functools.cache
+def ffn_names(arch: Arch) -> FfnNames:
+    """Return the names of an architecture's feed-forward part."""
+    group = arch.group("neurons")
+    *gates, w1 = (writer.name for writer in group.writers)
+    w2 = group.reader.name
+    return FfnNames(w1, gates[0] if gates else None, w2, arch.tap(w1), arch.tap(w2))
+
+
+def ffn_of(arch: Arch, block: Block) -> Ffn:
+    """Return the block's feed-forward part in float32."""
+    names = ffn_names(arch)
+    gate = getattr(block, names.gate) if names.gate else None
+    part = Ffn(getattr(block, names.w1), gate, getattr(block, names.w2))
+    return jax.tree.map(lambda w: w.astype(jnp.float32), part)
+
+
+@program("solution stored", static=(0,))
+def _with_ffn(arch: Arch, block: Block, ffn: Ffn) -> Block:
+    """Return the block with the part's matrices, in the block's types."""
+    names = ffn_names(arch)
+    solved = {names.w1: ffn.w1, names.w2: ffn.w2}
+    if names.gate and ffn.gate is not None:
+        solved[names.gate] = ffn.gate
+    stored = {}
+    for name, linear in solved.items():
+        dense = getattr(block, name)
+        stored[name] = dense.replace(w=linear.w.astype(dense.w.dtype))
+    return block.replace(**stored)
+
+
+@program("activations", static=(0,))
+def _activations(arch: Arch, block: Block, x: jax.Array) -> dict[str, jax.Array]:
+    """Return the activations of the feed-forward part in float32, [b t ...] by slot or tap."""
+    taps, names = arch.block(block, x)[1], ffn_names(arch)
+    wanted = (*names.slots, names.input_tap, names.hidden_tap)
+    return {name: taps[name].astype(jnp.float32) for name in wanted}
+
+
+@program("activations joined")
+def _join(parts: Sequence[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    """Return the micro-batches' activations as one, [samples t ...]."""
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs), *parts)
+
+
+_hessian = Program(sparsegpt_core.hessian, "Hessian scaled")
+
+
+@program("alternation", static=(0, 6))
+def _solve_official(
+    arch: Arch,
+    block: Block,
+    taps: Mapping[str, jax.Array],
+    h1: jax.Array,
+    h2: jax.Array,
+    counts: Counts,
+    settings: Settings,
+) -> Solution:
+    """Solve the feed-forward part as the authors' code does."""
+    names = ffn_names(arch)
+    gate = taps[names.gate] if names.gate else None
+    aux = Aux(taps[names.w1], gate, taps[names.hidden_tap])
+    part = ffn_of(arch, block)
+    return solve_official(
+        part, taps[names.input_tap], taps[names.w2], aux, h1, h2, counts, settings
+    )
+
+
+@program("targets", static=(0,))
+def ffn_inputs_and_targets(
+    arch: Arch, dense: Block, pruned: Block, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the feed-forward input after pruned attention, and its target.
+
+    The target is the dense output, plus the error of pruned attention where the part is added to
+    the residual stream without a norm after it. Both come from the outputs of linears: the stream
+    itself, whose largest channels are thousands, would leave few digits of a bfloat16 difference.
+
+    Args:
+      arch: Architecture.
+      dense: The dense block.
+      pruned: The block with pruned attention.
+      x: Inputs of the block [b t d].
+
+    Returns:
+      Input and target of the part, both [b t d] in x's type.
+    """
+    names, attention = ffn_names(arch), arch.group("heads").reader.name
+    taps = arch.block(pruned, x)[1]
+    if not arch.residual:
+        return taps[names.input_tap], taps[names.w2]
+    dense_taps = arch.block(dense, x)[1]
+    attention_error = dense_taps[attention].astype(jnp.float32) - taps[attention]
+    return taps[names.input_tap], (dense_taps[names.w2] + attention_error).astype(x.dtype)
+
+
+@program("alternation", static=(0, 5))
+def _solve_corrected(
+    arch: Arch,
+    block: Block,
+    x: tuple[jax.Array, ...],
+    y: tuple[jax.Array, ...],
+    counts: Counts,
+    settings: Settings,
+) -> Solution:
+    """Solve the feed-forward part toward its targets."""
+    return solve_corrected(ffn_of(arch, block), x, y, counts, settings)
+
+
+@program("targets stacked")
+def _stack(parts: Sequence[jax.Array]) -> jax.Array:
+    """Return micro-batches of one size as [micro-batches b t d]."""
+    return jnp.stack(parts)
+
+
+def _stack_by_size(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
+    """Return micro-batches as stacks [micro-batches b t d], the last alone if it is smaller.
+
+    Empties the list, so that the parts do not lie in memory twice.
+    """
+    sizes = dict.fromkeys(len(part) for part in parts)
+    stacks = tuple(_stack([p for p in parts if len(p) == size]) for size in sizes)
+    parts.clear()
+    return stacks
+
+
+class PrunedBlock(NamedTuple):
+    """A pruned block.
+
+    Attributes:
+      block: The block.
+      figures: Figures of the solvers: tap -> name -> value.
+      losses: Mean squared error of the feed-forward part after each iteration.
+    """
+
+    block: Block
+    figures: dict[str, dict[str, float]]
+    losses: list[float]
+
+
+class BlockSolver(NamedTuple):
+    """What stays the same from block to block."""
+
+    arch: Arch
+    settings: Settings
+    official: bool
+
+    def _official(
+        self, i: int, dense: Block, xs: States, stats: Mapping[str, Any], counts: Counts
+    ) -> Solution:
+        names = ffn_names(self.arch)
+        h1, h2 = _hessian(stats[names.input_tap]), _hessian(stats[names.hidden_tap])
+        taps = _join([_activations(self.arch, dense, x) for x in xs])
+        settings = self.settings
+        if i in ITERATED_ONCE and names.gate is not None:
+            settings = settings._replace(iterations=1)
+        return _solve_official(self.arch, dense, taps, h1, h2, counts, settings)
+
+    def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solution:
+        inputs: list[jax.Array] = []
+        targets: list[jax.Array] = []
+        for x in xs:
+            ffn_input, target = ffn_inputs_and_targets(self.arch, dense, pruned, x)
+            inputs.append(ffn_input)
+            targets.append(target)
+        stacks = _stack_by_size(inputs), _stack_by_size(targets)
+        return _solve_corrected(self.arch, dense, *stacks, counts, self.settings)
+
+    def solve(self, i: int, block: Block, xs: States, counts: Mapping[str, Any]) -> PrunedBlock:
+        """Prune block i.
+
+        Args:
+          i: Index of the block.
+          block: The dense block.
+          xs: Its inputs [b t d] by micro-batch.
+          counts: Slot -> entries to remove.
+
+        Raises:
+          InputError: The official alternation diverged, or the activations overflow.
+        """
+        arch, pattern, names = self.arch, self.settings.pattern, ffn_names(self.arch)
+        attention = {name: count for name, count in counts.items() if name not in names.slots}
+        taps = [s.reads for s in arch.slots if self.official or s.name in attention]
+        stats = observe(arch, dict.fromkeys(taps, gram), i, block, xs)
+        pruners = every_tap(arch, sparsegpt.pruner(self.settings.damp, pattern))
+        pruned, notes = solve_block(arch, pruners, block, stats, attention)
+        of_part = Counts(tuple(counts[name] for name in names.writers), counts[names.w2])
+        if self.official:
+            solution = self._official(i, block, xs, stats, of_part)
+        else:
+            del stats  # memory: the alternation reads its own sums
+            solution = self._corrected(block, pruned, xs, of_part)
+        block_figures = figures(i, {**notes, FFN_FIGURES: {"damping": solution.damping}})
+        losses = [float(x) for x in to_host(solution.losses)]
+        if self.official and not np.isfinite(losses[-1]):
+            raise InputError(
+                f"block {i}: the official alternation diverged, as it does on this model",
+                'use variant="corrected"',
+            )
+        if not np.any(np.isfinite(losses)):
+            raise overflow(i)
+        return PrunedBlock(_with_ffn(arch, pruned, solution.ffn), block_figures, losses)
