@@ -16,7 +16,6 @@ import jax
 from rich.console import Console
 
 from calibration.journal import StepCache
-from launch import prune
 from launch.flags import calls, cli
 from launch.flags.common import (
     calibration_flags,
@@ -31,7 +30,8 @@ from launch.flags.common import (
 )
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
-from launch.run.job import RunConfig, request_of
+from launch.run.inputs import read_tokens
+from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import tokenizer_of
 from launch.run.staging import alone, check_free
 from launch.run.tasks import task_flags
@@ -94,10 +94,10 @@ def _asked(
     text: str, sparsities: Sequence[float | None], allocations: Sequence[str], refine: str
 ) -> Iterator[dict[str, float | str | None]]:
     """The settings of every trial of one method: what it says of itself, else each of these."""
-    asked = calls.parse_asked(text)
+    asked = calls.parse_method_spec(text)
     method = calls.build("method", asked.call, METHODS)
-    refines = [call for call in asked.beside if calls.parse_call(call)[0] in REFINEMENTS]
-    spreads = [call for call in asked.beside if call not in refines]
+    refines = [call for call in asked.modifiers if calls.parse_call(call)[0] in REFINEMENTS]
+    spreads = [call for call in asked.modifiers if call not in refines]
     if max(len(refines), len(spreads)) > 1:
         raise InputError(f"{text!r} has two allocations or two refinements: leave one of them out")
     refine, allocations = (refines or [refine])[0], spreads or allocations
@@ -127,7 +127,7 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
             lambda v: 0 <= v < 1,
             "fractions from 0 to below 1",
         )
-    methods, allocations = calls.each(values["methods"]), calls.each(values["allocations"])
+    methods, allocations = calls.split_list(values["methods"]), calls.split_list(values["allocations"])
     trials = [
         Trial.of(output, cli.frozen(RunConfig, values | own | {"seed": seed, "resume": True}))
         for seed in seeds(values["seeds"])
@@ -156,12 +156,13 @@ def check(trials: Sequence[Trial], backend: str, memory: StepCache) -> Checked:
     first = trials[0].config
     checkpoint = open_model(first.model, first.dtype)
     reasons: dict[Trial, str] = {}
+    jobs: dict[Trial, Job] = {}
     for trial in trials:
         # Where trials run elsewhere, this host's devices say nothing of theirs.
         config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
         try:
-            method, request, _ = request_of(config)
-            method.check(checkpoint.model, request)
+            jobs[trial] = resolve(config)
+            jobs[trial].method.check(checkpoint.model, jobs[trial].request)
         except InputError as e:
             reasons[trial] = str(e)
     for axis in AXES:
@@ -171,7 +172,7 @@ def check(trials: Sequence[Trial], backend: str, memory: StepCache) -> Checked:
                 raise InputError(f"{axis} {value}: {reasons[found[0]]}")
     possible, tokenizer = [t for t in trials if t not in reasons], tokenizer_of(checkpoint)
     for trial in possible:
-        prune.read_tokens(trial.config, checkpoint, tokenizer, memory)
+        read_tokens(jobs[trial], checkpoint, tokenizer, memory)
     return Checked(possible, list(reasons.items()))
 
 

@@ -64,7 +64,7 @@ def warnings_of(
     if written.form.code:
         yield f"blocks differ in width: the model loads as {written.form.label}; --layout=padded writes a stock model instead"
     if not written.transformers.ok:
-        yield f"transformers does not give the same logits: {written.transformers.said}"
+        yield f"transformers does not give the same logits: {written.transformers.message}"
     if abs(figures["prunable"] - figures["target"]) > MISSED:
         yield f"asked for {figures['target']:.4f} of the prunable weights, got {figures['prunable']:.4f}"
     longest = checkpoint.config.get("max_position_embeddings")

@@ -38,7 +38,7 @@ Backend = Callable[[Sequence[Trial], Where], Ended]
 def parse_resources(text: str) -> dict[str, Any]:
     """`CPU=4,TPU=1` or `partition=gpu,timeout_min=600` as a mapping; numbers are numbers. InputError for anything else."""
     found: dict[str, Any] = {}
-    for item in calls.each(text) if text else ():
+    for item in calls.split_list(text) if text else ():
         name, equals, value = item.partition("=")
         if not (name and equals and value):
             raise InputError(f"--resources={text}: {item!r} is not name=value, such as CPU=4")
