@@ -10,7 +10,7 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,6 +44,7 @@ from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal
 from launch.run.samples import samples
 from launch.run.staging import UNFINISHED, staged
 from launch.run.tasks import task_flags
+from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer, write_json
 from models.processes import agree, is_primary, run_on_primary
 from pruning.methods import ALLOCATIONS, METHODS
@@ -121,27 +122,20 @@ def _prune_into(
     cache: StepCache | None,
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
-    work, checkpoint = directory / UNFINISHED, inputs.checkpoint
+    work, checkpoint, mesh = directory / UNFINISHED, inputs.checkpoint, job.runtime.mesh
     writer = Writer(directory, checkpoint.config, job.output.layout, work=work / "blocks")
     facts = fingerprint(job, inputs)
     agree(facts)
-    journal = attempt.journal = open_journal(work / JOURNAL, facts, writer, cache)
-    resumed = attempt.resumed
-    if resumed:
+    journal = open_journal(work / JOURNAL, facts, writer, cache)
+    attempt.journal = journal
+    remarks = _remarks(attempt.resumed, cache is not None)
+    if attempt.resumed:
         console.note(
-            f"resuming an interrupted run, {writer.blocks} blocks are finished "
+            f"resuming an interrupted run: {writer.blocks} blocks are finished "
             "(--noresume starts over)"
         )
     clock.record("load")
-    batch, mesh, task_cache = job.runtime.batch, job.runtime.mesh, job.config.task_cache
-    measure = functools.partial(
-        measure_checkpoint,
-        data=inputs.data,
-        zero_shot=inputs.zero_shot,
-        batch=batch,
-        mesh=mesh,
-        task_cache=task_cache,
-    )
+    measure = _measure(job, inputs)
     dense = journal.step(lambda: measure(checkpoint), "dense")
     clock.record("eval")
     check = export.RoundTripCheck(checkpoint.model, writer)
@@ -152,24 +146,41 @@ def _prune_into(
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
     if further:
         clock.record("draws")
-    written, counts = complete(
-        directory, checkpoint, writer, check, outcome, job.output.format, mesh
-    )
+    form = job.output.format
+    written, counts = complete(directory, checkpoint, writer, check, outcome, form, mesh)
     clock.record("export")
     pruned = measure(written.loaded)
     clock.record("eval")
     results = Results(outcome, written, counts, writer.parameters, dense, pruned, further)
     result = describe(job, inputs, results, command(job.config))
+    result["warnings"] += remarks
     # After the peak memory was read: samples hold whole models.
-    result["samples"] = run_on_primary(
-        lambda: samples(checkpoint, written.loaded, inputs.tokenizer)
-    )
+    texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer)
+    result["samples"] = run_on_primary(texts)
     clock.record("eval")
-    if resumed:
-        result["warnings"].append(RESUMED)
-    if cache is not None:
-        result["warnings"].append(TRIAL)
     return result
+
+
+def _remarks(resumed: bool, is_trial: bool) -> list[str]:
+    """Return the warnings about a run's seconds."""
+    remarks = []
+    if resumed:
+        remarks.append(RESUMED)
+    if is_trial:
+        remarks.append(TRIAL)
+    return remarks
+
+
+def _measure(job: Job, inputs: Inputs) -> Callable[[Checkpoint], dict[str, Any]]:
+    """Return the function that measures the dense and the pruned model alike."""
+    return functools.partial(
+        measure_checkpoint,
+        data=inputs.data,
+        zero_shot=inputs.zero_shot,
+        batch=job.runtime.batch,
+        mesh=job.runtime.mesh,
+        task_cache=job.config.task_cache,
+    )
 
 
 def _with_offload(job: Job, inputs: Inputs) -> Runtime:

@@ -128,7 +128,9 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabula
         token = config.get(key)
         # Older files have the text alone, newer ones its properties too.
         text = token["content"] if isinstance(token, Mapping) else token
-        ids = tokenizer.encode(text, False) if text else []
+        if not text:
+            continue
+        ids = tokenizer.encode(text, False)
         if len(ids) == 1:
             return Vocabulary(tokenizer, ids[0], text, eos)
     bos = checkpoint.config.get("bos_token_id")

@@ -1,4 +1,4 @@
-"""--tasks from end to end: the report of both models, the cache, an interrupted run, and errors before any work."""
+"""Zero-shot tasks in a run: both models' figures, the cache, resuming, early errors."""
 
 import json
 import pathlib
@@ -9,6 +9,7 @@ import pytest
 
 from launch import evaluate, prune
 from launch.flags.cli import run
+from launch.run import export, measure
 
 MODEL = "--model=embedded:tiny-llama"
 DATA = [
@@ -29,8 +30,8 @@ def _home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def task(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A task of five stories and how they go on."""
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+    """A task of five stories, each with two endings."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")
     rows = [
         {"text": f"Once there was a {x}. The {x} was", "ends": ["very happy.", "qq."], "end": 0}
         for x in ("dog", "cat", "girl", "boy", "bird")
@@ -53,7 +54,7 @@ def report_of(output: pathlib.Path) -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_dense_and_pruned_in_one_report(
+def test_the_report_has_tasks_of_both_models_and_the_cache_repeats_them(
     task: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
@@ -120,20 +121,20 @@ def test_an_interrupted_run_does_not_ask_the_dense_model_again(
         "--notask_cache",
     ]
     asked: list[object] = []
-    real = prune.evaluate_tasks
+    real = measure.evaluate_tasks
 
     def count(*args: Any) -> Any:
         asked.append(args[1].directory)
         return real(*args)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prune, "evaluate_tasks", count)
-        m.setattr(prune.export, "load_back", fail)
+        m.setattr(measure, "evaluate_tasks", count)
+        m.setattr(export, "load_back", fail)
         with pytest.raises(AssertionError):
             call(argv)
         assert len(asked) == 1
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prune, "evaluate_tasks", count)
+        m.setattr(measure, "evaluate_tasks", count)
         assert call(argv) == 0
     assert len(asked) == 2 and asked[0] != asked[1], "the pruned model alone"
     assert report_of(tmp_path / "out")["tasks"]["stories"]["dense"]["acc"] == 1.0
@@ -148,7 +149,7 @@ def test_errors_come_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if name:
-        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")
     else:  # without lm-eval
         for module in [
             m
@@ -157,7 +158,7 @@ def test_errors_come_before_any_work(
         ]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
-    monkeypatch.setattr(prune, "evaluate", fail)
+    monkeypatch.setattr(measure, "evaluate", fail)
     assert (
         call([MODEL, *DATA, *METHOD, f"--output={tmp_path / 'out'}", f"--tasks={name or 'piqa'}"])
         == 2
