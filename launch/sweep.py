@@ -127,7 +127,8 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
             lambda v: 0 <= v < 1,
             "fractions from 0 to below 1",
         )
-    methods, allocations = calls.split_list(values["methods"]), calls.split_list(values["allocations"])
+    methods = calls.split_list(values["methods"])
+    allocations = calls.split_list(values["allocations"])
     trials = [
         Trial.of(output, cli.frozen(RunConfig, values | own | {"seed": seed, "resume": True}))
         for seed in seeds(values["seeds"])

@@ -48,8 +48,8 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
     except _PARSE_ERRORS:
         pass
     raise InputError(
-        f"{text!r} is not a name or a call with literal keyword arguments",
-        'write for example wanda or llmrank(scorer="mpr")',
+        f"{text!r} is not a name or a call with literal keyword arguments, such as wanda or "
+        'llmrank(scorer="mpr")'
     )
 
 
@@ -89,8 +89,7 @@ def parse_method_spec(text: str) -> MethodSpec:
         call = str(ast.get_source_segment(text, node))
     except _PARSE_ERRORS:
         raise InputError(
-            f"{text!r} is not a name or a call",
-            "write for example wanda, flap@0.2 or wanda@0.5+owl(m=7)",
+            f"{text!r} is not a name or a call such as wanda, flap@0.2 or wanda@0.5+owl(m=7)"
         ) from None
     # The loop meets the last modifier first.
     return MethodSpec(call, sparsity, tuple(reversed(modifiers)))
@@ -132,7 +131,7 @@ def build(field: str, text: str, makers: Mapping[str, Callable[..., Any]]) -> An
         if key not in parameters:
             raise InputError(
                 f"has no parameter {key!r}",
-                f"the parameters of {name} are {', '.join(parameters) or 'none'}",
+                f"it has {', '.join(parameters) or 'none'}",
                 field=field,
                 value=text,
             )

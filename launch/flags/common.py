@@ -278,7 +278,7 @@ def seeds(text: str) -> tuple[int, ...]:
     Raises:
       InputError: The value is no list of integers of at least 0.
     """
-    return numbers("seeds", text, int, lambda v: 0 <= v < 2**31, "integers of at least 0")
+    return numbers("seeds", text, int, lambda v: 0 <= v < 2**31, "integers from 0 on")
 
 
 def check_once(field: str, items: Sequence[Any]) -> None:

@@ -449,7 +449,7 @@ MISTAKES = {
     "unknown parameter": (
         ["--method=wanda(a=1)"],
         "--method=wanda(a=1)",
-        "the parameters of wanda",
+        "has no parameter 'a': it has",
     ),
     "wrong type": (['--method=flap(metric="x")'], "--method=flap", "give one of 'IFV'"),
     "unknown allocation": (["--allocation=zebra"], "--allocation=zebra", "there are alpha"),

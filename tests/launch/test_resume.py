@@ -351,9 +351,11 @@ def test_a_run_resumes_after_sigterm(inputs: pathlib.Path, tmp_path: pathlib.Pat
     """The exit code is that of the signal; the same command continues."""
     args = argv(inputs, tmp_path / "out", *RUNS["sparsegpt with neuroal"])
     code = (
-        "import os, signal, sys\nfrom launch import prune\nfrom launch.flags.cli import run\nfrom models.checkpoint.writer import Writer\n"
+        "import os, signal, sys\nfrom launch import prune\nfrom launch.flags.cli import run\n"
+        "from models.checkpoint.writer import Writer\n"
         "put = Writer.put\n"
-        "def terminated(self, i, block):\n    put(self, i, block)\n    if i == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def terminated(self, i, block):\n    put(self, i, block)\n"
+        "    if i == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
         "Writer.put = terminated\nsys.exit(run(prune.options(), prune.main, sys.argv[1:]))"
     )
     root = pathlib.Path(__file__).parents[2]

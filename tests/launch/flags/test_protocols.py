@@ -160,7 +160,7 @@ def test_every_report_names_the_protocol(
         "calibration": str(inputs / "calib.npy"),
         "eval_data": str(inputs / "eval.npy"),
     }
-    said = f"protocol wanda2048, but --calibration={inputs / 'calib.npy'}, --eval_data={inputs / 'eval.npy'}"
+    said = f"protocol wanda2048, but {data[0]}, {data[1]}"
     terminal = Console(file=io.StringIO(), width=400)
     console.show(result, terminal)
     assert "".join(said.split()) in "".join(terminal.file.getvalue().split())  # type: ignore[attr-defined]

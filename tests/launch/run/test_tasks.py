@@ -39,8 +39,10 @@ def task(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "stories.yaml"
     file.write_text(
-        "task: stories\ndataset_path: json\ndataset_kwargs: {data_files: {test: stories.jsonl}}\noutput_type: multiple_choice\n"
-        'test_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: end\ndoc_to_choice: "{{ends}}"\nmetadata: {version: 3}\n'
+        "task: stories\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: stories.jsonl}}\noutput_type: multiple_choice\n"
+        'test_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: end\n'
+        'doc_to_choice: "{{ends}}"\nmetadata: {version: 3}\n'
     )
     return file
 
