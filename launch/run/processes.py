@@ -18,7 +18,7 @@ def process_flags(f: Flags) -> None:
     f.boolean(
         "distributed",
         False,
-        "join the other processes; Cloud TPU, Slurm, Kubernetes or Open MPI tell where they are",
+        "join the processes that Cloud TPU, Slurm, Kubernetes or Open MPI have started",
     )
     f.string(
         "coordinator",
@@ -45,7 +45,7 @@ def start(values: dict[str, Any]) -> None:
         if count or rank >= 0:
             raise InputError(
                 "`processes` and `process` need `coordinator`=HOST:PORT",
-                "give it, or use `distributed` where the cluster tells",
+                "give it, or use `distributed` on a cluster that knows its processes",
             )
         if not values["distributed"]:
             return

@@ -16,6 +16,7 @@ from models.checkpoint import orbax as pytrees
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.prune_runs import call, report_of
 from reference.tiny import assert_equal
 
 BASE = dict(
@@ -63,14 +64,6 @@ def args(inputs: Path, model: str, output: Path, *more: str) -> list[str]:
         "--mesh=data=1",
         *more,
     ]
-
-
-def call(argv: list[str]) -> int:
-    return run(prune.options(), prune.main, argv)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    return json.loads((output / "pruning_report.json").read_text())
 
 
 CASES = [

@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from launch import prune
-from launch.flags.cli import run
 from launch.run import code
 from models.checkpoint import writer
 from models.checkpoint.writer import save
 from models.init import init_model
 from pruning.methods import METHODS
+from reference.prune_runs import call, weights
+
+pytestmark = pytest.mark.usefixtures("no_samples")
 
 BASE = dict(
     vocab_size=64,
@@ -84,12 +84,6 @@ class Fuse:
         return guarded
 
 
-@pytest.fixture(autouse=True)
-def _no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out samples: slow to compile, and not tested here."""
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     root = tmp_path_factory.mktemp("inputs")
@@ -109,18 +103,6 @@ def argv(inputs: pathlib.Path, output: pathlib.Path, model: str, args: list[str]
         "--mesh=data=1",
     ]
     return [f"--model={inputs / model}", f"--output={output}", *data, *args]
-
-
-def weights(output: pathlib.Path) -> dict[str, np.ndarray]:
-    return {
-        name: x
-        for file in sorted(output.glob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
-
-
-def call(args: list[str]) -> int:
-    return run(prune.options(), prune.main, args)
 
 
 def guard_writes(fuse: Fuse, m: pytest.MonkeyPatch) -> None:

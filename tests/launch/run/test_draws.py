@@ -1,7 +1,6 @@
 """Each calibration draw equals the run of its seed, and an interrupted run resumes its draws."""
 
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
 
-from launch import compare, plan, prune
-from launch.flags.cli import run
+from launch import compare, plan
 from launch.prune import RunConfig, frozen
 from launch.report import console
 from launch.report import html as report
-from launch.run import draws, export
+from launch.run import draws
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.prune_runs import call, report_of, weights
+
+pytestmark = pytest.mark.usefixtures("no_samples", "no_transformers")
 
 LLAMA = dict(
     model_type="llama",
@@ -33,13 +33,6 @@ LLAMA = dict(
     max_position_embeddings=32,
     initializer_range=0.3,
 )
-
-
-@pytest.fixture(autouse=True)
-def _no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out samples and the check by transformers: slow, and not tested here."""
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
-    monkeypatch.setattr(export, "_by_transformers", lambda *_: export.Check(True, "not asked"))
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +57,6 @@ def argv(inputs: Path, output: Path, *more: str) -> list[str]:
     ]
     fixed = ["--sparsity=0.5", "--calibration_batch=2", "--mesh=data=1"]
     return [f"--model={inputs / 'llama'}", f"--output={output}", *data, *fixed, *more]
-
-
-def call(args: list[str]) -> int:
-    return run(prune.options(), prune.main, args)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    return json.loads((output / "pruning_report.json").read_text())
-
-
-def weights(output: Path) -> dict[str, np.ndarray]:
-    return {
-        name: x
-        for file in sorted(output.glob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
 
 
 @pytest.mark.parametrize("method", ["wanda", "flap", "sleb(blocks=1)"])

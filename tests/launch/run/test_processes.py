@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from launch import prune
 from launch.flags.cli import run
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.prune_runs import weights
 
 TESTS = pathlib.Path(__file__).parents[2]
 CONFIG = {
@@ -157,15 +157,6 @@ def test_process_flags_that_do_not_go_together_are_refused(
         == 2
     )
     assert "--coordinator" in capsys.readouterr().err
-
-
-def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors."""
-    return {
-        name: x
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
 
 
 @pytest.mark.parametrize("name", RUNS)

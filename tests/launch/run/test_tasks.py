@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 
-from launch import evaluate, prune
+from launch import evaluate
 from launch.flags.cli import run
 from launch.run import export, measure
+from reference.prune_runs import call, report_of
+
+pytestmark = pytest.mark.usefixtures("no_samples")
 
 MODEL = "--model=embedded:tiny-llama"
 DATA = [
@@ -25,7 +28,6 @@ METHOD = ["--method=magnitude", "--sparsity=0.7", "--mesh=data=1"]
 @pytest.fixture(autouse=True)
 def _home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
 
 
 @pytest.fixture
@@ -45,14 +47,6 @@ def task(tmp_path: pathlib.Path) -> pathlib.Path:
         'doc_to_choice: "{{ends}}"\nmetadata: {version: 3}\n'
     )
     return file
-
-
-def call(argv: list[str]) -> int:
-    return run(prune.options(), prune.main, argv)
-
-
-def report_of(output: pathlib.Path) -> dict[str, Any]:
-    return json.loads((output / "pruning_report.json").read_text())
 
 
 @pytest.mark.filterwarnings("ignore")
