@@ -16,6 +16,7 @@ import jax
 from rich.console import Console
 
 from calibration.journal import StepCache
+from launch import prune
 from launch.flags import calls, cli
 from launch.flags.common import (
     calibration_flags,
@@ -165,7 +166,7 @@ def check(trials: Sequence[Trial], backend: str, memory: StepCache) -> Checked:
             jobs[trial] = resolve(config)
             jobs[trial].method.check(checkpoint.model, jobs[trial].request)
         except InputError as e:
-            reasons[trial] = str(e)
+            reasons[trial] = e.message(prune.options().shown)
     for axis in AXES:
         for value in dict.fromkeys(getattr(t.config, axis) for t in trials):
             found = [t for t in trials if getattr(t.config, axis) == value]
