@@ -53,12 +53,12 @@ def main(values: dict[str, Any]) -> None:
     zero_shot = read_tasks(
         values["tasks"], values["limit"], values["num_fewshot"], checkpoint, tokenizer
     )
-    clock.lap("load")
+    clock.record("load")
     scores = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
     results = evaluate_tasks(
         zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"]
     )
-    clock.lap("eval")
+    clock.record("eval")
     if not is_primary():
         return
     perplexity = {

@@ -107,7 +107,7 @@ def parse(values: dict[str, Any]) -> Settings:
         "ratios": numbers(
             "ratios", values["ratios"], float, lambda v: 0 <= v < 1, "fractions from 0 to below 1"
         ),
-        "scorers": tuple(calls.each(values["scorers"])),
+        "scorers": tuple(calls.split_list(values["scorers"])),
     }
     for scorer in lists["scorers"]:
         calls.build("scorers", scorer, mlprank.MAKERS)

@@ -26,7 +26,7 @@ from launch import prune
 from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import DTYPES, offload_for, window_length
 from launch.report import summary
-from launch.run.job import RunConfig, request_of
+from launch.run.job import RunConfig, resolve
 from launch.run.measure import write_report
 from models.arch import Model
 from models.checkpoint import hub
@@ -192,9 +192,8 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
       InputError: The run would be refused before it begins.
     """
     config, topology = frozen(RunConfig, values), values["topology"]
-    method, request, runtime = request_of(
-        dataclasses.replace(config, mesh="" if topology else config.mesh)
-    )
+    job = resolve(dataclasses.replace(config, mesh="" if topology else config.mesh))
+    method, request, runtime = job.method, job.request, job.runtime
     devices = devices_of(topology)
     mesh = make_mesh(config.mesh, runtime.batch, devices)
     model_config = config_of(config.model)

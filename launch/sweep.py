@@ -19,7 +19,6 @@ import jax
 from rich.console import Console
 
 from calibration.step_cache import StepCache
-from launch import prune
 from launch.flags import calls, cli
 from launch.flags.common import (
     calibration_flags,
@@ -34,7 +33,8 @@ from launch.flags.common import (
 )
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
-from launch.run.job import RunConfig, request_of
+from launch.run.inputs import read_tokens
+from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import tokenizer_of
 from launch.run.staging import alone, check_free
 from launch.run.tasks import task_flags
@@ -104,10 +104,10 @@ def _settings(
       allocations: Allocations of the grid.
       refine: Refinement of the sweep.
     """
-    asked = calls.parse_asked(text)
+    asked = calls.parse_method_spec(text)
     method = calls.build("method", asked.call, METHODS)
-    own_refinements = [call for call in asked.beside if calls.parse_call(call)[0] in REFINEMENTS]
-    own_allocations = [call for call in asked.beside if call not in own_refinements]
+    own_refinements = [call for call in asked.modifiers if calls.parse_call(call)[0] in REFINEMENTS]
+    own_allocations = [call for call in asked.modifiers if call not in own_refinements]
     if len(own_refinements) > 1 or len(own_allocations) > 1:
         raise InputError(
             f"{text!r} has two allocations or two refinements", "leave one of them out"
@@ -150,7 +150,10 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
             lambda v: 0 <= v < 1,
             "fractions from 0 to below 1",
         )
-    methods, allocations = calls.each(values["methods"]), calls.each(values["allocations"])
+    methods, allocations = (
+        calls.split_list(values["methods"]),
+        calls.split_list(values["allocations"]),
+    )
     trials = []
     for seed in seeds(values["seeds"]):
         for text in methods:
@@ -190,12 +193,13 @@ def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
     first = trials[0].config
     checkpoint = open_model(first.model, first.dtype)
     reasons: dict[Trial, str] = {}
+    jobs: dict[Trial, Job] = {}
     for trial in trials:
         # The devices of this host say nothing about those of other hosts.
         config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
         try:
-            method, request, _ = request_of(config)
-            method.check(checkpoint.model, request)
+            jobs[trial] = resolve(config)
+            jobs[trial].method.check(checkpoint.model, jobs[trial].request)
         except InputError as e:
             reasons[trial] = error_line(e)
     for axis in AXES:
@@ -205,7 +209,7 @@ def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
                 raise InputError(f"{axis} {value}: {reasons[with_value[0]]}")
     possible, tokenizer = [t for t in trials if t not in reasons], tokenizer_of(checkpoint)
     for trial in possible:
-        prune.read_tokens(trial.config, checkpoint, tokenizer, cache)
+        read_tokens(jobs[trial], checkpoint, tokenizer, cache)
     return Checked(possible, list(reasons.items()))
 
 

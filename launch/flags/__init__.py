@@ -1,1 +1,1 @@
-"""Command-line flags: parsing, shared groups, method calls, protocols."""
+"""Flags of the commands: parsing, shared groups, method calls, papers' protocols."""

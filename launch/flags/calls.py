@@ -1,4 +1,7 @@
-"""Methods as a user writes them, `wanda` or `llmrank(scorer="mpr", chain=False)`: parsed as literals, checked against the signature."""
+"""Parse methods as users write them, such as `wanda` or `llmrank(scorer="mpr", chain=False)`.
+
+Arguments are literals, checked against the signature of what is called. Nothing is evaluated.
+"""
 
 import ast
 import inspect
@@ -10,95 +13,157 @@ from typing import Any, Literal, NamedTuple
 
 from models.errors import InputError
 
+# Python's parser raises these for text that is no expression, or is nested too deeply.
+_PARSE_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+_TYPE_NAMES = {
+    float: "a number",
+    int: "an integer",
+    bool: "True or False",
+    str: "a text",
+    type(None): "None",
+}
+
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
-    """The name and keyword arguments of a call whose arguments are literals; nothing is evaluated. InputError if it is not one."""
+    """Parse a call whose arguments are keyword literals.
+
+    Args:
+      text: A name, or a call such as `llmrank(scorer="mpr")`.
+
+    Returns:
+      The name and the arguments by keyword.
+
+    Raises:
+      InputError: The text is neither.
+    """
     try:
         node = ast.parse(text.strip(), mode="eval").body
         if isinstance(node, ast.Name):
             return node.id, {}
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and not node.args
-            and all(k.arg for k in node.keywords)
-        ):
-            return node.func.id, {str(k.arg): ast.literal_eval(k.value) for k in node.keywords}
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
+            # A keyword without a name is a `**mapping`.
+            named = {k.arg: k.value for k in node.keywords if k.arg}
+            if len(named) == len(node.keywords):
+                return node.func.id, {key: ast.literal_eval(v) for key, v in named.items()}
+    except _PARSE_ERRORS:
         pass
     raise InputError(
-        f'{text!r} is not a name or a call with literal keyword arguments such as wanda or llmrank(scorer="mpr")'
+        f"{text!r} is not a name or a call with literal keyword arguments, such as wanda or "
+        'llmrank(scorer="mpr")'
     )
 
 
-class Asked(NamedTuple):
-    """A method as a sweep's list has it: the call, the fraction it says itself, and the calls that go with it."""
+class MethodSpec(NamedTuple):
+    """A method of a sweep's list, with the settings that it brings along.
+
+    Attributes:
+      call: The method's call.
+      sparsity: Fraction to remove; None if the list gives none.
+      modifiers: Calls of allocations and refinements to use with the method.
+    """
 
     call: str
     sparsity: float | None
-    beside: tuple[str, ...]
+    modifiers: tuple[str, ...]
 
 
-def parse_asked(text: str) -> Asked:
-    """Read `wanda`, `flap@0.2`, `wanda@0.5 + owl(m=7)`; InputError for anything else."""
+def parse_method_spec(text: str) -> MethodSpec:
+    """Parse an item of a sweep's list of methods.
+
+    Args:
+      text: For example `wanda`, `flap@0.2` or `wanda@0.5 + owl(m=7)`.
+
+    Raises:
+      InputError: The text is of no such form.
+    """
+    text = text.strip()
     try:
-        node: ast.expr = ast.parse(text.strip(), mode="eval").body
-        beside, sparsity = [], None
+        node: ast.expr = ast.parse(text, mode="eval").body
+        modifiers, sparsity = [], None
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-            beside.append(str(ast.get_source_segment(text.strip(), node.right)))
+            modifiers.append(str(ast.get_source_segment(text, node.right)))
             node = node.left
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.MatMult):
-            sparsity, node = float(ast.literal_eval(node.right)), node.left
-        return Asked(
-            str(ast.get_source_segment(text.strip(), node)), sparsity, tuple(reversed(beside))
-        )
-    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError):
+            sparsity = float(ast.literal_eval(node.right))
+            node = node.left
+        call = str(ast.get_source_segment(text, node))
+    except _PARSE_ERRORS:
         raise InputError(
             f"{text!r} is not a name or a call such as wanda, flap@0.2 or wanda@0.5+owl(m=7)"
         ) from None
+    # The loop meets the last modifier first.
+    return MethodSpec(call, sparsity, tuple(reversed(modifiers)))
 
 
-def each(text: str) -> list[str]:
-    """The items of a comma-separated list; commas inside parentheses do not separate."""
+def split_list(text: str) -> list[str]:
+    """Split a comma-separated list; commas inside parentheses do not separate.
+
+    Args:
+      text: The list.
+    """
     return [item.strip() for item in re.split(r",(?![^(]*\))", text)]
 
 
-def build(flag: str, text: str, known: Mapping[str, Callable[..., Any]]) -> Any:
-    """Call what `text` names out of `known` with its arguments.
+def build(field: str, text: str, makers: Mapping[str, Callable[..., Any]]) -> Any:
+    """Call the function that a text names, with the text's arguments.
 
-    Raises InputError for an unknown name, an unknown or missing parameter, or a value of the wrong type, saying what there is.
+    Args:
+      field: Name of the setting, for errors.
+      text: A name or a call.
+      makers: Functions by name.
+
+    Returns:
+      The function's result.
+
+    Raises:
+      InputError: The name or a parameter is unknown, a parameter is missing, or a value has the
+        wrong type.
     """
     name, arguments = parse_call(text)
-    if name not in known:
+    if name not in makers:
         raise InputError(
-            f"--{flag}={text}: there is no {flag} {name!r}: there are {', '.join(sorted(known))}"
+            "is unknown", f"there are {', '.join(sorted(makers))}", field=field, value=text
         )
-    maker = known[name]
+    maker = makers[name]
     hints = typing.get_type_hints(maker)
     parameters = inspect.signature(maker).parameters
     for key, value in arguments.items():
         if key not in parameters:
             raise InputError(
-                f"--{flag}={text}: {name} has no parameter {key!r}: it has {', '.join(parameters) or 'none'}"
+                f"has no parameter {key!r}",
+                f"it has {', '.join(parameters) or 'none'}",
+                field=field,
+                value=text,
             )
-        if not fits(value, hints[key]):
-            raise InputError(f"--{flag}={text}: {key}={value!r} must be {described(hints[key])}")
-    missing = [k for k, p in parameters.items() if p.default is p.empty and k not in arguments]
+        if not matches_type(value, hints[key]):
+            raise InputError(
+                f"has a wrong {key}", f"give {describe_type(hints[key])}", field=field, value=text
+            )
+    required = [key for key, p in parameters.items() if p.default is p.empty]
+    missing = [key for key in required if key not in arguments]
     if missing:
-        raise InputError(f"--{flag}={text}: {name} needs {', '.join(missing)}")
+        raise InputError(
+            "is incomplete", f"{name} needs {', '.join(missing)}", field=field, value=text
+        )
     return maker(**arguments)
 
 
 def _options(hint: Any) -> tuple[Any, ...]:
-    return (
-        typing.get_args(hint) if typing.get_origin(hint) in (UnionType, typing.Union) else (hint,)
-    )
+    """Return the members of a union, or the type itself."""
+    is_union = typing.get_origin(hint) in (UnionType, typing.Union)
+    return typing.get_args(hint) if is_union else (hint,)
 
 
-def fits(value: Any, hint: Any) -> bool:
-    """Whether a literal is of an annotated type: a Literal, int, float (an int will do), bool, str, None, or a union of these."""
+def matches_type(value: Any, hint: Any) -> bool:
+    """Return True if a literal has an annotated type.
+
+    Args:
+      value: The literal.
+      hint: A Literal, int, float, bool, str, None or a union of these. An int is also a float.
+    """
     for option in _options(hint):
         if typing.get_origin(option) is Literal:
+            # Python holds 1 equal to True.
             if any(value == v and type(value) is type(v) for v in typing.get_args(option)):
                 return True
         elif option is float:
@@ -109,20 +174,16 @@ def fits(value: Any, hint: Any) -> bool:
     return False
 
 
-def described(hint: Any) -> str:
-    """An annotation in a user's words."""
-    words = {
-        float: "a number",
-        int: "an integer",
-        bool: "True or False",
-        str: "a text",
-        type(None): "None",
-    }
+def describe_type(hint: Any) -> str:
+    """Describe an annotation in a user's words.
+
+    Args:
+      hint: As for `matches_type`.
+    """
     parts = []
     for option in _options(hint):
-        parts.append(
-            "one of " + ", ".join(map(repr, typing.get_args(option)))
-            if typing.get_origin(option) is Literal
-            else words[option]
-        )
+        if typing.get_origin(option) is Literal:
+            parts.append("one of " + ", ".join(map(repr, typing.get_args(option))))
+        else:
+            parts.append(_TYPE_NAMES[option])
     return " or ".join(parts)

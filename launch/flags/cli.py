@@ -1,4 +1,4 @@
-"""What every command shares: flags in groups, a short help, flag files, and errors as one line with exit code 2."""
+"""Parse flags in groups, print a short help, and show errors as one line with exit code 2."""
 
 import contextlib
 import dataclasses
@@ -7,126 +7,198 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
 from models.errors import InputError
 
+_HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
+
 
 class Flags:
-    """A command's own flags, in the groups in which `--help` shows them.
+    """The flags of one command, in the groups in which `--help` shows them.
 
-    Each command has its own set, so importing two commands does not clash. `--flagfile`, which nests and may hold `#` comments, comes
-    with absl; later flags win over earlier ones.
+    Every command has its own set, so importing two commands does not clash. absl adds `--flagfile`,
+    which nests and may hold `#` comments; later flags win over earlier ones.
 
     Args:
-      names: what `parse` calls the arguments that are not flags; empty: there may be none.
+      command: Name of the command's module, such as "launch.prune".
+      doc: Description for the help.
+      names: Key under which `parse` returns arguments that are not flags; empty if the command
+        takes none.
     """
 
-    def __init__(self, command: str, doc: str, names: str = ""):
-        self.command, self.doc, self._names = command, doc, names
+    def __init__(self, command: str, doc: str, names: str = "") -> None:
+        self.command = command
+        self.doc = doc
         self.values = flags.FlagValues()
         self.groups: dict[str, list[str]] = {}
-        self._preset, self._presets = "", {}  # type: str, Mapping[str, Mapping[str, Any]]
+        self._positional = names
+        self._preset_flag = ""
+        self._presets: Mapping[str, Mapping[str, Any]] = {}
         self._group = ""
         self.group("General")
         self.boolean("debug", False, "show the traceback of an error")
         self.boolean("help", False, "show this help")
 
     def group(self, title: str) -> None:
-        """Flags defined from here on belong to the group `title`."""
+        """Put the flags defined from here on into a group.
+
+        Args:
+          title: The group's title.
+        """
         self._group = title
         self.groups.setdefault(title, [])
 
     def _define(
-        self, define: Callable[..., Any], name: str, default: Any, text: str, **more: Any
+        self, define: Callable[..., Any], name: str, default: Any, text: str, **options: Any
     ) -> None:
-        define(name=name, default=default, help=text, flag_values=self.values, **more)
+        """Define a flag with absl and put it into the current group."""
+        define(name=name, default=default, help=text, flag_values=self.values, **options)
         self.groups[self._group].append(name)
 
     def string(self, name: str, default: str | None, text: str) -> None:
-        """A text flag; None when it is not given."""
+        """Define a text flag.
+
+        Args:
+          name: The flag's name.
+          default: Value if the flag is not given.
+          text: The help.
+        """
         self._define(flags.DEFINE_string, name, default, text)
 
     def integer(self, name: str, default: int, text: str, least: int = 0) -> None:
-        """An integer flag of at least `least`."""
+        """Define an integer flag.
+
+        Args:
+          name: The flag's name.
+          default: Value if the flag is not given.
+          text: The help.
+          least: Least value that is allowed.
+        """
         self._define(flags.DEFINE_integer, name, default, text, lower_bound=least)
 
     def number(self, name: str, default: float | None, text: str) -> None:
-        """A floating-point flag."""
+        """Define a floating-point flag.
+
+        Args:
+          name: The flag's name.
+          default: Value if the flag is not given.
+          text: The help.
+        """
         self._define(flags.DEFINE_float, name, default, text)
 
     def boolean(self, name: str, default: bool, text: str) -> None:
-        """A flag with a `--no` form."""
+        """Define a flag that is on, or off in its `--no` form.
+
+        Args:
+          name: The flag's name.
+          default: Value if the flag is not given.
+          text: The help.
+        """
         self._define(flags.DEFINE_boolean, name, default, text)
 
     def choice(self, name: str, default: str, choices: Sequence[str], text: str) -> None:
-        """A text flag with the values it may take."""
+        """Define a text flag with a fixed list of values.
+
+        Args:
+          name: The flag's name.
+          default: Value if the flag is not given.
+          choices: The values.
+          text: The help.
+        """
         self._define(flags.DEFINE_enum, name, default, text, enum_values=list(choices))
 
-    def presets(self, name: str, known: Mapping[str, Mapping[str, Any]], text: str) -> None:
-        """A flag whose values stand for values of other flags: by its value, then by flag. Flags that are given themselves win, wherever
-        they stand; those that this command does not have are passed over. There is at most one such flag."""
+    def presets(self, name: str, presets: Mapping[str, Mapping[str, Any]], text: str) -> None:
+        """Define the flag whose value sets the defaults of other flags; a command has at most one.
+
+        A flag that is given wins over the preset, before or after it. A preset's values for flags
+        that this command does not have are ignored.
+
+        Args:
+          name: The flag's name.
+          presets: Values of the other flags, by preset and flag.
+          text: The help.
+        """
         self.string(name, "", text)
-        self._preset, self._presets = name, known
+        self._preset_flag = name
+        self._presets = presets
+
+    def _names(self) -> Iterable[str]:
+        """Yield the names of the command's own flags, without those of absl."""
+        for names in self.groups.values():
+            yield from names
 
     def _defaults(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        """The flags' values where they are not given; InputError for a preset that there is not."""
-        chosen = values.get(self._preset)
-        if chosen and chosen not in self._presets:
-            raise InputError(
-                f"--{self._preset}={chosen}: there is no such {self._preset}: there are {', '.join(self._presets)}"
-            )
-        preset = self._presets[chosen] if chosen else {}
-        return {
-            n: preset.get(n, self.values[n].default)
-            for names in self.groups.values()
-            for n in names
-        }
+        """Return the defaults of all flags under the preset that the values choose."""
+        chosen = values.get(self._preset_flag)
+        preset: Mapping[str, Any] = {}
+        if chosen:
+            if chosen not in self._presets:
+                raise InputError(
+                    "is unknown",
+                    f"there are {', '.join(self._presets)}",
+                    field=self._preset_flag,
+                    value=chosen,
+                )
+            preset = self._presets[chosen]
+        return {name: preset.get(name, self.values[name].default) for name in self._names()}
 
     def shown(self, name: str) -> str:
-        """Return a setting's name as the user knows it: a flag, where this command has one."""
-        known = name in self.values or name.removeprefix("no") in self.values
-        return f"--{name}" if known else name
+        """Return a setting's name as the user knows it: as a flag if this command has it.
+
+        Args:
+          name: The setting; with the prefix "no" if a boolean one is to be switched off.
+        """
+        is_flag = name in self.values or name.removeprefix("no") in self.values
+        return f"--{name}" if is_flag else name
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
-        """The values of all flags by name; InputError for an unknown flag, a wrong value, or anything that is not a flag."""
+        """Parse a command line.
+
+        Args:
+          argv: Arguments without the program's name.
+
+        Returns:
+          The values of all flags by name.
+
+        Raises:
+          InputError: A flag is unknown, a value is wrong, or an argument is not a flag.
+        """
+        hint = f"python -m {self.command} --help lists the flags"
         try:
             rest = self.values([self.command, *argv])
         except (flags.Error, OSError) as e:
-            raise InputError(
-                f"{str(e).splitlines()[0]} (python -m {self.command} --help lists the flags)"
-            ) from None
-        if len(rest) > 1 and not self._names:
-            raise InputError(
-                f"{rest[1]!r} is not a flag: write --name=value (python -m {self.command} --help lists the flags)"
-            )
-        given = {
-            n: self.values[n].value
-            for names in self.groups.values()
-            for n in names
-            if self.values[n].present
-        }
-        found = self._defaults(given) | given
-        return found | ({self._names: rest[1:]} if self._names else {})
+            raise InputError(f"{str(e).splitlines()[0]} ({hint})") from None
+        if len(rest) > 1 and not self._positional:
+            raise InputError(f"{rest[1]!r} is not a flag", f"write --name=value ({hint})")
+        given = {n: self.values[n].value for n in self._names() if self.values[n].present}
+        values = self._defaults(given) | given
+        if self._positional:
+            values[self._positional] = rest[1:]
+        return values
 
-    def given(self, values: dict[str, Any]) -> list[str]:
-        """The flags whose values differ from the defaults, or from the preset's that is among them, as one would type them."""
-        shown = [
-            n
-            for n, default in self._defaults(values).items()
-            if n in values and values[n] != default
-        ]
-        return [
-            f"--{'' if values[n] is not False else 'no'}{n}"
-            + ("" if isinstance(values[n], bool) else f"={values[n]}")
-            for n in shown
-        ]
+    def given(self, values: Mapping[str, Any]) -> list[str]:
+        """Return the arguments that set the given values, without those equal to the defaults.
+
+        Args:
+          values: Values of the flags by name, the preset included.
+        """
+        arguments = []
+        for name, default in self._defaults(values).items():
+            if name not in values or values[name] == default:
+                continue
+            value = values[name]
+            if isinstance(value, bool):
+                arguments.append(f"--{name}" if value else f"--no{name}")
+            else:
+                arguments.append(f"--{name}={value}")
+        return arguments
 
     def help(self) -> str:
-        """The command, its flags by group, each with its default."""
+        """Return the help: the description, then the flags by group, each with its default."""
         lines = [self.doc.strip(), ""]
         for title, names in self.groups.items():
             lines.append(f"{title}:")
@@ -135,61 +207,75 @@ class Flags:
                 default = "" if flag.default in (None, "") else f" (default: {flag.default})"
                 lines.append(f"  --{name:<22} {flag.help}{default}")
             lines.append("")
-        return "\n".join(
-            [*lines, "A file of flags, one a line, is read with --flagfile=FILE; later flags win."]
-        )
+        lines.append("--flagfile=FILE reads flags from a file, one a line; later flags win.")
+        return "\n".join(lines)
 
 
-def frozen(kind: Any, values: dict[str, Any]) -> Any:
-    """The frozen dataclass `kind` made of the parsed flags that are its fields."""
+def frozen(kind: Any, values: Mapping[str, Any]) -> Any:
+    """Make a dataclass of the parsed flags that are its fields.
+
+    Args:
+      kind: The dataclass.
+      values: Values of the flags by name.
+    """
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
 
 
 class Terminated(BaseException):
-    """SIGTERM came, as it does before a machine is taken away: unwind, keeping what is finished."""
+    """Raised on SIGTERM, which comes before a machine is taken away, to unwind the run."""
 
 
-def _terminated(number: int, frame: object) -> None:
+def _raise_terminated(number: int, frame: object) -> None:
+    """Handle SIGTERM."""
     raise Terminated
 
 
 @contextlib.contextmanager
 def termination_deferred() -> Iterator[threading.Event]:
-    """SIGTERM sets the event and does no more, for callers of libraries that no handler may raise through."""
+    """Yield an event that SIGTERM sets, instead of raising `Terminated`.
+
+    For callers of libraries whose code must not be interrupted by an exception.
+    """
     stop = threading.Event()
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
     try:
         yield stop
     finally:
-        _on_termination()
+        _raise_on_termination()
 
 
-def _on_termination() -> None:
-    if (
-        threading.current_thread() is threading.main_thread()
-    ):  # the only one that may say what signals do
-        signal.signal(signal.SIGTERM, _terminated)
+def _raise_on_termination() -> None:
+    """Let SIGTERM raise `Terminated`."""
+    # Python allows signal handlers to be set from the main thread alone.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _raise_terminated)
 
 
 def run(
     options: Flags, main: Callable[[dict[str, Any]], int | None], argv: Sequence[str] | None = None
 ) -> int:
-    """Parse, run `main(values)`, and return the exit code: main's own (None is 0), or 2 after one line `error: ...` for what the user can
-    mend.
+    """Parse the flags, run a command and return its exit code.
 
-    A defect of ours keeps its traceback, and so does every error with `--debug`.
+    An InputError becomes one line `error: ...` and code 2, with a traceback only under `--debug`.
+    Any other exception is a defect of the program and keeps its traceback.
+
+    Args:
+      options: The command's flags.
+      main: The command: values of the flags -> exit code, None for 0.
+      argv: Arguments; None: those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
-    _on_termination()
+    _raise_on_termination()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
-        if any(a in ("--help", "-h", "-help", "--helpfull", "--helpshort") for a in argv):
+        if any(argument in _HELP for argument in argv):
             print(options.help())
             return 0
         return main(options.parse(argv)) or 0
     except InputError as e:
-        if any(a in ("--debug", "--debug=true") for a in argv):
+        # Read from the arguments: the flags themselves may be what is wrong.
+        if any(argument in ("--debug", "--debug=true") for argument in argv):
             traceback.print_exc()
         print(f"error: {' '.join(e.message(options.shown).split())}", file=sys.stderr)
         return 2

@@ -1,4 +1,4 @@
-"""Flags that commands share, and what they mean."""
+"""Flags that several commands share, and the conversion of their values."""
 
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,85 +19,109 @@ from models.sharding import make_mesh
 from pruning.methods import REFINEMENTS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-LONGEST_DEFAULT = 2048
+LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
 
 
 def model_flags(f: Flags) -> None:
-    """--model, --dtype, --mesh."""
+    """Define --model, --dtype and --mesh.
+
+    Args:
+      f: The command's flags.
+    """
     f.group("Model")
     f.string(
         "model",
         None,
-        "a Hugging Face directory, a hub id, a .gguf file, embedded:tiny-llama or embedded:tiny-opt",
+        "Hugging Face directory, hub id, .gguf file, embedded:tiny-llama or embedded:tiny-opt",
     )
     f.choice(
         "dtype",
         "float32",
         list(DTYPES),
-        "the model's type in memory and in the output; statistics stay float32",
+        "type of the model in memory and in the output; statistics are always float32",
     )
     f.string(
         "mesh",
         "",
-        "devices, as data=4,model=2; empty: all local ones on data that divide the micro-batch",
+        "devices by axis, such as data=4,model=2; empty: as many local devices on data as divide "
+        "the batch",
     )
 
 
 def layout_flag(f: Flags) -> None:
-    """--layout, --output_format."""
+    """Define --layout and --output_format.
+
+    Args:
+      f: The command's flags.
+    """
     f.choice(
         "layout",
         "auto",
         ("auto", "padded"),
-        "how blocks of different widths are written: with a class that ships with the "
-        "checkpoint, or padded with zeros to a stock architecture",
+        "blocks of different widths: auto ships a model class with the checkpoint, padded fills "
+        "them with zeros to a stock architecture",
     )
     f.choice(
         "output_format",
         "hf",
         ("hf", "orbax"),
-        "orbax: the pytrees too, under OUTPUT/orbax, for models.checkpoint.orbax.load",
+        "orbax also writes the pytrees to OUTPUT/orbax, for models.checkpoint.orbax.load",
     )
 
 
 def mask_flags(f: Flags) -> None:
-    """--pattern, --refine."""
+    """Define --pattern and --refine.
+
+    Args:
+      f: The command's flags.
+    """
     f.string(
         "pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs"
     )
-    f.string("refine", "none", f"what is done to finished masks: {', '.join(REFINEMENTS)}")
+    f.string("refine", "none", f"improves finished masks: {', '.join(REFINEMENTS)}")
 
 
 def calibration_flags(f: Flags) -> None:
-    """--calibration, --calibration_samples, --calibration_length, --calibration_batch, --calibration_draws, --activations."""
+    """Define --calibration, its settings, and --activations.
+
+    Args:
+      f: The command's flags.
+    """
     f.group("Calibration")
     f.string(
         "calibration",
         "embedded",
         "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
     )
-    f.integer("calibration_samples", 128, "how many windows", 1)
+    f.integer("calibration_samples", 128, "number of windows", 1)
     f.integer(
-        "calibration_length", 0, "tokens in a window; 0: what the model was made for, at most 2048"
+        "calibration_length",
+        0,
+        f"tokens in a window; 0: the model's own length, at most {LONGEST_DEFAULT}",
     )
     f.integer("calibration_batch", 8, "windows at a time", 1)
     f.integer(
         "calibration_draws",
         1,
-        "draws of windows, by seed, seed+1, ..., over which figures spread; the first one's model is written",
+        "repeat the run on windows of seed, seed+1, ... and report the spread; the first model is "
+        "written",
         1,
     )
     f.choice(
         "activations",
         "auto",
         ["auto", *OFFLOADS],
-        "where hidden states between two blocks are kept: on the devices, in host memory, or in files under TMPDIR; "
-        "auto: the first with room",
+        "memory for the hidden states between two blocks: devices, host, or files under TMPDIR; "
+        "auto: the fastest with room",
     )
 
 
 def evaluation_flags(f: Flags) -> None:
-    """--eval_data, --eval_length, --eval_windows."""
+    """Define --eval_data, --eval_length and --eval_windows.
+
+    Args:
+      f: The command's flags.
+    """
     f.group("Evaluation")
     f.string(
         "eval_data",
@@ -107,93 +131,191 @@ def evaluation_flags(f: Flags) -> None:
     f.integer(
         "eval_length",
         0,
-        f"tokens in a window; 0: what the model was made for, at most {LONGEST_DEFAULT}",
+        f"tokens in a window; 0: the model's own length, at most {LONGEST_DEFAULT}",
     )
     f.integer("eval_windows", 0, "most windows of a data set; 0: all")
 
 
 def open_model(name: str | None, dtype: str) -> Checkpoint:
-    """The checkpoint that --model names; InputError if it was not given or cannot be opened."""
+    """Open the checkpoint that --model names.
+
+    Args:
+      name: A directory, file or hub id; None if the flag is not given.
+      dtype: A key of DTYPES.
+
+    Raises:
+      InputError: The name is missing, or the checkpoint cannot be opened.
+    """
     if not name:
         raise InputError(
-            "--model is missing: give a directory, a hub id, a .gguf file or embedded:tiny-llama"
+            "is missing",
+            "give a directory, a hub id, a .gguf file or embedded:tiny-llama",
+            field="model",
         )
     return open_checkpoint(hub.resolve(name), DTYPES[dtype])
 
 
 def mesh_of(spec: str, batch: int) -> Mesh | None:
-    """The mesh that --mesh asks for, for micro-batches of `batch` windows; None where it is one device: nothing has to be placed."""
+    """Make the mesh that --mesh describes; None for one device.
+
+    Args:
+      spec: The flag's value.
+      batch: Windows in a micro-batch.
+    """
     mesh = make_mesh(spec, batch)
+    # With one device no array has to be placed.
     return None if mesh.size == 1 else mesh
 
 
 def offload_for(
-    flag: str, x: jax.ShapeDtypeStruct, mesh: Mesh | None, there: Mapping[str, int]
+    activations: str, x: jax.ShapeDtypeStruct, mesh: Mesh | None, available: Mapping[str, int]
 ) -> Offload:
-    """Where --activations puts the hidden states x [samples length d] of all windows; "auto" goes by the memory that is there."""
+    """Choose the memory that holds the hidden states between two blocks.
+
+    Args:
+      activations: Value of --activations.
+      x: Shape of the hidden states of all windows, [samples time d].
+      mesh: Devices of the run; None: one.
+      available: Bytes of one device's memory and of the host's, by "device" and "host".
+
+    Raises:
+      InputError: Several processes cannot use that memory.
+    """
     if is_multiprocess():
-        if flag not in ("auto", "device"):
+        if activations not in ("auto", "device"):
             raise InputError(
-                f"--activations={flag} is for one process: with several, hidden states stay on the devices"
+                "works in one process only",
+                "leave it out: several processes keep hidden states on the devices",
+                field="activations",
+                value=activations,
             )
         return "device"
-    if flag != "auto":
-        return cast(Offload, flag)
+    if activations != "auto":
+        return cast(Offload, activations)
     size = x.size * x.dtype.itemsize
-    return choose_offload(size // (mesh.shape["data"] if mesh else 1), size, there)
+    return choose_offload(size // (mesh.shape["data"] if mesh else 1), size, available)
 
 
-def window_length(flag: int, config: Mapping[str, Any]) -> int:
-    """A window's length: the flag, or what the model of a `config.json` was made for."""
-    return flag or min(LONGEST_DEFAULT, int(config.get("max_position_embeddings", LONGEST_DEFAULT)))
+def window_length(length: int, config: Mapping[str, Any]) -> int:
+    """Return the number of tokens in a window.
+
+    Args:
+      length: The flag's value; 0 for the model's own length.
+      config: The model's `config.json`.
+    """
+    own = int(config.get("max_position_embeddings", LONGEST_DEFAULT))
+    return length or min(LONGEST_DEFAULT, own)
 
 
 def check_sparsity(sparsity: float) -> None:
-    """InputError unless it is a fraction that leaves something."""
-    if not 0 <= sparsity < 1:
-        raise InputError(f"--sparsity={sparsity} must be at least 0 and less than 1")
+    """Check that a sparsity is at least 0 and below 1.
+
+    Args:
+      sparsity: Fraction to remove.
+
+    Raises:
+      InputError: It is not.
+    """
+    if not 0 <= sparsity < 1:  # also refuses NaN
+        raise InputError(
+            "must be at least 0 and less than 1",
+            "give the fraction to remove, such as 0.3",
+            field="sparsity",
+            value=sparsity,
+        )
 
 
-def check_length(name: str, length: int, checkpoint: Checkpoint) -> None:
-    """InputError if windows are longer than a model with learned positions has positions for."""
+def check_length(field: str, length: int, checkpoint: Checkpoint) -> None:
+    """Check that windows are not longer than a model with learned positions allows.
+
+    Args:
+      field: Setting that the windows come from.
+      length: Tokens in a window.
+      checkpoint: The model.
+
+    Raises:
+      InputError: The windows are too long.
+    """
     positions = getattr(checkpoint.model.arch.config, "positions", None)
     if positions is not None and length > positions:
         raise InputError(
-            f"{name} has windows of {length} tokens, the model has {positions} positions: give a shorter length"
+            f"has windows of {length} tokens, the model has {positions} positions",
+            "give a shorter length",
+            field=field,
         )
 
 
 def numbers(
-    name: str, text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str
+    field: str, text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str
 ) -> tuple[Any, ...]:
-    """The numbers of a comma-separated flag; InputError that says what is `wanted` unless all are allowed, and there is one."""
+    """Parse a comma-separated list of numbers.
+
+    Args:
+      field: Name of the setting, for errors.
+      text: The list.
+      kind: Converts an item, such as `int`.
+      allowed: Returns True for values that are allowed.
+      wanted: Description of the allowed values, for errors.
+
+    Raises:
+      InputError: The list is empty, or an item is not allowed.
+    """
     try:
-        found = tuple(kind(item) for item in calls.each(text))
+        values = tuple(kind(item) for item in calls.split_list(text))
     except ValueError:
-        found = ()
-    if not found or not all(map(allowed, found)):
-        raise InputError(f"--{name}={text} must be {wanted}, separated by commas")
-    return found
+        values = ()
+    if not values or not all(map(allowed, values)):
+        raise InputError(f"must be {wanted}, separated by commas", field=field, value=text)
+    return values
 
 
 def seeds(text: str) -> tuple[int, ...]:
-    """The seeds of --seeds."""
+    """Parse --seeds.
+
+    Args:
+      text: The flag's value.
+
+    Raises:
+      InputError: The value is no list of integers of at least 0.
+    """
     return numbers("seeds", text, int, lambda v: 0 <= v < 2**31, "integers from 0 on")
 
 
-def check_once(name: str, items: Sequence[Any]) -> None:
-    """InputError if the list that --name gives has something twice."""
+def check_once(field: str, items: Sequence[Any]) -> None:
+    """Check that no item of a list stands in it twice.
+
+    Args:
+      field: Name of the setting, for errors.
+      items: The list.
+
+    Raises:
+      InputError: An item stands in it twice.
+    """
     if len(set(items)) < len(items):
-        raise InputError(f"--{name}={','.join(map(str, items))} names one twice: give each once")
+        raise InputError(
+            "has an item twice", "give each once", field=field, value=",".join(map(str, items))
+        )
 
 
 def dataset_list(text: str) -> list[str]:
-    """The data sets of a comma-separated flag, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    """Split a comma-separated list of data sets, each once.
+
+    Args:
+      text: The list.
+    """
+    names = (part.strip() for part in text.split(","))
+    return list(dict.fromkeys(name for name in names if name))
 
 
 def output_path(text: str | None) -> pathlib.Path:
-    """The directory that --output names; InputError if it was not given."""
+    """Return the directory that --output names.
+
+    Args:
+      text: The flag's value; None if it is not given.
+
+    Raises:
+      InputError: It is not given.
+    """
     if not text:
-        raise InputError("--output is missing: give the directory to write")
+        raise InputError("is missing", "give the directory to write", field="output")
     return pathlib.Path(text).expanduser()

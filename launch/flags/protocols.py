@@ -1,6 +1,7 @@
-"""--protocol: what the papers calibrate and evaluate on, as values of flags. A table to read; docs/protocols.md says more.
+"""Calibration and evaluation settings of the papers, as values of flags for --protocol.
 
-Each row was read in the authors' released code, not in the paper, where the two differ.
+Each row was read in the authors' official code; where code and paper differ, the code counts.
+docs/protocols.md shows the table.
 """
 
 from collections.abc import Mapping
@@ -10,11 +11,17 @@ from launch.flags.cli import Flags
 
 
 class Protocol(NamedTuple):
-    """Calibration and evaluation of a paper.
+    """Calibration and evaluation settings of a paper.
 
-    calibration, samples, length, seed: the source of the windows, how many, of how many tokens, drawn how.
-    evaluation, window: data sets whose perplexity is reported, in windows of so many tokens, all of them.
-    source: the code it was read in. differs: in what a run of ours is not that code's, or "".
+    Attributes:
+      calibration: Source of the calibration windows.
+      samples: Number of windows.
+      length: Tokens in a calibration window.
+      seed: Seed of the windows.
+      evaluation: Data sets whose perplexity is reported, separated by commas.
+      window: Tokens in an evaluation window; all windows are evaluated.
+      source: Code that the settings were read in.
+      differs: What a run here does differently from that code; empty if nothing.
     """
 
     calibration: str
@@ -28,7 +35,7 @@ class Protocol(NamedTuple):
 
     @property
     def flags(self) -> dict[str, Any]:
-        """The values of the flags that it sets."""
+        """Return the values of the flags that the protocol sets."""
         return {
             "calibration": self.calibration,
             "calibration_samples": self.samples,
@@ -41,12 +48,12 @@ class Protocol(NamedTuple):
 
 
 SLEB_ROWS = (
-    "SLEB's code shuffles the rows of WikiText-2, joins the first 128 and cuts what that gives one after the other: few windows, not 128; "
-    "here they are drawn as SparseGPT does"
+    "SLEB's code shuffles the rows of WikiText-2, joins the first 128 and cuts the text into "
+    "consecutive windows, fewer than 128; here 128 windows are drawn as in SparseGPT"
 )
 WORD_PERPLEXITY = (
-    "LLMRank's code reports lm-eval's wikitext, a perplexity by words of detokenized text, which compares with no other; "
-    "here it is that by tokens"
+    "LLMRank's code reports lm-eval's wikitext, a perplexity per word of detokenized text, which "
+    "is comparable to no other; here it is per token"
 )
 
 PROTOCOLS = {
@@ -60,7 +67,7 @@ PROTOCOLS = {
         0,
         "wikitext2",
         2048,
-        "locuslab/wanda, main.py; OWL and AlphaPruning took it over",
+        "locuslab/wanda, main.py; also used by OWL and AlphaPruning",
     ),
     "wanda4096": Protocol(
         "c4",
@@ -106,30 +113,40 @@ PROTOCOLS = {
 
 
 def protocol_flag(f: Flags) -> None:
-    """--protocol, for a command with any of the flags that a protocol sets; one with --seeds has it set that to the one seed."""
+    """Define --protocol, for a command with any of the flags that a protocol sets.
+
+    Args:
+      f: The command's flags. A flag `seeds`, a list, is set to the protocol's seed.
+    """
     f.group("Calibration")
-    known = {name: p.flags | {"seeds": str(p.seed)} for name, p in PROTOCOLS.items()}
-    f.presets(
-        "protocol",
-        known,
-        f"a paper's calibration and evaluation; flags that are given win: {', '.join(PROTOCOLS)}",
+    presets = {name: p.flags | {"seeds": str(p.seed)} for name, p in PROTOCOLS.items()}
+    text = (
+        f"calibration and evaluation of a paper; flags that are given win: {', '.join(PROTOCOLS)}"
     )
+    f.presets("protocol", presets, text)
 
 
 def stamp(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report's `protocol` has of --protocol: nothing without one; else its name, its source, in what runs differ from that, and
-    the flags that were given other values than its own.
+    """Return what the report's `protocol` says about --protocol.
 
     Args:
-      values: of a command's flags.
+      name: Value of --protocol; empty if it is not given.
+      values: Values of the command's flags.
+
+    Returns:
+      The protocol's name, its source, the differences of this project's runs from that source, and
+      the flags whose values differ from the protocol's. Empty without a protocol.
     """
     if not name:
         return {}
     protocol = PROTOCOLS[name]
-    changed = {
+    overridden = {
         flag: values[flag]
         for flag, value in protocol.flags.items()
         if flag in values and values[flag] != value
     }
-    differs = {"differs": protocol.differs} if protocol.differs else {}
-    return {"name": name, "source": protocol.source, **differs, "overridden": changed}
+    result: dict[str, Any] = {"name": name, "source": protocol.source}
+    if protocol.differs:
+        result["differs"] = protocol.differs
+    result["overridden"] = overridden
+    return result

@@ -104,7 +104,7 @@ def warnings(
             "--layout=padded writes a stock architecture instead"
         )
     if not written.transformers.ok:
-        yield f"transformers does not reproduce the logits: {written.transformers.said}"
+        yield f"transformers does not reproduce the logits: {written.transformers.message}"
     if abs(sparsity["prunable"] - sparsity["target"]) > TOLERANCE:
         yield (
             f"{summary.percent(sparsity['prunable'])} of the prunable weights were removed, "

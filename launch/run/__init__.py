@@ -1,1 +1,1 @@
-"""The parts of one pruning run."""
+"""Parts of a run of launch.prune; other commands use some of them."""

@@ -1,4 +1,4 @@
-"""Which code a result comes from, for an interrupted run to know its own by."""
+"""Code digests, so that a run resumes only with unchanged code."""
 
 import functools
 import hashlib
@@ -23,21 +23,31 @@ MAKERS: dict[str, dict[str, Callable[..., Any]]] = {
 
 @functools.cache
 def _package(name: str) -> str:
-    """SHA-256 of the names and contents of a package's Python files."""
+    """Return the SHA-256 of the names and contents of a package's Python files."""
     directory = pathlib.Path(importlib.import_module(name).__path__[0])
     files = sorted(directory.rglob("*.py"))
-    return hashlib.sha256(
-        "".join(f"{f.relative_to(directory)} {file_digest(f)} " for f in files).encode()
-    ).hexdigest()
+    lines = [f"{file.relative_to(directory)} {file_digest(file)} " for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def code_digests(config: RunConfig) -> dict[str, str]:
-    """SHA-256 of each package that results depend on, and of the file that a method, an allocation or a refinement named in the
-    settings is made in, which may be a user's: by a name for people."""
-    found = {f"code of {name}": _package(name) for name in PACKAGES}
+    """Compute the SHA-256 of all code that a run's result depends on.
+
+    Args:
+      config: Settings of the run.
+
+    Returns:
+      Digests by a name that users know: of each package, and of the file that defines the method,
+      the allocation and the refinement.
+    """
+    digests = {f"code of {name}": _package(name) for name in PACKAGES}
     for flag, makers in MAKERS.items():
-        if text := getattr(config, flag):
-            module = sys.modules.get(makers[parse_call(text)[0]].__module__)
-            if file := getattr(module, "__file__", None):
-                found[f"code of --{flag}"] = file_digest(pathlib.Path(file))
-    return found
+        text = getattr(config, flag)
+        if not text:
+            continue
+        # The method may be a user's own, from a file outside the packages.
+        module = sys.modules.get(makers[parse_call(text)[0]].__module__)
+        file = getattr(module, "__file__", None)
+        if file:
+            digests[f"code of --{flag}"] = file_digest(pathlib.Path(file))
+    return digests

@@ -1,4 +1,4 @@
-"""The end of a run: the blocks that were put become a checkpoint, which is loaded back and counted."""
+"""Finish a run: turn the pruned blocks into a checkpoint, load it back and count what is gone."""
 
 import pathlib
 
@@ -18,23 +18,32 @@ def complete(
     directory: pathlib.Path,
     checkpoint: Checkpoint,
     writer: Writer,
-    echo: export.RoundTripCheck,
+    check: export.RoundTripCheck,
     outcome: Outcome,
     output_format: str,
     mesh: Mesh | None,
 ) -> tuple[export.Written, removal.LinearCounts]:
-    """The checkpoint in its directory with `pruning.json`, loaded back, and what was removed, counted in it.
+    """Write the checkpoint and `pruning.json`, load the checkpoint back and count its weights.
 
     Args:
-      checkpoint: the dense one; writer, echo: what its pruned blocks were put into.
-      output_format: "orbax" for the pytrees too, which every process of the mesh writes its part of.
-    RuntimeError as `export.load_back` says.
+      directory: The writer's directory.
+      checkpoint: The dense checkpoint.
+      writer: Writer that has all pruned blocks.
+      check: Check that has seen all pruned blocks.
+      outcome: Result of the method.
+      output_format: "orbax" to write the pytrees too, each process its part.
+      mesh: Devices of the run; None: one.
+
+    Returns:
+      The checkpoint as it loads, and the weights by linear.
+
+    Raises:
+      RuntimeError: The checkpoint does not load as it was written.
     """
     model = checkpoint.model
     form = writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
-    written = export.load_back(
-        directory, form, echo, model.non_block.embed.dtype, writer.parameters
-    )
+    dtype = model.non_block.embed.dtype
+    written = export.load_back(directory, form, check, dtype, writer.parameters)
     if output_format == "orbax":
         pytrees.save(directory, written.loaded.model, mesh)
     counts = removal.count_removed(

@@ -1,119 +1,161 @@
-"""--calibration_draws: a run repeated on other calibration windows, for the spread that they alone give its figures."""
+"""Repeat a run on other calibration windows, and report the spread of its results."""
 
 import dataclasses
 import functools
 import pathlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.data import Tokens, is_token_file
+from calibration.data import Tokens
 from calibration.journal import Journal
 from calibration.runtime import Runtime
-from launch.report import console, seeds
-from models.checkpoint.output_format import Layout
+from launch.report import console
+from launch.run.job import Job
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
-from models.errors import InputError
 from models.processes import run_on_primary
-from pruning.types import Method, Request
 
 
-def check_draws(count: int, source: str) -> None:
-    """InputError for more than one draw from a source that is not drawn from."""
-    if count > 1 and is_token_file(source):
-        raise InputError(
-            f"--calibration_draws={count}: {source} is taken whole, so that every draw would be the same: "
-            "leave it out, or give text to draw windows from"
-        )
+class Repetition(NamedTuple):
+    """Everything that the further draws of a run have in common.
+
+    Attributes:
+      job: The run.
+      checkpoint: The dense model.
+      runtime: How the run executes.
+      facts: The run's fingerprint.
+      directory: Directory for the draws' files.
+      measure: Measures a pruned checkpoint as the run does.
+    """
+
+    job: Job
+    checkpoint: Checkpoint
+    runtime: Runtime
+    facts: Mapping[str, Any]
+    directory: pathlib.Path
+    measure: Callable[[Checkpoint], Mapping[str, Any]]
+
+    def directory_of(self, tokens: Tokens) -> pathlib.Path:
+        """Return the directory of one draw.
+
+        Args:
+          tokens: Calibration windows of the draw.
+        """
+        return self.directory / f"draw-{tokens.protocol['seed']}"
 
 
-def check_different(draws: Sequence[Tokens], source: str) -> None:
-    """InputError if two draws are the same windows, whose spread would say nothing."""
-    if len({tokens.protocol["sha256"] for tokens in draws}) < len(draws):
-        raise InputError(
-            f"--calibration_draws={len(draws)}: {source} has too little text for so many different draws: give more of it, "
-            "or lower --calibration_length"
-        )
-
-
-def prune_on(
-    tokens: Tokens,
-    checkpoint: Checkpoint,
-    method: Method,
-    request: Request,
-    runtime: Runtime,
-    place: pathlib.Path,
-    facts: Mapping[str, Any],
-    layout: Layout,
-    measure: Callable[[Checkpoint], Mapping[str, Any]],
-) -> dict[str, Any]:
-    """What a run with these calibration windows, and the seed that drew them, gives: `record` of it.
-
-    It holds no more memory than the run that it repeats: blocks go to files in `place` as they are finished, and are evaluated from there.
+def prune_draws(
+    draws: Sequence[Tokens], repetition: Repetition, journal: Journal
+) -> list[dict[str, Any]]:
+    """Repeat a run on each draw, as a step of its journal.
 
     Args:
-      request: of the run that is repeated.
-      place: a directory of this draw, which outlives an interruption: the draw goes on behind its last finished block.
-      facts: the fingerprint of the run that is repeated.
-      measure: a checkpoint -> what `launch.prune` measures of it.
+      draws: Calibration windows of each draw.
+      repetition: What the draws have in common.
+      journal: The run's journal.
+
+    Returns:
+      `record` of each draw.
     """
-    model, seed = checkpoint.model, tokens.protocol["seed"]
-    # What an interrupted run had begun to make of its blocks.
-    run_on_primary(functools.partial(shutil.rmtree, place / "model", ignore_errors=True))
-    writer = Writer(place / "model", checkpoint.config, layout, work=place / "blocks")
-    journal = Journal(place / "journal", {**facts, "draw": tokens.protocol}, writer)
+    records = []
+    for tokens in draws:
+        records.append(journal.step(functools.partial(prune_draw, tokens, repetition)))
+        # The figures are in the journal: the model itself is not kept.
+        directory = repetition.directory_of(tokens)
+        run_on_primary(functools.partial(shutil.rmtree, directory, ignore_errors=True))
+    return records
+
+
+def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
+    """Prune and measure the model on other calibration windows, with the seed that drew them.
+
+    Blocks go to files as they are finished and are evaluated from there, so that a draw takes no
+    more memory than the run. An interrupted draw continues behind its last finished block.
+
+    Args:
+      tokens: Calibration windows.
+      repetition: What the draws have in common.
+
+    Returns:
+      `record` of the draw.
+    """
+    model, seed = repetition.checkpoint.model, tokens.protocol["seed"]
+    directory = repetition.directory_of(tokens)
+    output = directory / "model"
+    # An interrupted draw may have begun to write the model; its finished blocks lie elsewhere.
+    run_on_primary(functools.partial(shutil.rmtree, output, ignore_errors=True))
+    job, config = repetition.job, repetition.checkpoint.config
+    writer = Writer(output, config, job.output.layout, work=directory / "blocks")
+    facts = {**repetition.facts, "draw": tokens.protocol}
+    journal = Journal(directory / "journal", facts, writer)
     with console.progress() as progress:
 
         def progress_of_draw(description: str, steps: int) -> Callable[[], None]:
             return progress(f"seed {seed}: {description}", steps)
 
-        runtime = dataclasses.replace(runtime, journal=journal, progress=progress_of_draw)
-        request = dataclasses.replace(request, seed=seed)
-        outcome = method.run(model, tokens.ids, request, runtime, writer.put)
-    writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
-    return record(
-        tokens, measure(open_checkpoint(place / "model", jnp.dtype(model.non_block.embed.dtype)))
-    )
+        runtime = dataclasses.replace(
+            repetition.runtime, journal=journal, progress=progress_of_draw
+        )
+        request = dataclasses.replace(job.request, seed=seed)
+        outcome = job.method.run(model, tokens.ids, request, runtime, writer.put)
+    writer.finish(model.non_block, repetition.checkpoint.directory, outcome.kept_blocks)
+    pruned = open_checkpoint(output, jnp.dtype(model.non_block.embed.dtype))
+    return record(tokens, repetition.measure(pruned))
 
 
 def record(tokens: Tokens, pruned: Mapping[str, Any]) -> dict[str, Any]:
-    """What the report has of a draw: its seed, the SHA-256 of its tokens, and what was measured of the model pruned on it."""
+    """Return the report's entry for a draw.
+
+    Args:
+      tokens: Calibration windows of the draw.
+      pruned: Measurements of the model pruned on them.
+
+    Returns:
+      The seed, the SHA-256 of the tokens, perplexity by data set, and metrics by task.
+    """
+    perplexity = pruned["perplexity"]
     return {
         "seed": tokens.protocol["seed"],
         "sha256": tokens.protocol["sha256"],
-        "perplexity": {name: found["perplexity"] for name, found in pruned["perplexity"].items()},
+        "perplexity": {name: figures["perplexity"] for name, figures in perplexity.items()},
         "tasks": pruned["tasks"],
     }
 
 
 def spread(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Mean, sample standard deviation, least and most over draws, of each perplexity and each metric: {"perplexity": {data set: ...},
-    "tasks": {task: {metric: ...}}}. A perplexity that is not finite makes a mean that is not."""
+    """Summarise each perplexity and each metric over the draws.
 
-    def of(values: Sequence[float]) -> dict[str, float]:
-        x = np.asarray(values, np.float64)
-        with np.errstate(invalid="ignore", over="ignore"):
-            return {
-                **seeds.spread(values)._asdict(),
-                "min": float(x.min()),
-                "max": float(x.max()),
-            }
+    Args:
+      draws: `record` of every draw.
 
+    Returns:
+      Mean, sample standard deviation, least and greatest value: {"perplexity": {data set: ...},
+      "tasks": {task: {metric: ...}}}. A perplexity that is not finite makes its mean not finite.
+    """
     first = draws[0]
-    return {
-        "perplexity": {
-            name: of([d["perplexity"][name] for d in draws]) for name in first["perplexity"]
-        },
-        "tasks": {
-            task: {
-                metric: of([d["tasks"][task][metric] for d in draws])
-                for metric in metrics
-                if not metric.partition(",")[0].endswith("_stderr")
-            }
-            for task, metrics in first["tasks"].items()
-        },
+    perplexity = {
+        name: _summarise([d["perplexity"][name] for d in draws]) for name in first["perplexity"]
     }
+    tasks = {}
+    for task, metrics in first["tasks"].items():
+        # The standard errors over documents are none of the draws' figures.
+        names = [m for m in metrics if not m.partition(",")[0].endswith("_stderr")]
+        tasks[task] = {m: _summarise([d["tasks"][task][m] for d in draws]) for m in names}
+    return {"perplexity": perplexity, "tasks": tasks}
+
+
+def _summarise(values: Sequence[float]) -> dict[str, float]:
+    """Return mean, sample standard deviation, least and greatest value."""
+    x = np.asarray(values, np.float64)
+    # Infinite perplexities of collapsed models are figures too.
+    with np.errstate(invalid="ignore", over="ignore"):
+        return {
+            "mean": float(x.mean()),
+            "std": float(x.std(ddof=1)),
+            "min": float(x.min()),
+            "max": float(x.max()),
+        }

@@ -1,4 +1,4 @@
-"""What goes into the output directory, and the check that it reads back as it was written."""
+"""Check that the written checkpoint loads as it was meant, and record what was removed."""
 
 import importlib.util
 import pathlib
@@ -21,37 +21,58 @@ from models.sharding import local
 from pruning.types import Outcome
 
 REPORT = "pruning_report.json"
+PRIME = 7919  # its multiples are many different tokens
+# Largest difference of logits that rounding may cause, in float32 and in lower precision.
+TOLERANCE = 1e-3
+TOLERANCE_LOW_PRECISION = 0.5
 
 
 class RoundTripCheck:
-    """A sink that writes each finished block and runs a fixed batch through it, to compare with the checkpoint loaded back. What the writer
-    holds already has been through it."""
+    """A sink that writes each finished block and runs a fixed batch through it.
 
-    def __init__(self, model: Model, writer: Writer, length: int = 32):
-        self._model, self._writer = model, writer
-        vocab, length = (
-            model.arch.config.vocab,
-            min(length, getattr(model.arch.config, "positions", length)),
-        )
-        self.tokens = jnp.asarray(np.arange(length) * 7919 % vocab, jnp.int32)[
-            None, :
-        ]  # a prime's multiples: many different tokens
-        self._x = embed(model.arch, model.non_block, self.tokens)
+    The logits of the batch are compared with those of the checkpoint loaded back.
+
+    Args:
+      model: The dense model.
+      writer: Writes the blocks; the batch first goes through those that it has already.
+      length: Tokens in the batch, at most the model's positions.
+
+    Attributes:
+      tokens: The batch, int32 [1 time].
+    """
+
+    def __init__(self, model: Model, writer: Writer, length: int = 32) -> None:
+        self._model = model
+        self._writer = writer
+        arch = model.arch
+        length = min(length, getattr(arch.config, "positions", length))
+        tokens = np.arange(length) * PRIME % arch.config.vocab
+        self.tokens = jnp.asarray(tokens, jnp.int32)[None, :]
+        self._x = embed(arch, model.non_block, self.tokens)
         for block in writer.stored():
-            self._x = apply_block(model.arch, block, self._x)
+            self._x = apply_block(arch, block, self._x)
 
     def put(self, i: int, block: Block) -> None:
-        """Write block i, and hand the batch on through it."""
+        """Write a block and run the batch through it.
+
+        Args:
+          i: Index of the block.
+          block: The finished block.
+        """
         block = local(block)
         self._writer.put(i, block)
         self._x = apply_block(self._model.arch, block, self._x)
 
     def logits(self) -> jax.Array:
-        """The logits [1 length vocab] of what was put."""
+        """Return the logits [1 time vocab] of the batch."""
         return self._model.arch.head(self._model.non_block, self._x)
 
     def difference(self, loaded: Model) -> float:
-        """Largest absolute difference of the logits on the fixed batch between what was put and a loaded model."""
+        """Return the largest absolute difference to the logits of another model.
+
+        Args:
+          loaded: The model that was loaded back.
+        """
         x = embed(loaded.arch, loaded.non_block, self.tokens)
         for block in loaded.blocks:
             x = apply_block(loaded.arch, block, x)
@@ -59,32 +80,50 @@ class RoundTripCheck:
 
 
 def largest_difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> float:
-    """Of the entries of two arrays; equal infinities and two NaN are no difference, one NaN is an infinite one."""
+    """Return the largest absolute difference of the entries of two arrays.
+
+    Equal infinities and two NaN do not differ; one NaN differs infinitely from a number.
+
+    Args:
+      a: One array.
+      b: The other, of the same shape.
+    """
     a, b = np.asarray(a), np.asarray(b)
     equal = (a == b) | (np.isnan(a) & np.isnan(b))
-    return float(
-        np.nan_to_num(
-            np.where(equal, 0.0, np.abs(np.subtract(a, b, where=~equal, out=np.zeros_like(a)))),
-            nan=np.inf,
-        ).max()
-    )
+    # Equal infinities are not subtracted: that would give NaN.
+    differences = np.abs(np.subtract(a, b, where=~equal, out=np.zeros_like(a)))
+    return float(np.nan_to_num(np.where(equal, 0.0, differences), nan=np.inf).max())
 
 
 class Check(NamedTuple):
-    """Whether a loader gave the logits that were meant, or was not asked (then ok), and what to say of it."""
+    """Result of loading the checkpoint with one library.
+
+    Attributes:
+      ok: False if the logits differ; True if they agree, or the check was not made.
+      message: The result in words.
+      made: Whether the check was made.
+    """
 
     ok: bool
-    said: str
-    asked: bool = True
+    message: str
+    made: bool = True
 
     @property
-    def found(self) -> bool | None:
-        """`ok`; None where it was not asked."""
-        return self.ok if self.asked else None
+    def result(self) -> bool | None:
+        """Return `ok`, or None if the check was not made."""
+        return self.ok if self.made else None
 
 
 class Written(NamedTuple):
-    """A checkpoint that was loaded back. `padding`: numbers stored that only fill narrower blocks up."""
+    """A checkpoint that was written and loaded back.
+
+    Attributes:
+      loaded: The checkpoint as it loads.
+      form: Configuration that it was written in.
+      topiary: Result of our own loader, in words.
+      transformers: Result of transformers.
+      padding: Number of stored values that only fill narrower blocks.
+    """
 
     loaded: Checkpoint
     form: Form
@@ -94,61 +133,79 @@ class Written(NamedTuple):
 
 
 def load_back(
-    directory: pathlib.Path, form: Form, echo: RoundTripCheck, dtype: jnp.dtype, parameters: int
+    directory: pathlib.Path, form: Form, check: RoundTripCheck, dtype: jnp.dtype, parameters: int
 ) -> Written:
-    """Open the written checkpoint as any user would, with our loader and with transformers where torch is there, and compare logits.
+    """Load the written checkpoint as a user would, and compare logits.
+
+    Our own loader must succeed. transformers is asked where PyTorch is installed.
 
     Args:
-      parameters: that were put in, so that the others are padding.
-    RuntimeError if our own loader gives others than rounding allows.
+      directory: The checkpoint.
+      form: Configuration that it was written in.
+      check: Check that has seen all pruned blocks.
+      dtype: Type of the model.
+      parameters: Number of parameters that were written, padding not counted.
+
+    Raises:
+      RuntimeError: Our own loader gives logits that differ by more than rounding.
     """
     loaded = open_checkpoint(directory, dtype)
-    difference = echo.difference(loaded.model)
-    allowed = 1e-3 if dtype == jnp.float32 else 0.5
-    if difference > allowed:
+    difference = check.difference(loaded.model)
+    tolerance = TOLERANCE if dtype == jnp.float32 else TOLERANCE_LOW_PRECISION
+    if difference > tolerance:
         raise RuntimeError(
-            f"the written checkpoint gives other logits than the pruned model (by {difference:.3g}); --output was not touched"
+            f"the written checkpoint gives other logits than the pruned model (they differ by "
+            f"{difference:.3g}); --output was not touched"
         )
-    said = f"largest difference of the logits {difference:.2g}"
-    check = Check(*run_on_primary(lambda: _by_transformers(directory, echo, allowed)))
-    return Written(loaded, form, said, check, loaded.parameters - parameters)
+    by_transformers = run_on_primary(lambda: _by_transformers(directory, check, tolerance))
+    # Through JSON where there are several processes, which makes a list of the check.
+    return Written(
+        loaded,
+        form,
+        f"largest difference of the logits {difference:.2g}",
+        Check(*by_transformers),
+        loaded.parameters - parameters,
+    )
 
 
-def _by_transformers(directory: pathlib.Path, echo: RoundTripCheck, allowed: float) -> Check:
-    """What transformers makes of the checkpoint. It is another program with versions of its own: that it fails is told, not raised.
+def _by_transformers(directory: pathlib.Path, check: RoundTripCheck, tolerance: float) -> Check:
+    """Compare the logits that transformers gives.
 
-    It holds the whole model; one that is too large for that is read from its files as it runs, which needs accelerate.
+    transformers holds the whole model. It reads a model that is too large for that from its files
+    as it runs, which needs accelerate.
     """
     if not importlib.util.find_spec("torch"):
-        return Check(True, "not checked: PyTorch is not installed", asked=False)
+        return Check(True, "not checked: PyTorch is not installed", made=False)
     offload = not fits_in_memory(sum(f.stat().st_size for f in weight_files(directory)))
     if offload and not importlib.util.find_spec("accelerate"):
-        return Check(
-            True,
-            "not checked: for a model of this size transformers needs accelerate (pip install accelerate)",
-            asked=False,
-        )
+        reason = "transformers needs accelerate for a model of this size (pip install accelerate)"
+        return Check(True, f"not checked: {reason}", made=False)
     try:
-        theirs = _transformers_logits(directory, np.asarray(echo.tokens, np.int64), offload)
+        logits = _transformers_logits(directory, np.asarray(check.tokens, np.int64), offload)
     except Exception as e:
-        return Check(
-            False,
-            f"cannot load it ({type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''})",
-        )
-    difference = largest_difference(echo.logits(), theirs)
-    return Check(difference <= allowed, f"largest difference of the logits {difference:.2g}")
+        # transformers has versions of its own: its failure is reported and does not end the run.
+        message = (str(e).splitlines() or [""])[0]
+        return Check(False, f"cannot load it ({type(e).__name__}: {message})")
+    difference = largest_difference(check.logits(), logits)
+    return Check(difference <= tolerance, f"largest difference of the logits {difference:.2g}")
 
 
 def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray, offload: bool) -> np.ndarray:
-    """Logits float32 [b t vocab] of the checkpoint as transformers loads it; `offload` leaves weights in their files until needed."""
+    """Return transformers' logits, float32 [batch time vocab].
+
+    Args:
+      directory: The checkpoint.
+      tokens: The batch, int64 [batch time].
+      offload: Whether weights stay in their files until they are needed.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as elsewhere, torch.no_grad():
-        options = {"device_map": {"": "disk"}, "offload_folder": elsewhere} if offload else {}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        options = {"device_map": {"": "disk"}, "offload_folder": folder} if offload else {}
         model = AutoModelForCausalLM.from_pretrained(
             directory, trust_remote_code=True, dtype="auto", **options
         ).eval()
@@ -158,20 +215,35 @@ def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray, offload: b
 def by_linear(
     specs: tuple[Block, ...],
     per_block: tuple[Mapping[str, Any], ...],
-    change: Callable[[Any], Any] = lambda x: x,
+    convert: Callable[[Any], Any] = lambda x: x,
 ) -> dict[str, Any]:
-    """{checkpoint's name of the linear: change(value)} from one {slot: value} a block."""
-    return {
-        hf.linear_name(s, slot): change(v)
-        for s, found in zip(specs, per_block, strict=bool(per_block))
-        for slot, v in found.items()
-    }
+    """Rename values from slots of blocks to linears of the checkpoint.
+
+    Args:
+      specs: Shapes of each block.
+      per_block: Values by slot, for each block; empty for no values.
+      convert: Converts each value.
+
+    Returns:
+      Converted values by the linear's name in the checkpoint.
+    """
+    result = {}
+    for spec, values in zip(specs, per_block, strict=bool(per_block)):
+        for slot, value in values.items():
+            result[hf.linear_name(spec, slot)] = convert(value)
+    return result
 
 
 def pruning_record(
     checkpoint: Checkpoint, outcome: Outcome, zeros: Mapping[str, int]
 ) -> dict[str, Any]:
-    """`pruning.json`: what was removed, in terms of the original model's linears and indices."""
+    """Return the content of `pruning.json`, in terms of the dense model's linears and indices.
+
+    Args:
+      checkpoint: The dense checkpoint.
+      outcome: Result of the method.
+      zeros: Number of weights that are zero or absent, by linear.
+    """
     if outcome.removed:
         linears = by_linear(
             checkpoint.specs,
@@ -180,7 +252,9 @@ def pruning_record(
         )
     else:
         linears = {name: {"zeros": count} for name, count in zeros.items()}
-    kept = outcome.kept_blocks
-    blocks = {} if kept is None else {"kept_blocks": list(kept)}
-    kind = "blocks" if blocks else "units" if outcome.removed else "weights"
-    return {"format": 1, "kind": kind, **blocks, "linears": linears}
+    kind = "units" if outcome.removed else "weights"
+    record: dict[str, Any] = {"format": 1, "kind": kind}
+    if outcome.kept_blocks is not None:
+        record["kind"] = "blocks"
+        record["kept_blocks"] = list(outcome.kept_blocks)
+    return record | {"linears": linears}

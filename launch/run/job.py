@@ -1,11 +1,12 @@
-"""What a run of launch.prune depends on, and what that asks of a method."""
+"""Settings of a run of launch.prune, and the job that they describe."""
 
 import dataclasses
+from typing import NamedTuple
 
+from calibration.data import is_token_file
 from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import check_sparsity, mesh_of
-from launch.run import draws
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
@@ -15,7 +16,7 @@ from pruning.weights.patterns import parse_pattern
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """Everything a run depends on, as the flags of the same names say."""
+    """All settings of a run; each attribute is the value of the flag with its name."""
 
     model: str | None
     method: str
@@ -46,36 +47,177 @@ class RunConfig:
     task_cache: bool
 
 
-def request_of(config: RunConfig) -> tuple[Method, Request, Runtime]:
-    """The method and what is asked of it; InputError for anything about them that is wrong, before any work."""
+class CalibrationSource(NamedTuple):
+    """Source of the calibration windows.
+
+    Attributes:
+      name: Data set or file.
+      samples: Number of windows.
+      length: Tokens in a window; 0: the model's own length.
+      seeds: Seed of each draw.
+    """
+
+    name: str
+    samples: int
+    length: int
+    seeds: tuple[int, ...]
+
+
+class EvaluationSource(NamedTuple):
+    """Source of the evaluation windows.
+
+    Attributes:
+      names: Data sets and files, separated by commas.
+      length: Tokens in a window; 0: the model's own length.
+      windows: Most windows of a data set; 0: all.
+    """
+
+    names: str
+    length: int
+    windows: int
+
+
+class TaskSource(NamedTuple):
+    """Zero-shot tasks to run.
+
+    Attributes:
+      names: Tasks and files, separated by commas.
+      limit: Most documents of a task; 0: all.
+      num_fewshot: Examples in a prompt; -1: the task's own number.
+    """
+
+    names: str
+    limit: int
+    num_fewshot: int
+
+
+class Sources(NamedTuple):
+    """Everything that a run reads.
+
+    Attributes:
+      model: Checkpoint to prune; None if it is not given.
+      dtype: Type of the model in memory and in the output.
+      calibration: Calibration windows.
+      evaluation: Evaluation windows.
+      tasks: Zero-shot tasks.
+    """
+
+    model: str | None
+    dtype: str
+    calibration: CalibrationSource
+    evaluation: EvaluationSource
+    tasks: TaskSource
+
+
+class Output(NamedTuple):
+    """Place and form of the result.
+
+    Attributes:
+      directory: Directory to write; None if it is not given.
+      layout: How blocks of different widths are written.
+      format: "orbax" to write the pytrees too, else "hf".
+      resume: Whether to continue an interrupted run that left its work there.
+    """
+
+    directory: str | None
+    layout: Layout
+    format: str
+    resume: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run, resolved from its settings.
+
+    Attributes:
+      config: The settings, for the report and the command that repeats the run.
+      method: The pruning method.
+      request: What to remove.
+      runtime: How the run executes; `offload` is chosen when the model's size is known.
+      sources: What the run reads.
+      output: Where the result goes.
+    """
+
+    config: RunConfig
+    method: Method
+    request: Request
+    runtime: Runtime
+    sources: Sources
+    output: Output
+
+
+def resolve(config: RunConfig) -> Job:
+    """Build the job that the settings describe, without reading any input.
+
+    Args:
+      config: The settings.
+
+    Raises:
+      InputError: A setting is wrong, or two do not go together.
+    """
     method = calls.build("method", config.method, METHODS)
     allocation = calls.build("allocation", config.allocation, ALLOCATIONS)
     refine = calls.build("refine", config.refine, REFINEMENTS)
     pattern = parse_pattern(config.pattern)
+    sparsity = _sparsity(config, pattern, method)
+    _check_draws(config.calibration_draws, config.calibration)
+    # Even budgets need no allocator.
+    allocator = None if config.allocation == "uniform" else allocation
+    request = Request(sparsity, pattern, allocator, refine, config.seed)
+    mesh = mesh_of(config.mesh, config.calibration_batch)
+    runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
+    output = Output(config.output, config.layout, config.output_format, config.resume)
+    return Job(config, method, request, runtime, _sources(config), output)
+
+
+def _sources(config: RunConfig) -> Sources:
+    """Collect what the run reads."""
+    seeds = tuple(config.seed + k for k in range(config.calibration_draws))
+    return Sources(
+        config.model,
+        config.dtype,
+        CalibrationSource(
+            config.calibration, config.calibration_samples, config.calibration_length, seeds
+        ),
+        EvaluationSource(config.eval_data, config.eval_length, config.eval_windows),
+        TaskSource(config.tasks, config.limit, config.num_fewshot),
+    )
+
+
+def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method) -> float:
+    """Return the fraction to remove, which the flag, the pattern or the method sets."""
     sparsity = config.sparsity
     if pattern and config.allocation != "uniform":
         raise InputError(
-            f"--pattern={config.pattern} sets the sparsity of every linear, --allocation spreads it: leave one of them out"
+            "sets the sparsity of every linear, and `allocation` spreads it",
+            "leave one of them out",
+            field="pattern",
+            value=config.pattern,
         )
     if pattern:
         share = pattern[0] / pattern[1]
         if sparsity is not None and abs(sparsity - share) > 1e-9:
             raise InputError(
-                f"--sparsity={sparsity} with --pattern={config.pattern}, which removes {share:g}: leave --sparsity out"
+                f"contradicts `pattern`={config.pattern}, which removes {share:g}",
+                "leave `sparsity` out",
+                field="sparsity",
+                value=sparsity,
             )
         sparsity = share
     if sparsity is None and method.sets_sparsity:
         sparsity = 0.0
     if sparsity is None:
-        raise InputError("--sparsity is missing: give the fraction to remove, such as 0.3")
+        raise InputError("is missing", "give the fraction to remove, such as 0.3", field="sparsity")
     check_sparsity(sparsity)
-    draws.check_draws(config.calibration_draws, config.calibration)
-    request = Request(
-        sparsity,
-        pattern,
-        None if config.allocation == "uniform" else allocation,
-        refine,
-        config.seed,
-    )
-    mesh = mesh_of(config.mesh, config.calibration_batch)
-    return method, request, Runtime(batch=config.calibration_batch, mesh=mesh)
+    return sparsity
+
+
+def _check_draws(count: int, source: str) -> None:
+    """Check that several draws are not taken from a source without random windows."""
+    if count > 1 and is_token_file(source):
+        raise InputError(
+            f"would repeat the same windows, as {source} is taken whole",
+            "leave it out, or give text to draw windows from",
+            field="calibration_draws",
+            value=count,
+        )

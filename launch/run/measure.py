@@ -1,4 +1,4 @@
-"""What commands measure and stamp: evaluation windows and perplexity, seconds by phase, versions and devices."""
+"""Measure models and time phases, for several commands; record versions and devices."""
 
 import functools
 import importlib.metadata
@@ -16,7 +16,7 @@ from calibration.tokenizer import TextTokenizer, Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
 from launch.flags.common import check_length, dataset_list, window_length
-from launch.run.tasks import ZeroShot
+from launch.run.tasks import ZeroShot, evaluate_tasks
 from models.arch import Model
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import write_json
@@ -35,21 +35,36 @@ PACKAGES = (
 
 
 class Clock:
-    """Seconds spent by phase."""
+    """Seconds spent in each phase of a command.
+
+    Args:
+      phases: Names of the phases.
+
+    Attributes:
+      seconds: Seconds by phase.
+    """
 
     def __init__(self, *phases: str) -> None:
         self.seconds = dict.fromkeys(phases, 0.0)
         self._last = time.perf_counter()
 
-    def lap(self, phase: str) -> None:
-        """Give the time since the last lap to `phase`."""
+    def record(self, phase: str) -> None:
+        """Add the time since the last call, or the start, to a phase.
+
+        Args:
+          phase: The phase that has just ended.
+        """
         now = time.perf_counter()
         self.seconds[phase] += now - self._last
         self._last = now
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> Callable[[], TextTokenizer]:
-    """The checkpoint's tokenizer, read when it is first asked for: token files need none."""
+    """Return a function that loads the checkpoint's tokenizer once, when it is first needed.
+
+    Args:
+      checkpoint: The checkpoint; with token files alone it needs no tokenizer.
+    """
     return functools.cache(lambda: load_tokenizer(checkpoint.directory))
 
 
@@ -61,17 +76,28 @@ def read_calibration(
     checkpoint: Checkpoint,
     tokenizer: Callable[[], Tokenizer],
 ) -> Tokens:
-    """The calibration windows; InputError for what cannot be read, or is longer than the model has positions for.
+    """Read calibration windows.
 
     Args:
-      name: of the source, as --calibration has it.
-      length: of a window; 0 for what the model was made for.
+      name: Data set or file.
+      samples: Number of windows.
+      length: Tokens in a window; 0: the model's own length.
+      seed: Seed of the windows.
+      checkpoint: The model.
+      tokenizer: Returns the model's tokenizer.
+
+    Raises:
+      InputError: The source cannot be read, or has longer windows than the model has positions.
     """
-    length, vocab = window_length(length, checkpoint.config), checkpoint.model.arch.config.vocab
     tokens = calibration_tokens(
-        name, tokenizer, samples=samples, length=length, seed=seed, vocab=vocab
+        name,
+        tokenizer,
+        samples=samples,
+        length=window_length(length, checkpoint.config),
+        seed=seed,
+        vocab=checkpoint.model.arch.config.vocab,
     )
-    check_length("--calibration", tokens.ids.shape[1], checkpoint)
+    check_length("calibration", tokens.ids.shape[1], checkpoint)
     return tokens
 
 
@@ -82,59 +108,115 @@ def read_evaluation(
     checkpoint: Checkpoint,
     tokenizer: Callable[[], Tokenizer],
 ) -> dict[str, Tokens]:
-    """Windows of every data set of a comma-separated list, by the name as given; InputError for what cannot be read or is too long.
+    """Read evaluation windows.
 
     Args:
-      length: of a window; 0 for what the model was made for.
-      windows: most of them; 0 for all.
+      names: Data sets and files, separated by commas.
+      length: Tokens in a window; 0: the model's own length.
+      windows: Most windows of a data set; 0: all.
+      checkpoint: The model.
+      tokenizer: Returns the model's tokenizer.
+
+    Returns:
+      Windows by the name of the data set as given.
+
+    Raises:
+      InputError: A source cannot be read, or has longer windows than the model has positions.
     """
-    found, length = {}, window_length(length, checkpoint.config)
+    data = {}
     for name in dataset_list(names):
-        found[name] = evaluation_tokens(
+        tokens = evaluation_tokens(
             name,
             tokenizer,
-            length=length,
+            length=window_length(length, checkpoint.config),
             windows=windows,
             vocab=checkpoint.model.arch.config.vocab,
         )
-        check_length("--eval_data", found[name].ids.shape[1], checkpoint)
-    return found
+        check_length("eval_data", tokens.ids.shape[1], checkpoint)
+        data[name] = tokens
+    return data
 
 
 def evaluate(
     model: Model, data: Mapping[str, Tokens], batch: int, mesh: Mesh | None
 ) -> dict[str, dict[str, Any]]:
-    """{data set: {"perplexity", "error": its standard error over windows, or None, "tokens"}} of a model."""
-    found = {
-        name: perplexity(model, tokens.ids, batch=batch, mesh=mesh) for name, tokens in data.items()
-    }
-    return {
-        name: {"perplexity": p.value, "error": p.error, "tokens": p.tokens}
-        for name, p in found.items()
-    }
+    """Measure perplexity on each data set.
+
+    Args:
+      model: The model.
+      data: Windows by data set.
+      batch: Windows at a time.
+      mesh: Devices; None: one.
+
+    Returns:
+      By data set: "perplexity", its standard error over windows as "error", and "tokens".
+    """
+    results = {}
+    for name, tokens in data.items():
+        p = perplexity(model, tokens.ids, batch=batch, mesh=mesh)
+        results[name] = {"perplexity": p.value, "error": p.error, "tokens": p.tokens}
+    return results
+
+
+def measure_checkpoint(
+    checkpoint: Checkpoint,
+    data: Mapping[str, Tokens],
+    zero_shot: ZeroShot | None,
+    batch: int,
+    mesh: Mesh | None,
+    task_cache: bool,
+) -> dict[str, Any]:
+    """Measure perplexity and zero-shot tasks of a checkpoint.
+
+    Args:
+      checkpoint: The checkpoint.
+      data: Evaluation windows by data set.
+      zero_shot: Zero-shot tasks; None for none.
+      batch: Windows, or requests of a task, at a time.
+      mesh: Devices; None: one.
+      task_cache: Whether to use and keep the model's answers to tasks.
+
+    Returns:
+      "perplexity" as `evaluate` returns it, and "tasks" as `evaluate_tasks` does.
+    """
+    tasks = evaluate_tasks(zero_shot, checkpoint, batch, mesh, task_cache)
+    return {"perplexity": evaluate(checkpoint.model, data, batch, mesh), "tasks": tasks}
 
 
 def protocol(data: Mapping[str, Tokens], zero_shot: ZeroShot | None = None) -> dict[str, Any]:
-    """Where the evaluation's tokens and tasks came from, and what ran."""
+    """Return what the report's `protocol` says about evaluation, versions and devices.
+
+    Args:
+      data: Evaluation windows by data set.
+      zero_shot: Zero-shot tasks; None for none.
+    """
     device = jax.devices()[0]
+    result: dict[str, Any] = {"evaluation": {name: t.protocol for name, t in data.items()}}
+    if zero_shot:
+        result["tasks"] = zero_shot.protocol
     versions = {"topiary": __version__, "python": platform.python_version()}
-    return {
-        "evaluation": {name: tokens.protocol for name, tokens in data.items()},
-        **({"tasks": zero_shot.protocol} if zero_shot else {}),
-        "versions": versions | {p: importlib.metadata.version(p) for p in PACKAGES},
-        "device": {
-            "platform": device.platform,
-            "kind": device.device_kind,
-            "count": jax.device_count(),
-        },
+    result["versions"] = versions | {p: importlib.metadata.version(p) for p in PACKAGES}
+    result["device"] = {
+        "platform": device.platform,
+        "kind": device.device_kind,
+        "count": jax.device_count(),
     }
+    return result
 
 
-def write_report(path: str, result: Mapping[str, Any]) -> None:
-    """Write a report where `--json` says; InputError if that place cannot be written."""
+def write_report(path: str, report: Mapping[str, Any]) -> None:
+    """Write a report to the file that --json names.
+
+    Args:
+      path: The flag's value.
+      report: The report, JSON-able.
+
+    Raises:
+      InputError: The file cannot be written.
+    """
     try:
-        write_json(pathlib.Path(path), result)
+        write_json(pathlib.Path(path), report)
     except OSError as e:
         raise InputError(
-            f"--json={path} cannot be written ({e.strerror}): choose another place"
+            f"cannot be written ({e.strerror})", "choose another place", field="json", value=path
         ) from None

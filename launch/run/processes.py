@@ -1,4 +1,4 @@
-"""Several processes, one a host: the flags that say so, and how they find each other."""
+"""Start a run of several processes, one for each host."""
 
 from typing import Any
 
@@ -9,42 +9,58 @@ from models.errors import InputError
 
 
 def process_flags(f: Flags) -> None:
-    """--distributed, --coordinator, --processes, --process."""
+    """Define --distributed, --coordinator, --processes and --process.
+
+    Args:
+      f: The command's flags.
+    """
     f.group("Several hosts")
     f.boolean(
         "distributed",
         False,
-        "one of several processes, which Cloud TPU, Slurm, Kubernetes or Open MPI tell of each other",
+        "join the processes that Cloud TPU, Slurm, Kubernetes or Open MPI have started",
     )
     f.string(
         "coordinator",
         None,
-        "HOST:PORT of process 0, where nothing tells; with --processes and --process",
+        "HOST:PORT of process 0, for other clusters; needs --processes and --process",
     )
-    f.integer("processes", 0, "how many processes there are, with --coordinator")
-    f.integer("process", -1, "which of them this is, from 0, with --coordinator", -1)
+    f.integer("processes", 0, "number of processes, with --coordinator")
+    f.integer("process", -1, "number of this process, from 0, with --coordinator", -1)
 
 
 def start(values: dict[str, Any]) -> None:
-    """Join the other processes, if the flags speak of any. To be called before anything asks JAX for a device.
+    """Join the other processes, if the flags ask for it.
 
-    InputError for flags that do not go together, or where nobody tells of the others.
+    To be called before anything asks JAX for a device.
+
+    Args:
+      values: Values of the flags.
+
+    Raises:
+      InputError: The flags do not go together, or the processes do not find each other.
     """
-    where, count, rank = values["coordinator"], values["processes"], values["process"]
-    if where is None:
+    coordinator, count, rank = values["coordinator"], values["processes"], values["process"]
+    if coordinator is None:
         if count or rank >= 0:
             raise InputError(
-                "--processes and --process need --coordinator=HOST:PORT; --distributed finds out by itself"
+                "`processes` and `process` need `coordinator`=HOST:PORT",
+                "give it, or use `distributed` on a cluster that knows its processes",
             )
         if not values["distributed"]:
             return
     elif not 0 <= rank < count:
         raise InputError(
-            f"--coordinator={where} needs --processes=N and --process from 0 to N-1; got {count} and {rank}"
+            f"needs `processes`=N and `process` from 0 to N-1, not {count} and {rank}",
+            "give both",
+            field="coordinator",
+            value=coordinator,
         )
     try:
-        jax.distributed.initialize(where, count or None, None if rank < 0 else rank)
+        # JAX asks the cluster for everything that is None.
+        jax.distributed.initialize(coordinator, count or None, None if rank < 0 else rank)
     except (ValueError, RuntimeError) as e:
         raise InputError(
-            f"the processes cannot find each other ({str(e).splitlines()[0]}): give --coordinator=HOST:PORT, --processes and --process"
+            f"the processes cannot find each other ({str(e).splitlines()[0]})",
+            "give `coordinator`=HOST:PORT, `processes` and `process`",
         ) from e

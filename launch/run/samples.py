@@ -1,4 +1,7 @@
-"""What the dense and the pruned model say to the same two prompts: a figure hides a model that repeats itself, a text does not."""
+"""Generate text with the dense and the pruned model, for the report.
+
+Figures do not show a model that repeats itself; a text does.
+"""
 
 from collections.abc import Callable
 
@@ -21,32 +24,40 @@ NEW_TOKENS = 32
 def samples(
     dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextTokenizer]
 ) -> list[dict[str, str]]:
-    """[{prompt, dense, pruned}], greedy. Empty without a tokenizer of the model's, for a model that is not held whole here
-    (`calibration.states.fits_in_memory`), or one with too few positions.
+    """Continue the prompts greedily with both models.
 
-    The prompts are cut to the same number of tokens, so that one batch and one compilation serve both.
+    Args:
+      dense: The dense model.
+      pruned: The pruned model.
+      tokenizer: Returns the model's tokenizer.
+
+    Returns:
+      {"prompt", "dense", "pruned"} for each prompt. Empty if the model has no tokenizer, is too
+      large to be held whole, or has too few positions.
     """
     try:
         encoded = [prompt_tokens(tokenizer(), prompt, dense) for prompt in PROMPTS]
     except InputError:
         return []
-    prompts = np.asarray([ids[: min(map(len, encoded))] for ids in encoded], np.int32)
-    room = (
-        getattr(dense.model.arch.config, "positions", prompts.shape[1] + NEW_TOKENS)
-        - prompts.shape[1]
-    )
+    # Cut to the same number of tokens, so that one batch and one compilation serve both.
+    length = min(map(len, encoded))
+    prompts = np.asarray([ids[:length] for ids in encoded], np.int32)
+    needed = length + NEW_TOKENS
     itemsize = dense.model.non_block.embed.dtype.itemsize
-    if room < NEW_TOKENS or not fits_in_memory(dense.parameters * itemsize):
+    if getattr(dense.model.arch.config, "positions", needed) < needed:
         return []
-    non_block = eos_tokens(dense)
-    texts = [generate(c.model, prompts, NEW_TOKENS, eos=non_block) for c in (dense, pruned)]
-    return [
-        {
-            "prompt": tokenizer().decode(ids),
-            **{
-                name: continuation(tokenizer(), ids, text[i], non_block)
-                for name, text in zip(("dense", "pruned"), texts, strict=True)
-            },
-        }
-        for i, ids in enumerate(prompts.tolist())
-    ]
+    if not fits_in_memory(dense.parameters * itemsize):
+        return []
+    eos = eos_tokens(dense)
+    dense_ids = generate(dense.model, prompts, NEW_TOKENS, eos=eos)
+    pruned_ids = generate(pruned.model, prompts, NEW_TOKENS, eos=eos)
+    result = []
+    for i, ids in enumerate(prompts.tolist()):
+        result.append(
+            {
+                "prompt": tokenizer().decode(ids),
+                "dense": continuation(tokenizer(), ids, dense_ids[i], eos),
+                "pruned": continuation(tokenizer(), ids, pruned_ids[i], eos),
+            }
+        )
+    return result

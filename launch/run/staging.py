@@ -1,4 +1,4 @@
-"""Output directories that are complete, or not there; what an interrupted run has finished waits beside."""
+"""Output directories that are complete or absent; unfinished work waits beside them."""
 
 import contextlib
 import pathlib
@@ -10,36 +10,67 @@ import filelock
 from models.errors import InputError
 from models.processes import is_primary, run_on_primary
 
-UNFINISHED = "unfinished"  # within a staged directory: what an interrupted run goes on from
+UNFINISHED = "unfinished"  # directory in a staged one, for what an interrupted run continues from
+
+
+def _keep_nothing(work: pathlib.Path) -> bool:
+    return False
 
 
 def check_free(output: pathlib.Path, marker: str) -> None:
-    """InputError if something is at `output` that is neither empty nor an earlier result, told by the file `marker` in it."""
-    if (
-        output.exists()
-        and not (output / marker).is_file()
-        and not (output.is_dir() and not any(output.iterdir()))
-    ):
+    """Check that an output directory is absent, empty or an earlier result.
+
+    Args:
+      output: The directory.
+      marker: File that every earlier result has.
+
+    Raises:
+      InputError: It is something else.
+    """
+    if not output.exists() or (output / marker).is_file():
+        return
+    if not output.is_dir() or any(output.iterdir()):
         raise InputError(
-            f"--output={output} exists and is not an earlier result: choose another name, or remove it"
+            "exists and is not an earlier result",
+            "choose another name, or remove it",
+            field="output",
+            value=output,
         )
+
+
+def _unwritable(output: pathlib.Path, error: OSError) -> InputError:
+    """Return the error for an output that cannot be written."""
+    return InputError(
+        f"cannot be written ({error.strerror})",
+        "choose another place",
+        field="output",
+        value=output,
+    )
 
 
 @contextlib.contextmanager
 def alone(output: pathlib.Path) -> Iterator[None]:
-    """InputError while another process is in here for the same output."""
+    """Lock an output directory against other processes.
+
+    Args:
+      output: The directory.
+
+    Raises:
+      InputError: Another process has locked it, or its parent cannot be written.
+    """
     lock = filelock.FileLock(output.parent / f".{output.name}.lock")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(blocking=False)
     except filelock.Timeout:
         raise InputError(
-            f"--output={output}: another run is writing it: wait for that, or choose another name"
+            "cannot be used: another run is writing it",
+            "wait for that run, or choose another name",
+            field="output",
+            value=output,
         ) from None
     except OSError as e:
-        raise InputError(
-            f"--output={output} cannot be written ({e.strerror}): choose another place"
-        ) from None
+        raise _unwritable(output, e) from None
     try:
         yield
     finally:
@@ -52,28 +83,39 @@ def staged(
     output: pathlib.Path,
     marker: str,
     resume: bool = False,
-    begun: Callable[[], bool] = lambda: False,
+    keep: Callable[[pathlib.Path], bool] = _keep_nothing,
 ) -> Iterator[pathlib.Path]:
-    """A directory beside `output`, which takes its place when the body ends without an exception; of several processes the first makes it.
+    """Yield a directory that takes the place of the output when the body succeeds.
+
+    The directory lies beside the output. Of several processes the first makes it.
 
     Args:
-      marker: the file that tells an earlier result, which is replaced.
-      resume: go on with what an interrupted run left there in UNFINISHED, which is no part of the result; else it is removed.
-      begun: whether what is there is worth keeping when the body fails; if not, no trace is left.
-    Raises InputError as `check_free`, if nothing can be written there, if another run is at it, or if the disk is full.
+      output: The output directory.
+      marker: File that an earlier result has, which is replaced.
+      resume: Whether to keep UNFINISHED of an interrupted run; it is never part of the result.
+      keep: Called with UNFINISHED when the body fails; returns True to keep it.
+
+    Raises:
+      InputError: The output is not free, cannot be written or is being written by another run, or
+        the disk is full.
     """
-    partial, old = (output.parent / f".{output.name}.{kind}" for kind in ("partial", "replaced"))
-    with contextlib.ExitStack() as held:
-        run_on_primary(lambda: _prepare(output, partial, marker, resume, held))
+    partial = output.parent / f".{output.name}.partial"
+    replaced = output.parent / f".{output.name}.replaced"
+    with contextlib.ExitStack() as lock:
+        run_on_primary(lambda: _prepare(output, partial, marker, resume, lock))
         try:
             yield partial
-            run_on_primary(lambda: _replace(output, partial, old))
+            run_on_primary(lambda: _replace(output, partial, replaced))
         except BaseException as e:
-            if is_primary() and not begun():
+            if is_primary() and not keep(partial / UNFINISHED):
                 shutil.rmtree(partial, ignore_errors=True)
-            if "No space left" in str(e):  # every library says it, each in a type of its own
+            # Every library raises a type of its own for a full disk.
+            if "No space left" in str(e):
                 raise InputError(
-                    f"no space left for --output={output}: free some, and the same command goes on"
+                    "cannot be written: no space left",
+                    "free some, and repeat the command to continue",
+                    field="output",
+                    value=output,
                 ) from None
             raise
 
@@ -83,29 +125,33 @@ def _prepare(
     partial: pathlib.Path,
     marker: str,
     resume: bool,
-    held: contextlib.ExitStack,
+    lock: contextlib.ExitStack,
 ) -> None:
-    """Lock the output until `held` closes, and clear the staged directory of all but what a run goes on from."""
+    """Lock the output until `lock` closes, and clear the staged directory but for UNFINISHED."""
     check_free(output, marker)
-    held.enter_context(alone(output))
+    lock.enter_context(alone(output))
     try:
         if not resume:
             shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(exist_ok=True)
-        for path in partial.iterdir():  # what an interrupted run had begun to make of its blocks
-            if path.name != UNFINISHED:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        # An interrupted run may have begun to write the result; it is written again from the start.
+        for path in partial.iterdir():
+            if path.name == UNFINISHED:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     except OSError as e:
-        raise InputError(
-            f"--output={output} cannot be written ({e.strerror}): choose another place"
-        ) from None
+        raise _unwritable(output, e) from None
 
 
-def _replace(output: pathlib.Path, partial: pathlib.Path, old: pathlib.Path) -> None:
-    """Put the staged directory in the output's place."""
+def _replace(output: pathlib.Path, partial: pathlib.Path, replaced: pathlib.Path) -> None:
+    """Move the staged directory to the output's place."""
     shutil.rmtree(partial / UNFINISHED, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
+    # A directory cannot be renamed onto one with files: the earlier result is moved away first.
     if output.exists():
-        output.rename(old)
+        output.rename(replaced)
     partial.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)

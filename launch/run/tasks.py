@@ -1,4 +1,4 @@
-"""--tasks: zero-shot tasks of lm-evaluation-harness, opened with a run's other inputs and run on its models."""
+"""Open zero-shot tasks of lm-evaluation-harness and run them on models."""
 
 import importlib.metadata
 import json
@@ -33,31 +33,40 @@ Results = dict[str, dict[str, Any]]  # {task: {metric: value}}
 
 
 def task_flags(f: Flags) -> None:
-    """--tasks, --limit, --num_fewshot, --task_cache."""
+    """Define --tasks, --limit, --num_fewshot and --task_cache.
+
+    Args:
+      f: The command's flags.
+    """
     f.group("Zero-shot tasks")
     f.string(
         "tasks",
         "",
-        "comma-separated, of lm-eval: names such as hellaswag,piqa, or YAML files or directories of them",
+        "comma-separated tasks of lm-eval, such as hellaswag,piqa, or YAML files or directories",
     )
     f.integer("limit", 0, "most documents of a task; 0: all")
-    f.integer("num_fewshot", -1, "examples in a prompt; -1: what the task says, or none", -1)
+    f.integer("num_fewshot", -1, "examples in a prompt; -1: as the task says, or none", -1)
     f.boolean(
         "task_cache",
         True,
-        "keep a model's answers in XDG_CACHE_HOME (~/.cache) and use those of the same weights",
+        "keep answers in XDG_CACHE_HOME (~/.cache) and reuse those of a model with equal weights",
     )
 
 
 class ZeroShot(NamedTuple):
-    """What --tasks asks for: the tasks with their documents, and the model's vocabulary."""
+    """Zero-shot tasks, ready to run on a model.
+
+    Attributes:
+      tasks: The tasks with their documents.
+      vocabulary: The model's vocabulary.
+    """
 
     tasks: "Tasks"
     vocabulary: "Vocabulary"
 
     @property
     def protocol(self) -> dict[str, Any]:
-        """What the report says of each task: version, documents, examples in a prompt, SHA-256 of its requests, harness."""
+        """Return the report's facts about each task, its requests' SHA-256 among them."""
         harness = f"lm-eval {importlib.metadata.version('lm_eval')}"
         return {name: {"harness": harness, **facts} for name, facts in self.tasks.protocol.items()}
 
@@ -69,7 +78,21 @@ def read_tasks(
     checkpoint: Checkpoint,
     tokenizer: Callable[[], TextTokenizer],
 ) -> ZeroShot | None:
-    """Open the tasks of a comma-separated list, None if it is empty; InputError for what cannot be opened, or without lm-eval."""
+    """Open zero-shot tasks.
+
+    Args:
+      names: Tasks and files, separated by commas.
+      limit: Most documents of a task; 0: all.
+      num_fewshot: Examples in a prompt; -1: the task's own number.
+      checkpoint: The model.
+      tokenizer: Returns the model's tokenizer.
+
+    Returns:
+      The tasks; None if there are no names.
+
+    Raises:
+      InputError: A task cannot be opened, or lm-eval is not installed.
+    """
     listed = dataset_list(names)
     if not listed:
         return None
@@ -79,35 +102,48 @@ def read_tasks(
         if e.name != "lm_eval":
             raise
         raise InputError(
-            "--tasks needs lm-evaluation-harness: pip install 'topiary[tasks]', or pip install lm-eval"
+            "needs lm-evaluation-harness", "pip install lm-eval", field="tasks"
         ) from None
     vocabulary = vocabulary_of(checkpoint, tokenizer())
     return ZeroShot(open_tasks(listed, limit=limit, num_fewshot=num_fewshot), vocabulary)
 
 
 def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabulary":
-    """The tokenizer with the token before a text without context: BOS, or EOS where the tokenizer has none, as `transformers` says.
+    """Return the tokenizer with the token that stands before a text without context.
 
-    Raises InputError where neither the tokenizer's nor the model's configuration names one.
+    The token is BOS, or EOS if the tokenizer has no BOS, as in `transformers`.
+
+    Args:
+      checkpoint: The model.
+      tokenizer: Its tokenizer.
+
+    Raises:
+      InputError: Neither the tokenizer's nor the model's configuration names one.
     """
     from eval.harness import Vocabulary
 
-    non_block, named = tuple(eos_tokens(checkpoint)), _tokenizer_config(checkpoint.directory)
+    eos = tuple(eos_tokens(checkpoint))
+    config = _tokenizer_config(checkpoint.directory)
     for key in ("bos_token", "eos_token"):
-        token = named.get(key)
+        token = config.get(key)
+        # Older files have the text alone, newer ones its properties too.
         text = token["content"] if isinstance(token, Mapping) else token
-        if text and len(ids := tokenizer.encode(text, False)) == 1:
-            return Vocabulary(tokenizer, ids[0], text, non_block)
+        if not text:
+            continue
+        ids = tokenizer.encode(text, False)
+        if len(ids) == 1:
+            return Vocabulary(tokenizer, ids[0], text, eos)
     bos = checkpoint.config.get("bos_token_id")
-    if bos is None and not non_block:
+    if bos is None and not eos:
         raise InputError(
-            f"{checkpoint.directory} names no token that begins or ends a text: add bos_token to tokenizer_config.json"
+            f"{checkpoint.directory} names no token that begins or ends a text",
+            "add bos_token to tokenizer_config.json",
         )
-    return Vocabulary(tokenizer, non_block[0] if bos is None else int(bos), "", non_block)
+    return Vocabulary(tokenizer, eos[0] if bos is None else int(bos), "", eos)
 
 
 def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
-    """What a checkpoint says of its tokenizer; empty where it says nothing."""
+    """Read the tokenizer's configuration; empty if the checkpoint has none."""
     if model.is_file():
         return gguf_tokenizer_config(model)
     file = model / "tokenizer_config.json"
@@ -115,32 +151,45 @@ def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
 
 
 def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
-    """All that a model's answers depend on beside the requests, JSON-able."""
+    """Collect all that a model's answers depend on besides the requests.
+
+    Args:
+      checkpoint: The model.
+      zero_shot: The tasks, for the model's vocabulary.
+
+    Returns:
+      JSON-able facts by name, the key of the answers' cache.
+    """
     directory, dtype = checkpoint.directory, checkpoint.model.non_block.embed.dtype
-    patterns = ("*token*", "*.model", "vocab.*", "merges.txt")
-    files = [
-        *weight_files(directory),
-        *(p for pattern in patterns for p in sorted(directory.glob(pattern)) if p.is_file()),
-    ]
+    files = list(weight_files(directory))
+    for pattern in ("*token*", "*.model", "vocab.*", "merges.txt"):
+        files += [path for path in sorted(directory.glob(pattern)) if path.is_file()]
     packages = ("jax", "lm_eval", "tokenizers")
+    versions = {package: importlib.metadata.version(package) for package in packages}
     return {
         "configuration": checkpoint.config,
         "files": {p.name: file_digest(p) for p in files},
         "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.eos],
         "dtype": str(dtype),
         "device": [platform.machine(), jax.devices()[0].device_kind],
-        "versions": {"topiary": __version__} | {p: importlib.metadata.version(p) for p in packages},
+        "versions": {"topiary": __version__} | versions,
     }
 
 
 def evaluate_tasks(
     zero_shot: ZeroShot | None, checkpoint: Checkpoint, batch: int, mesh: Mesh | None, cache: bool
 ) -> Results:
-    """{task: {metric: value, metric_stderr: standard error or None}} of a model.
+    """Run zero-shot tasks on a model.
 
     Args:
-      batch: requests in one micro-batch.
-      cache: take answers that the same weights gave before, and keep new ones.
+      zero_shot: The tasks; None for none.
+      checkpoint: The model.
+      batch: Requests at a time.
+      mesh: Devices; None: one.
+      cache: Whether to reuse answers of a model with equal weights, and to keep new ones.
+
+    Returns:
+      {task: {metric: value}}, with the standard error, or None, under "metric_stderr".
     """
     if zero_shot is None:
         return {}
@@ -148,15 +197,12 @@ def evaluate_tasks(
     from eval.tasks import run_tasks
 
     # Several processes must ask the model the same, so none may know more answers than the others.
-    answers = (
-        AnswerCache(cache_directory(), identity(checkpoint, zero_shot))
-        if cache and not is_multiprocess()
-        else None
-    )
+    answers = None
+    if cache and not is_multiprocess():
+        answers = AnswerCache(cache_directory(), identity(checkpoint, zero_shot))
     longest = int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT))
-    with console.progress(
-        Console(file=sys.stderr)
-    ) as stage:  # the stream of now: what the harness writes to it later is held back
+    # The stream as it is now: what the harness itself writes to standard error is held back.
+    with console.progress(Console(file=sys.stderr)) as progress:
         model = HarnessModel(
             checkpoint.model,
             zero_shot.vocabulary,
@@ -164,6 +210,6 @@ def evaluate_tasks(
             batch=batch,
             mesh=mesh,
             answers=answers,
-            stage=stage,
+            stage=progress,
         )
         return run_tasks(zero_shot.tasks, model)

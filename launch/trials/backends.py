@@ -52,7 +52,7 @@ def parse_resources(text: str) -> dict[str, Any]:
       InputError: An item is not `name=value`.
     """
     resources: dict[str, Any] = {}
-    for item in calls.each(text) if text else ():
+    for item in calls.split_list(text) if text else ():
         name, equals, value = item.partition("=")
         if not (name and equals and value):
             raise InputError(

@@ -6,6 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from launch import prune
+from launch.run import export
 from models.checkpoint.writer import save
 from models.init import init_model
 
@@ -30,3 +32,15 @@ def trial_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(root / "calib.npy", rng.integers(0, 64, (4, 16), np.int32))
     np.save(root / "eval.npy", rng.integers(0, 64, (2, 16), np.int32))
     return root
+
+
+@pytest.fixture
+def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the report's samples, which compile anew for every shape of model."""
+    monkeypatch.setattr(prune, "samples", lambda *_: [])
+
+
+@pytest.fixture
+def no_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the check by transformers, which takes a second a run."""
+    monkeypatch.setattr(export, "_by_transformers", lambda *_: export.Check(True, "not checked"))

@@ -1,4 +1,4 @@
-"""What a run holds does not grow with the number of blocks, neither in the process nor in arrays, and reading them changes no bit."""
+"""A run's memory does not grow with the number of blocks, and streaming changes no bit."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from calibration.runtime import Runtime
 from models.arch import Block
 from models.checkpoint.blocks import LazyBlocks
 from models.checkpoint.reader import in_memory, open_checkpoint
@@ -36,7 +37,7 @@ ROOM = 2 * BLOCK
 
 
 class Run(NamedTuple):
-    """Bytes: the most of the process, the most in arrays."""
+    """Peak bytes of a process, and of its arrays."""
 
     process: int
     arrays: int
@@ -78,7 +79,7 @@ def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
     ],
     ids=["one walk", "a search"],
 )
-def test_what_is_held_does_not_grow_with_the_blocks(
+def test_memory_does_not_grow_with_the_number_of_blocks(
     flags: list[str], many: int, tmp_path: pathlib.Path
 ) -> None:
     a, b = (run(tmp_path / str(n), n, *flags) for n in (FEW, many))
@@ -88,7 +89,7 @@ def test_what_is_held_does_not_grow_with_the_blocks(
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])
 def test_smollm2_is_the_same_streamed_or_in_memory(method: str, smollm2: pathlib.Path) -> None:
-    """Bit for bit."""
+    """Every weight, bit for bit."""
     model, windows = (
         open_checkpoint(smollm2).model,
         np.random.default_rng(0).integers(0, 49152, (4, 64), np.int32),
@@ -104,5 +105,5 @@ def test_smollm2_is_the_same_streamed_or_in_memory(method: str, smollm2: pathlib
             np.testing.assert_array_equal(getattr(block, name).w, w, err_msg=f"block {i}, {name}")
 
     for which, sink in ((model, put), (in_memory(model), compare)):
-        METHODS[method]()(which, windows, Request(0.5, batch=2), sink)
+        METHODS[method]()(which, windows, Request(0.5), Runtime(batch=2), sink)
     assert len(kept) == 30 and all((w == 0).mean() > 0.45 for w in kept[-1].values())

@@ -1,4 +1,4 @@
-"""The command from end to end on small random models: what it writes, what it says, what it leaves behind when it fails."""
+"""The command on small random models: its output, its messages, and its failures."""
 
 import json
 import shlex
@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 from launch import evaluate, prune
-from launch.flags.cli import run
+from launch.flags.cli import frozen, run
+from launch.run.job import RunConfig, resolve
 from models.checkpoint import orbax as pytrees
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.prune_runs import call, report_of
 from reference.tiny import assert_equal
 
 BASE = dict(
@@ -62,14 +64,6 @@ def args(inputs: Path, model: str, output: Path, *more: str) -> list[str]:
         "--mesh=data=1",
         *more,
     ]
-
-
-def call(argv: list[str]) -> int:
-    return run(prune.options(), prune.main, argv)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    return json.loads((output / "pruning_report.json").read_text())
 
 
 CASES = [
@@ -193,10 +187,10 @@ def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("layout", ["auto", "padded"])
-def test_blocks_of_different_widths(
+def test_blocks_of_different_widths_load_as_announced(
     layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What they load as is said before the work and in the report; padding is not counted as the model's."""
+    """Before the work and in the report; padding does not count as parameters."""
     out = tmp_path / "out"
     more = (f"--layout={layout}", "--output_format=orbax")
     assert (
@@ -219,7 +213,7 @@ def test_blocks_of_different_widths(
     assert r["parameters"]["pruned"] == r["parameters"]["dense"] - 3 * 32 * (3 * 64 - sum(kept))
 
 
-def test_bfloat16_output(inputs: Path, tmp_path: Path) -> None:
+def test_bfloat16_output_takes_two_bytes_a_parameter(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (
         call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5", "--dtype=bfloat16"))
@@ -317,7 +311,7 @@ BAD = {
     "too many devices": (["--method=wanda", "--sparsity=0.5", "--mesh=data=999"], "--mesh"),
     "too many blocks": (["--method=sleb(blocks=3)"], "ask for 1 or fewer"),
 }
-BAD_LATE = {  # what only the search finds
+BAD_LATE = {  # found only by the search
     "rows of one threshold": (
         ["--method=magnitude", "--sparsity=0.5", '--allocation=neuroal(step="row")'],
         'step="block"',
@@ -337,7 +331,7 @@ def test_bad_input_is_found_before_any_work(
     def work(*args: Any) -> None:
         raise AssertionError("the dense model was evaluated")
 
-    monkeypatch.setattr(prune, "evaluate", work)
+    monkeypatch.setattr("launch.run.measure.evaluate", work)
     test_bad_input_is_one_line_and_leaves_nothing(inputs, tmp_path, capsys, more, said)
 
 
@@ -351,7 +345,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-def test_windows_longer_than_learned_positions(
+def test_windows_longer_than_learned_positions_are_refused(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     np.save(inputs / "long.npy", np.zeros((2, 33), np.int32))
@@ -426,7 +420,7 @@ def test_every_flag_file_parses_and_builds() -> None:
         )
         if "launch.prune" in text:
             values = prune.options().parse([f"--flagfile={file}"])
-            prune.request_of(prune.frozen(prune.RunConfig, values))
+            resolve(frozen(RunConfig, values))
 
 
 def test_a_number_of_blocks_needs_no_sparsity(inputs: Path, tmp_path: Path) -> None:
@@ -439,3 +433,51 @@ def test_a_number_of_blocks_needs_no_sparsity(inputs: Path, tmp_path: Path) -> N
     assert r["sparsity"]["prunable"] == pytest.approx(1 / 3) and not any(
         "the target was" in w for w in r["warnings"]
     )
+
+
+MISTAKES = {
+    "sparsity of 2": (["--sparsity=2"], "--sparsity=2.0", "give the fraction to remove"),
+    "no sparsity": ([], "--sparsity", "give the fraction to remove"),
+    "unknown method": (["--method=zebra"], "--method=zebra", "there are flap, llmrank"),
+    "unknown parameter": (
+        ["--method=wanda(a=1)"],
+        "--method=wanda(a=1)",
+        "has no parameter 'a': it has",
+    ),
+    "wrong type": (['--method=flap(metric="x")'], "--method=flap", "give one of 'IFV'"),
+    "unknown allocation": (["--allocation=zebra"], "--allocation=zebra", "there are alpha"),
+    "unknown refinement": (["--refine=zebra"], "--refine=zebra", "there are dsnot"),
+    "pattern of 3:2": (["--pattern=3:2"], "--pattern=3:2", "unstructured"),
+    "pattern with an allocation": (
+        ["--pattern=2:4", "--allocation=owl"],
+        "--pattern=2:4",
+        "--allocation spreads it: leave one of them out",
+    ),
+    "pattern against sparsity": (
+        ["--pattern=2:4", "--sparsity=0.7"],
+        "--sparsity=0.7",
+        "contradicts --pattern=2:4, which removes 0.5: leave --sparsity out",
+    ),
+    "equal draws": (
+        ["--sparsity=0.5", "--calibration_draws=2"],
+        "--calibration_draws=2",
+        "give text to draw windows from",
+    ),
+    "missing model": (["--sparsity=0.5", "--model=/no/such/dir"], "--model=/no/such/dir", "dir"),
+    "no output": (["--sparsity=0.5", "--output="], "--output", "give the directory to write"),
+}
+
+
+@pytest.mark.parametrize(("more", "subject", "remedy"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_one_line_that_names_the_flag(
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    subject: str,
+    remedy: str,
+) -> None:
+    assert call(args(inputs, "llama", tmp_path / "out", "--method=wanda", *more)) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith(f"error: {subject}") and remedy in err and "\n" not in err
+    assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""A run that is killed and started again with the same command gives the same bytes, whatever instant it was killed at."""
+"""A run that is killed at any moment and repeated gives the same bytes."""
 
 import functools
 import importlib
@@ -15,15 +15,15 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from launch import prune
-from launch.flags.cli import run
 from launch.run import code
 from models.checkpoint import writer
 from models.checkpoint.writer import save
 from models.init import init_model
 from pruning.methods import METHODS
+from reference.prune_runs import call, weights
+
+pytestmark = pytest.mark.usefixtures("no_samples")
 
 BASE = dict(
     vocab_size=64,
@@ -64,11 +64,11 @@ RUNS = {
 
 
 class Killed(BaseException):
-    """What no handler in the program may stop."""
+    """An exception that the program must not catch."""
 
 
 class Fuse:
-    """Raises `Killed` when what it guards is called for the n-th time; counts for ever if n is 0."""
+    """Raises `Killed` at the n-th call of the functions it guards; only counts if n is 0."""
 
     def __init__(self, n: int):
         self.n, self.calls = n, 0
@@ -82,12 +82,6 @@ class Fuse:
             return function(*args, **kwargs)
 
         return guarded
-
-
-@pytest.fixture(autouse=True)
-def _no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What models say is compiled anew for every shape, and nothing here is about it."""
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
 
 
 @pytest.fixture(scope="module")
@@ -111,20 +105,8 @@ def argv(inputs: pathlib.Path, output: pathlib.Path, model: str, args: list[str]
     return [f"--model={inputs / model}", f"--output={output}", *data, *args]
 
 
-def weights(output: pathlib.Path) -> dict[str, np.ndarray]:
-    return {
-        name: x
-        for file in sorted(output.glob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
-
-
-def call(args: list[str]) -> int:
-    return run(prune.options(), prune.main, args)
-
-
-def watched(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
-    """Guard what a run does to the disk, and what comes just before and after it."""
+def guard_writes(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
+    """Guard the functions that write to the disk, or run just before or after it."""
     m.setattr("calibration.journal.os.replace", fuse.guard(os.replace))
     m.setattr("calibration.journal.shutil", types.SimpleNamespace(rmtree=fuse.guard(shutil.rmtree)))
     for name in ("save_file", "write_json"):
@@ -135,19 +117,19 @@ def watched(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_killed_anywhere_it_gives_the_same_bytes(
+def test_a_run_killed_anywhere_gives_the_same_bytes(
     name: str, inputs: pathlib.Path, tmp_path: pathlib.Path
 ) -> None:
-    """Killed at each of a spread of instants, one after the other, until the run gets through."""
+    """Killed at several moments from the first durable write to the last."""
     model, args = RUNS[name]
     with pytest.MonkeyPatch.context() as m:
-        watched(count := Fuse(0), m)
+        guard_writes(count := Fuse(0), m)
         assert call(argv(inputs, tmp_path / "whole", model, args)) == 0
     want = weights(tmp_path / "whole")
     record = (tmp_path / "whole" / "pruning.json").read_bytes()
     for n in range(1, count.calls + 1, max(1, count.calls // 4)):
         with pytest.MonkeyPatch.context() as m:
-            watched(Fuse(n), m)
+            guard_writes(Fuse(n), m)
             with pytest.raises(Killed):
                 call(argv(inputs, tmp_path / "cut", model, args))
         if not (
@@ -163,13 +145,13 @@ def test_killed_anywhere_it_gives_the_same_bytes(
         shutil.rmtree(tmp_path / "cut")
 
 
-def stopped(
+def interrupted(
     inputs: pathlib.Path, output: pathlib.Path, n: int = 14, method: str = "wanda"
 ) -> list[str]:
-    """The command of a run that was killed in the middle."""
+    """Kill a run in the middle; return its command."""
     args = [*argv(inputs, output, *RUNS["wanda"]), f"--method={method}"]
     with pytest.MonkeyPatch.context() as m:
-        watched(Fuse(n), m)
+        guard_writes(Fuse(n), m)
         with pytest.raises(Killed):
             call(args)
     assert (
@@ -184,8 +166,8 @@ def test_finished_blocks_are_not_pruned_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = stopped(inputs, tmp_path / "out")
-    watched(count := Fuse(0), monkeypatch)
+    args = interrupted(inputs, tmp_path / "out")
+    guard_writes(count := Fuse(0), monkeypatch)
     monkeypatch.setattr(writer.Writer, "put", (puts := Fuse(0)).guard(writer.Writer.put))
     assert call(args) == 0
     assert 0 < puts.calls < 4 and count.calls
@@ -209,7 +191,7 @@ def test_another_setting_is_refused(
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = stopped(inputs, tmp_path / "out")
+    args = interrupted(inputs, tmp_path / "out")
     assert call([*args, *change]) == 2
     assert said in capsys.readouterr().err
     assert call(args) == 0
@@ -219,7 +201,7 @@ def test_another_setting_is_refused(
 OWN = "from pruning.methods import METHODS\n\n\ndef mine():\n    return METHODS['wanda']()\n"
 
 
-def test_other_code_is_refused(
+def test_changed_code_is_refused(
     inputs: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -229,7 +211,7 @@ def test_other_code_is_refused(
     file.write_text(OWN)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(METHODS, "mine", importlib.import_module("a_method_of_mine").mine)
-    args = stopped(inputs, tmp_path / "out", method="mine")
+    args = interrupted(inputs, tmp_path / "out", method="mine")
     file.write_text(OWN + "# better\n")
     assert call(args) == 2
     assert "another code of --method" in capsys.readouterr().err
@@ -242,7 +224,7 @@ def test_other_code_is_refused(
     assert "blocks are finished" in capsys.readouterr().err
 
 
-def test_a_package_is_told_by_every_file_of_its_code(
+def test_the_digest_of_a_package_covers_every_file(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
@@ -266,7 +248,7 @@ def test_another_model_and_other_tokens_are_refused(
 ) -> None:
     for name in ("llama", "calib.npy", "eval.npy"):
         shutil.copytree(inputs, tmp_path / "mine")
-        args = stopped(tmp_path / "mine", tmp_path / "out")
+        args = interrupted(tmp_path / "mine", tmp_path / "out")
         if name == "llama":
             save(tmp_path / "mine" / "llama", init_model(LLAMA, jax.random.key(2)), LLAMA, inputs)
         else:
@@ -285,14 +267,14 @@ def test_another_model_and_other_tokens_are_refused(
 
 @pytest.mark.parametrize("how", ["gone", "cut short"])
 @pytest.mark.parametrize("name", ["blocks/shard-0.safetensors", "journal/journal.json"])
-def test_damage_is_one_line_and_nothing_else_is_lost(
+def test_damage_is_one_line_and_leaves_the_other_files(
     name: str,
     how: str,
     inputs: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    args = stopped(inputs, tmp_path / "out")
+    args = interrupted(inputs, tmp_path / "out")
     work = tmp_path / ".out.partial" / "unfinished"
     file = work / name
     file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-5])
@@ -304,7 +286,7 @@ def test_damage_is_one_line_and_nothing_else_is_lost(
     assert call([*args, "--noresume"]) == 0
 
 
-def test_a_full_disk(
+def test_a_run_resumes_after_a_full_disk(
     inputs: pathlib.Path,
     tmp_path: pathlib.Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -341,19 +323,21 @@ def test_two_runs_do_not_write_one_place(
         assert call(args) == 2
         raise Killed
 
-    monkeypatch.setattr(prune, "evaluate", meanwhile)
+    monkeypatch.setattr("launch.run.measure.evaluate", meanwhile)
     with pytest.raises(Killed):
         call(args)
     assert "another run is writing it" in capsys.readouterr().err
 
 
-def test_sigterm_ends_a_run_with_its_code(inputs: pathlib.Path, tmp_path: pathlib.Path) -> None:
-    """And the same command goes on."""
+def test_a_run_resumes_after_sigterm(inputs: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    """The exit code is that of the signal; the same command continues."""
     args = argv(inputs, tmp_path / "out", *RUNS["sparsegpt with neuroal"])
     code = (
-        "import os, signal, sys\nfrom launch import prune\nfrom launch.flags.cli import run\nfrom models.checkpoint.writer import Writer\n"
+        "import os, signal, sys\nfrom launch import prune\nfrom launch.flags.cli import run\n"
+        "from models.checkpoint.writer import Writer\n"
         "put = Writer.put\n"
-        "def terminated(self, i, block):\n    put(self, i, block)\n    if i == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "def terminated(self, i, block):\n    put(self, i, block)\n"
+        "    if i == 2: os.kill(os.getpid(), signal.SIGTERM)\n"
         "Writer.put = terminated\nsys.exit(run(prune.options(), prune.main, sys.argv[1:]))"
     )
     root = pathlib.Path(__file__).parents[2]

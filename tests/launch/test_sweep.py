@@ -168,7 +168,7 @@ BAD = {
         ["--methods=wanda@half"],
         "'wanda@half' is not a name or a call such as",
     ),
-    "nothing to go with": (["--methods=wanda@0.5+zebra"], "there is no allocation 'zebra'"),
+    "nothing to go with": (["--methods=wanda@0.5+zebra"], "allocation=zebra is unknown"),
     "two allocations": (
         ["--methods=wanda@0.5+owl+alpha"],
         "has two allocations or two refinements",

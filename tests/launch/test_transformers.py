@@ -1,4 +1,4 @@
-"""What the command writes is what `transformers` loads: real checkpoints pruned, then logits and greedy tokens there against ours."""
+"""transformers loads pruned checkpoints with our logits and greedy tokens."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def assert_loads(directory: Path, tokens: np.ndarray) -> None:
     "method",
     ["llmrank", 'llmrank(scope="global")', "wanda", "flap", 'flap(structure="AL-AM")', "wanda_sp"],
 )
-def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
+def test_transformers_loads_a_pruned_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
     pruned(
         shared / "models/tiny-opt",
         "tiny",
@@ -63,7 +63,9 @@ def test_tiny_opt(method: str, shared: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["llmrank", "flap"])
-def test_smollm2(method: str, smollm2: Path, shared: Path, tmp_path: Path) -> None:
+def test_transformers_loads_a_pruned_smollm2(
+    method: str, smollm2: Path, shared: Path, tmp_path: Path
+) -> None:
     pruned(smollm2, "smollm2", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/smollm2_eval.npy")[:1, :128])
 
@@ -73,7 +75,9 @@ SLEB = ["sleb", 'sleb(variant="official")', 'sleb(units="sublayers")', 'sleb(sea
 
 @pytest.mark.parametrize("method", SLEB)
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
-def test_fewer_blocks(method: str, name: str, shared: Path, tmp_path: Path) -> None:
+def test_transformers_loads_a_model_with_fewer_blocks(
+    method: str, name: str, shared: Path, tmp_path: Path
+) -> None:
     pruned(
         shared / "models" / name,
         "tiny",
@@ -103,10 +107,10 @@ def test_fewer_blocks(method: str, name: str, shared: Path, tmp_path: Path) -> N
         )
 
 
-def test_a_model_that_is_not_held_whole(
+def test_transformers_reads_a_large_model_from_its_files(
     shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers reads its weights from the files as it runs, and gives the same logits."""
+    """With the same logits."""
     pytest.importorskip("accelerate")
     monkeypatch.setattr("launch.run.export.fits_in_memory", lambda size: False)
     pruned(
@@ -117,7 +121,7 @@ def test_a_model_that_is_not_held_whole(
         "--method=flap",
         "--sparsity=0.3",
     )
-    said = json.loads((tmp_path / "out/pruning_report.json").read_text())["load_back"][
+    message = json.loads((tmp_path / "out/pruning_report.json").read_text())["load_back"][
         "transformers"
     ]
-    assert float(said.removeprefix("largest difference of the logits ")) < 1e-4
+    assert float(message.removeprefix("largest difference of the logits ")) < 1e-4

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from launch.flags.calls import build, parse_call
+from launch.flags.calls import build, parse_call, parse_method_spec, split_list
 from models.errors import InputError
 
 
@@ -14,11 +14,11 @@ def maker(
     return kind, share, on, count
 
 
-def needy(name: str) -> str:
+def with_required(name: str) -> str:
     return name
 
 
-KNOWN = {"maker": maker, "needy": needy}
+KNOWN = {"maker": maker, "with_required": with_required}
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ KNOWN = {"maker": maker, "needy": needy}
         ('f(a="x", b=-1.5, c=None)', ("f", {"a": "x", "b": -1.5, "c": None})),
     ],
 )
-def test_parse(text: str, parsed: tuple) -> None:
+def test_a_call_is_a_name_with_literal_arguments(text: str, parsed: tuple) -> None:
     assert parse_call(text) == parsed
 
 
@@ -66,18 +66,34 @@ def test_build_calls_with_the_arguments() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("zebra", "maker, needy"),
+        ("zebra", "maker, with_required"),
         ("maker(zebra=1)", "kind, share, on, count"),
         ('maker(kind="c")', "'a', 'b'"),
         ("maker(share=True)", "a number"),
         ('maker(share="x")', "a number"),
         ("maker(on=1)", "True or False"),
         ("maker(count=1.5)", "an integer or None"),
-        ("needy", "needs name"),
+        ("with_required", "needs name"),
     ],
 )
-def test_errors_say_what_there_is(text: str, said: str) -> None:
-    with pytest.raises(InputError, match=said):
+def test_an_error_lists_what_is_allowed(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
         build("method", text, KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("wanda", ("wanda", None, ())),
+        ("flap@0.2", ("flap", 0.2, ())),
+        ("wanda@0.5 + owl(m=7) + dsnot", ("wanda", 0.5, ("owl(m=7)", "dsnot"))),
+    ],
+)
+def test_a_method_brings_its_sparsity_and_modifiers(text: str, spec: tuple) -> None:
+    assert parse_method_spec(text) == spec
+
+
+def test_commas_in_parentheses_do_not_split_a_list() -> None:
+    assert split_list("wanda, owl(m=7, lam=0.1)") == ["wanda", "owl(m=7, lam=0.1)"]

@@ -61,7 +61,7 @@ def outcome(error: Exception | None, argv: list[str]) -> int:
     return run(make(), main, argv)
 
 
-def test_success_and_input_errors(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_error_is_one_line_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert outcome(None, []) == 0
     assert outcome(InputError("the file is\nbroken: mend it"), []) == 2
     assert capsys.readouterr().err == "error: the file is broken: mend it\n"
@@ -76,7 +76,7 @@ def test_debug_brings_the_traceback_back(capsys: pytest.CaptureFixture[str]) -> 
     assert "Traceback" in err and err.endswith("error: bad\n")
 
 
-def test_a_defect_is_not_dressed_up_as_bad_input() -> None:
+def test_a_defect_keeps_its_traceback() -> None:
     with pytest.raises(ZeroDivisionError):
         outcome(ZeroDivisionError(), [])
 
@@ -95,8 +95,18 @@ def test_help_shows_own_flags_in_groups_with_defaults(capsys: pytest.CaptureFixt
     assert len(out.splitlines()) < 30
 
 
-def test_given_types_back_what_differs_from_the_defaults() -> None:
+def test_given_returns_the_flags_that_differ_from_their_defaults() -> None:
     f = make()
     values = f.parse(["--name=x y", "--nofast", "--count=3"])
     assert f.given(values) == ["--name=x y", "--nofast"]
     assert make().parse(f.given(values)) == values
+
+
+def test_settings_in_errors_are_shown_as_flags(capsys: pytest.CaptureFixture[str]) -> None:
+    error = InputError("is too much", "leave `fast` out, or `nofast`", field="count", value=9)
+    assert outcome(error, []) == 2
+    assert capsys.readouterr().err == (
+        "error: --count=9 is too much: leave --fast out, or --nofast\n"
+    )
+    assert outcome(InputError("is no flag here", field="window"), []) == 2
+    assert capsys.readouterr().err == "error: window is no flag here\n"

@@ -1,4 +1,4 @@
-"""A paper's protocol by name: what it sets, what wins over it, and that its name stands beside the figures."""
+"""A protocol sets the flags of its paper, given flags win, and reports name it."""
 
 import io
 import json
@@ -64,8 +64,8 @@ def test_a_protocol_is_the_flags_of_its_row(name: str) -> None:
     assert any([c.strip(" `") for c in line.split("|")[1:8]] == cells for line in page.splitlines())
 
 
-def test_what_the_papers_use() -> None:
-    """Read from the released code: FLAP's script, Wanda's main.py, LLM-Rank's loader."""
+def test_protocols_have_the_settings_of_the_papers() -> None:
+    """Read in the official code: FLAP's script, Wanda's main.py, LLM-Rank's loader."""
     assert PROTOCOLS["flap128"].flags == dict(
         calibration="wikitext2",
         calibration_samples=1024,
@@ -106,7 +106,7 @@ def test_without_a_protocol_nothing_is_stamped() -> None:
     assert stamp("", {"seed": 3}) == {}
 
 
-def test_what_a_run_cannot_do_like_the_code_is_stamped() -> None:
+def test_differences_from_the_official_code_are_in_the_report() -> None:
     values = prune.options().parse(["--protocol=sleb2048"])
     assert (
         "shuffles" in stamp("sleb2048", values)["differs"]
@@ -122,7 +122,7 @@ def test_an_unknown_protocol_is_one_line_that_names_the_known(
     err = capsys.readouterr().err
     assert (
         err.count("\n") == 1
-        and err.startswith("error: --protocol=wanda:")
+        and err.startswith("error: --protocol=wanda is unknown: ")
         and all(name in err for name in PROTOCOLS)
     )
 
@@ -136,10 +136,10 @@ def test_presets_pass_over_flags_that_a_command_lacks() -> None:
         f.parse(["--kind=many"])
 
 
-def test_the_name_stands_beside_every_figure(
+def test_every_report_names_the_protocol(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A run under a protocol: its report, the terminal's table, the page and its plots, the comparison, and the command that repeats it."""
+    """In the report, the terminal, the page, the comparison; and the command repeats it."""
     data = [
         f"--calibration={inputs / 'calib.npy'}",
         f"--eval_data={inputs / 'eval.npy'}",
@@ -160,7 +160,7 @@ def test_the_name_stands_beside_every_figure(
         "calibration": str(inputs / "calib.npy"),
         "eval_data": str(inputs / "eval.npy"),
     }
-    said = f"protocol wanda2048, but --calibration={inputs / 'calib.npy'}, --eval_data={inputs / 'eval.npy'}"
+    said = f"protocol wanda2048, but {data[0]}, {data[1]}"
     terminal = Console(file=io.StringIO(), width=400)
     console.show(result, terminal)
     assert "".join(said.split()) in "".join(terminal.file.getvalue().split())  # type: ignore[attr-defined]

@@ -1,7 +1,6 @@
-"""Several calibration draws: each is the run of its seed, the first one's model is written, and an interrupted run goes on."""
+"""Each calibration draw equals the run of its seed, and an interrupted run resumes its draws."""
 
 import io
-import json
 import os
 import shutil
 from pathlib import Path
@@ -11,16 +10,17 @@ import jax
 import numpy as np
 import pytest
 from rich.console import Console
-from safetensors.numpy import load_file
 
-from launch import compare, plan, prune
-from launch.flags.cli import run
+from launch import compare, plan
 from launch.prune import RunConfig, frozen
 from launch.report import console
 from launch.report import html as report
-from launch.run import draws, export
+from launch.run import draws
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.prune_runs import call, report_of, weights
+
+pytestmark = pytest.mark.usefixtures("no_samples", "no_transformers")
 
 LLAMA = dict(
     model_type="llama",
@@ -35,16 +35,9 @@ LLAMA = dict(
 )
 
 
-@pytest.fixture(autouse=True)
-def _no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What models say is compiled anew for every shape, and transformers takes a second a run: nothing here is about them."""
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
-    monkeypatch.setattr(export, "_by_transformers", lambda *_: export.Check(True, "not asked"))
-
-
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random model with the tokenizer of an embedded one, so that windows can be drawn from text."""
+    """A small random model with the tokenizer of an embedded one, to draw windows from text."""
     root = tmp_path_factory.mktemp("inputs")
     save(root / "llama", init_model(LLAMA, jax.random.key(1)), LLAMA, root)
     embedded = Path(__file__).parents[3] / "models" / "embedded" / "tiny-llama"
@@ -64,22 +57,6 @@ def argv(inputs: Path, output: Path, *more: str) -> list[str]:
     ]
     fixed = ["--sparsity=0.5", "--calibration_batch=2", "--mesh=data=1"]
     return [f"--model={inputs / 'llama'}", f"--output={output}", *data, *fixed, *more]
-
-
-def call(args: list[str]) -> int:
-    return run(prune.options(), prune.main, args)
-
-
-def report_of(output: Path) -> dict[str, Any]:
-    return json.loads((output / "pruning_report.json").read_text())
-
-
-def weights(output: Path) -> dict[str, np.ndarray]:
-    return {
-        name: x
-        for file in sorted(output.glob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
 
 
 @pytest.mark.parametrize("method", ["wanda", "flap", "sleb(blocks=1)"])
@@ -112,7 +89,7 @@ def test_a_draw_is_the_run_of_its_seed(method: str, inputs: Path, tmp_path: Path
     )
 
 
-def test_the_spread_is_shown(inputs: Path, tmp_path: Path) -> None:
+def test_every_report_shows_the_spread(inputs: Path, tmp_path: Path) -> None:
     assert call(argv(inputs, tmp_path / "out", "--method=wanda", "--calibration_draws=2")) == 0
     got = report_of(tmp_path / "out")
     found = next(iter(got["spread"]["perplexity"].values()))
@@ -162,11 +139,11 @@ def test_draws_that_would_be_the_same_are_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_interrupted_run_goes_on_with_its_draws(
+def test_an_interrupted_run_resumes_its_draws(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed whenever a file becomes durable, one after the other: what is finished is not done again, and the figures are the same."""
-    monkeypatch.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)  # save after every block
+    """Killed at every few durable files: finished draws are not repeated, figures are equal."""
+    monkeypatch.setattr("calibration.journal.SHARE", 1e9)  # save after every block
     args = ["--method=wanda", "--calibration_draws=3"]
     assert call(argv(inputs, tmp_path / "whole", *args)) == 0
     replace, budget, done = os.replace, 0, []
@@ -178,13 +155,13 @@ def test_an_interrupted_run_goes_on_with_its_draws(
             raise KeyboardInterrupt
         replace(a, b)
 
-    def pruned_on(tokens: Any, *rest: Any) -> Any:
-        found = prune_on(tokens, *rest)
+    def counted(tokens: Any, *rest: Any) -> Any:
+        result = prune_draw(tokens, *rest)
         done.append(tokens.protocol["seed"])
-        return found
+        return result
 
-    prune_on = draws.prune_on
-    monkeypatch.setattr(draws, "prune_on", pruned_on)
+    prune_draw = draws.prune_draw
+    monkeypatch.setattr(draws, "prune_draw", counted)
     monkeypatch.setattr("calibration.journal.os.replace", fragile)
     codes = []
     while not codes or codes[-1] != 0:
@@ -201,7 +178,7 @@ def test_an_interrupted_run_goes_on_with_its_draws(
     assert not (tmp_path / "cut" / "unfinished").exists()
 
 
-def test_a_collapsed_draw_is_a_figure() -> None:
+def test_a_collapsed_draw_counts_in_the_spread() -> None:
     of = {"seed": 0, "sha256": "", "tasks": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1}}}
     found = draws.spread(
         [{**of, "perplexity": {"d": 2.0}}, {**of, "perplexity": {"d": float("inf")}}]
@@ -224,5 +201,6 @@ def test_a_plan_counts_every_draw(inputs: Path, monkeypatch: pytest.MonkeyPatch)
         three["total"]["flops"] == 3 * one["total"]["flops"]
         and three["total"]["device_bytes"] == one["total"]["device_bytes"]
     )
-    assert len(three["memory"]["disk"]) == len(one["memory"]["disk"]) + 1
+    output = "output_at_most"
+    assert three["memory"]["disk"][output] == 2 * one["memory"]["disk"][output]
     assert frozen(RunConfig, plan.options().parse(["--calibration_draws=2"])).calibration_draws == 2

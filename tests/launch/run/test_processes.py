@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from launch import prune
 from launch.flags.cli import run
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.prune_runs import weights
 
 TESTS = pathlib.Path(__file__).parents[2]
 CONFIG = {
@@ -65,7 +65,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def started(
     devices: int, *arguments: str, main: Sequence[str] = (str(TESTS / "reference/runs.py"),)
 ) -> "subprocess.Popen[str]":
-    """A process with so many CPU devices."""
+    """Start a process with a number of CPU devices."""
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
@@ -74,7 +74,7 @@ def started(
 
 
 def port() -> str:
-    """A free one."""
+    """Return a free port of this host."""
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return f"localhost:{s.getsockname()[1]}"
@@ -84,7 +84,7 @@ def port() -> str:
 def outputs(
     model: pathlib.Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, pathlib.Path]:
-    """What one device, eight, and two processes with four each made of the same runs."""
+    """Outputs of the same runs on one device, on eight, and in two processes with four each."""
     mesh = {
         name: [
             *flags,
@@ -110,7 +110,7 @@ def outputs(
     return where
 
 
-def test_interrupted_runs_went_on(outputs: dict[str, pathlib.Path]) -> None:
+def test_an_interrupted_run_resumes_in_several_processes(outputs: dict[str, pathlib.Path]) -> None:
     for where in outputs.values():
         said = {
             name: (where / name / "pruning_report.json").read_text() for name in ("again", "rows")
@@ -149,7 +149,7 @@ def test_processes_that_differ_are_refused(model: pathlib.Path, tmp_path: pathli
         ["--coordinator=localhost:1", "--processes=2", "--process=2"],
     ],
 )
-def test_flags_that_do_not_go_together(
+def test_process_flags_that_do_not_go_together_are_refused(
     flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert (
@@ -157,15 +157,6 @@ def test_flags_that_do_not_go_together(
         == 2
     )
     assert "--coordinator" in capsys.readouterr().err
-
-
-def weights(folder: pathlib.Path) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors."""
-    return {
-        name: x
-        for file in sorted(folder.glob("*.safetensors"))
-        for name, x in load_file(file).items()
-    }
 
 
 @pytest.mark.parametrize("name", RUNS)

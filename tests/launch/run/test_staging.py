@@ -1,10 +1,10 @@
-"""An output directory is complete, or not there."""
+"""An output directory is complete or absent."""
 
 from pathlib import Path
 
 import pytest
 
-from launch.run.staging import staged
+from launch.run.staging import UNFINISHED, staged
 from models.errors import InputError
 
 
@@ -16,7 +16,7 @@ def write(output: Path, text: str, fail: bool = False) -> None:
             raise RuntimeError
 
 
-def test_appears_whole_and_replaces_an_earlier_result(tmp_path: Path) -> None:
+def test_an_output_appears_complete_and_replaces_an_earlier_result(tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     for text in ("first", "second"):
         write(out, text)
@@ -24,7 +24,7 @@ def test_appears_whole_and_replaces_an_earlier_result(tmp_path: Path) -> None:
         assert [f.name for f in out.parent.iterdir()] == ["out"]
 
 
-def test_a_failure_leaves_what_was_there(tmp_path: Path) -> None:
+def test_a_failure_leaves_the_earlier_result(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         write(tmp_path / "out", "first", fail=True)
     assert not list(tmp_path.iterdir())
@@ -54,3 +54,15 @@ def test_foreign_files_are_left_alone_and_an_empty_directory_taken(tmp_path: Pat
         write(tmp_path / "file" / "below", "x")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "empty", "x")
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_failure_leaves_unfinished_work_that_is_worth_keeping(keep: bool, tmp_path: Path) -> None:
+    partial = tmp_path / ".out.partial"
+    with (
+        pytest.raises(RuntimeError),
+        staged(tmp_path / "out", "done.json", True, lambda work: keep) as directory,
+    ):
+        (directory / UNFINISHED).mkdir()
+        raise RuntimeError
+    assert (partial / UNFINISHED).is_dir() == keep and not (tmp_path / "out").exists()

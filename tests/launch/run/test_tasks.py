@@ -1,4 +1,4 @@
-"""--tasks from end to end: the report of both models, the cache, an interrupted run, and errors before any work."""
+"""Zero-shot tasks in a run: both models' figures, the cache, resuming, early errors."""
 
 import json
 import pathlib
@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 
-from launch import evaluate, prune
+from launch import evaluate
 from launch.flags.cli import run
+from launch.run import export, measure
+from reference.prune_runs import call, report_of
+
+pytestmark = pytest.mark.usefixtures("no_samples")
 
 MODEL = "--model=embedded:tiny-llama"
 DATA = [
@@ -24,13 +28,12 @@ METHOD = ["--method=magnitude", "--sparsity=0.7", "--mesh=data=1"]
 @pytest.fixture(autouse=True)
 def _home(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
 
 
 @pytest.fixture
 def task(tmp_path: pathlib.Path) -> pathlib.Path:
-    """A task of five stories and how they go on."""
-    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+    """A task of five stories, each with two endings."""
+    pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")
     rows = [
         {"text": f"Once there was a {x}. The {x} was", "ends": ["very happy.", "qq."], "end": 0}
         for x in ("dog", "cat", "girl", "boy", "bird")
@@ -38,22 +41,16 @@ def task(tmp_path: pathlib.Path) -> pathlib.Path:
     (tmp_path / "stories.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     file = tmp_path / "stories.yaml"
     file.write_text(
-        "task: stories\ndataset_path: json\ndataset_kwargs: {data_files: {test: stories.jsonl}}\noutput_type: multiple_choice\n"
-        'test_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: end\ndoc_to_choice: "{{ends}}"\nmetadata: {version: 3}\n'
+        "task: stories\ndataset_path: json\n"
+        "dataset_kwargs: {data_files: {test: stories.jsonl}}\noutput_type: multiple_choice\n"
+        'test_split: test\ndoc_to_text: "{{text}}"\ndoc_to_target: end\n'
+        'doc_to_choice: "{{ends}}"\nmetadata: {version: 3}\n'
     )
     return file
 
 
-def call(argv: list[str]) -> int:
-    return run(prune.options(), prune.main, argv)
-
-
-def report_of(output: pathlib.Path) -> dict[str, Any]:
-    return json.loads((output / "pruning_report.json").read_text())
-
-
 @pytest.mark.filterwarnings("ignore")
-def test_dense_and_pruned_in_one_report(
+def test_the_report_has_tasks_of_both_models_and_the_cache_repeats_them(
     task: pathlib.Path,
     tmp_path: pathlib.Path,
     capsys: pytest.CaptureFixture[str],
@@ -120,20 +117,20 @@ def test_an_interrupted_run_does_not_ask_the_dense_model_again(
         "--notask_cache",
     ]
     asked: list[object] = []
-    real = prune.evaluate_tasks
+    real = measure.evaluate_tasks
 
     def count(*args: Any) -> Any:
         asked.append(args[1].directory)
         return real(*args)
 
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prune, "evaluate_tasks", count)
-        m.setattr(prune.export, "load_back", fail)
+        m.setattr(measure, "evaluate_tasks", count)
+        m.setattr(export, "load_back", fail)
         with pytest.raises(AssertionError):
             call(argv)
         assert len(asked) == 1
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(prune, "evaluate_tasks", count)
+        m.setattr(measure, "evaluate_tasks", count)
         assert call(argv) == 0
     assert len(asked) == 2 and asked[0] != asked[1], "the pruned model alone"
     assert report_of(tmp_path / "out")["tasks"]["stories"]["dense"]["acc"] == 1.0
@@ -148,7 +145,7 @@ def test_errors_come_before_any_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if name:
-        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install 'topiary[tasks]'")
+        pytest.importorskip("lm_eval", reason="needs lm-eval: pip install lm-eval")
     else:  # without lm-eval
         for module in [
             m
@@ -157,7 +154,7 @@ def test_errors_come_before_any_work(
         ]:
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
-    monkeypatch.setattr(prune, "evaluate", fail)
+    monkeypatch.setattr(measure, "evaluate", fail)
     assert (
         call([MODEL, *DATA, *METHOD, f"--output={tmp_path / 'out'}", f"--tasks={name or 'piqa'}"])
         == 2

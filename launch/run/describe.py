@@ -1,0 +1,128 @@
+"""Assemble the report of a run."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from eval.size import peak_memory
+from launch.flags.common import DTYPES
+from launch.flags.protocols import stamp
+from launch.report import removal
+from launch.run import draws, export
+from launch.run.inputs import Inputs
+from launch.run.job import Job
+from launch.run.measure import protocol
+from pruning.figures import to_json
+from pruning.types import Outcome
+
+
+class Results(NamedTuple):
+    """Everything that a run has computed and measured.
+
+    Attributes:
+      outcome: Result of the method.
+      written: The pruned checkpoint, loaded back.
+      counts: Weights by linear.
+      parameters: Parameters of the pruned model, padding not counted.
+      dense: Measurements of the dense model: "perplexity" by data set, "tasks" by task.
+      pruned: The same of the pruned model.
+      further_draws: `draws.record` of each draw but the first.
+    """
+
+    outcome: Outcome
+    written: export.Written
+    counts: removal.LinearCounts
+    parameters: int
+    dense: Mapping[str, Any]
+    pruned: Mapping[str, Any]
+    further_draws: list[dict[str, Any]]
+
+
+def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[str, Any]:
+    """Return the report, without its seconds and samples.
+
+    Args:
+      job: The run.
+      inputs: What it has read.
+      results: What it has computed.
+      command: Command that repeats the run.
+    """
+    checkpoint, outcome, written = inputs.checkpoint, results.outcome, results.written
+    target = _target(job, outcome)
+    settings = dataclasses.asdict(job.config) | {"sparsity": target}
+    sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
+    window = inputs.calibration.ids.shape[1]
+    warnings = [*removal.warnings(sparsity, written, checkpoint, window), *outcome.warnings]
+    return {
+        "model": job.config.model,
+        "method": job.config.method,
+        "settings": settings,
+        "command": command,
+        "protocol": stamp(job.config.protocol, settings)
+        | {"calibration": inputs.calibration.protocol}
+        | protocol(inputs.data, inputs.zero_shot),
+        "sparsity": sparsity,
+        "parameters": {"dense": checkpoint.parameters, "pruned": results.parameters},
+        "bytes": {
+            "dense": checkpoint.parameters * DTYPES[job.config.dtype].dtype.itemsize,
+            "pruned": written.loaded.stored_bytes,
+        },
+        "perplexity": _perplexity(results),
+        "tasks": {
+            name: {"dense": results.dense["tasks"][name], "pruned": metrics}
+            for name, metrics in results.pruned["tasks"].items()
+        },
+        **_draws(inputs, results),
+        "peak_memory_bytes": peak_memory(jax.local_devices()),
+        "scores": removal.score_quantiles(checkpoint, outcome),
+        "warnings": warnings,
+        "loads_as": written.form.label,
+        "checks": {"topiary": True, "transformers": written.transformers.result},
+        "load_back": {"topiary": written.topiary, "transformers": written.transformers.message},
+        "figures": [to_json(figure) for figure in outcome.figures],
+        "details": _details(inputs, outcome),
+    }
+
+
+def _target(job: Job, outcome: Outcome) -> float:
+    """Return the sparsity that the run aimed at."""
+    if job.method.sets_sparsity:
+        # The method's arguments give all linears the same fraction.
+        return next(iter(outcome.asked[0].values()))
+    return job.request.sparsity
+
+
+def _perplexity(results: Results) -> dict[str, Any]:
+    """Return the report's `perplexity`."""
+    pruned = results.pruned["perplexity"]
+    return {
+        name: {
+            "dense": dense["perplexity"],
+            "pruned": pruned[name]["perplexity"],
+            "dense_stderr": dense["error"],
+            "pruned_stderr": pruned[name]["error"],
+            "tokens": dense["tokens"],
+        }
+        for name, dense in results.dense["perplexity"].items()
+    }
+
+
+def _draws(inputs: Inputs, results: Results) -> dict[str, Any]:
+    """Return the report's `draws` and `spread`; empty for a run with one draw."""
+    if not results.further_draws:
+        return {}
+    records = [draws.record(inputs.calibration, results.pruned), *results.further_draws]
+    return {"draws": records, "spread": draws.spread(records)}
+
+
+def _details(inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
+    """Return the report's `details`: the method's own, and the removed units by linear."""
+    removed = export.by_linear(
+        inputs.checkpoint.specs, outcome.removed, lambda r: list(r.rows or r.columns)
+    )
+    details = dict(outcome.details)
+    if removed:
+        details["removed"] = removed
+    return details

@@ -1,0 +1,120 @@
+"""Continue an interrupted run: its fingerprint, its journal, and when its files are kept."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from calibration.journal import Journal, StepCache, file_digest
+from launch.run.code import code_digests
+from launch.run.inputs import Inputs
+from launch.run.job import Job
+from launch.run.measure import protocol
+from models.checkpoint.reader import weight_files
+from models.checkpoint.writer import Writer
+
+JOURNAL = "journal"  # directory of the journal, below that of the unfinished run
+# A journal's first step is the evaluation of the dense model. A run that has finished no more is
+# not worth keeping.
+WORTHLESS_STEPS = 1
+# Facts that trials of one process may differ in and still share cached steps.
+PER_TRIAL = (
+    "--method",
+    "code of --method",
+    "--sparsity",
+    "--allocation",
+    "code of --allocation",
+    "--seed",
+    "--calibration tokens",
+    "further draws",
+)
+# Settings that the fingerprint leaves out: the inputs they name are compared by content, or they
+# do not affect the result.
+NOT_COMPARED = (
+    "model",
+    "output",
+    "resume",
+    "protocol",
+    "calibration",
+    "eval_data",
+    "activations",
+    "tasks",
+    "task_cache",
+)
+
+
+def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
+    """Collect everything that a run's result depends on.
+
+    An interrupted run continues only if its fingerprint is unchanged.
+
+    Args:
+      job: The run.
+      inputs: What it has read.
+
+    Returns:
+      JSON-able facts, by a name that users know.
+    """
+    settings = dataclasses.asdict(job.config)
+    compared = {f"--{name}": v for name, v in settings.items() if name not in NOT_COMPARED}
+    used = protocol({}, inputs.zero_shot)
+    weights = weight_files(inputs.checkpoint.directory)
+    return {
+        "model configuration": inputs.checkpoint.config,
+        "weights": {path.name: file_digest(path) for path in weights},
+        "--calibration tokens": inputs.calibration.protocol["sha256"],
+        "further draws": [tokens.protocol["sha256"] for tokens in inputs.further_draws],
+        "--eval_data tokens": {name: t.protocol["sha256"] for name, t in inputs.data.items()},
+        "--tasks requests": inputs.zero_shot.protocol if inputs.zero_shot else {},
+        **compared,
+        **code_digests(job.config),
+        **{f"version of {name}": value for name, value in used["versions"].items()},
+        **{f"device {name}": value for name, value in used["device"].items()},
+    }
+
+
+def open_journal(
+    directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, cache: StepCache | None
+) -> Journal:
+    """Open the journal of a run, or begin one.
+
+    Args:
+      directory: The journal's directory.
+      facts: The run's fingerprint.
+      writer: Sink of the finished blocks.
+      cache: Shared with the other runs of this process; runs use each other's steps if they differ
+        in the facts of PER_TRIAL alone.
+
+    Raises:
+      InputError: The directory belongs to a different run, or is damaged.
+    """
+    shared = json.dumps({name: fact for name, fact in facts.items() if name not in PER_TRIAL})
+    return Journal(directory, facts, writer, cache, shared)
+
+
+class Attempt:
+    """One start of a run, which decides whether a failure keeps the unfinished work.
+
+    Attributes:
+      journal: The run's journal; None until it is open.
+    """
+
+    def __init__(self) -> None:
+        self.journal: Journal | None = None
+
+    @property
+    def resumed(self) -> bool:
+        """Return True if the journal has work that is worth keeping."""
+        return self.journal is not None and self.journal.finished > WORTHLESS_STEPS
+
+    def keeps(self, work: pathlib.Path) -> bool:
+        """Return True if the unfinished work is to be kept for the next start.
+
+        Args:
+          work: Directory of the unfinished work.
+        """
+        if self.journal is None:
+            # The run was refused before it began: the work is that of the run before.
+            return (work / JOURNAL).is_dir()
+        return self.resumed

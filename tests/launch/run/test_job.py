@@ -1,0 +1,50 @@
+"""Settings are resolved into one job, or refused."""
+
+import pytest
+
+from launch import prune
+from launch.flags.cli import frozen
+from launch.run.job import Job, RunConfig, resolve
+from models.errors import InputError
+
+
+def job(*flags: str) -> Job:
+    return resolve(frozen(RunConfig, prune.options().parse(["--mesh=data=1", *flags])))
+
+
+def test_a_pattern_sets_the_sparsity() -> None:
+    request = job("--method=wanda", "--pattern=1:4").request
+    assert request.pattern == (1, 4) and request.sparsity == 0.25
+
+
+def test_a_pattern_agrees_with_its_own_sparsity() -> None:
+    assert job("--method=wanda", "--pattern=2:4", "--sparsity=0.5").request.sparsity == 0.5
+
+
+def test_a_method_that_sets_the_sparsity_needs_none() -> None:
+    resolved = job("--method=sleb(blocks=2)")
+    assert resolved.method.sets_sparsity and resolved.request.sparsity == 0.0
+
+
+def test_a_uniform_allocation_is_none() -> None:
+    assert job("--sparsity=0.5").request.allocation is None
+    assert job("--method=wanda", "--sparsity=0.5", "--allocation=owl").request.allocation
+
+
+def test_each_draw_has_the_next_seed() -> None:
+    resolved = job("--sparsity=0.5", "--seed=3", "--calibration_draws=3")
+    assert resolved.sources.calibration.seeds == (3, 4, 5) and resolved.request.seed == 3
+
+
+def test_a_job_has_the_places_of_its_inputs_and_output() -> None:
+    resolved = job("--sparsity=0.5", "--model=m", "--output=o", "--noresume", "--eval_windows=7")
+    assert resolved.sources.model == "m" and resolved.sources.evaluation.windows == 7
+    assert resolved.output.directory == "o" and not resolved.output.resume
+    assert resolved.runtime.batch == 8 and resolved.runtime.journal is None
+
+
+@pytest.mark.parametrize("flags", [[], ["--sparsity=1"], ["--sparsity=nan"], ["--sparsity=-0.1"]])
+def test_a_sparsity_that_is_missing_or_out_of_range_is_refused(flags: list[str]) -> None:
+    with pytest.raises(InputError) as error:
+        job("--method=wanda", *flags)
+    assert error.value.field == "sparsity" and error.value.remedy
