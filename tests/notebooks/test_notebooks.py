@@ -1,4 +1,4 @@
-"""Notebooks run from top to bottom, offline and without torch, and what is stored with them is what they give."""
+"""Notebooks run offline and without torch, and their stored outputs are those of a run."""
 
 import os
 import pathlib
@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
 
 import nbformat
 import numpy as np
@@ -17,9 +16,10 @@ from nbformat import NotebookNode
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("inspect_pytrees", "method_zoo")
 LARGEST = 350_000  # bytes: pages open quickly, and the history stays small
-NEAR = 0.03  # relative: other versions of JAX round otherwise, and one swapped weight shows in the third digit
+# Relative: other versions of JAX round differently; one swapped weight shows in the third digit.
+TOLERANCE = 0.03
 
-# Run first in the kernel: any warning is an error, torch is not there, and nothing connects to anything.
+# The first cell of a test's kernel: warnings are errors, torch is missing, the network is closed.
 STRICT = """
 import socket, sys, warnings
 
@@ -33,7 +33,8 @@ def refuse(*arguments):
 
 warnings.simplefilter("error")
 warnings.filterwarnings("ignore", module="ipykernel")  # the kernel's own
-warnings.filterwarnings("ignore", "The chararray class", DeprecationWarning)  # treescope looks at every name of NumPy, 2.5 deprecates one
+# treescope looks at every name of NumPy, and NumPy 2.5 deprecates this one.
+warnings.filterwarnings("ignore", "The chararray class", DeprecationWarning)
 sys.meta_path.insert(0, NoTorch)
 socket.socket.connect = socket.getaddrinfo = refuse
 """
@@ -43,42 +44,46 @@ every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
 def stored(name: str) -> NotebookNode:
+    """Return the notebook as the repository has it."""
     return nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
 
 
-def cells(notebook: NotebookNode) -> list[NotebookNode]:
+def code_cells(notebook: NotebookNode) -> list[NotebookNode]:
+    """Return the cells with code."""
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
-def shown(output: NotebookNode) -> str:
-    """An output as text: what is printed, or the plain form of what is displayed."""
+def output_text(output: NotebookNode) -> str:
+    """Return printed text, or the plain form of a displayed object."""
     return output.text if output.output_type == "stream" else output.data["text/plain"]
 
 
-def printed(cell: NotebookNode) -> str:
-    """What a cell shows as text; a stream may come in any number of pieces."""
-    return "".join(shown(output) for output in cell.outputs)
+def cell_text(cell: NotebookNode) -> str:
+    """Return all outputs of a cell as one text; a stream may come in any number of pieces."""
+    return "".join(output_text(output) for output in cell.outputs)
 
 
-def kinds(cell: NotebookNode) -> list[set[str]]:
-    """The forms of a cell's outputs, one set for all that is printed."""
-    found = [
+def output_types(cell: NotebookNode) -> list[set[str]]:
+    """Return the MIME types of each displayed object, then the names of all streams."""
+    displayed = [
         set(o.data) for o in cell.outputs if o.output_type in ("display_data", "execute_result")
     ]
-    return [*found, {o.name for o in cell.outputs if o.output_type == "stream"}]
+    streams = {o.name for o in cell.outputs if o.output_type == "stream"}
+    return [*displayed, streams]
 
 
 def executed(name: str) -> NotebookNode:
-    """A copy, run in a kernel of its own as a reader would on one device."""
+    """Run a copy of the notebook in a new kernel with one device, and return it."""
     notebook = stored(name)
-    for cell in cells(notebook):
-        cell.outputs, cell.execution_count = [], None
+    for cell in code_cells(notebook):
+        cell.outputs = []
+        cell.execution_count = None
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    hidden = {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
-    environment: Mapping[str, str] = {k: v for k, v in os.environ.items() if k not in hidden} | {
-        "PYTHONPATH": path
-    }
+    # XLA_FLAGS of the tests gives eight devices; a reader has one.
+    removed = {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+    environment = {k: v for k, v in os.environ.items() if k not in removed}
+    environment["PYTHONPATH"] = path
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -91,39 +96,43 @@ def executed(name: str) -> NotebookNode:
 
 
 def words(text: str) -> str:
-    """The text without its numbers and its spacing, which their lengths decide."""
+    """Return the text without numbers, and without spaces, which align the numbers."""
     return "".join(NUMBER.sub("#", text).split())
 
 
 def numbers(text: str) -> np.ndarray:
-    return np.array(
-        [float(re.sub("[,_]", "", found.rstrip(","))) for found in NUMBER.findall(text)]
-    )
+    """Return the numbers in a text [n]."""
+    digits = [re.sub("[,_]", "", number) for number in NUMBER.findall(text)]
+    return np.array([float(d) for d in digits])
 
 
-def test_all_of_them_are_tested() -> None:
+def test_every_notebook_is_tested() -> None:
     assert {f.stem for f in (ROOT / "notebooks").glob("*.ipynb")} == set(NAMES)
 
 
 @every_notebook
-def test_runs_and_gives_what_is_stored(name: str) -> None:
+def test_a_run_gives_the_stored_outputs(name: str) -> None:
     fresh = executed(name)
-    for new, old in zip(cells(fresh), cells(stored(name)), strict=True):
-        assert kinds(new) == kinds(old), old.source
-        assert words(printed(new)) == words(printed(old)), old.source
+    for new, old in zip(code_cells(fresh), code_cells(stored(name)), strict=True):
+        assert output_types(new) == output_types(old), old.source
+        assert words(cell_text(new)) == words(cell_text(old)), old.source
         np.testing.assert_allclose(
-            numbers(printed(new)), numbers(printed(old)), rtol=NEAR, atol=1e-3, err_msg=old.source
+            numbers(cell_text(new)),
+            numbers(cell_text(old)),
+            rtol=TOLERANCE,
+            atol=1e-3,
+            err_msg=old.source,
         )
 
 
 @every_notebook
-def test_is_stored_as_run_from_top_to_bottom(name: str) -> None:
+def test_the_stored_outputs_are_of_one_run_from_top_to_bottom(name: str) -> None:
     notebook = stored(name)
     nbformat.validate(notebook)
-    assert [cell.execution_count for cell in cells(notebook)] == list(
-        range(1, len(cells(notebook)) + 1)
+    assert [cell.execution_count for cell in code_cells(notebook)] == list(
+        range(1, len(code_cells(notebook)) + 1)
     )
-    for cell in cells(notebook):
+    for cell in code_cells(notebook):
         assert cell.outputs, cell.source
         assert all(o.output_type != "error" and o.get("name") != "stderr" for o in cell.outputs), (
             cell.source
@@ -132,12 +141,12 @@ def test_is_stored_as_run_from_top_to_bottom(name: str) -> None:
 
 
 @every_notebook
-def test_is_small_and_tells_nothing_of_a_machine(name: str) -> None:
+def test_the_file_is_small_and_has_no_paths_of_a_machine(name: str) -> None:
     assert (ROOT / "notebooks" / f"{name}.ipynb").stat().st_size <= LARGEST
     notebook = stored(name)
     text = "\n".join(
         [cell.source for cell in notebook.cells]
-        + [printed(cell) for cell in cells(notebook)]
+        + [cell_text(cell) for cell in code_cells(notebook)]
         + [str(notebook.metadata)]
     )
     assert not re.search(
@@ -146,9 +155,8 @@ def test_is_small_and_tells_nothing_of_a_machine(name: str) -> None:
 
 
 @every_notebook
-def test_views_need_no_scripts(name: str) -> None:
-    """What a reader without scripts sees of treescope's views is their text."""
-    for cell in cells(stored(name)):
+def test_treescope_views_have_a_text_for_readers_without_scripts(name: str) -> None:
+    for cell in code_cells(stored(name)):
         for output in cell.outputs:
             page = output.get("data", {}).get("text/html", "")
             if "<script" in page:
@@ -159,10 +167,10 @@ def test_views_need_no_scripts(name: str) -> None:
 @every_notebook
 @pytest.mark.skipif(
     not shutil.which("ruff", path=str(pathlib.Path(sys.executable).parent)),
-    reason="needs ruff: pip install topiary[dev]",
+    reason="needs ruff: pip install -e '.[dev]'",
 )
 @pytest.mark.parametrize("command", ["check", "format --check"])
-def test_is_written_as_the_code_is(name: str, command: str) -> None:
+def test_the_code_passes_ruff(name: str, command: str) -> None:
     ruff = [sys.executable, "-m", "ruff", *command.split(), "--no-cache", f"notebooks/{name}.ipynb"]
     run = subprocess.run(ruff, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
