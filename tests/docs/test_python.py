@@ -1,5 +1,6 @@
 """The Python code of the documentation runs."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from models.checkpoint.reader import open_checkpoint
-from reference.pages import code
+from reference.pages import ROOT, code, read
 
 
 def run(page: str) -> dict[str, Any]:
@@ -47,3 +48,11 @@ def test_the_readme_runs(
     dense, pruned = map(float, capsys.readouterr().out.split())
     assert np.isfinite([dense, pruned]).all() and dense != pruned
     assert len(open_checkpoint(tmp_path / "out" / "wanda").model.blocks)
+
+
+@pytest.mark.parametrize("package", ["models", "calibration", "pruning", "eval", "launch"])
+def test_the_reference_lists_every_module(package: str) -> None:
+    modules = {f.stem for f in (ROOT / package).glob("*.py")} - {"__init__"}
+    packages = {f.parent.name for f in (ROOT / package).glob("*/__init__.py")}
+    listed = re.findall(rf"^\| \[`{package}\.(\w+)`\]", read(f"docs/api/{package}.md"), re.MULTILINE)
+    assert sorted(listed) == sorted(modules | packages)
