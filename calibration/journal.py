@@ -8,7 +8,6 @@ between two blocks: the journal then holds the records so far and the hidden sta
 written, so a run killed at any instant leaves one of two consistent states.
 """
 
-import hashlib
 import json
 import os
 import pathlib
@@ -336,16 +335,3 @@ def _describe_change(name: str, before: Mapping[str, Any], now: Mapping[str, Any
     """Return a setting's name, with its two values if these are short enough to read."""
     old, new = json.dumps(before.get(name)), json.dumps(now.get(name))
     return f"{name} ({old}, now {new})" if max(len(old), len(new)) < LONGEST_SHOWN else name
-
-
-def digest(array: np.ndarray) -> str:
-    """Return the SHA-256 of an array's numbers, shape and type, to stand for tokens in a key."""
-    return hashlib.sha256(
-        f"{array.dtype.str} {array.shape} ".encode() + array.tobytes()
-    ).hexdigest()
-
-
-def file_digest(path: pathlib.Path) -> str:
-    """Return the SHA-256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from calibration.journal import digest, to_serialisable
+from calibration.digests import digest
+from calibration.journal import to_serialisable
 from calibration.observers import Observer
 from calibration.runtime import Runtime
 from calibration.states import Offload, States

@@ -180,6 +180,16 @@ def _fits(memory: Mapping[str, Any], devices: int, costs: Sequence[Cost]) -> boo
     return device["peak"] * devices + host["peak"] <= host["available"]
 
 
+def _total(costs: Sequence[Cost], device_bytes: int) -> dict[str, float]:
+    """Return the whole run's work, the bytes each device moves, and the seconds of compilation."""
+    return {
+        "device_bytes": device_bytes,
+        "flops": sum(c.flops * c.calls for c in costs),
+        "bytes_moved": sum(c.bytes * c.calls for c in costs),
+        "compile_seconds": sum(c.seconds for c in costs),
+    }
+
+
 def plan(values: dict[str, Any]) -> dict[str, Any]:
     """Return the plan as JSON.
 
@@ -195,6 +205,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     job = resolve(dataclasses.replace(config, mesh="" if topology else config.mesh))
     method, request, runtime = job.method, job.request, job.runtime
     devices = devices_of(topology)
+    kind = devices[0].device_kind
     mesh = make_mesh(config.mesh, runtime.batch, devices)
     model_config = config_of(config.model)
     arch, non_block, blocks = hf.specs(model_config)
@@ -210,6 +221,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     runtime = dataclasses.replace(runtime, mesh=mesh, offload=offload)
     recorder = Recorder(mesh, memory)
     with record_programs(recorder):
+        # The sink drops the blocks: writing them takes no program.
         method.run(model, tokens, request, runtime, lambda i, block: None)
     draws = config.calibration_draws
     costs = [cost._replace(calls=cost.calls * draws) for cost in recorder.costs]
@@ -217,23 +229,14 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     block = max(_bytes(b) for b in shapes.blocks)
     resident = _resident(recorder, offload, block, _bytes(parameters), draws)
     resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
-    total = {
-        "device_bytes": recorder.peak["device"],
-        "flops": sum(c.flops * c.calls for c in costs),
-        "bytes_moved": sum(c.bytes * c.calls for c in costs),
-        "compile_seconds": sum(c.seconds for c in costs),
-    }
+    total = _total(costs, recorder.peak["device"])
     if not topology:
         total["seconds_at_peak"] = total["flops"] / (flops_per_second(dtype) * mesh.size)
     return {
         "model": config.model,
         "method": config.method,
         "parameters": sum(math.prod(s.shape) for s in parameters),
-        "devices": {
-            "kind": devices[0].device_kind,
-            "topology": topology,
-            "mesh": dict(mesh.shape),
-        },
+        "devices": {"kind": kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {
             "samples": samples,
             "length": length,

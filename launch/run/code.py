@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from calibration.journal import file_digest
+from calibration.digests import file_digest
 from launch.flags.calls import parse_call
 from launch.run.job import RunConfig
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS

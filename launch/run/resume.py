@@ -6,7 +6,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from calibration.journal import Journal, StepCache, file_digest
+from calibration.digests import file_digest
+from calibration.journal import Journal, StepCache
 from launch.run.code import code_digests
 from launch.run.inputs import Inputs
 from launch.run.job import Job

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from calibration.journal import file_digest
+from calibration.digests import file_digest
 from calibration.tokenizer import TextTokenizer
 from eval.answers import AnswerCache, cache_directory
 from launch import __version__

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.journal import digest
+from calibration.digests import digest
 from calibration.passes import micro_batches
 from calibration.runtime import Runtime
 from calibration.states import States, fits_in_memory, scratch

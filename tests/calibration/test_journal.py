@@ -10,7 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from calibration.journal import Journal, digest, to_serialisable
+from calibration.digests import digest
+from calibration.journal import Journal, to_serialisable
 from calibration.step_cache import StepCache
 from models.errors import InputError
 from models.sharding import make_mesh, split

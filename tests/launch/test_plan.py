@@ -132,7 +132,7 @@ def test_published_models_are_known_by_name() -> None:
 
 
 def test_a_plan_for_absent_tpus_compiles_the_real_programs(tmp_path: pathlib.Path) -> None:
-    """The real programs of LLaMA-2-7B for the sixteen chips of a v5e-16, by libtpu's compiler in a process of its own."""
+    """libtpu compiles LLaMA-2-7B for the sixteen chips of a v5e-16, in a process of its own."""
     if not importlib.util.find_spec("libtpu"):
         pytest.skip("needs libtpu: pip install 'jax[tpu]'")
     method = [

@@ -134,7 +134,7 @@ def test_the_plan_of_a_search_that_stops_early_is_the_most_it_may_do() -> None:
 
 
 def test_the_plan_counts_what_stays_on_the_device() -> None:
-    """SLEB holds the whole model and a store of hidden states; a plan without them would be short."""
+    """SLEB holds the whole model and a store of hidden states."""
     m, mesh = model("llama"), make_mesh("data=1")
     planned = Recorder(mesh)
     method = METHODS["sleb"](blocks=1)
