@@ -54,5 +54,7 @@ def test_the_readme_runs(
 def test_the_reference_lists_every_module(package: str) -> None:
     modules = {f.stem for f in (ROOT / package).glob("*.py")} - {"__init__"}
     packages = {f.parent.name for f in (ROOT / package).glob("*/__init__.py")}
-    listed = re.findall(rf"^\| \[`{package}\.(\w+)`\]", read(f"docs/api/{package}.md"), re.MULTILINE)
+    listed = re.findall(
+        rf"^\| \[`{package}\.(\w+)`\]", read(f"docs/api/{package}.md"), re.MULTILINE
+    )
     assert sorted(listed) == sorted(modules | packages)
