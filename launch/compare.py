@@ -28,6 +28,7 @@ def options() -> Flags:
     f.string("markdown", None, "file to write the table to, as Markdown")
     f.string("latex", None, "file to write the table to, as a LaTeX tabular")
     f.string("plot", None, "file for a plot of perplexity against size and speed: .svg or .png")
+    f.string("plot_dark", None, "file for the same plot for dark pages: .svg or .png")
     return f
 
 
@@ -138,8 +139,10 @@ def _write(flag: str, file: str, text: str) -> None:
 
 def main(values: dict[str, Any]) -> None:
     """Print the table and write the files that the flags name."""
-    if values["plot"] and pathlib.Path(values["plot"]).suffix not in (".svg", ".png"):
-        raise InputError("must end in .svg or .png", field="plot", value=values["plot"])
+    plots = [flag for flag in ("plot", "plot_dark") if values[flag]]
+    for flag in plots:
+        if pathlib.Path(values[flag]).suffix not in (".svg", ".png"):
+            raise InputError("must end in .svg or .png", field=flag, value=values[flag])
     runs = read(values["directories"], values["speed"])
     table = rows(runs)
     console.show_wide(str(runs[0].report["model"]), table, Console())
@@ -149,9 +152,10 @@ def main(values: dict[str, Any]) -> None:
         _write("markdown", values["markdown"], compare_table.markdown(table))
     if values["latex"]:
         _write("latex", values["latex"], compare_table.latex(table))
-    if values["plot"]:
-        panels = {name: points(runs, name) for name in data_sets(runs)}
-        compare_plot.save_comparison(panels, pathlib.Path(values["plot"]))
+    panels = {name: points(runs, name) for name in data_sets(runs)} if plots else {}
+    for flag in plots:
+        dark = flag == "plot_dark"
+        compare_plot.save_comparison(panels, pathlib.Path(values[flag]), dark)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from launch.report import summary
 from launch.report.quality_plots import LOG_RANGE
-from launch.report.svg import GREY, ORANGE, TEAL, WIDTH, save, style, tick
+from launch.report.svg import GREY, INK, ORANGE, PALE_INK, TEAL, WIDTH, save, style, tick
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -93,7 +93,9 @@ def label_points(ax: "Axes", points: Sequence[Point]) -> None:
             text.remove()
 
 
-def save_comparison(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path) -> None:
+def save_comparison(
+    panels: Mapping[str, Mapping[str, Sequence[Point]]], path: Path, dark: bool = False
+) -> None:
     """Draw the runs to .svg or .png, a row per data set and a column per x axis.
 
     A line joins the runs that no other run beats; the others have another colour. Runs without a
@@ -102,11 +104,12 @@ def save_comparison(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: P
     Args:
       panels: {data set: {label of the x axis: points}}.
       path: File to write.
+      dark: Draw for a dark page, on no background.
     """
     from matplotlib.figure import Figure
 
     labels = summary.short_names(panels)
-    with style("compare"):
+    with style("compare", PALE_INK if dark else INK):
         columns = max(map(len, panels.values()))
         figure = Figure(figsize=(WIDTH * columns, 3.4 * len(panels)), layout="constrained")
         grid = figure.subplots(len(panels), columns, squeeze=False)
@@ -118,4 +121,4 @@ def save_comparison(panels: Mapping[str, Mapping[str, Sequence[Point]]], path: P
         for axes, by_label in zip(grid, panels.values(), strict=True):
             for ax, points in zip(axes, by_label.values(), strict=True):
                 label_points(ax, [p for p in points if math.isfinite(p.perplexity)])
-        save(figure, path)
+        save(figure, path, transparent=dark)

@@ -22,6 +22,7 @@ BLUE, ORANGE, TEAL, GREY = "#0077bb", "#ee7733", "#009988", "#999999"
 # Colours and markers of the curves of a plot; the marker repeats what the colour says.
 COLOURS = (BLUE, ORANGE, TEAL, "#cc3311", "#33bbee", GREY, "#ee3377")
 MARKERS = "osD^vXP*"
+PALE_INK = "#e6edf3"  # for dark pages
 INK = "#12171d"  # replaced by currentColor, so one drawing serves the light and the dark page
 WIDTH = 5.0  # inches: text of 10 points stays readable when a phone shows the plot 330 px wide
 STYLE = {
@@ -46,15 +47,17 @@ STYLE = {
 
 
 @contextlib.contextmanager
-def style(salt: str) -> Iterator[None]:
+def style(salt: str, ink: str = INK) -> Iterator[None]:
     """Draw in the report's style, whatever the user's matplotlibrc says.
 
     Args:
       salt: Names the SVG's internal references, so that equal plots have equal bytes.
+      ink: Colour of text, axes and grid.
     """
     import matplotlib.style
 
-    with matplotlib.style.context(["default", STYLE | {"svg.hashsalt": salt}]):
+    settings = {key: ink if value == INK else value for key, value in STYLE.items()}
+    with matplotlib.style.context(["default", settings | {"svg.hashsalt": salt}]):
         yield
 
 
@@ -87,9 +90,16 @@ def render(title: str, panels: int, height: float, draw: Callable[[Sequence["Axe
     return text.replace("<svg ", '<svg role="img" ', 1)
 
 
-def save(figure: "Figure", path: Path) -> None:
-    """Write a figure to .svg or .png, an SVG without its date so that equal plots are equal."""
-    figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
+def save(figure: "Figure", path: Path, transparent: bool = False) -> None:
+    """Write a figure to .svg or .png, an SVG without its date so that equal plots are equal.
+
+    Args:
+      figure: The figure.
+      path: File to write.
+      transparent: Leave the background to the page.
+    """
+    metadata = {"Date": None} if path.suffix == ".svg" else None
+    figure.savefig(path, metadata=metadata, transparent=transparent)
 
 
 def finite(values: Iterable[float | None]) -> list[float]:

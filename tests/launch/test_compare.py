@@ -110,7 +110,16 @@ def test_the_command_prints_and_writes(
     files = {flag: tmp_path / f"table.{flag}" for flag in ("markdown", "latex")}
     flags = [f"--{flag}={file}" for flag, file in files.items()]
     assert (
-        run(compare.options(), compare.main, [*runs, *flags, f"--plot={tmp_path / 'plot.svg'}"])
+        run(
+            compare.options(),
+            compare.main,
+            [
+                *runs,
+                *flags,
+                f"--plot={tmp_path / 'plot.svg'}",
+                f"--plot_dark={tmp_path / 'dark.svg'}",
+            ],
+        )
         == 0
     )
     seen = capsys.readouterr()
@@ -123,6 +132,8 @@ def test_the_command_prints_and_writes(
     assert "flap, owl(m=7), dsnot" in drawn and "sleb" not in drawn, (
         "a run without a finite perplexity has no place"
     )
+    dark = (tmp_path / "dark.svg").read_text()
+    assert "#e6edf3" in dark and "#12171d" not in dark and "#e6edf3" not in drawn
 
 
 def test_the_mean_of_several_tasks_needs_all_of_them(tmp_path: pathlib.Path) -> None:
