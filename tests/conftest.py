@@ -25,6 +25,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 SHARED = ROOT.parent / "shared"
 SMOLLM2 = pathlib.Path(

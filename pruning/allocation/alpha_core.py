@@ -35,7 +35,7 @@ def tail_exponents(e: jax.Array) -> tuple[jax.Array, jax.Array]:
     def fit(i: jax.Array) -> tuple[jax.Array, jax.Array]:
         tail, size = jnp.arange(n) >= i, (n - i).astype(jnp.float32)
         alpha = 1 + size / jnp.sum(jnp.where(tail, log - log[i], 0))
-        below = (jnp.arange(n) - i) / size
+        below = (jnp.arange(n) - i).astype(jnp.float32) / size
         distance = jnp.abs(1 - jnp.exp((log - log[i]) * (1 - alpha)) - below)
         return alpha, jnp.max(jnp.where(tail, distance, 0))
 

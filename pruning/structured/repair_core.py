@@ -62,7 +62,8 @@ def refit_kept_columns(
         covariance = total / tokens - mean[:, None] * mean[None, :]
         both_kept = keep[:, None] & keep[None, :]
         kept = jnp.where(both_kept, covariance, 0.0)
-        ridge = RIDGE * jnp.sum(jnp.diagonal(kept)) / jnp.maximum(jnp.sum(keep), 1)
+        count = jnp.maximum(jnp.sum(keep), 1).astype(jnp.float32)
+        ridge = RIDGE * jnp.sum(jnp.diagonal(kept)) / count
         # Removed channels get a diagonal of 1: the matrix keeps its shape and can be inverted.
         kept = kept + jnp.diag(jnp.where(keep, ridge, 1.0))
         w = linear.w.astype(jnp.float32)

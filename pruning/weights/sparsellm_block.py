@@ -146,8 +146,10 @@ def ffn_inputs_and_targets(
     if not arch.residual:
         return taps[names.input_tap], taps[names.w2]
     dense_taps = arch.block(dense, x)[1]
-    attention_error = dense_taps[attention].astype(jnp.float32) - taps[attention]
-    return taps[names.input_tap], (dense_taps[names.w2] + attention_error).astype(x.dtype)
+    dense_output, pruned_output = dense_taps[attention], taps[attention]
+    attention_error = dense_output.astype(jnp.float32) - pruned_output.astype(jnp.float32)
+    target = dense_taps[names.w2].astype(jnp.float32) + attention_error
+    return taps[names.input_tap], target.astype(x.dtype)
 
 
 @program("alternation", static=(0, 5))

@@ -26,6 +26,8 @@ from launch.run.tasks import vocabulary_of
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
 )  # what datasets, torch and lm-eval say to each other

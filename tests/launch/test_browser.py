@@ -15,6 +15,8 @@ from launch.report.html import render
 from pruning import figures
 from pruning.figures import LineSeries, Table
 
+pytestmark = pytest.mark.slow
+
 PHONE = 390  # pixels wide, as Chromium counts them for a page with a viewport
 PROBE = """<p id="probe"></p><script>addEventListener("load", () => {
   const root = document.documentElement, width = root.clientWidth, scrolls = root.scrollWidth;

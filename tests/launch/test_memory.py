@@ -21,6 +21,8 @@ from pruning.methods import METHODS
 from pruning.types import Request
 from reference import synthetic
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = synthetic.LARGE | {
     "hidden_size": 512,

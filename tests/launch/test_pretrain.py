@@ -19,6 +19,8 @@ from models.checkpoint import reader as store
 from models.errors import InputError
 from models.families import hf
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 TINY = Settings(
     family="llama",

@@ -23,6 +23,8 @@ from models.init import init_model
 from pruning.methods import METHODS
 from reference.prune_runs import call, weights
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures("no_samples")
 
 BASE = dict(

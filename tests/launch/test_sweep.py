@@ -16,6 +16,8 @@ from launch.run import export
 from launch.trials import trial as trials
 from models.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _skip_samples_and_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,8 @@ from models.checkpoint.reader import open_checkpoint
 from models.generate import generate
 from reference import torch_models
 
+pytestmark = pytest.mark.slow
+
 pytest.importorskip("torch")
 
 

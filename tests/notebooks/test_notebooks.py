@@ -23,6 +23,8 @@ TOLERANCE = 0.03
 STRICT = """
 import socket, sys, warnings
 
+pytestmark = pytest.mark.slow
+
 class NoTorch:
     def find_spec(name, path=None, target=None):
         if name.split(".")[0] == "torch":

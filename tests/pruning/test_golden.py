@@ -35,6 +35,8 @@ from reference.golden import (
 )
 from reference.small import weight, zeros
 
+pytestmark = pytest.mark.slow
+
 RANKS = {
     "wpr-default": {"scorer": "wpr"},
     "wpr-g0.5": {"scorer": "wpr", "gamma": 0.5, "theta": 0.5},

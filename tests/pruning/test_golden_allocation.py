@@ -20,6 +20,8 @@ from pruning.types import Outcome, Request, prune
 from reference.golden import Reference, bits, tiny
 from reference.small import zeros
 
+pytestmark = pytest.mark.slow
+
 FOLDER = "golden/sparsellm_neuroal"
 NOISY = {"tiny-llama": 0.02, "tiny-opt": 0.05}  # SparseGPT's trials
 NEUROAL = [

@@ -11,6 +11,8 @@ from pruning.methods import METHODS
 from pruning.types import Request, prune
 from reference.golden import golden, index, tiny
 
+pytestmark = pytest.mark.slow
+
 RUNS = [
     *(
         f"flap-{m}-{s}-{r}"

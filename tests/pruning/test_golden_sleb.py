@@ -12,6 +12,8 @@ from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
 from reference.golden import Reference, golden, index, load, tiny
 
+pytestmark = pytest.mark.slow
+
 
 def removed(r: Reference, rows: int, **arguments: object) -> tuple[Model, Outcome]:
     """Run SLEB with the official micro-batches of four."""

@@ -22,6 +22,8 @@ from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
 from reference.golden import SPARSITY, bits, tiny
 
+pytestmark = pytest.mark.slow
+
 _UNIT = {
     "hidden_size": 64,
     "num_attention_heads": 2,

@@ -18,6 +18,8 @@ from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.types import Method, Request
 from reference.small import model, tokens
 
+pytestmark = pytest.mark.slow
+
 # Method, allocation and refinement of each run. SLEB's official search tries every candidate to the
 # end; the corrected one stops early, and its plan is the most it may do.
 RUNS = [

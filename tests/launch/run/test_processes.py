@@ -19,6 +19,8 @@ from models.checkpoint.writer import save
 from models.init import init_model
 from reference.prune_runs import weights
 
+pytestmark = pytest.mark.slow
+
 TESTS = pathlib.Path(__file__).parents[2]
 CONFIG = {
     "model_type": "llama",

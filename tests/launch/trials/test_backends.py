@@ -21,6 +21,8 @@ from launch.trials.backends import Execution
 from launch.trials.trial import Job, Trial
 from models.errors import InputError
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 
