@@ -241,8 +241,7 @@ def outer_products(x: jax.Array) -> jax.Array:
     width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
     starts = range(0, c, width)
     rows = [
-        # TPUs' default bfloat16 passes may leave H without positive eigenvalues, and it would not
-        # factor.
+        # TPUs' default bfloat16 passes may make H indefinite, and it would not factor.
         jnp.einsum("btc,btd->cd", x[..., i : i + width], x[..., i:], precision="highest")
         for i in starts
     ]

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-# TPUs split a collective into a start and a done. Only the start is counted.
+# An asynchronous collective is a start and a done. Only the start is counted.
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 )

@@ -38,7 +38,6 @@ class InputError(ValueError):
         subject = name(self.field) if self.field else ""
         if self.field and self.value is not None:
             subject += f"={self.value}"
-        # One line, so that a script can read the error as one.
         text = " ".join(filter(None, (subject, self.reason)))
         text += f": {self.remedy}" if self.remedy else ""
         # Only single words in backticks are settings; commands and code keep theirs.

@@ -25,9 +25,9 @@ PLACES: tuple[Place, ...] = get_args(Place)
 class _Memory:
     """Bytes that a planned array takes; given back when the object goes."""
 
-    # Tied to the Python object, so that a plan frees memory where a run drops the last reference.
     def __init__(self, recorder: "Recorder", place: Place, size: int) -> None:
         self._recorder, self.place, self._size = recorder, place, size
+        # Tied to this object, so that a plan frees memory where a run drops the last reference.
         recorder.add(place, size)
 
     def __del__(self) -> None:
@@ -158,7 +158,7 @@ class Recorder:
     def falling(self) -> float:
         """Return a factor just below the one of the call before."""
         self._asked += 1
-        # A step of 1e-6 survives float32, whose own is 1e-7, and stays far below the range 1 to 2.
+        # A step of 1e-6 survives float32 (1e-7) and stays far below the range 1 to 2.
         return 1 / (1 + 1e-6 * self._asked)
 
     def add(self, place: Place, size: int) -> None:

@@ -21,7 +21,7 @@ from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
 # Logical axis -> mesh axis: calibration windows, and output rows of a linear.
-# Rows, not columns: most methods compare weights within a row, which then lies on one device.
+# Rows, not columns: a row's products and Wanda's mask of it then need no other device.
 LOGICAL = {"sample": "data", "out": "model"}
 
 

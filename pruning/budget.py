@@ -38,10 +38,9 @@ def by_block(model: Model, fractions: np.ndarray) -> Budget:
       model: Its architecture names the slots.
       fractions: Fraction to remove from each block, [blocks].
     """
+    # float64, because counts are truncated products: float32 could be off by one.
     return tuple(
-        # float64, because counts are truncated products: float32 could be off by one.
-        {slot.name: np.asarray(f, np.float64) for slot in model.arch.slots}
-        for f in fractions
+        {slot.name: np.asarray(f, np.float64) for slot in model.arch.slots} for f in fractions
     )
 
 

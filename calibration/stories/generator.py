@@ -133,7 +133,7 @@ def _story(draw: Draw) -> str:
     home = draw.choice(words.HOMES)
     episodes = draw.sample(EPISODES, draw.integer(1, 2))
     details = [describe(draw, hero, friend) for describe in draw.sample(_DETAILS, len(episodes))]
-    # Drawn for a single episode too: the seed's later draws must not depend on its use.
+    # Drawn even where a single episode leaves it out: later draws would change otherwise.
     bridge = draw.choice(
         (
             "But the day was not over.",
@@ -143,13 +143,13 @@ def _story(draw: Draw) -> str:
         )
     )
     starts = (_opening(draw, hero, friend, home), bridge)
+    # Not strict: a single episode has no bridge.
     paragraphs = [
-        # Not strict: a single episode has no bridge.
         " ".join([start, detail.mention, *episode(draw, hero, friend)])
         for start, detail, episode in zip(starts, details, episodes, strict=False)
     ]
     recalled = draw.choice(details).recall
-    # The recall comes last. Its words can only be known from a mention far above.
+    # The recall comes last: only the mention, far above, tells its words.
     return "\n".join([*paragraphs, f"{recalled} {_ending(draw, hero, friend, home)}"]) + "\n"
 
 

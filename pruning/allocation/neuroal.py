@@ -92,7 +92,7 @@ def _official_row_budget(
                 # Grouped k and v have fewer rows than q. The official kernel reads as many
                 # fractions.
                 own = row_fractions(norm_drops[i][fed.name], means[i], lam)[:rows]
-            # Of even rows too: the official row step removes one entry more than the block step.
+            # Even rows too: the official row step takes one entry more of a row than the block step.
             fractions[slot] = kept_row_fractions(own, columns)
         budget.append(fractions)
     return tuple(budget)
@@ -227,10 +227,9 @@ def _corrected_search(search: Search, step: str) -> tuple[_StepResult, _StepResu
     tried = _try_blocks(search, COARSE_LAMBDAS if step != "row" else (0.0,))
     if step != "row":
         best = _best(tried)
+        # Below 0 later blocks would lose less. 0 itself is on the coarse grid.
         tried |= _try_blocks(
-            # Below 0 later blocks would lose less. 0 itself is on the coarse grid.
-            search,
-            [lam for lam in (best - STEP_AROUND_BEST, best + STEP_AROUND_BEST) if lam > 0],
+            search, [lam for lam in (best - STEP_AROUND_BEST, best + STEP_AROUND_BEST) if lam > 0]
         )
     first = _step_result(tried)
     if step == "block":

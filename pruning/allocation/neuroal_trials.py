@@ -98,7 +98,7 @@ def run_trials(
 
 def _visit(search: Search, name: str, visit: Any) -> None:
     """Visit all blocks with the hidden states of the search windows."""
-    # Not durable: the search's step is saved whole. The states of all trials would be too many.
+    # Not durable: the search's step is saved whole, without the hidden states of its trials.
     visit_blocks(search.model, search.tokens, search.runtime, visit, name=name, durable=False)
 
 

@@ -213,8 +213,8 @@ def _select_official_by_threshold(
     """
     flat = np.concatenate([*heads, *neurons])
     worth = np.ones(len(flat), np.int64)
-    # Integers, as in the official code: `ones_like` of indices turns 512 / 3 into 170. A fraction
-    # changes the chosen neurons.
+    # Integers, as in the official code: `ones_like` of indices turns 512 / 3 into 170. With
+    # 170.67 other neurons would stay.
     worth[: _count(heads)] = head_worth
     order = np.argsort(-flat, kind="stable")
     kept_worth = np.cumsum(worth[order])

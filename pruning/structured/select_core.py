@@ -93,7 +93,7 @@ def select_lowest_by_count(scores: Sequence[np.ndarray], fraction: float) -> Kee
       The units that stay, by list.
     """
     flat = np.concatenate(scores)
-    # Rounded up here, though the official local pruner rounds halves to even.
+    # The official global pruner rounds up, the local one rounds halves to even.
     return split_like(drop_lowest(flat, math.ceil(len(flat) * fraction)), scores)
 
 

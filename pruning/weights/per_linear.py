@@ -86,7 +86,7 @@ def prepare_tap(pruner: Pruner, stats: Any, tap: str) -> tuple[Any, Notes]:
     Returns:
       Prepared statistics, and the pruner's figures.
     """
-    if pruner.prepare is unprepared:  # no program for nothing
+    if pruner.prepare is unprepared:  # nothing to compile
         return stats, {}
     return _prepare(pruner.prepare)(stats, name=f"{tap}: statistics prepared")
 

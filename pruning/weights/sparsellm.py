@@ -62,7 +62,8 @@ class SparseLLM:
       variant: "official" is the authors' code to the letter, which diverges on SmolLM2 and on tiny
         OPT models. "corrected", the default, has the same objective with sums over tokens and
         Cholesky factors in place of pseudo-inverses. W2 is fitted to the outputs of the pruned W1
-        and gate, and the target makes up for pruned attention. The best iteration stays. At 70 % on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145.
+        and gate, and the target makes up for pruned attention. The best iteration stays. At 70 %
+        on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145.
     """
 
     iterations: int = 4
@@ -104,8 +105,7 @@ class SparseLLM:
     def _settings(self, arch: Arch, request: Request) -> Settings:
         """Return the settings of the alternation; InputError for an unknown activation."""
         gated, act = ffn_names(arch).gate is not None, arch.config.act
-        # z has a closed form for relu without a gate (eq. 7) and behind a gate (eq. 10), for no
-        # other pair.
+        # The paper has updates for relu without a gate (eq. 7) and for silu with one (eq. 10).
         if act not in KNOWN_ACTIVATIONS or (act == "relu") == gated:
             raise InputError(
                 f"sparsellm: no update of the auxiliary activations is known for {act}",
