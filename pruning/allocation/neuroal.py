@@ -92,7 +92,7 @@ def _official_row_budget(
                 # Grouped k and v have fewer rows than q. The official kernel reads as many
                 # fractions.
                 own = row_fractions(norm_drops[i][fed.name], means[i], lam)[:rows]
-            # Even rows too: the official row step takes one entry more of a row than the block step.
+            # Even rows too: the official row step takes one entry more of each than the block step.
             fractions[slot] = kept_row_fractions(own, columns)
         budget.append(fractions)
     return tuple(budget)

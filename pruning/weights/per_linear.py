@@ -138,7 +138,7 @@ def solve_block(
     notes: dict[str, Notes] = {}
     for tap, names in readers(arch, counts).items():
         prepared, notes[tap] = prepare_tap(pruners[tap], stats.get(tap), tap)
-        dense = [getattr(block, name).w for name in names]
+        dense = [getattr(block, name).w for name in names]  # SparseGPT sweeps them as one matrix
         label = f"{tap}: {', '.join(names)} pruned"
         pruned = _solve(pruners[tap], prepared, dense, [counts[n] for n in names], name=label)
         new |= dict(zip(names, pruned, strict=True))
@@ -195,7 +195,7 @@ def by_figure(blocks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, 
     names = {name for taps in blocks for by_name in taps.values() for name in by_name}
     return {
         name: [{tap: by_name[name] for tap, by_name in taps.items()} for taps in blocks]
-        for name in sorted(names)
+        for name in sorted(names)  # a set of texts has another order in every process
     }
 
 
@@ -329,7 +329,7 @@ class PerLinear:
             if counts:
                 block, notes = solve_block(arch, pruners, block, stats, counts)
                 record = figures(i, notes)  # floats, as JSON and journals hold them
-            sink(i, block)
+            sink(i, block)  # at once: no finished block waits in memory
             return block, record
 
         records = calibrate_blocks(
