@@ -77,6 +77,7 @@ def calibration_tokens(
         ids = document_windows(
             corpus.texts, lambda text: encode(text, special), samples, length, seed, source
         )
+        # No joiner: a window lies within one document, as in the papers' loaders of C4.
         cut = _cut_record("random windows of random documents", None, special)
     else:
         stream = encode(corpus.join.join(corpus.texts), special)

@@ -37,6 +37,7 @@ def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _compensated(total: jax.Array, lost: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """Sum numbers `total + lost` along an axis in pairs, and keep what rounding loses."""
+    # In pairs: a running sum would be a chain of dependent steps, one a chunk.
     while (n := total.shape[axis]) > 1:
         if n % 2:
             pad = [(0, int(i == axis)) for i in range(total.ndim)]
@@ -86,6 +87,8 @@ class SecondMoment(NamedTuple):
 def _add(state: SecondMoment, squares: jax.Array) -> SecondMoment:
     """Add a micro-batch of squares [b t c], float32."""
     new, lost = _sum_over_tokens(squares)
+    # The second sum gives back to the total what all additions so far have lost, so that it is
+    # rounded once, whatever the micro-batch.
     total, more = _two_sum(state.total, new)
     total, lost = _two_sum(total, state.lost + lost + more)
     return SecondMoment(total, state.samples + len(squares), lost)
@@ -110,6 +113,7 @@ def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
 fading_second_moment = Observer(second_moment.init, _fading_update)
 
 
+# Cached: fresh lambdas would be another static argument, and compile again.
 @functools.cache
 def pair(a: Observer, b: Observer) -> Observer:
     """Return an observer with the states of both; the compiler does shared work once."""
@@ -154,6 +158,7 @@ class Moments(NamedTuple):
     @property
     def variance(self) -> jax.Array:
         """Return the variance over all tokens [c], within sequences and between them."""
+        # In float32 this difference of squares may come out just below zero.
         between = self.squares / self.second.samples - self.window_sum**2
         return self.variance_within + jnp.maximum(between, 0) / self.length**2
 
@@ -169,6 +174,8 @@ def _moments_update(state: Moments, x: jax.Array) -> Moments:
         second_moment.update(state.second, x),
         state.sums + jnp.sum(sums, axis=0),
         state.squares + jnp.sum(sums**2, axis=0),
+        # About each window's own mean: E[x^2] - E[x]^2 would lose most digits where the mean is
+        # large.
         state.variances + jnp.sum(jnp.var(x, axis=1), axis=0),
         jnp.full_like(state.length, x.shape[1]),
     )
@@ -234,6 +241,7 @@ def outer_products(x: jax.Array) -> jax.Array:
     width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
     starts = range(0, c, width)
     rows = [
+        # TPUs' default bfloat16 passes may make H indefinite, and it would not factor.
         jnp.einsum("btc,btd->cd", x[..., i : i + width], x[..., i:], precision="highest")
         for i in starts
     ]
@@ -242,6 +250,7 @@ def outer_products(x: jax.Array) -> jax.Array:
     upper = jnp.concatenate(
         [jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(starts, rows, strict=True)]
     )
+    # Mirrored, so that the matrix is symmetric to the last bit.
     return jnp.triu(upper) + jnp.triu(upper, 1).T
 
 

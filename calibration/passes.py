@@ -48,6 +48,7 @@ class BlockResult(NamedTuple):
 @program("statistics begun", static=(0, 1))
 def _start(function: Forward, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
     """Return the initial state of every observer."""
+    # Shapes suffice: only the widths of the taps are needed.
     taps = jax.eval_shape(function, block, x)[1]
     return {name: observer.init(taps[name].shape[-1]) for name, observer in watch}
 
@@ -70,6 +71,7 @@ def _observe(
 @program("statistics checked")
 def _finite(states: Stats) -> jax.Array:
     """Return whether all numbers of the statistics are finite."""
+    # One number, so that the host reads back once for a block.
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(states)]))
 
 
@@ -88,7 +90,7 @@ def micro_batches(tokens: np.ndarray, batch: int, mesh: Mesh | None = None) -> I
 def _state_shapes(
     model: Model, tokens: np.ndarray, batch: int, mesh: Mesh | None, offload: Offload
 ) -> list[jax.ShapeDtypeStruct | np.ndarray]:
-    """Return what the hidden states between two blocks look like, one entry a micro-batch.
+    """Return the shapes of the hidden states between two blocks, one entry a micro-batch.
 
     Off the devices they are arrays that take no memory.
     """
@@ -151,14 +153,18 @@ def visit_blocks(
         for t in micro_batches(tokens, runtime.batch, mesh):
             xs.append(embed(model.arch, non_block, t))
     saved = None  # memory: States has its own
+    # The next block is read while the visitor works, so host memory holds three at most: the block,
+    # its replacement and the one read ahead.
     blocks = prefetch(model.blocks, range(len(records), depth), mesh)
     for i in range(len(records), depth):
         last = i == depth - 1
         new, record, propagated = visit(i, next(blocks), xs, last)
+        # As a file would give it back, so that a run that goes on sees no other values.
         records.append(to_serialisable(record))
         if not last:
             if not propagated:
                 for j, x in enumerate(xs):
+                    # In place: one set of hidden states is held during a block, not two.
                     xs[j] = apply_block(model.arch, new, x, name="pruned block")
             if journal:
                 journal.reach(i + 1, records, xs.stored())
@@ -200,6 +206,7 @@ def observe(
     Raises:
       InputError: The activations overflow; every score made from them would be meaningless.
     """
+    # Sorted: another order would be another static argument, and compile again.
     static = tuple(sorted(watch.items()))
     if not static and not onward:
         return {}
@@ -208,6 +215,8 @@ def observe(
         y, states = _observe(arch.block, static, onward, block, x, states)
         if onward:
             xs[j] = y
+    # This also waits for the block. Otherwise blocks would gather on a device that is given work
+    # faster than it does it.
     if static and not _finite(states):
         raise overflow(i)
     return states

@@ -1,4 +1,4 @@
-"""How a run executes, as against what it asks for: no result depends on these settings."""
+"""Settings of the execution of a run; no result depends on them."""
 
 import dataclasses
 from collections.abc import Callable, Hashable
@@ -45,4 +45,5 @@ class Runtime:
           key: Everything the value depends on, so that runs of one process can share it; None: it
             is not shared.
         """
+        # Serialised without a journal as well, so that a value is the same in either case.
         return self.journal.step(compute, key) if self.journal else to_serialisable(compute())

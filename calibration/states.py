@@ -31,6 +31,7 @@ def available_memory() -> dict[str, int]:
     recorder = planner()
     if recorder and recorder.memory:
         return dict(recorder.memory)
+    # CPUs report no memory of their own.
     stats = jax.local_devices()[0].memory_stats() or {}
     host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {"device": stats.get("bytes_limit", 0), "host": host}
@@ -45,6 +46,7 @@ def fits_in_memory(size: int, shards: int = 1) -> bool:
     """
     available = available_memory()
     if available["device"]:
+        # The other half is for hidden states and the programs' own memory.
         return size / shards <= available["device"] / 2
     return size <= available["host"] / 8  # the process and its copies need the rest
 
@@ -84,6 +86,7 @@ Kept = jax.Array | np.ndarray | OnDisk | DeviceArray
 def scratch(owner: object) -> pathlib.Path:
     """Return a temporary directory that is removed with its owner."""
     directory = pathlib.Path(tempfile.mkdtemp(prefix="topiary-"))
+    # A finalizer, not `__del__`: it also runs when the interpreter exits.
     weakref.finalize(owner, shutil.rmtree, directory, ignore_errors=True)
     return directory
 
@@ -104,6 +107,7 @@ def keep(x: jax.Array | np.ndarray | DeviceArray, offload: Offload, path: pathli
     value = np.asarray(x)
     if offload == "host":
         return value
+    # NumPy's format stores bfloat16 as bare bytes, hence the dtype beside the path.
     np.save(path, value)
     return OnDisk(path, value.dtype, value.nbytes)
 
@@ -139,6 +143,7 @@ class States(Sequence[jax.Array]):
         self._kept.append(self._moved(len(self._kept), x))
 
     def _moved(self, j: int, x: jax.Array | np.ndarray) -> Kept:
+        # Split first, so that each device holds its own windows only.
         placed = split(x, self._mesh, "sample") if self._offload == "device" else x
         return keep(placed, self._offload, self._directory / f"{j}.npy")
 
@@ -152,6 +157,8 @@ class States(Sequence[jax.Array]):
     def __getitem__(self, j: int | slice) -> jax.Array | list[jax.Array]:
         if isinstance(j, slice):
             return [self[k] for k in range(*j.indices(len(self)))]
+        # Placed as before it was kept. From another placement the compiler may make another
+        # program, which rounds otherwise.
         return split(fetch(self._kept[j]), self._mesh, "sample")
 
     def __setitem__(self, j: int, x: jax.Array) -> None:

@@ -76,7 +76,7 @@ class Member(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Channels that live and die together: input columns of the reader, output rows of the writers.
+    """Channels removed together: input columns of the reader, output rows of the writers.
 
     Attributes:
       name: "heads" or "neurons".
@@ -119,7 +119,7 @@ class Arch(NamedTuple):
     step: Callable[[Block, jax.Array, Cache, Start], tuple[jax.Array, Cache]]
     slots: tuple[Slot, ...]
     groups: tuple[Group, ...]
-    residual: bool = True
+    residual: bool = True  # False for OPT-350M, whose blocks end in a norm
 
     def tap(self, slot: str) -> str:
         """Return the tap that a slot reads.
@@ -169,6 +169,7 @@ def logits(model: Model, tokens: jax.Array) -> jax.Array:
       Logits, float32 [b t vocab].
     """
     x = model.arch.embed(model.non_block, tokens)
+    # A loop, not a scan over stacked blocks: their widths may differ after pruning.
     for block in model.blocks:
         x, _ = model.arch.block(block, x)
     return model.arch.head(model.non_block, x)
@@ -192,6 +193,8 @@ def embed(arch: Arch, non_block: NonBlockParams, tokens: jax.Array) -> jax.Array
     Returns:
       Hidden states that enter the first block, [b t d].
     """
+    # The function is the static argument, not `arch`: the written model's Arch differs, but its
+    # functions are the same objects, so it runs what was compiled for the pruned one.
     return _embed(arch.embed, non_block, tokens)
 
 
@@ -199,6 +202,7 @@ def embed(arch: Arch, non_block: NonBlockParams, tokens: jax.Array) -> jax.Array
 def _apply(
     function: Callable[..., tuple[jax.Array, Taps]], block: Block, x: jax.Array
 ) -> jax.Array:
+    # jit then drops the taps, which would hold the inputs of all linears.
     return function(block, x)[0]
 
 
@@ -243,6 +247,7 @@ def _cross_entropy(
 ) -> jax.Array:
     def window(args: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, t = args
+        # The last position predicts no token of the window.
         logits = head(non_block, x[None, :-1])[0]
         chosen = jnp.take_along_axis(logits, t[1:, None], axis=1)[:, 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
+# An asynchronous collective is a start and a done. Only the start is counted.
 COLLECTIVE = re.compile(
     r" (all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all)(?:-start)?\("
 )
@@ -61,6 +62,7 @@ def placement_key(x: Any) -> str:
     if sharding is None or sharding.is_fully_replicated:
         return ""
     axes = list(getattr(sharding, "spec", (sharding,)))
+    # Trailing axes that are not split may be left out of a spec. Both spellings are one placement.
     while axes and axes[-1] is None:
         axes.pop()
     return str(axes)
@@ -82,11 +84,14 @@ def compile_for(
     """
     shapes = [a if k in static else jax.tree.map(shape, a) for k, a in enumerate(args)]
     traced = jitted.trace(*shapes)
+    # Counted in the traced program: XLA's own figure takes a loop's body once, however often it
+    # runs, and factorisations on a CPU not at all.
     work = flops(traced.jaxpr.jaxpr)
     lowered, begin = traced.lower(), time.perf_counter()
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
+        # TPUs' compiler refuses a program that does not fit. The plan says so, and goes on.
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
         seconds = time.perf_counter() - begin
@@ -98,6 +103,7 @@ def compile_for(
         sizes.argument_size_in_bytes
         + sizes.output_size_in_bytes
         + sizes.temp_size_in_bytes
+        # A donated argument and the result in its place are one buffer.
         - sizes.alias_size_in_bytes
     )
     collectives = dict(Counter(COLLECTIVE.findall(compiled.as_text())))
@@ -127,9 +133,11 @@ def flops(jaxpr: core.Jaxpr) -> float:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
             products = math.prod(_dims(eqn.outvars[0]))
+            # Each product is added to a sum.
             total += 2.0 * products * math.prod(shapes[0][i] for i in contracted)
         inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
         if eqn.primitive.name == "cond":
+            # One branch runs. The costlier one makes the plan an upper bound.
             total += max(inner)
         else:
             total += sum(inner) * (eqn.params["length"] if eqn.primitive.name == "scan" else 1)

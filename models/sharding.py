@@ -21,6 +21,7 @@ from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
 # Logical axis -> mesh axis: calibration windows, and output rows of a linear.
+# Rows, not columns: a row's products and Wanda's mask of it then need no other device.
 LOGICAL = {"sample": "data", "out": "model"}
 
 
@@ -241,6 +242,7 @@ def place(params: Any, mesh: Mesh | None) -> Any:
         return jax.tree.map(lambda w: _planned(recorder, w, mesh, "out"), params)
     if mesh is None or mesh.size == 1:
         return params
+    # Vectors are small beside matrices, so a copy on each device costs little.
     whole = NamedSharding(mesh, PartitionSpec())
     return jax.tree.map(
         lambda w: split(w, mesh, "out") if w.ndim == 2 else _put_on_devices(w, whole), params

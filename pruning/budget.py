@@ -26,6 +26,7 @@ def shapes_of(model: Model, block: Any) -> dict[str, tuple[int, int]]:
 
 def all_shapes(model: Model) -> Shapes:
     """Return `shapes_of` every block without reading weights."""
+    # Specs: a lazy block that is indexed reads its weights.
     blocks = model.blocks.specs if isinstance(model.blocks, LazyBlocks) else model.blocks
     return [shapes_of(model, block) for block in blocks]
 
@@ -37,6 +38,7 @@ def by_block(model: Model, fractions: np.ndarray) -> Budget:
       model: Its architecture names the slots.
       fractions: Fraction to remove from each block, [blocks].
     """
+    # float64, because counts are truncated products: float32 could be off by one.
     return tuple(
         {slot.name: np.asarray(f, np.float64) for slot in model.arch.slots} for f in fractions
     )
@@ -73,6 +75,7 @@ def meet_sparsity(budget: Budget, shapes: Shapes, sparsity: float) -> Budget:
             # One fraction of a whole linear counts for all of its rows.
             weights.append(np.full(len(own), 1 if np.ndim(fraction) else rows))
     flat = np.concatenate(fractions), np.concatenate(columns), np.concatenate(weights)
+    # All units at once. Budgets that each block rounds alone would miss the model's sparsity.
     bounded = shift_to_sparsity(*flat, sparsity)
     counts = whole_counts(bounded, flat[1], flat[2], sparsity)
     ends = np.cumsum([len(own) for own in fractions])[:-1]

@@ -2,7 +2,7 @@
 
 A method is a frozen configuration with a pure `run`: it reads a model and calibration tokens, hands
 finished blocks to a sink one after the other, and returns an `Outcome`. It never changes its input,
-so trying a method is calling it, and undoing it is dropping the result.
+so the dense model is still there for another trial.
 """
 
 import dataclasses
@@ -95,7 +95,7 @@ class Refiner(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a run asks of a method.
+    """Request that a run makes of a method.
 
     Attributes:
       sparsity: Fraction to remove, 0 <= s < 1, of the parameters that the method covers.

@@ -42,6 +42,7 @@ def _person(draw: Draw, he: str, role: str, taken: str = "") -> Person:
     """
     he = he or draw.choice(("he", "she"))
     names = words.BOYS if he == "he" else words.GIRLS
+    # Sentences tell the two apart by name.
     name = draw.choice([name for name in names if name != taken])
     his, him = ("his", "him") if he == "he" else ("her", "her")
     return Person(name, he, his, him, role)
@@ -132,6 +133,7 @@ def _story(draw: Draw) -> str:
     home = draw.choice(words.HOMES)
     episodes = draw.sample(EPISODES, draw.integer(1, 2))
     details = [describe(draw, hero, friend) for describe in draw.sample(_DETAILS, len(episodes))]
+    # Drawn even where a single episode leaves it out: later draws would change otherwise.
     bridge = draw.choice(
         (
             "But the day was not over.",
@@ -141,11 +143,13 @@ def _story(draw: Draw) -> str:
         )
     )
     starts = (_opening(draw, hero, friend, home), bridge)
+    # Not strict: a single episode has no bridge.
     paragraphs = [
         " ".join([start, detail.mention, *episode(draw, hero, friend)])
         for start, detail, episode in zip(starts, details, episodes, strict=False)
     ]
     recalled = draw.choice(details).recall
+    # The recall comes last: only the mention, far above, tells its words.
     return "\n".join([*paragraphs, f"{recalled} {_ending(draw, hero, friend, home)}"]) + "\n"
 
 
@@ -167,4 +171,5 @@ def stream(split: Split, seed: int = 0) -> Iterator[str]:
     residues = _RESIDUES[split]
     draw = Draw(seed)
     stories = (_story(draw) for _ in itertools.count())
+    # A checksum, because Python's own hash of a text differs between processes.
     return (story for story in stories if zlib.crc32(story.encode()) % _CLASSES in residues)

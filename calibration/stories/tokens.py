@@ -39,6 +39,7 @@ def train_tokenizer(vocabulary: int, seed: int) -> tokenizers.Tokenizer:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[PAD, END],
+        # Sorted: the library gives the bytes in no fixed order, and ids follow it.
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

@@ -164,6 +164,7 @@ def prefetch(
     if not isinstance(blocks, LazyBlocks):
         yield from (place(blocks[i], mesh) for i in order)
         return
+    # One thread, so that no more than one block is read ahead and lies in memory.
     with ThreadPoolExecutor(1, "read-ahead") as reader:
         reading = [reader.submit(blocks.fetch, i, mesh) for i in order[:1]]
         for k in range(len(order)):

@@ -38,6 +38,7 @@ def copy_companions(source: pathlib.Path, target: pathlib.Path, config: Mapping[
         generation_config.json.
     """
     if source.is_file():
+        # Imported on demand: it needs an optional package.
         from models.checkpoint.gguf import gguf_tokenizer, gguf_tokenizer_config
 
         gguf_tokenizer(source).save(str(target / "tokenizer.json"))

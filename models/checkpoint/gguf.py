@@ -205,6 +205,7 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "max_position_embeddings": _count(file, f"{kind}.context_length"),
         "rms_norm_eps": _short(eps),
         "rope_parameters": _rope(file, kind, head_dim),
+        # A head that equals the embedding is left out of the file.
         "tie_word_embeddings": "output.weight" not in file.tensors,
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "dtype": "float32",

@@ -41,7 +41,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
 # Pre-tokenizers after which a word that is a token is kept whole, whatever the merges say.
 # llama.cpp also prepends BOS after these, unless the metadata says otherwise.
 _WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
-_SPACE = "▁"
+_SPACE = "▁"  # SentencePiece's sign for a space
 _REMEDY = "use the original checkpoint"
 
 

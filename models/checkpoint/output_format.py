@@ -187,6 +187,7 @@ def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequen
     }
     base = "opt" if family is hf.OPT else "llama"
     text = (pathlib.Path(__file__).parent / "remote" / f"{base}.py").read_text(encoding="utf-8")
+    # One source serves all types of a family: only the names differ.
     code = text.replace(f"topiary_{base}", OWN + kind)
     code = code.replace(CLASS_PREFIX[base], CLASS_PREFIX[kind])
     return Form(new, code)

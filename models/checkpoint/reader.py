@@ -46,6 +46,7 @@ class _DecoderTensors:
 
     def __init__(self, tensors: Tensors):
         self._tensors = tensors
+        # The head lies beside the decoder, so its name never had the prefix.
         self._stored_names = {
             n if n.startswith("lm_head.") else f"model.{n}": n for n in tensors.shapes
         }
@@ -122,6 +123,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
             f"{directory} has no config.json",
             "`model` must name a Hugging Face checkpoint directory",
         ) from None
+    # JSON that is nested too deeply ends in a RecursionError.
     except (ValueError, OSError, RecursionError) as e:
         raise InputError(f"{path} cannot be read ({e})", "fetch the checkpoint again") from None
     if not isinstance(config, dict):

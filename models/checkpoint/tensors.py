@@ -10,7 +10,7 @@ from models.errors import InputError
 
 # All rows of a tensor.
 WHOLE = slice(None)
-LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER = b"version https://git-lfs"  # how every pointer file begins
 
 
 class Tensors(Protocol):

@@ -30,7 +30,7 @@ from models.layers import Linear
 from models.processes import run_on_primary
 from models.sharding import to_host
 
-SHARD_BYTES = 1 << 30
+SHARD_BYTES = 1 << 30  # a shard waits in host memory, and saving it takes as much again
 # transformers refuses safetensors files without it.
 METADATA = {"format": "pt"}
 

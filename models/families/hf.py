@@ -107,6 +107,7 @@ def _llama(config: Mapping[str, Any]) -> Arch:
         )
     if kind == "granite":
         check_granite(f, head_dim)
+    # Defaults are those of transformers, which leaves fields that equal them out of the file.
     return llama.arch(
         llama.Config(
             head_dim=head_dim,
@@ -136,6 +137,7 @@ def _opt(config: Mapping[str, Any]) -> Arch:
     # False in OPT-350m alone, which then has no final norm either.
     pre_norm = f.flag("do_layer_norm_before", True)
     stock_biases = tuple(OPT_LINEARS) if f.flag("enable_bias", True) else ()
+    # Defaults are those of transformers, as for LLaMA.
     return opt.arch(
         opt.Config(
             head_dim=dim // n,
@@ -204,6 +206,7 @@ def _opt_norm(c: opt.Config, name: str) -> Norm:
 
 
 def _opt_non_block(c: opt.Config) -> opt.NonBlockParams:
+    # OPT-350M embeds in 512 channels and projects to 1,024.
     p, projected = "model.decoder.", c.word_dim != c.dim
     return opt.NonBlockParams(
         embed=_spec(p + "embed_tokens.weight", (c.vocab, c.word_dim)),
@@ -233,6 +236,7 @@ def _opt_block(c: opt.Config, i: int) -> opt.Block:
     }
     return opt.Block(
         attn_norm=_opt_norm(c, p + "self_attn_layer_norm"),
+        # OPT gives this norm of each block the same name as the model's last one.
         mlp_norm=_opt_norm(c, p + "final_layer_norm"),
         **linears,
     )

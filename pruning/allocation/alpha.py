@@ -35,6 +35,8 @@ def exponent(w: jax.Array, official: bool = False) -> float:
       official: Bound where the tail begins as the authors' code does.
     """
     e = to_host(_eigenvalues(w))
+    # Zeros alone go, as they have no logarithm. Without eigenvalues below 1e-8 the histogram's peak
+    # moves, and up to a quarter of the exponents (docs/decisions/016-alpha-all-eigenvalues.md).
     e = e[e > 0]
     if len(e) < 2 or e[0] == e[-1]:
         return 0.0  # equal eigenvalues have no tail
@@ -84,16 +86,19 @@ class Alpha:
             tokens,
             unsplit,
             visit,
-            watch={},
+            watch={},  # no forward: weights alone are read
             propagate="pruned",
             name="fitting spectra",
-            key=("spectra", self.variant),
+            key=("spectra", self.variant),  # not epsilon: a sweep fits spectra once
         )
         means = np.array([np.mean(list(block.values())) for block in exponents])
         fractions = block_fractions(means, request.sparsity, self.epsilon)
         sizes = [sum(out * inputs for out, inputs in block.values()) for block in shapes]
+        # Blocks may differ in size, so eta of eq. 3 comes from the mean over weights.
         fractions = fractions * request.sparsity / np.average(fractions, weights=np.array(sizes))
         if official:
+            # The official code may ask for more than a block has: 104 % of tiny-opt's first block
+            # at epsilon 0.3. It then removes all of it, and makes up for nothing elsewhere.
             budget = by_block(model, np.minimum(fractions, 1.0))
         else:
             budget = meet_sparsity(by_block(model, fractions), shapes, request.sparsity)

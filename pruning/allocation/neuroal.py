@@ -38,6 +38,7 @@ LAST_LEFT_OUT = 0.8
 # The corrected block step tries these, then STEP_AROUND_BEST to both sides of the best.
 COARSE_LAMBDAS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25)
 STEP_AROUND_BEST = 0.025
+# A short grid, as each value costs a forward of the whole model.
 ROW_LAMBDAS = (0.05, 0.1, 0.2, 0.3)
 BLOCK_PROGRESS, ROW_PROGRESS = "trying block-wise sparsities", "trying row-wise sparsities"
 
@@ -62,6 +63,7 @@ def _fed_taps(arch: Arch) -> dict[str, _FedTap]:
     taps = list(dict.fromkeys(s.reads for s in arch.slots))
     following = {}
     for j, tap in enumerate(taps):
+        # The last linear of a block feeds the first tap of the next block.
         following[tap] = _FedTap(taps[(j + 1) % len(taps)], j + 1 == len(taps))
     return {
         s.name: following[s.reads] if s.feeds == "next" else _FedTap(s.feeds, False)
@@ -82,10 +84,15 @@ def _official_row_budget(
         fractions = {}
         for slot, fed in _fed_taps(search.model.arch).items():
             rows, columns = block[slot]
+            # Official trials measure the next block's first input on equal inputs, dense and
+            # pruned. That drop is exactly zero, so the fractions stay even.
             if fed.in_next_block or i == len(search.shapes) - 1:
                 own = np.full(rows, means[i])
             else:
+                # Grouped k and v have fewer rows than q. The official kernel reads as many
+                # fractions.
                 own = row_fractions(norm_drops[i][fed.name], means[i], lam)[:rows]
+            # Even rows too: the official row step takes one entry more of each than the block step.
             fractions[slot] = kept_row_fractions(own, columns)
         budget.append(fractions)
     return tuple(budget)
@@ -110,6 +117,9 @@ def _corrected_row_budget(
     arch, budget = search.model.arch, []
     for i, block in enumerate(search.shapes):
         fractions = {}
+        # The paper's rule is kept: a row's fraction goes by the norm that its channel lost. The
+        # rank of that norm, or the norm relative to the dense one, is no better
+        # (docs/decisions/018-neuroal-by-loss.md).
         for slot, fed in _fed_taps(arch).items():
             rows, _ = block[slot]
             j = i + fed.in_next_block
@@ -154,6 +164,7 @@ def _official_search(search: Search, step: str) -> tuple[_StepResult, _StepResul
         block_fractions = [np.full(depth, sparsity)]
     budgets = [by_block(search.model, fractions) for fractions in block_fractions]
     trials = run_trials(misalignment_trials, search, budgets, BLOCK_PROGRESS)
+    # The first of equal scores, as in the official code.
     k = int(np.argmin(trials.scores))
     norm_drops, means = trials.norm_drops[k], block_fractions[k]
     first = _StepResult([], [], None, budgets[k], norm_drops)
@@ -161,6 +172,7 @@ def _official_search(search: Search, step: str) -> tuple[_StepResult, _StepResul
         first = _StepResult(lambdas, trials.scores, lambdas[k], budgets[k], norm_drops)
     if step == "block":
         return first, _StepResult([], [], None, first.budget, [])
+    # Unlike the block grid, this one has 0, and 0.25 at every sparsity.
     lambdas = [0.0, *OFFICIAL_LAMBDAS]
     budgets = [_official_row_budget(search, norm_drops, means, lam) for lam in lambdas]
     trials = run_trials(misalignment_trials, search, budgets, ROW_PROGRESS)
@@ -179,14 +191,14 @@ class _Tried(NamedTuple):
 def _try(
     search: Search, lambdas: Sequence[float], budgets: Sequence[Budget], name: str
 ) -> dict[float, _Tried]:
-    """Return what trials by loss give, by lambda."""
+    """Return the results of trials by loss, by lambda."""
     trials = run_trials(loss_trials, search, budgets, name)
     entries = zip(trials.scores, budgets, trials.norm_drops, strict=True)
     return dict(zip(lambdas, (_Tried(*entry) for entry in entries), strict=True))
 
 
 def _try_blocks(search: Search, lambdas: Sequence[float]) -> dict[float, _Tried]:
-    """Return what block schedules with these values give, by lambda."""
+    """Return the results of block schedules with these values, by lambda."""
     depth, sparsity = len(search.model.blocks), search.request.sparsity
     budgets = []
     for lam in lambdas:
@@ -215,6 +227,7 @@ def _corrected_search(search: Search, step: str) -> tuple[_StepResult, _StepResu
     tried = _try_blocks(search, COARSE_LAMBDAS if step != "row" else (0.0,))
     if step != "row":
         best = _best(tried)
+        # Below 0 later blocks would lose less. 0 itself is on the coarse grid.
         tried |= _try_blocks(
             search, [lam for lam in (best - STEP_AROUND_BEST, best + STEP_AROUND_BEST) if lam > 0]
         )
@@ -223,6 +236,7 @@ def _corrected_search(search: Search, step: str) -> tuple[_StepResult, _StepResu
         return first, _StepResult([], [], None, first.budget, [])
     # The best blocks with even rows are a trial of the row step as well.
     tried = {0.0: tried[_best(tried)]}
+    # After rounding to whole entries, so not exactly those of the schedule.
     means = np.array(block_sparsities(first.budget, search.shapes))
     budgets = [_corrected_row_budget(search, first.norm_drops, means, lam) for lam in ROW_LAMBDAS]
     tried |= _try(search, ROW_LAMBDAS, budgets, ROW_PROGRESS)
@@ -269,6 +283,7 @@ class NeuroAL:
                 'use step="block"',
             )
         shapes = all_shapes(model)
+        # The first windows, as the official eight are the first of the calibration draw.
         search = Search(model, tokens[: self.samples], request, runtime, layerwise, shapes, [])
         run_search = _official_search if official else _corrected_search
         first, second = run_search(search, self.step if by_row else "block")

@@ -28,6 +28,7 @@ def misalignment(dense: np.ndarray, sparse: np.ndarray) -> float:
 
     def share(a: np.ndarray) -> np.ndarray:
         total = a.sum()
+        # An input that is all zero has no shares, and NaN would spoil the whole score.
         return a / total if total > 0 else np.zeros_like(a)
 
     return float(np.linalg.norm(share(dense) - share(sparse)) / len(dense))
@@ -46,6 +47,8 @@ def schedule(blocks: int, sparsity: float, lam: float) -> np.ndarray:
     Returns:
       Fractions [blocks].
     """
+    # Through the formula of scores, not a linspace: the last bits of a fraction decide how many
+    # entries go, and they follow the order of operations.
     return fractions_from_scores(np.arange(blocks)[::-1], sparsity, lam)
 
 
@@ -63,6 +66,7 @@ def row_fractions(norm_drop: np.ndarray, sparsity: float, lam: float) -> np.ndar
       Fractions [rows]; even where the drops sum to zero, as in the official code.
     """
     chex.assert_rank(norm_drop, 1)
+    # Drops have signs. The official test is on their sum, so drops that cancel count as none.
     scores = norm_drop if norm_drop.sum() else np.zeros_like(norm_drop)
     return fractions_from_scores(scores, sparsity, lam)
 
@@ -77,6 +81,7 @@ def kept_row_fractions(fractions: np.ndarray, columns: int) -> np.ndarray:
     Returns:
       Fractions [rows] that stand for whole entries.
     """
+    # Truncates what stays: 0.7 of 256 removes 180 entries, where a block step removes 179.
     density = 1 - np.clip(fractions, MIN_FRACTION, MAX_FRACTION)
     return fraction_for_count(columns - np.trunc(density * columns), columns)
 

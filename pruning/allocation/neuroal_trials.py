@@ -46,7 +46,7 @@ class DenseStatistics(NamedTuple):
 
 
 class Search(NamedTuple):
-    """What all trials of a search share.
+    """Inputs and statistics that all trials of a search share.
 
     Attributes:
       model: The dense model.
@@ -98,6 +98,7 @@ def run_trials(
 
 def _visit(search: Search, name: str, visit: Any) -> None:
     """Visit all blocks with the hidden states of the search windows."""
+    # Not durable: the search's step is saved whole, without the hidden states of its trials.
     visit_blocks(search.model, search.tokens, search.runtime, visit, name=name, durable=False)
 
 
@@ -158,9 +159,11 @@ def misalignment_trials(
                 stats, dense = _split_dense(pruner, observe(arch, watch, i, block, streams[k]))
             counts = counts_for(arch, search.layerwise.pattern, block, budget[i])
             new, _ = solve_block(arch, pruners, block, stats, counts)
+            # The run that measures also moves the trial on to its next block.
             sparse = _norms(observe(arch, watch_norms, i, new, streams[k], onward=True))
             scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
             norm_drops[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
+        # Trials have states of their own, and nothing reads those of the pass.
         return BlockResult(block, propagated=True)
 
     _visit(search, name, visit)
@@ -197,6 +200,7 @@ def _pruned_blocks(
     """Yield the block pruned with each of the counts, solved in groups of TRIAL_BYTES."""
     arch = search.model.arch
     size = sum(getattr(block, s.name).w.nbytes for s in arch.slots)
+    # One at a time where a single block exceeds the room, as LLaMA-2-70B's do.
     most = max(1, TRIAL_BYTES // size)
     for start in range(0, len(counts), most):
         group = counts[start : start + most]
@@ -219,6 +223,7 @@ def _dense_statistics(
     del seen
     prepared = {tap: prepare_tap(pruner, s, tap)[0] for tap, s in stats.items()}
     statistics = DenseStatistics(prepared, norms)
+    # All blocks or none: a later pass that lacks one block must run all before it.
     if depth * sum(x.nbytes for x in jax.tree.leaves(prepared)) <= DENSE_BYTES:
         search.dense.append(statistics)
     return statistics
@@ -246,6 +251,7 @@ def loss_trials(
 
     def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
         if i == 0:
+            # Hidden states once a trial: memory grows with the number of budgets.
             streams.extend(xs.copy() for _ in budgets)
         prepared, dense = _dense_statistics(search, i, block, xs, last)
         pattern = search.layerwise.pattern
@@ -253,6 +259,7 @@ def loss_trials(
         for k, new in enumerate(_pruned_blocks(search, block, prepared, counts)):
             sparse = _norms(observe(arch, watch_norms, i, new, streams[k], onward=True))
             norm_drops[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
+        # `_dense_statistics` moves the pass's states on, until it has kept what they are for.
         return BlockResult(block, propagated=True)
 
     _visit(search, name, visit)
@@ -263,5 +270,6 @@ def loss_trials(
         losses = []
         for x, t in zip(xs, windows, strict=True):
             losses.append(to_host(cross_entropy(arch, non_block, x, t)))
+        # Over windows: a smaller last micro-batch must not weigh as much as the others.
         scores.append(float(np.mean(np.concatenate(losses))))
     return scores, norm_drops

@@ -26,6 +26,7 @@ def _block_outliers(
     arch: Arch, block: Block, stats: Mapping[str, SecondMoment], m: float
 ) -> jax.Array:
     """Return the share of outliers among all Wanda scores of a block, float32 []."""
+    # One mean for the whole block: the official code concatenates the scores of its linears.
     metrics = [scores.wanda(getattr(block, s.name).w, stats[s.reads]) for s in arch.slots]
     return outlier_share(metrics, m)
 
@@ -42,7 +43,7 @@ class Owl:
         otherwise the same.
     """
 
-    m: float = 5
+    m: float = 5  # an int in the official code
     lam: float = 0.08
     variant: Literal["corrected", "official"] = "corrected"
 
@@ -72,12 +73,16 @@ class Owl:
             runtime,
             visit,
             watch={s.reads: second_moment for s in model.arch.slots},
+            # Shares are those of the dense model, as in the official code.
             propagate="dense",
             name="counting outliers",
+            # Neither lam nor sparsity: trials of a sweep share the counts.
             key=("outliers", self.m),
         )
+        # Scaled by the extremes: one block with far more outliers makes all others nearly alike.
         fractions = fractions_from_scores(np.array(shares), request.sparsity, self.lam)
         if self.variant == "official":
+            # Clipping is made up for nowhere, so the official budget may miss the sparsity.
             budget = by_block(model, clip_fractions(fractions))
         else:
             budget = meet_sparsity(by_block(model, fractions), shapes, request.sparsity)

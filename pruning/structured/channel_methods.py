@@ -93,6 +93,7 @@ class ChannelMethod:
     @property
     def shape_change(self) -> ShapeChange:
         """Return that heads and neurons are cut."""
+        # A choice over the model leaves blocks of different widths.
         return ShapeChange(GROUPS, self.scope == "local", self.repair != "none")
 
     @property
@@ -134,6 +135,7 @@ class ChannelMethod:
             scores = score_readers(model, block, seen, self.score)
             keep: dict[str, np.ndarray] = {}
             for group in map(arch.group, GROUPS):
+                # Sums, not means: heads compete with heads alone, and all have as many channels.
                 unit = scores[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
                 # Truncated, as the official code counts.
                 stays = drop_lowest(unit, int(request.sparsity * len(unit)))
@@ -148,6 +150,8 @@ class ChannelMethod:
 
         # Observers of repairs include the moments that scores read.
         observer = REPAIR_OBSERVERS[self.repair] or self.observer
+        # Pruned outputs feed the next block, as in the official wanda_sp. FLAP itself goes by dense
+        # ones.
         records = calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning")
         return [keep for keep, _ in records], [scores for _, scores in records]
 

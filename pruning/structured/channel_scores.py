@@ -25,6 +25,7 @@ def score_readers(
     """Return the score of every channel [in], by reader of a group."""
     readers = [model.arch.group(name).reader.name for name in GROUPS]
     return {
+        # Selection runs on the host. Magnitude observes nothing, so its statistics are None.
         reader: to_host(score(getattr(block, reader).w, stats.get(model.arch.tap(reader))))
         for reader in readers
     }
@@ -66,6 +67,7 @@ def score_dense(
         costs = [cost(block, g) for g in groups]  # of a unit: the same in every block
         return block, (score_readers(model, block, stats, score), means, costs)
 
+    # Scores of different blocks compete, so all come from the dense model.
     records = calibrate_readers(model, tokens, runtime, visit, observer, "dense", name, key=key)
     by_reader = [scores for scores, _, _ in records]
     means = [mean for _, mean, _ in records]

@@ -96,6 +96,8 @@ class Flap:
 
     @property
     def _structure(self) -> Structure:
+        # On SmolLM2 the paper's AL-AM takes 16 of 90 heads at 30 %, and two thirds of some blocks'
+        # neurons. With a refit, blocks alike do better (docs/decisions/019-flap-default.md).
         return self.structure or ("AL-AM" if self._official else "UL-MM")
 
     @property
@@ -109,6 +111,7 @@ class Flap:
     @property
     def shape_change(self) -> ShapeChange:
         """Return that heads and neurons are cut."""
+        # UL structures leave all blocks the same widths, so that a stock architecture holds them.
         return ShapeChange(GROUPS, self._structure.startswith("UL"), self.bias)
 
     @property
@@ -132,6 +135,7 @@ class Flap:
         sink: BlockSink,
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
+        # Both also have the means, which a repair by the bias takes from this pass.
         observer = official_fluctuation if self._official else moments
         # All that the scores depend on besides model and tokens, so that runs can share them.
         key = ("flap", self.metric, self.variant)

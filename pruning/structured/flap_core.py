@@ -62,6 +62,8 @@ def _update_fluctuation(state: Fluctuation, x: jax.Array) -> Fluctuation:
         # that mean before it reads it, so the sample is in it already.
         b = b * n / (n + 1) + jnp.mean(sample, axis=0) / (n + 1)
         squares = jnp.sum((sample - b[None, :]) ** 2, axis=0)
+        # This weight and this divisor belong to different estimators, and the sum over tokens is no
+        # mean. The result is no variance, but it is what the official code ranks by.
         new = f * (n - 1) / jnp.maximum(n, 1) + squares / (n + 1)
         return (n + 1, b, jnp.where(n == 0, 0.0, new)), None
 
@@ -211,6 +213,8 @@ def _select_official_by_threshold(
     """
     flat = np.concatenate([*heads, *neurons])
     worth = np.ones(len(flat), np.int64)
+    # Integers, as in the official code: `ones_like` of indices turns 512 / 3 into 170. With
+    # 170.67 other neurons would stay.
     worth[: _count(heads)] = head_worth
     order = np.argsort(-flat, kind="stable")
     kept_worth = np.cumsum(worth[order])

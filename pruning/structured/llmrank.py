@@ -86,6 +86,7 @@ def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict
     names = _linears(model)
     into_up, into_down = model.arch.tap(names.up), model.arch.tap(names.down)
     # Outputs too: PageRank teleports to their norms.
+    # Norms over a micro-batch, then their mean: the official ranks depend on the batch.
     watch: dict[str, Observer] = dict.fromkeys(
         (into_up, into_down, names.up, names.down), batch_norms
     )
@@ -105,9 +106,9 @@ def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict
         runtime,
         visit,
         watch=watch,
-        propagate="dense",
+        propagate="dense",  # as official: nothing is measured anew after pruning
         name="measuring activations",
-        key="norms",
+        key="norms",  # not the scorer: a sweep over scorers measures once
     )
 
 
@@ -248,7 +249,7 @@ class LLMRank:
     @property
     def _gamma(self) -> float:
         if self.gamma is None:
-            return 0.0 if self._official else 0.5
+            return 0.0 if self._official else 0.5  # at 0 the graph vanishes
         return self.gamma
 
     @property
@@ -284,9 +285,9 @@ class LLMRank:
         ranks = _importance(model, stats, centrality, backward, request.seed)
         if self.units == "rows":
             return self._zero_rows(model, ranks, request, sink)
-        neurons = [r.neurons for r in ranks]
+        neurons = [r.neurons for r in ranks]  # channels matter to `rows` alone
         keeps = self._keep_neurons(neurons, request.sparsity)
-        remove(model, tokens, runtime, sink, keeps, self.repair)
+        remove(model, tokens, runtime, sink, keeps, self.repair)  # a repair measures pruned inputs
         up = _linears(model).up
         label = f"importance of MLP neurons ({self.scorer})"
         return removed_outcome(model.arch, keeps, request, [{up: n} for n in neurons], label)
@@ -303,6 +304,7 @@ class LLMRank:
         self, ranks: Sequence[Ranks], fraction: float
     ) -> list[tuple[np.ndarray, np.ndarray]]:
         """Return the rows of up and of down that stay, by block."""
+        # up_0, down_0, up_1, ...: the order of the official list.
         flat = [scores for block in ranks for scores in block]
         if self.scope == "local":
             keeps = select_lowest_per_block(flat, fraction)
@@ -311,6 +313,8 @@ class LLMRank:
             costs = [len(other) for block in ranks for other in (block.channels, block.neurons)]
             keeps = select_lowest_overall(flat, fraction, costs)
         elif self.chain:
+            # Each linear's ranks sum to one, so longer ones have lower ranks: tiny-llama loses rows
+            # of up alone.
             keeps = select_lowest_by_count(flat, fraction)
         else:  # without a chain the authors' lists hold one block each
             keeps = [k for block in ranks for k in select_lowest_by_count(block, fraction)]
@@ -328,6 +332,7 @@ class LLMRank:
                 names.up: zero_rows(getattr(block, names.up), np.flatnonzero(~up)),
                 names.down: zero_rows(getattr(block, names.down), np.flatnonzero(~down)),
             }
+            # The gate and the columns of down stay, as in the official code.
             sink(i, block.replace(**zeroed))
             removed.append(
                 {

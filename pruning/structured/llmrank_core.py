@@ -169,6 +169,8 @@ def modified_forward(
         down = _abs(ffn.down)
         out = Layer(down, ffn.a_mid, ffn.a_down, ffn.noise_down)
         channels = normalise(modified_page_rank(zeroed, out, reached))
+        # LLM-Rank's own score stops at what reaches a neuron. A neuron that writes little matters
+        # little, so its outgoing edges count too.
         return channels, (normalise(reached * jnp.sum(down, axis=0)), channels)
 
 

@@ -107,7 +107,7 @@ def modified_page_rank(zeroed: float, layer: Layer, prev: jax.Array) -> jax.Arra
     """
     # Two argsorts give ranks, so that ties fall by position and the count is met exactly.
     rank = jnp.argsort(jnp.argsort(prev, stable=True), stable=True)
-    lowest = int(zeroed * prev.shape[0])
+    lowest = int(zeroed * prev.shape[0])  # truncated, as in the official code
     return (layer.w @ jnp.where(rank >= lowest, prev, 0.0)) * layer.a_out
 
 

@@ -43,7 +43,7 @@ class Mean(NamedTuple):
 REPAIR_OBSERVERS: Mapping[Repair, Observer | None] = {
     "none": None,
     "bias": moments,
-    "refit": pair(moments, gram),
+    "refit": pair(moments, gram),  # the covariance needs the means too
 }
 
 
@@ -209,6 +209,7 @@ def remove(
         sink(i, block)
         return block, None
 
+    # The official FLAP takes the bias from the dense means too. That saves a second forward.
     observer = REPAIR_OBSERVERS[how] if means is None else None
     groups = list(keeps[0])  # the same in every block
     calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning", groups)

@@ -93,6 +93,7 @@ def select_lowest_by_count(scores: Sequence[np.ndarray], fraction: float) -> Kee
       The units that stay, by list.
     """
     flat = np.concatenate(scores)
+    # The official global pruner rounds up, the local one rounds halves to even.
     return split_like(drop_lowest(flat, math.ceil(len(flat) * fraction)), scores)
 
 
@@ -115,6 +116,7 @@ def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) 
         most = min(max(round((fraction + spread) * units), 0), units)
         order = np.argsort(s, kind="stable")
         bounded = s.astype(np.float64)
+        # Infinities, so that one selection over the model keeps within the band by itself.
         bounded[order[:least]] = -np.inf
         bounded[order[most:]] = np.inf
         clamped.append(bounded)

@@ -141,7 +141,7 @@ class Sleb:
     """
 
     blocks: int | None = None
-    early_barrier: int = 1
+    early_barrier: int = 1  # both barriers as in the official code
     latter_barrier: int = 1
     search: Search = "greedy"
     units: Kind = "blocks"
@@ -224,6 +224,7 @@ class Sleb:
         room = [int(gib * GIB) for gib in (self.device_gib, self.host_gib, self.disk_gib)]
         runner = Runner(model, tokens, runtime, room)
         rounds = _rounds(self.search, n)
+        # Either way the same units go: a candidate that is stopped could not be the best.
         stop_early = self.variant == "corrected"
         result = search_units(runner, candidates, n, rounds, stop_early, runtime)
         _write_blocks(model, result.path, sink)

@@ -66,6 +66,8 @@ def remove_unit(path: Path, unit: Unit, writers: tuple[str, ...]) -> Candidate:
       writers: All linears of a block that write to the residual stream.
     """
     at = next(k for k, piece in enumerate(path) if piece.block == unit.block)
+    # In the order of `writers`: equal pieces must be equal keys, whatever was removed first.
     silent = tuple(w for w in writers if w in path[at].silent or w in unit.writers)
+    # A block without writers is not run, and its states are those of the piece before.
     rest: Path = () if silent == writers else (Piece(unit.block, silent),)
     return Candidate(path[:at] + rest + path[at + 1 :], at)

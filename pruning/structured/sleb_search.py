@@ -44,6 +44,7 @@ class SearchResult(NamedTuple):
 
 def _lowest_units(values: Mapping[int, float | None], n: int, quantity: str) -> list[int]:
     """Return the n units of lowest finite value, the earliest of equal ones first."""
+    # Pairs, so that the earliest of equal losses goes, as by the official strict `<`.
     finite = sorted((v, u) for u, v in values.items() if v is not None and np.isfinite(v))
     if len(finite) < n:
         raise InputError(
@@ -75,6 +76,7 @@ def _measure_influence(
             by_batch.append(runner.influences(m, path, units, writers))
             advance()
         windows = [runner.windows[m] for m in batches]
+        # Weighted, as the last micro-batch may be smaller.
         return {u: float(np.average([x[u] for x in by_batch], weights=windows)) for u in units}
 
     key = ("influences", runner.digest, tuple(units.items()), batches)
@@ -95,6 +97,7 @@ def _run_phase(
     def compute() -> Any:
         before = runner.evaluations
         trials = try_candidates(runner, candidates, needed, stop_early, advance)
+        # Lists, because a journal turns keys into text and tuples into lists.
         return [[u, *trial] for u, trial in trials.items()], runner.evaluations - before
 
     # Trials depend on the order too: it decides which candidates are stopped.

@@ -52,6 +52,7 @@ def plan_stores(
     """
     total = sum(available)
     shared_need = (depth - 1) * state_bytes
+    # A candidate goes its own way from the block that it leaves out: the earlier, the longer.
     own_need = depth * (depth - 1) // 2 * state_bytes
     shared_bytes = _fill(shared_need, available)
     shared_every = math.ceil(shared_need / total) if total else 0
@@ -110,6 +111,7 @@ class Store:
         if not every or len(path) % every or (m, path) in self._entries:
             return
         for memory, limit in enumerate(self.limits.bytes):
+            # The first memory with room is the fastest one: OFFLOADS stand in that order.
             if self._used[memory] + x.nbytes <= limit:
                 # Two stores share the directory, hence the identity in the name.
                 file = self._directory / f"{id(self)}-{next(self._file_numbers)}.npy"
@@ -128,5 +130,6 @@ class Store:
         for key in [key for key in self._entries if piece in key[1]]:
             entry = self._entries.pop(key)
             self._used[entry.memory] -= entry.nbytes
+            # Arrays go with their last reference, files do not.
             if isinstance(entry.states, OnDisk):
                 entry.states.path.unlink()

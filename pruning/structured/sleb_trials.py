@@ -41,6 +41,7 @@ def try_candidate(
         bounds.append(bound)
         if not math.isfinite(bound):  # bounds only rise, so the loss is not finite either
             return Trial(None, None, math.inf), bounds
+        # Strictly above: of equal losses the earliest block goes, and it may be tried later.
         if bound > limit and len(bounds) < runner.bounds_per_loss:
             # Losses of candidates grow alike along the vocabulary, so their ratio is kept.
             estimate = bound * reference[-1] / reference[len(bounds) - 1]

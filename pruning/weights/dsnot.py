@@ -14,6 +14,7 @@ from pruning.types import Mask, Pruner
 from pruning.weights.dsnot_core import Settings, refine
 
 
+# Cached: a pruner is a static argument of jit, and a fresh closure would compile again.
 @functools.cache
 def refined(pruner: Pruner, s: Settings) -> Pruner:
     """Return the pruner with its masks refined; equal arguments give one object.
@@ -35,10 +36,12 @@ def refined(pruner: Pruner, s: Settings) -> Pruner:
         return refined_pairs
 
     def prepare(stats: Any) -> tuple[Any, Mapping[str, jax.Array]]:
+        # Magnitude observes nothing. The swaps need moments after any rule.
         own, input_moments = stats if pruner.observer else (None, stats)
         prepared, notes = pruner.prepare(own)
         return (prepared, input_moments), notes
 
+    # One pass over the tokens fills both statistics.
     return Pruner(pair(pruner.observer, moments) if pruner.observer else moments, solve, prepare)
 
 
@@ -54,7 +57,7 @@ class DSnoT:
         over all tokens, and stops a row when a swap would not bring it nearer to its dense output.
     """
 
-    cycles: int = 50
+    cycles: int = 50  # the official number
     variant: Literal["corrected", "official"] = "corrected"
 
     def __post_init__(self) -> None:
@@ -67,6 +70,8 @@ class DSnoT:
         skipped: set[str] = set()
         if settings.official:
             group = arch.group("neurons")
+            # The official code overwrites the option that names the layers to skip, and so never
+            # refines a feed-forward part.
             skipped = {arch.tap(member.name) for member in (group.reader, *group.writers)}
         return {
             tap: pruner if tap in skipped else refined(pruner, settings)

@@ -16,6 +16,8 @@ from pruning.weights.patterns_core import (
 
 def _truncate(total: int, fraction: np.ndarray) -> np.ndarray:
     """Return int(fraction * total) in float64, int32 of the fraction's shape."""
+    # As the papers' code counts: 0.7 of 704 is 492. A float32 product is off by one for some
+    # widths.
     return (np.asarray(fraction, np.float64) * total).astype(np.int32)
 
 
@@ -45,6 +47,7 @@ def _counts_per_column_block(
         # Differences of running counts, so that a row loses int(in * fraction) over all blocks.
         running = _truncate(1, ends[:, None] * np.asarray(fraction, np.float64))
         return np.diff(running, axis=0, prepend=np.int32(0))
+    # Blocks are counted by themselves, as in the official code: the last one may be narrower.
     return _truncate(1, np.diff(ends, prepend=0) * shape[0] * np.float64(fraction))
 
 
@@ -64,6 +67,7 @@ def per_column_block(columns: int) -> Pattern:
     return Pattern(functools.partial(_counts_per_column_block, columns), keep_in_column_block)
 
 
+# Cached: equal patterns must be one static argument, or a second run would compile again.
 @functools.cache
 def n_of_m(n: int, m: int) -> Pattern:
     """Return the pattern of n zeros in every m consecutive inputs, whatever fraction is asked for.

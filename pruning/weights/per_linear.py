@@ -35,7 +35,7 @@ from pruning.weights.patterns import n_of_m
 Notes = Mapping[str, jax.Array]  # figures of a pruner by name, float32 ()
 
 
-@functools.cache
+@functools.cache  # static arguments of jit must be equal objects
 def score_solver(
     score: Callable[[jax.Array, Any], jax.Array], keep: Callable[[jax.Array, jax.Array], Mask]
 ) -> Callable:
@@ -66,7 +66,7 @@ def _solve(
     pruner: Pruner, prepared: Any, ws: Sequence[jax.Array], counts: Sequence[jax.Array]
 ) -> list[jax.Array]:
     """Return the pruned matrices [out in]."""
-    return [w for w, _ in pruner.solve(ws, prepared, counts)]
+    return [w for w, _ in pruner.solve(ws, prepared, counts)]  # jit drops what only masks need
 
 
 @functools.cache
@@ -86,7 +86,7 @@ def prepare_tap(pruner: Pruner, stats: Any, tap: str) -> tuple[Any, Notes]:
     Returns:
       Prepared statistics, and the pruner's figures.
     """
-    if pruner.prepare is unprepared:
+    if pruner.prepare is unprepared:  # nothing to compile
         return stats, {}
     return _prepare(pruner.prepare)(stats, name=f"{tap}: statistics prepared")
 
@@ -101,7 +101,7 @@ def readers(arch: Arch, names: Collection[str]) -> dict[str, list[str]]:
     taps: dict[str, list[str]] = {}
     for slot in arch.slots:
         if slot.name in names:
-            taps.setdefault(slot.reads, []).append(slot.name)
+            taps.setdefault(slot.reads, []).append(slot.name)  # q, k and v share one factor
     return taps
 
 
@@ -138,7 +138,7 @@ def solve_block(
     notes: dict[str, Notes] = {}
     for tap, names in readers(arch, counts).items():
         prepared, notes[tap] = prepare_tap(pruners[tap], stats.get(tap), tap)
-        dense = [getattr(block, name).w for name in names]
+        dense = [getattr(block, name).w for name in names]  # SparseGPT sweeps them as one matrix
         label = f"{tap}: {', '.join(names)} pruned"
         pruned = _solve(pruners[tap], prepared, dense, [counts[n] for n in names], name=label)
         new |= dict(zip(names, pruned, strict=True))
@@ -195,7 +195,7 @@ def by_figure(blocks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, 
     names = {name for taps in blocks for by_name in taps.values() for name in by_name}
     return {
         name: [{tap: by_name[name] for tap, by_name in taps.items()} for taps in blocks]
-        for name in sorted(names)
+        for name in sorted(names)  # a set of texts has another order in every process
     }
 
 
@@ -213,7 +213,7 @@ def check_pattern(model: Model, pattern: Pattern) -> None:
     """
     shapes = dict.fromkeys(shape for block in all_shapes(model) for shape in block.values())
     for shape in shapes:
-        pattern.counts(shape, np.zeros(()))
+        pattern.counts(shape, np.zeros(()))  # raises where m does not divide the inputs
 
 
 def allocate(
@@ -321,15 +321,15 @@ class PerLinear:
         layerwise = Layerwise(pruner, pattern)
         allocation = allocate(model, tokens, request, runtime, layerwise)
         refine = request.refine or unrefined
-        pruners = refine(arch, every_tap(arch, pruner))
+        pruners = refine(arch, every_tap(arch, pruner))  # after allocation: trials are not refined
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             record: dict[str, dict[str, float]] = {}
             counts = counts_if_any(arch, pattern, block, allocation.budget[i])
             if counts:
                 block, notes = solve_block(arch, pruners, block, stats, counts)
-                record = figures(i, notes)
-            sink(i, block)
+                record = figures(i, notes)  # floats, as JSON and journals hold them
+            sink(i, block)  # at once: no finished block waits in memory
             return block, record
 
         records = calibrate_blocks(
@@ -338,7 +338,7 @@ class PerLinear:
             runtime,
             visit,
             watch=watched(pruners),
-            propagate="pruned",
+            propagate="pruned",  # as in the papers: later blocks see pruned inputs
             name="pruning",
         )
         details = {**allocation.details, **by_figure(records)}

@@ -15,6 +15,7 @@ def magnitude(w: jax.Array, stats: None) -> jax.Array:
       stats: No statistics are needed.
     """
     chex.assert_rank(w, 2)
+    # Weights from float16 tie often. float32 holds them exactly, so they tie here too.
     return jnp.abs(w.astype(jnp.float32))
 
 
@@ -29,6 +30,7 @@ def wanda(w: jax.Array, stats: SecondMoment) -> jax.Array:
     """
     chex.assert_rank(w, 2)
     chex.assert_shape(stats.total, (w.shape[1],))
+    # A mean over windows, as the official `scaler_row`. A common factor moves no mask.
     return jnp.abs(w.astype(jnp.float32)) * jnp.sqrt(stats.per_sample)[None, :]
 
 
@@ -42,5 +44,6 @@ def multiflow(w: jax.Array, stats: SecondMoment) -> jax.Array:
       stats: Second moments of the inputs.
     """
     edge = wanda(w, stats)
+    # Within a row the first factor is a constant. It decides nothing where rows are ranked alone.
     flow = jnp.mean(edge, axis=1, keepdims=True) * jnp.mean(edge, axis=0, keepdims=True)
     return jnp.abs(w.astype(jnp.float32)) * flow

@@ -14,6 +14,7 @@ from pruning.weights.per_linear import PerLinear
 from pruning.weights.sparsegpt_core import COLUMNS, Factor, factor, hessian, solve
 
 
+# Cached: a function made anew would be another program for every tap.
 @functools.cache
 def _prepare_with(damp: float) -> Callable[[Gram], tuple[Factor, dict[str, jax.Array]]]:
     """Return the function that factors H at this damping."""
@@ -48,6 +49,7 @@ def damping_warnings(damp: float, details: Mapping[str, Any]) -> list[str]:
         f"block {i}, {tap}: damping raised from {damp:g} to {used:g}, H did not factor"
         for i, taps in enumerate(details.get("damping", ()))
         for tap, used in taps.items()
+        # Figures come as float32 rounded to six digits, so equal dampings may differ in the last.
         if used > damp * 1.001
     ]
 
@@ -61,7 +63,7 @@ def sparsegpt(damp: float = 0.01) -> PerLinear:
       damp: Share of H's mean diagonal added to its diagonal. It is raised, and the report says so,
         where H does not factor.
     """
-    if not damp >= 0:
+    if not damp >= 0:  # so that NaN is refused too
         raise InputError(f"sparsegpt: damp={damp} must not be negative")
     return PerLinear(
         functools.partial(pruner, damp),

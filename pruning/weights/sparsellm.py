@@ -36,7 +36,9 @@ from pruning.weights.sparsellm_figures import loss_figures
 
 # Activations with an auxiliary update: relu without a gate, the others with one.
 KNOWN_ACTIVATIONS = ("relu", "silu", "swish")
+# The official code sets alpha = beta = gamma: to 5 for LLaMA, to 0.1 for OPT.
 OFFICIAL_GATED, OFFICIAL_PLAIN = Penalties(5.0, 5.0, 5.0), Penalties(0.1, 0.1, 0.1)
+# Equal penalties, or alpha = 0.1, leave a larger error (docs/decisions/014-sparsellm.md).
 CORRECTED = Penalties(0.01, 10.0, 1.0)
 # SparseGPT's 0.01 fits the calibration text more than the model (docs/methods/sparsellm.md).
 RIDGE = 1.0
@@ -59,9 +61,9 @@ class SparseLLM:
         text, and other text suffers (docs/methods/sparsellm.md).
       variant: "official" is the authors' code to the letter, which diverges on SmolLM2 and on tiny
         OPT models. "corrected", the default, has the same objective with sums over tokens and
-        Cholesky factors in place of pseudo-inverses, W2 fitted to what W1 and its gate really
-        give, and as its target the output that makes up for pruned attention; the best iteration
-        stays. At 70 % on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145.
+        Cholesky factors in place of pseudo-inverses. W2 is fitted to the outputs of the pruned W1
+        and gate, and the target makes up for pruned attention. The best iteration stays. At 70 %
+        on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145.
     """
 
     iterations: int = 4
@@ -103,6 +105,7 @@ class SparseLLM:
     def _settings(self, arch: Arch, request: Request) -> Settings:
         """Return the settings of the alternation; InputError for an unknown activation."""
         gated, act = ffn_names(arch).gate is not None, arch.config.act
+        # The paper has updates for relu without a gate (eq. 7) and for silu with one (eq. 10).
         if act not in KNOWN_ACTIVATIONS or (act == "relu") == gated:
             raise InputError(
                 f"sparsellm: no update of the auxiliary activations is known for {act}",
@@ -113,6 +116,7 @@ class SparseLLM:
             default = OFFICIAL_GATED if gated else OFFICIAL_PLAIN
         given = (self.alpha, self.beta, self.gamma)
         penalties = Penalties(*(d if x is None else x for d, x in zip(default, given, strict=True)))
+        # SparseGPT prunes inside the loop, so entries are counted by its blocks of columns.
         pattern = pattern_of(request, patterns.per_column_block(sparsegpt_core.COLUMNS))
         ridge = RIDGE if self.ridge is None else self.ridge
         return Settings(act, pattern, self.damp, ridge, penalties, self.iterations)
@@ -143,9 +147,12 @@ class SparseLLM:
             block_figures: dict[str, dict[str, float]] = {}
             losses: list[float] = []
             counts = counts_if_any(arch, settings.pattern, block, allocation.budget[i])
+            # Without counts the solver is skipped: a fit that removes nothing would still change W.
             if i < covered and counts:
                 block, block_figures, losses = solver.solve(i, block, xs, counts)
             sink(i, block)
+            # A record, not a list out here: a run that goes on reads the finished blocks' records
+            # back.
             return BlockResult(block, record=(block_figures, losses))
 
         records = visit_blocks(model, tokens, runtime, visit, name="pruning")
@@ -166,8 +173,11 @@ class SparseLLM:
             if not block_losses:
                 kept.append(None)
             elif self._official:
+                # The official code never goes back to a better iteration.
                 kept.append(len(block_losses) - 1)
             else:
+                # An iteration may end in NaN. Both this and the solver pass over it, and keep the
+                # first of equal losses.
                 kept.append(int(np.nanargmin(block_losses)))
         figures_by_name = by_figure([block_figures for block_figures, _ in records])
         details = {

@@ -68,6 +68,8 @@ def ffn_of(arch: Arch, block: Block) -> Ffn:
     names = ffn_names(arch)
     gate = getattr(block, names.gate) if names.gate else None
     part = Ffn(getattr(block, names.w1), gate, getattr(block, names.w2))
+    # float32 throughout. The official code rounds its fits to float16, where OPT's gradient steps
+    # on W2 are too small to survive.
     return jax.tree.map(lambda w: w.astype(jnp.float32), part)
 
 
@@ -81,6 +83,7 @@ def _with_ffn(arch: Arch, block: Block, ffn: Ffn) -> Block:
     stored = {}
     for name, linear in solved.items():
         dense = getattr(block, name)
+        # Biases never change, as in the official code.
         stored[name] = dense.replace(w=linear.w.astype(dense.w.dtype))
     return block.replace(**stored)
 
@@ -143,9 +146,11 @@ def ffn_inputs_and_targets(
     """
     names, attention = ffn_names(arch), arch.group("heads").reader.name
     taps = arch.block(pruned, x)[1]
+    # A norm follows the sum there: the errors of the two parts no longer add up.
     if not arch.residual:
         return taps[names.input_tap], taps[names.w2]
     dense_taps = arch.block(dense, x)[1]
+    # In float32, so that the target is rounded once, by the cast at the end.
     dense_output, pruned_output = dense_taps[attention], taps[attention]
     attention_error = dense_output.astype(jnp.float32) - pruned_output.astype(jnp.float32)
     target = dense_taps[names.w2].astype(jnp.float32) + attention_error
@@ -176,6 +181,7 @@ def _stack_by_size(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
 
     Empties the list, so that the parts do not lie in memory twice.
     """
+    # A scan needs one shape. Padding a smaller last micro-batch would add to the sums.
     sizes = dict.fromkeys(len(part) for part in parts)
     stacks = tuple(_stack([p for p in parts if len(p) == size]) for size in sizes)
     parts.clear()
@@ -197,7 +203,7 @@ class PrunedBlock(NamedTuple):
 
 
 class BlockSolver(NamedTuple):
-    """What stays the same from block to block."""
+    """Solver of blocks, with the settings that all blocks share."""
 
     arch: Arch
     settings: Settings
@@ -207,9 +213,13 @@ class BlockSolver(NamedTuple):
         self, i: int, dense: Block, xs: States, stats: Mapping[str, Any], counts: Counts
     ) -> Solution:
         names = ffn_names(self.arch)
+        # Both from the dense block, as X and Y: the official code takes none of them again after it
+        # has pruned attention.
         h1, h2 = _hessian(stats[names.input_tap]), _hessian(stats[names.hidden_tap])
+        # All tokens at once, because the official pseudo-inverses are of the whole X and p.
         taps = _join([_activations(self.arch, dense, x) for x in xs])
         settings = self.settings
+        # The official loop for OPT has no such list.
         if i in ITERATED_ONCE and names.gate is not None:
             settings = settings._replace(iterations=1)
         return _solve_official(self.arch, dense, taps, h1, h2, counts, settings)
@@ -238,6 +248,8 @@ class BlockSolver(NamedTuple):
         """
         arch, pattern, names = self.arch, self.settings.pattern, ffn_names(self.arch)
         attention = {name: count for name, count in counts.items() if name not in names.slots}
+        # The corrected part sums up its own statistics as it goes, so only attention's are needed
+        # here. The largest Gram matrix of a block, f x f of the hidden activations, is left out.
         taps = [s.reads for s in arch.slots if self.official or s.name in attention]
         stats = observe(arch, dict.fromkeys(taps, gram), i, block, xs)
         pruners = every_tap(arch, sparsegpt.pruner(self.settings.damp, pattern))
@@ -250,11 +262,13 @@ class BlockSolver(NamedTuple):
             solution = self._corrected(block, pruned, xs, of_part)
         block_figures = figures(i, {**notes, FFN_FIGURES: {"damping": solution.damping}})
         losses = [float(x) for x in to_host(solution.losses)]
+        # The last iteration is the one that stays, whatever came before.
         if self.official and not np.isfinite(losses[-1]):
             raise InputError(
                 f"block {i}: the official alternation diverged, as it does on this model",
                 'use variant="corrected"',
             )
+        # Iteration 0 is SparseGPT: if even its loss is not finite, the activations are not.
         if not np.any(np.isfinite(losses)):
             raise overflow(i)
         return PrunedBlock(_with_ffn(arch, pruned, solution.ffn), block_figures, losses)

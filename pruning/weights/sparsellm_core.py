@@ -147,6 +147,8 @@ def p_gain(w2: Linear, c: Penalties) -> jax.Array:
     """
     w = w2.w
     chex.assert_rank(w, 2)
+    # d x d, where the paper's system is f x f and f is about 3 d in LLaMA. gamma / beta > 0 keeps
+    # it positive definite, also where pruning has cost W2 its full rank.
     a = w @ w.T + (c.gamma / c.beta) * jnp.eye(len(w))
     return linalg.solve(a, w).T
 
@@ -187,6 +189,7 @@ def z_relu(m: jax.Array, p: jax.Array, c: Penalties) -> jax.Array:
     def cost(z: jax.Array) -> jax.Array:
         return c.gamma * (p - jax.nn.relu(z)) ** 2 + c.alpha * (z - m) ** 2
 
+    # A tie goes to `on`, as in the official code. The choice jumps, so rounding may flip it.
     return jnp.where(cost(on) <= cost(off), on, off)
 
 
@@ -202,6 +205,7 @@ def z_gated(m: jax.Array, p: jax.Array, g: jax.Array, c: Penalties) -> jax.Array
       c: Weights of the terms.
     """
     chex.assert_equal_shape([m, p, g])
+    # alpha > 0 keeps the division safe where the gate is closed, g = 0.
     return (c.alpha * m + c.gamma * g * p) / (c.alpha + c.gamma * g**2)
 
 
@@ -229,7 +233,10 @@ def s_gated(
     # Unlike the official step of fixed rate, this one is stable however large z is.
     g, slope = jax.jvp(ACTIVATIONS[act], (s,), (jnp.ones_like(s),))
     slope = slope * z
+    # The second derivative of act is left out (Gauss-Newton), so the denominator is at least alpha.
+    # Newton's own could be zero or negative.
     new = s - (c.alpha * (s - m) - c.gamma * slope * (p - g * z)) / (c.alpha + c.gamma * slope**2)
+    # act is not linear, so a full step may go too far.
     return jnp.where(cost(new) < cost(s), new, s)
 
 
@@ -254,8 +261,10 @@ def residuals_and_error(
     z, s = m[0], m[1] if ffn.gate is not None else None
     h = hidden(z, s, act)
     p = p_step(ffn.w2, gain, y, h)
+    # Measured here, where h is at hand. A pass of its own would run the part again.
     error = jnp.sum((linear(ffn.w2, h) - y) ** 2)
     if s is None:
+        # Differences from the outputs: the fits add to W, and where z agrees they add nothing.
         return [z_relu(m[0], p, c) - m[0]], error
     z = z_gated(m[0], p, ACTIVATIONS[act](s), c)
     return [z - m[0], s_gated(m[1], z, s, p, act, c) - m[1]], error

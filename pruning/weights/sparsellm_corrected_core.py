@@ -63,6 +63,7 @@ def ridge_step(w: jax.Array, residual: jax.Array, f: sparsegpt.Factor) -> jax.Ar
       The solution, [out in].
     """
     chex.assert_equal_shape([w, residual])
+    # U^T U = H^-1, so two products with the triangle take the place of a solve.
     return w + residual @ f.u.T @ f.u
 
 
@@ -75,6 +76,7 @@ class _Best(NamedTuple):
 
 def _keep_best(best: _Best, ffn: Ffn, loss: jax.Array) -> _Best:
     """Return the part of lower error."""
+    # NaN is never lower, so an iteration that overflows is passed over.
     return jax.tree.map(lambda a, b: jnp.where(loss < best.loss, b, a), best, _Best(ffn, loss))
 
 
@@ -88,6 +90,7 @@ def _prune_with_sparsegpt(
         return outer_products(x), outer_products(h)
 
     h1, h2 = (scale * h for h in _sum_over_batches(grams, x))
+    # SparseGPT's own damping: iteration 0 is SparseGPT. The ridge serves the fits alone.
     f1, f2 = (sparsegpt.factor(h, c.damp) for h in (h1, h2))
     writers = sparsegpt_pruned([p.w for p in dense.writers], f1, counts.writers, c.pattern)
     (w2,) = sparsegpt_pruned([dense.w2.w], f2, [counts.w2], c.pattern)
@@ -156,7 +159,7 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
             ffn = ffn.with_w2(sparsegpt_pruned(fitted, f2, [counts.w2], c.pattern)[0])
         return (ffn, best), (error, f2.damping)
 
-    with jax.default_matmul_precision("highest"):
+    with jax.default_matmul_precision("highest"):  # TPUs' bfloat16 passes are too coarse for H
         with jax.named_scope("sparsegpt"):
             ffn, h1, f1, damping = _prune_with_sparsegpt(dense, x, counts, scale, c)
         # X stays the same, so one factor serves the fits of all iterations.

@@ -16,7 +16,9 @@ def loss_figures(losses: Sequence[Sequence[float]]) -> tuple[Figure, ...]:
     series: dict[str, list[float | None]] = {}
     for i, block_losses in enumerate(losses):
         if len(block_losses) > 1 and block_losses[0] > 0:
+            # Blocks differ in scale, and share one axis this way.
             relative = [loss / block_losses[0] for loss in block_losses]
+            # The report is JSON, which has no NaN: an iteration that overflowed leaves a gap.
             series[f"block {i}"] = [v if math.isfinite(v) else None for v in relative]
     if not series:
         return ()

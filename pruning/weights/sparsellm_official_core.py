@@ -28,6 +28,8 @@ from pruning.weights.sparsellm_core import (
     z_relu,
 )
 
+# The rate is fixed, whatever the activations. A step on s is stable only while RATE (2 alpha + 2
+# gamma (z act'(s))^2) <= 2, and massive activations of SmolLM2 take that to 634.
 RATE = 0.01  # of the gradient steps
 S_STEPS = 2  # gradient steps on s
 W_STEPS = 10  # gradient steps on W2, without a gate
@@ -76,6 +78,7 @@ def _prune(
     """
     # The official code damps H in place, so that its damping grows with each iteration.
     dead, h = jnp.diagonal(h) == 0, sparsegpt.damped(h, c.damp)
+    # Dead inputs are found before the damping, which hides them.
     f = sparsegpt.factor(h, 0.0)._replace(dead=dead)
     return sparsegpt_pruned(ws, f, counts, c.pattern), h, c.damp + f.damping
 
@@ -106,6 +109,7 @@ def _prune_and_update(
 
     def update_sample(a: tuple[jax.Array, ...]) -> Aux:
         x, y, z, *gate = a
+        # The official order: p from the old z and s, z from the new p and old s, then s from both.
         p = p_step(ffn.w2, gain, y, hidden(z, gate[0] if gate else None, c.act))
         if ffn.gate is None:
             return Aux(z_relu(linear(ffn.w1, x), p, k), None, p)
@@ -120,6 +124,8 @@ def _prune_and_update(
         return Aux(z, _descend(objective, gate[0], S_STEPS), p)
 
     with jax.named_scope("update_p_z_and_s"):
+        # A sample at a time, to save memory. All terms are sums over tokens, so the cut changes
+        # nothing.
         aux = jax.lax.map(update_sample, (x, y, z) if s is None else (x, y, z, s))
     loss = squared_error(ffn, x, y, c.act) / float(y.size)
     return _State(ffn, h1, h2, aux), (loss, jnp.maximum(damping1, damping2))
@@ -146,9 +152,12 @@ def _fit(state: _State, x_pinv: jax.Array, y: jax.Array) -> _State:
     right, flat = _flatten(y) - _bias(ffn.w2), _flatten(p)
     with jax.named_scope("fit_w2"):
         if s is None:
+            # Starts at the pruned W2: the steps are so small that zeros stay near zero and go
+            # again.
             w2 = _descend(lambda w: jnp.mean((flat @ w.T - right) ** 2), ffn.w2.w, W_STEPS)
         else:
             w2 = (_pinv(p) @ right).T
+    # H of p is made anew. H of X is kept, with all the damping it has had.
     h2 = (2.0 / len(p)) * flat.T @ flat
     return state._replace(ffn=ffn.with_writers(ws).with_w2(w2), h2=h2)
 
@@ -189,6 +198,7 @@ def solve_official(
         state, (loss, damping) = half(_State(ffn, h1, h2, aux))
         losses, dampings = loss[None], damping[None]
         if c.iterations > 1:
+            # X never changes, so one pseudo-inverse serves all iterations.
             x_pinv = _pinv(x)
             state, (more_losses, more_dampings) = jax.lax.scan(
                 iterate, state, None, c.iterations - 1
