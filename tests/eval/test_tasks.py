@@ -26,11 +26,11 @@ from launch.run.tasks import vocabulary_of
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # what datasets, torch and lm-eval say to each other
+pytestmark = [
+    pytest.mark.slow,
+    # datasets, torch and lm-eval warn about each other.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 YAMLS = pathlib.Path(__file__).parent / "tasks"
 DOCUMENTS = int(

@@ -3,6 +3,7 @@
 import csv
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,13 @@ from pruning.structured.page_rank_core import SCORERS
 
 SMALL = ("--hidden=12,8", "--epochs=3", "--batch=20", "--seeds=3,4", "--ratios=0.25,0.5")
 SMALL += ("--learning_rate=0.01", "--calibration_samples=16")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promoted_dtypes() -> Iterator[None]:
+    """Let dtypes promote: optax's Adam mixes integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 def blobs(n: int, seed: int) -> Part:

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,13 @@ TINY = Settings(
     seed=3,
 )
 SETTINGS = {"llama": TINY, "opt": dataclasses.replace(TINY, family="opt", kv_heads=0)}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def promoted_dtypes() -> Iterator[None]:
+    """Let dtypes promote: optax's Adam mixes integers and floats."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))

@@ -307,7 +307,7 @@ BAD = {
     "pattern that does not divide": (["--method=wanda", "--pattern=3:5"], "multiple of 5"),
     "gamma out of range": (["--method=llmrank(gamma=2.0)", "--sparsity=0.5"], "between 0 and 1"),
     "missing data": (["--method=wanda", "--sparsity=0.5", "--eval_data=/no/such.npy"], "such.npy"),
-    "batch against mesh": (["--method=wanda", "--sparsity=0.5", "--mesh=data=8"], "multiple of it"),
+    "batch against mesh": (["--method=wanda", "--sparsity=0.5", "--mesh=data=8"], "multiple of 8"),
     "too many devices": (["--method=wanda", "--sparsity=0.5", "--mesh=data=999"], "--mesh"),
     "too many blocks": (["--method=sleb(blocks=3)"], "ask for 1 or fewer"),
 }

@@ -23,9 +23,7 @@ from models.init import init_model
 from pruning.methods import METHODS
 from reference.prune_runs import call, weights
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.usefixtures("no_samples")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_samples")]
 
 BASE = dict(
     vocab_size=64,

@@ -13,7 +13,7 @@ from calibration.runtime import Runtime
 from models.arch import Model
 from models.errors import InputError
 from pruning.methods import METHODS
-from pruning.structured.llmrank_core import flow
+from pruning.structured.llmrank import _flow
 from pruning.types import Outcome, Request, prune
 from reference.small import FAMILIES, logits, model, same, tokens, weight, zeros
 
@@ -258,10 +258,10 @@ def test_units_compile_only_for_their_new_widths(
     compilations.count = 0
     fresh(case, other, 0.5, seed=3)
     assert compilations.count == 0
-    scans = flow._cache_size()
+    scans = _flow.jitted._cache_size()
     for sparsity in (0.25, 0.75):
         fresh(case, other, sparsity)
-    assert flow._cache_size() == scans
+    assert _flow.jitted._cache_size() == scans
     assert compilations.count <= (0 if dict(case.arguments).get("units") == "rows" else 2 * 3)
 
 

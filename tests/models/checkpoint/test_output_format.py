@@ -152,12 +152,12 @@ def test_programs_compiled_for_a_model_serve_the_one_pruned_from_it(tmp_path: pa
     model = pruned(GQA, [3, 2], [40, 21])
     x = embed(model.arch, model.non_block, tiny.tokens())
     apply_block(model.arch, model.blocks[0], x)
-    compiled = arch._apply._cache_size(), arch._embed._cache_size()
+    compiled = arch._apply.jitted._cache_size(), arch._embed.jitted._cache_size()
     write(tmp_path / "out", model, GQA)
     again = open_checkpoint(tmp_path / "out").model
     assert again.arch is not model.arch
     apply_block(again.arch, again.blocks[0], embed(again.arch, again.non_block, tiny.tokens()))
-    assert (arch._apply._cache_size(), arch._embed._cache_size()) == compiled
+    assert (arch._apply.jitted._cache_size(), arch._embed.jitted._cache_size()) == compiled
 
 
 @pytest.mark.parametrize("second", ["auto", "padded"])

@@ -384,5 +384,5 @@ def test_it_is_built_from_a_users_words() -> None:
     want, _ = run("opt", variant="official", iterations=ITERATIONS, first_half=True)
     assert same(tuple(pruned.blocks), tuple(want.blocks))
     assert [len(x) for x in outcome.details["loss"]] == [ITERATIONS, 0, 0]
-    with pytest.raises(InputError, match="variant='best' must be one of 'corrected', 'official'"):
+    with pytest.raises(InputError, match="wrong variant: give one of 'corrected', 'official'"):
         build("method", 'sparsellm(variant="best")', METHODS)
