@@ -39,17 +39,15 @@ def _zero_rows(p: Linear, keep: jax.Array) -> Linear:
 
 
 @program("columns zeroed")
-def _zero_columns(p: Linear, keep: jax.Array) -> Linear:
-    """Zero the input columns where `keep` (bool [in]) is False."""
-    return Linear(jnp.where(keep[None, :], p.w, 0), p.b)
+def _zero_columns(w: jax.Array, keep: jax.Array) -> jax.Array:
+    """Zero the input columns of w [out in] where `keep` (bool [in]) is False."""
+    return jnp.where(keep[None, :], w, 0)
 
 
 @program("units cut", static=(2,))
-def _take_entries(p: Linear, indices: jax.Array, axis: int) -> Linear:
-    """Keep the rows (axis 0, biases included) or columns (axis 1) at these indices."""
-    # A bias belongs to output rows: taking input columns leaves it whole.
-    b = p.b if axis == 1 or p.b is None else jnp.take(p.b, indices, axis=0)
-    return Linear(jnp.take(p.w, indices, axis=axis), b)
+def _take_entries(x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+    """Return the entries of an array at these indices along an axis."""
+    return jnp.take(x, indices, axis=axis)
 
 
 def zero_rows(p: Linear, rows: np.ndarray) -> Linear:
@@ -69,11 +67,16 @@ def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
     indices = _indices(member, units)
     if member.axis == 0:
         return zero_rows(p, indices)
-    return _zero_columns(p, _keep_mask(p.w.shape[1], indices))
+    return Linear(_zero_columns(p.w, _keep_mask(p.w.shape[1], indices)), p.b)
 
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:
-    return _take_entries(p, _indices(member, units), member.axis)
+    indices = _indices(member, units)
+    w = _take_entries(p.w, indices, member.axis)
+    # A bias belongs to output rows: taking input columns leaves it whole.
+    if member.axis == 1 or p.b is None:
+        return Linear(w, p.b)
+    return Linear(w, _take_entries(p.b, indices, 0))
 
 
 def units(block: Block, group: Group) -> int:

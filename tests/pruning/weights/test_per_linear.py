@@ -157,7 +157,7 @@ def returned_input(
 ) -> list[tuple[jax.Array, Mask]]:
     """A solver that writes what it was given: the statistics of its input, and the count."""
     told = [
-        jnp.broadcast_to(stats.per_sample[None, :] + 1000.0 * n, w.shape)
+        jnp.broadcast_to(stats.per_sample[None, :] + 1000.0 * jnp.float32(n), w.shape)
         for w, n in zip(ws, counts, strict=True)
     ]
     return [(x, jnp.ones(x.shape, bool)) for x in told]
