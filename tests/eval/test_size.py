@@ -3,6 +3,7 @@
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -20,7 +21,7 @@ def test_parameters_and_nonzero_weights_are_counted(name: str) -> None:
     rng = np.random.default_rng(0)
 
     def thin(x: jax.Array) -> jax.Array:
-        return x * (rng.random(x.shape) < 0.6)
+        return jnp.where(rng.random(x.shape) < 0.6, x, 0)
 
     model = model._replace(
         non_block=jax.tree.map(thin, model.non_block), blocks=jax.tree.map(thin, model.blocks)

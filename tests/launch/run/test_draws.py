@@ -143,7 +143,7 @@ def test_an_interrupted_run_resumes_its_draws(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed at every few durable files: finished draws are not repeated, figures are equal."""
-    monkeypatch.setattr("calibration.journal.SHARE", 1e9)  # save after every block
+    monkeypatch.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)  # save after every block
     args = ["--method=wanda", "--calibration_draws=3"]
     assert call(argv(inputs, tmp_path / "whole", *args)) == 0
     replace, budget, done = os.replace, 0, []
