@@ -16,6 +16,8 @@ from models.checkpoint.reader import open_checkpoint
 from pruning.methods import METHODS
 from reference.pages import ROOT, code, shell_commands
 
+pytestmark = pytest.mark.slow
+
 PAGE = "docs/add-a-method.md"
 
 

@@ -10,6 +10,8 @@ import pytest
 from models.checkpoint.reader import open_checkpoint
 from reference.pages import ROOT, code, read
 
+pytestmark = pytest.mark.slow
+
 
 def run(page: str) -> dict[str, Any]:
     """Run the blocks of a page in order, and return the names that they define."""

@@ -21,6 +21,8 @@ from models.checkpoint.reader import Checkpoint, in_memory, open_checkpoint
 from models.errors import InputError
 from models.sharding import make_mesh
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.filterwarnings(
     "ignore"
 )  # what torch, transformers and lm-eval say to each other

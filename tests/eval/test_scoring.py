@@ -14,6 +14,8 @@ from models.sharding import make_mesh
 from models.surgery import cut
 from reference import tiny
 
+pytestmark = pytest.mark.slow
+
 LONGEST = 40
 
 

@@ -16,6 +16,8 @@ from models.checkpoint.reader import open_checkpoint
 from models.generate import generate as continue_tokens
 from reference import tiny
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "Once there was a kind girl"
 
 

@@ -56,7 +56,10 @@ def shapes_only(tmp_path: pathlib.Path) -> pathlib.Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method",
+    [m if m == "wanda" else pytest.param(m, marks=pytest.mark.slow) for m in METHODS],
+)
 def test_every_method_can_be_planned_without_weights(
     method: str,
     shapes_only: pathlib.Path,
@@ -134,6 +137,7 @@ def test_published_models_are_known_by_name() -> None:
         plan.config_of(None)
 
 
+@pytest.mark.slow
 def test_a_plan_for_absent_tpus_compiles_the_real_programs(tmp_path: pathlib.Path) -> None:
     """libtpu compiles LLaMA-2-7B for the sixteen chips of a v5e-16, in a process of its own."""
     if not importlib.util.find_spec("libtpu"):
@@ -171,11 +175,11 @@ def test_a_plan_for_absent_tpus_compiles_the_real_programs(tmp_path: pathlib.Pat
     assert (
         found["total"]["device_bytes"] < 2 * found["parameters"] / 4
     )  # neither the model nor a chip's quarter of it is held
-    programs = {p["name"]: p for p in found["programs"]}
-    assert programs["pruned block"]["calls"] == 31 * 16 and all(
-        p["memory"] > 0 for p in programs.values()
-    )
-    assert programs["statistics"]["collectives"]["all-gather"] > 0
+    blocks = [p for p in found["programs"] if p["name"] == "pruned block"]
+    assert sum(p["calls"] for p in blocks) == 31 * 16
+    assert all(p["memory"] > 0 for p in found["programs"])
+    statistics = next(p for p in found["programs"] if p["name"] == "statistics")
+    assert statistics["collectives"]["all-gather"] > 0
 
 
 @pytest.mark.parametrize(

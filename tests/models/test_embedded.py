@@ -12,6 +12,8 @@ from models.arch import Model, logits
 from models.checkpoint import hub
 from models.checkpoint import reader as store
 
+pytestmark = pytest.mark.slow
+
 BOUNDS = {"tiny-llama": 2.1, "tiny-opt": 2.1}  # perplexity on 16 windows of the evaluation split
 
 

@@ -17,6 +17,8 @@ from models.layers import Rope, rotate, rotate_from
 from models.surgery import cut, units
 from reference import tiny, torch_models
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "llama": tiny.LLAMA,
     "grouped": tiny.GQA,

@@ -11,6 +11,8 @@ from models.checkpoint.reader import open_checkpoint
 from models.families import hf
 from reference import tiny, torch_models
 
+pytestmark = pytest.mark.slow
+
 SCALINGS = {
     "default": {"rope_type": "default"},
     "linear": {"rope_type": "linear", "factor": 4.0},

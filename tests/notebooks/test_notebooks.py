@@ -13,6 +13,8 @@ import pytest
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).parents[2]
 NAMES = ("inspect_pytrees", "method_zoo")
 LARGEST = 350_000  # bytes: pages open quickly, and the history stays small
@@ -22,8 +24,6 @@ TOLERANCE = 0.03
 # The first cell of a test's kernel: warnings are errors, torch is missing, the network is closed.
 STRICT = """
 import socket, sys, warnings
-
-pytestmark = pytest.mark.slow
 
 class NoTorch:
     def find_spec(name, path=None, target=None):

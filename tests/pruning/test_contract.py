@@ -69,7 +69,11 @@ ALIKE = [
     if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
 ]  # as many in each block
 every_case = pytest.mark.parametrize("case", CASES, ids=str)
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# The quick tests take the first family, the slow ones the others.
+every_family = pytest.mark.parametrize(
+    "family",
+    [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
+)
 
 
 ONE_DEVICE = Runtime()

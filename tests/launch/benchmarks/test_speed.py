@@ -16,6 +16,8 @@ from launch.flags.cli import run
 from models.checkpoint.writer import save
 from models.init import init_model
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dict(
     model_type="llama",
     vocab_size=64,

@@ -14,6 +14,8 @@ from pruning.types import Request, prune
 from reference import sparsegpt as reference
 from reference import torch_models
 
+pytestmark = pytest.mark.slow
+
 CONFIG = dict(
     model_type="llama",
     vocab_size=64,

@@ -12,6 +12,8 @@ from launch.flags.cli import run
 from launch.run import export, measure
 from reference.prune_runs import call, report_of
 
+pytestmark = pytest.mark.slow
+
 pytestmark = pytest.mark.usefixtures("no_samples")
 
 MODEL = "--model=embedded:tiny-llama"
