@@ -65,7 +65,7 @@ class Owl:
         shapes = all_shapes(model)
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-            return block, float(_block_outliers(model.arch, block, stats, self.m))
+            return block, float(_block_outliers(model.arch, block, stats, float(self.m)))
 
         shares = calibrate_blocks(
             model,

@@ -21,11 +21,11 @@ from models.checkpoint.reader import Checkpoint, in_memory, open_checkpoint
 from models.errors import InputError
 from models.sharding import make_mesh
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.filterwarnings(
-    "ignore"
-)  # what torch, transformers and lm-eval say to each other
+pytestmark = [
+    pytest.mark.slow,
+    # torch, transformers and lm-eval warn about each other.
+    pytest.mark.filterwarnings("ignore"),
+]
 
 MODELS = ("embedded:tiny-llama", "embedded:tiny-opt")
 LONG = (

@@ -20,9 +20,7 @@ from models.checkpoint.writer import save
 from models.init import init_model
 from reference.prune_runs import call, report_of, weights
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.usefixtures("no_samples", "no_transformers")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_samples", "no_transformers")]
 
 LLAMA = dict(
     model_type="llama",

@@ -12,9 +12,7 @@ from launch.flags.cli import run
 from launch.run import export, measure
 from reference.prune_runs import call, report_of
 
-pytestmark = pytest.mark.slow
-
-pytestmark = pytest.mark.usefixtures("no_samples")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_samples")]
 
 MODEL = "--model=embedded:tiny-llama"
 DATA = [
