@@ -194,6 +194,16 @@ def _solve_trials(
     return jax.vmap(solve)(counts)
 
 
+# One program for all slots: several that exchange data between processes could run in another
+# order in each of them, and wait for each other for ever.
+@program("trial taken")
+def _take_trial(ws: Mapping[str, jax.Array], k: jax.Array) -> dict[str, jax.Array]:
+    """Return trial k's matrices [out in] from those of all trials [n out in], by slot."""
+    return {
+        name: jax.lax.dynamic_index_in_dim(w, k, axis=0, keepdims=False) for name, w in ws.items()
+    }
+
+
 def _pruned_blocks(
     search: Search, block: Block, prepared: Mapping[str, Any], counts: list[dict[str, np.ndarray]]
 ) -> Iterator[Block]:
@@ -207,7 +217,7 @@ def _pruned_blocks(
         stacked = {s.name: np.stack([c[s.name] for c in group]) for s in arch.slots}
         ws = _solve_trials(arch, search.layerwise.pruner, block, prepared, stacked)
         for k in range(len(group)):
-            yield with_weights(block, {name: w[k] for name, w in ws.items()})
+            yield with_weights(block, _take_trial(ws, np.int32(k)))
 
 
 def _dense_statistics(
