@@ -104,7 +104,9 @@ second_moment = Observer(
 
 
 def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
-    weight = 2.0 / (state.samples + 1 + jnp.arange(len(x), dtype=jnp.float32))  # of the n-th sequence: 2/n
+    weight = 2.0 / (
+        state.samples + 1 + jnp.arange(len(x), dtype=jnp.float32)
+    )  # of the n-th sequence: 2/n
     return _add(state, jnp.square(x.astype(jnp.float32)) * weight[:, None, None])
 
 

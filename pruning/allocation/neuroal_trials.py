@@ -194,8 +194,7 @@ def _solve_trials(
     return jax.vmap(solve)(counts)
 
 
-# One program for all slots: several that exchange data between processes could run in another
-# order in each of them, and wait for each other for ever.
+# One program for all slots, so that the plan counts it and several processes exchange data once.
 @program("trial taken")
 def _take_trial(ws: Mapping[str, jax.Array], k: jax.Array) -> dict[str, jax.Array]:
     """Return trial k's matrices [out in] from those of all trials [n out in], by slot."""

@@ -71,6 +71,9 @@ def started(
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
     flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    # Processes that share JAX's compilation cache can load one program and compile another, and
+    # then wait for each other for ever in a collective of the CPU backend.
+    flags |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     command = [sys.executable, *main, *arguments]
     return subprocess.Popen(command, env=os.environ | paths | flags, **options)
 
