@@ -107,5 +107,5 @@ def test_smollm2_is_the_same_streamed_or_in_memory(method: str, smollm2: pathlib
             np.testing.assert_array_equal(getattr(block, name).w, w, err_msg=f"block {i}, {name}")
 
     for which, sink in ((model, put), (in_memory(model), compare)):
-        METHODS[method]()(which, windows, Request(0.5), Runtime(batch=2), sink)
+        METHODS[method]().run(which, windows, Request(0.5), Runtime(batch=2), sink)
     assert len(kept) == 30 and all((w == 0).mean() > 0.45 for w in kept[-1].values())

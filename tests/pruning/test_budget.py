@@ -30,7 +30,11 @@ SEARCHES = {
     "alpha": {"epsilon": 0.3},
     "neuroal": {"samples": 4},
 }
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# The quick tests take the first family, the slow ones the others.
+every_family = pytest.mark.parametrize(
+    "family",
+    [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
+)
 
 
 def run(
@@ -274,6 +278,7 @@ def allocated(name: str, method: str, family: str) -> tuple[Model, Outcome]:
 
 
 @every_family
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm"])
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_allocator_works_with_every_weight_method(

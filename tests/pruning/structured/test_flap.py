@@ -17,7 +17,11 @@ from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
 from reference.small import FAMILIES, logits, model, run_block, same, tokens, weight
 
-every_family = pytest.mark.parametrize("family", FAMILIES)
+# The quick tests take the first family, the slow ones the others.
+every_family = pytest.mark.parametrize(
+    "family",
+    [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
+)
 SCOPES, REPAIRS = ("local", "global"), ("none", "bias", "refit")
 STRUCTURES = ["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 
