@@ -15,6 +15,7 @@ from calibration.data import calibration_tokens, evaluation_tokens
 from calibration.runtime import Runtime
 from calibration.tokenizer import TextTokenizer, load_tokenizer
 from eval.perplexity import perplexity as window_perplexity
+from eval.size import measure_size
 from models.arch import Model
 from models.checkpoint.hub import resolve
 from models.checkpoint.reader import Checkpoint, open_checkpoint
@@ -45,8 +46,6 @@ class LanguageModel:
         """Return the number of parameters."""
         if self.outcome is None:
             return self.checkpoint.parameters
-        from eval.size import measure_size
-
         return measure_size(self.model).parameters
 
     def _tokenizer(self) -> Callable[[], TextTokenizer]:
