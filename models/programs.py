@@ -93,12 +93,6 @@ class DeviceArray(jax.ShapeDtypeStruct):
         # As if all were finite: checks of planned statistics must let the run go on.
         return True
 
-    def __getitem__(self, index: int) -> "DeviceArray":
-        # Iteration over a sequence ends by this error.
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        return self._recorder.place(jax.ShapeDtypeStruct(self.shape[1:], self.dtype))
-
 
 class Recorder:
     """Record of the programs that run while it is active.
