@@ -5,7 +5,6 @@ import gc
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from models.costs import flops
@@ -100,12 +99,3 @@ def test_loops_are_counted() -> None:
         return jax.lax.cond(x[0, 0] > 0, lambda x: x @ x, lambda x: x, x)
 
     assert flops(jax.make_jaxpr(looped)(jnp.ones((8, 8))).jaxpr) == 5 * 2 * 8**3 + 2 * 8**3
-
-
-@pytest.mark.parametrize("index", [3, -4])
-def test_an_index_out_of_bounds_ends_an_iteration(index: int) -> None:
-    with record_programs(Recorder(make_mesh("data=1"))) as recorder:
-        x = recorder.place(np.zeros((3, 2), np.float32))
-        assert [row.shape for row in x] == [(2,)] * 3
-        with pytest.raises(IndexError):
-            x[index]
