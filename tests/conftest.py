@@ -27,6 +27,14 @@ import pytest  # noqa: E402
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile the quick tests without most optimizations, as compilation is most of their time."""
+    if config.option.markexpr == "not slow":
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start
+        jax.config.update("jax_disable_most_optimizations", True)
+
+
 SHARED = ROOT.parent / "shared"
 SMOLLM2 = pathlib.Path(
     os.environ.get("TOPIARY_SMOLLM2", pathlib.Path(tempfile.gettempdir()) / "topiary-smollm2")

@@ -66,17 +66,21 @@ def args(inputs: Path, model: str, output: Path, *more: str) -> list[str]:
     ]
 
 
+SLOW = pytest.mark.slow
 CASES = [
     ("llama", "wanda", 0.5, []),
     ("opt", "magnitude", 0.5, ["--pattern=2:4"]),
     ("llama", "llmrank", 0.25, []),
+]
+SLOW_CASES = [
     ("opt", 'llmrank(scorer="mpr", units="rows", variant="official")', 0.25, []),
     ("llama", 'llmrank(scope="global")', 0.25, ["--mesh=data=4,model=2"]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("model", "method", "sparsity", "more"), CASES, ids=[f"{m}-{c}" for m, c, *_ in CASES]
+    ("model", "method", "sparsity", "more"),
+    [*CASES, *(pytest.param(*case, marks=SLOW) for case in SLOW_CASES)],
 )
 def test_a_run_writes_all_of_the_contract(
     inputs: Path, tmp_path: Path, model: str, method: str, sparsity: float, more: list[str]
@@ -186,7 +190,7 @@ def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path)
     assert report_of(out)["details"] == first["details"]
 
 
-@pytest.mark.parametrize("layout", ["auto", "padded"])
+@pytest.mark.parametrize("layout", ["auto", pytest.param("padded", marks=SLOW)])
 def test_blocks_of_different_widths_load_as_announced(
     layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,6 +217,7 @@ def test_blocks_of_different_widths_load_as_announced(
     assert r["parameters"]["pruned"] == r["parameters"]["dense"] - 3 * 32 * (3 * 64 - sum(kept))
 
 
+@pytest.mark.slow
 def test_bfloat16_output_takes_two_bytes_a_parameter(inputs: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert (
@@ -224,7 +229,10 @@ def test_bfloat16_output_takes_two_bytes_a_parameter(inputs: Path, tmp_path: Pat
     assert c.stored_bytes < 2.1 * c.parameters + 20_000
 
 
-@pytest.mark.parametrize("allocation", ["owl(m=2, lam=0.1)", "alpha", "neuroal(samples=4)"])
+@pytest.mark.parametrize(
+    "allocation",
+    ["owl(m=2, lam=0.1)", *(pytest.param(a, marks=SLOW) for a in ("alpha", "neuroal(samples=4)"))],
+)
 def test_an_allocation_is_exact_and_reported(inputs: Path, tmp_path: Path, allocation: str) -> None:
     out = tmp_path / "out"
     assert (
@@ -251,6 +259,7 @@ def test_an_allocation_is_exact_and_reported(inputs: Path, tmp_path: Path, alloc
     assert "<h2>Allocation</h2>" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_refinement_is_another_mask_of_the_same_sparsity(inputs: Path, tmp_path: Path) -> None:
     plain, refined = tmp_path / "plain", tmp_path / "refined"
     assert call(args(inputs, "opt", plain, "--method=wanda", "--sparsity=0.5")) == 0

@@ -201,6 +201,7 @@ def test_schedules_rise_evenly_and_rows_follow_their_drop() -> None:
 
 
 @every_family
+@pytest.mark.slow
 def test_released_block_scores_are_the_loops(family: str) -> None:
     _, outcome = run(family, ALLOCATIONS["neuroal"](step="block", samples=4, variant="official"))
     d = outcome.details
@@ -217,6 +218,7 @@ def test_released_block_scores_are_the_loops(family: str) -> None:
 
 
 @every_family
+@pytest.mark.slow
 def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None:
     """Wanda's masks by dense activations, evaluated on the search windows."""
     from calibration.observers import second_moment
@@ -305,6 +307,7 @@ def test_of_a_sparsity_of_zero_nothing_is_removed(name: str) -> None:
     assert same(pruned.blocks, model("llama").blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt", "magnitude"])
 def test_the_dense_model_is_watched_once_if_there_is_room(
     method: str, monkeypatch: pytest.MonkeyPatch
@@ -332,6 +335,7 @@ def test_the_dense_model_is_watched_once_if_there_is_room(
     assert same(one, other) and known == again
 
 
+@pytest.mark.slow
 def test_the_search_does_not_hang_on_how_trials_are_grouped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -344,6 +348,7 @@ def test_the_search_does_not_hang_on_how_trials_are_grouped(
     np.testing.assert_allclose(single["row_scores"], whole["row_scores"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_searches_say_how_far_they_are() -> None:
     told: list[str] = []
 

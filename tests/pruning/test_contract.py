@@ -68,8 +68,16 @@ ALIKE = [
     for c in UNITS
     if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
 ]  # as many in each block
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-# The quick tests take the first family, the slow ones the others.
+
+
+def quick(cases: list[Case], names: tuple[str, ...] = tuple(METHODS)) -> list[Any]:
+    """Mark slow all but the first case of each named method."""
+    first = {c.name: c for c in reversed(cases) if c.name in names}.values()
+    return [c if c in first else pytest.param(c, marks=pytest.mark.slow) for c in cases]
+
+
+# The quick tests take every method's first arguments and the first family, the slow ones the rest.
+every_case = pytest.mark.parametrize("case", quick(CASES), ids=str)
 every_family = pytest.mark.parametrize(
     "family",
     [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
@@ -128,7 +136,7 @@ def covered(m: Model, outcome: Outcome) -> list[tuple[int, str]]:
 
 
 @every_family
-@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", quick(WEIGHTS), ids=str)
 def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
     """Every linear is covered and misses its budget by at most one entry a row (or a matrix)."""
     pruned, outcome = run(case, family)
@@ -156,7 +164,7 @@ def shares(case: Case, m: Model, outcome: Outcome) -> dict[str, np.ndarray]:
 
 
 @every_family
-@pytest.mark.parametrize("case", ALIKE, ids=str)
+@pytest.mark.parametrize("case", quick(ALIKE), ids=str)
 def test_units_are_removed_as_asked(case: Case, family: str) -> None:
     """Of every list that is selected from on its own, half the units, to the nearest one."""
     m, (pruned, outcome) = model(family), run(case, family)
@@ -186,7 +194,7 @@ def test_units_are_removed_as_asked(case: Case, family: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("case", BLOCKS, ids=str)
+@pytest.mark.parametrize("case", quick(BLOCKS), ids=str)
 def test_blocks_are_removed_as_asked(case: Case, family: str) -> None:
     """Half of three blocks are two, half of six sublayers three; removed linears count whole."""
     m, (pruned, outcome) = model(family), run(case, family)
@@ -209,7 +217,9 @@ def test_sparsity_zero_changes_no_bit(case: Case, family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str
+    "case",
+    quick([next(c for c in CASES if c.name == name) for name in METHODS], ("wanda", "flap")),
+    ids=str,
 )
 def test_bfloat16_stays_bfloat16(case: Case) -> None:
     m = model("llama", dtype="bfloat16")
@@ -239,7 +249,7 @@ def test_another_seed_matters_to_what_is_random_alone(case: Case) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", quick(WEIGHTS), ids=str)
 def test_the_budget_is_data(case: Case, family: str, compilations: Compilations) -> None:
     """Another sparsity, or another model of the same architecture, compiles nothing."""
     run(case, family)
@@ -252,7 +262,7 @@ def test_the_budget_is_data(case: Case, family: str, compilations: Compilations)
 
 
 @every_family
-@pytest.mark.parametrize("case", LLMRANK, ids=str)
+@pytest.mark.parametrize("case", quick(LLMRANK), ids=str)
 def test_units_compile_only_for_their_new_widths(
     case: Case, family: str, compilations: Compilations
 ) -> None:
@@ -270,7 +280,7 @@ def test_units_compile_only_for_their_new_widths(
 
 
 @every_family
-@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", quick(WEIGHTS, ("wanda", "sparsegpt")), ids=str)
 def test_patterns_zero_exactly_n_of_every_m(case: Case, family: str) -> None:
     """All weights are different, so zeros are what was removed."""
     pruned, _ = fresh(case, model(family), 3 / 8, pattern=(3, 8))
@@ -281,7 +291,7 @@ def test_patterns_zero_exactly_n_of_every_m(case: Case, family: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("case", WEIGHTS, ids=str)
+@pytest.mark.parametrize("case", quick(WEIGHTS), ids=str)
 def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> None:
     with pytest.raises(
         InputError, match=r"pattern=2:5 does not fit: 16 inputs of a linear are not a multiple of 5"
@@ -289,7 +299,7 @@ def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> N
         fresh(case, model(family), 0.4, pattern=(2, 5))
 
 
-@pytest.mark.parametrize("case", UNITS, ids=str)
+@pytest.mark.parametrize("case", quick(UNITS), ids=str)
 def test_patterns_of_units_are_bad_input(case: Case) -> None:
     with pytest.raises(InputError, match="pattern=2:4 is for weight methods"):
         fresh(case, model("llama"), 0.5, pattern=(2, 4))

@@ -183,6 +183,7 @@ def test_the_micro_batch_changes_no_order() -> None:
     np.testing.assert_allclose(*(np.array(d["losses"], float) for d in (a, b)), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_removes_the_same() -> None:
     m, method = deep("llama"), Sleb(3, variant="official")
     one, many = (

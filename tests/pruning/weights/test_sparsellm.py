@@ -130,6 +130,7 @@ def test_a_fit_has_no_slope() -> None:
     assert np.abs(added).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TWO)
 def test_a_ridge_is_for_other_tokens(family: str) -> None:
     """SparseGPT's little damping fits few tokens better, other tokens worse.
@@ -180,6 +181,7 @@ def test_the_error_of_a_round_is_that_of_a_forward(family: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TWO)
 def test_the_iteration_of_least_error_is_kept(family: str) -> None:
     """Block 0's feed-forward part has the least of the reported errors when it runs again."""
@@ -232,6 +234,7 @@ def test_more_iterations_never_end_worse() -> None:
     assert min(more) <= one[0] * (1 + 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [2, 3])
 @pytest.mark.parametrize("family", TWO)
 def test_the_micro_batch_does_not_matter(family: str, batch: int) -> None:
