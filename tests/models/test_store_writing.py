@@ -95,7 +95,12 @@ def test_fewer_neurons_make_a_smaller_model(name: str, tmp_path: pathlib.Path) -
 @pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 5000])
 @pytest.mark.parametrize(
     ("name", "group"),
-    [("biased", "neurons"), ("biased", "heads"), ("opt", "neurons"), ("opt", "heads")],
+    [
+        ("biased", "neurons"),
+        ("opt", "heads"),
+        pytest.param("biased", "heads", marks=pytest.mark.slow),
+        pytest.param("opt", "neurons", marks=pytest.mark.slow),
+    ],
 )
 def test_ragged_blocks_are_padded(
     name: str, group: str, shard_bytes: int, tmp_path: pathlib.Path

@@ -66,7 +66,12 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
 
 
 @every_family
-@pytest.mark.parametrize(("name", "options"), CHOICES, ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    # The quick tests take every third choice, which meets all names, scopes and repairs.
+    [c if i % 3 == 0 else pytest.param(*c, marks=pytest.mark.slow) for i, c in enumerate(CHOICES)],
+    ids=str,
+)
 def test_a_cut_gives_what_the_mask_gives(name: str, options: dict[str, Any], family: str) -> None:
     """For every scorer, scope and repair; and the outcome counts the removed units."""
     m, (pruned, outcome) = model(family), run(family, name=name, **options)

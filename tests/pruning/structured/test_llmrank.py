@@ -58,7 +58,11 @@ def run(m: Model, sparsity: float = 0.5, **arguments: Any) -> tuple[Model, Outco
 @pytest.mark.parametrize("variant", PORTS)
 @pytest.mark.parametrize(
     ("family", "name"),
-    [*(("llama", name) for name in SCORERS), ("opt", "wpr"), ("opt", "mpr zeroed")],
+    [
+        *(("llama", name) for name in SCORERS),
+        pytest.param("opt", "wpr", marks=pytest.mark.slow),
+        pytest.param("opt", "mpr zeroed", marks=pytest.mark.slow),
+    ],
 )
 def test_scores_equal_those_of_the_port(family: str, name: str, variant: str) -> None:
     arguments, settings = SCORERS[name]

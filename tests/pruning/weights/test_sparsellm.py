@@ -255,6 +255,7 @@ def test_the_micro_batch_does_not_matter(family: str, batch: int) -> None:
         )
 
 
+@pytest.mark.slow
 @both_variants
 def test_a_mesh_leaves_the_same_masks(variant: str) -> None:
     """Eight devices, windows and matrices split."""
@@ -281,7 +282,10 @@ def test_first_half_leaves_the_rest_alone(variant: str) -> None:
 
 
 @both_variants
-@pytest.mark.parametrize(("family", "pattern"), [("llama-gqa", (2, 4)), ("opt", (4, 8))])
+@pytest.mark.parametrize(
+    ("family", "pattern"),
+    [("llama-gqa", (2, 4)), pytest.param("opt", (4, 8), marks=pytest.mark.slow)],
+)
 def test_groups_lose_exactly_n(family: str, pattern: tuple[int, int], variant: str) -> None:
     """In every linear of every block."""
     n, m = pattern
@@ -301,6 +305,7 @@ def test_biases_and_norms_stay(family: str) -> None:
         assert all(same(getattr(old, s.name).b, getattr(new, s.name).b) for s in m.arch.slots)
 
 
+@pytest.mark.slow
 @both_variants
 def test_activations_may_be_more_than_an_int32_counts(variant: str) -> None:
     """LLaMA-2-70B's of 128 windows of 2048 are more; the run is followed on shapes alone."""
@@ -314,6 +319,7 @@ def test_activations_may_be_more_than_an_int32_counts(variant: str) -> None:
     assert "alternation" in {cost.name for cost in recorder.costs}
 
 
+@pytest.mark.slow
 def test_weights_keep_their_type() -> None:
     m = model("llama", dtype="bfloat16")
     pruned, _ = prune(m, METHODS["sparsellm"](iterations=2), tokens(), Request(0.5))
