@@ -33,7 +33,7 @@ from launch.flags.common import (
 from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report import html as report
-from launch.run import draws, export
+from launch.run import draws, export, tracking
 from launch.run.complete import complete
 from launch.run.describe import Results, describe
 from launch.run.inputs import Inputs, read_inputs
@@ -44,6 +44,7 @@ from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal
 from launch.run.samples import samples
 from launch.run.staging import UNFINISHED, staged
 from launch.run.tasks import task_flags
+from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer, write_json
 from models.processes import check_agreement, is_primary, run_on_primary
@@ -82,6 +83,7 @@ def options() -> Flags:
     f.integer("seed", 0, "seed of the calibration windows and of the method")
     evaluation_flags(f)
     task_flags(f)
+    track_flag(f)
     process_flags(f)
     return f
 
@@ -102,7 +104,7 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
     """
     repeats = ["draws"] if config.calibration_draws > 1 else []
     clock = Clock("load", "calibrate_and_prune", *repeats, "eval", "export")
-    job = resolve(config)
+    job, tracker = resolve(config), parse_tracker(config.track)
     output = output_path(job.output.directory)
     inputs = read_inputs(job, cache or StepCache(0))
     attempt = Attempt()
@@ -110,6 +112,7 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
         result = _prune_into(directory, job, inputs, attempt, clock, cache)
         result["seconds"] = clock.seconds
         run_on_primary(lambda: write_reports(directory, result))
+    tracking.write(tracker, lambda: tracking.of_run(result))
     return result
 
 

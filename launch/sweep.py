@@ -33,11 +33,13 @@ from launch.flags.common import (
 )
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
+from launch.run import tracking
 from launch.run.inputs import read_tokens
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import tokenizer_of
 from launch.run.staging import alone, check_free
 from launch.run.tasks import task_flags
+from launch.run.tracking import parse_tracker, track_flag
 from launch.trials.backends import BACKENDS, Execution, parse_resources
 from launch.trials.trial import Trial, error_line
 from models.errors import InputError
@@ -72,6 +74,7 @@ def options() -> cli.Flags:
     calibration_flags(f)
     evaluation_flags(f)
     task_flags(f)
+    track_flag(f)
     f.group("Execution")
     f.choice(
         "backend",
@@ -223,6 +226,7 @@ def sweep(values: dict[str, Any]) -> sweep_report.Board:
       The states and results of all trials.
     """
     output, backend = output_path(values["output"]), values["backend"]
+    tracker = parse_tracker(values["track"])
     execution = Execution(parse_resources(values["resources"]), values["workers"], StepCache())
     if backend != "local":
         # A trial may run on this host's accelerator, so this process must not hold it.
@@ -247,6 +251,7 @@ def sweep(values: dict[str, Any]) -> sweep_report.Board:
                     console.note(board.progress_line(trial))
         finally:
             board.publish()
+    tracking.write(tracker, lambda: tracking.of_sweep(values, board.rows))
     return board
 
 

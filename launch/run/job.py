@@ -45,6 +45,7 @@ class RunConfig:
     limit: int
     num_fewshot: int
     task_cache: bool
+    track: str
 
 
 class CalibrationSource(NamedTuple):

@@ -42,6 +42,7 @@ NOT_COMPARED = (
     "activations",
     "tasks",
     "task_cache",
+    "track",
 )
 
 

@@ -26,7 +26,7 @@ CLEAR_EVERY = 16
 LONGEST_ARGUMENTS = 48  # most characters of a call's arguments in a directory's name
 # Settings that may differ from those of a finished trial: the name of its directory has the
 # sparsity, and the others do not affect the result.
-NOT_COMPARED = ("output", "resume", "sparsity")
+NOT_COMPARED = ("output", "resume", "sparsity", "track")
 
 
 def label(text: str) -> str:
