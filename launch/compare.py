@@ -8,15 +8,15 @@ python -m launch.compare out/* --speed=speed.json --markdown=table.md --latex=ta
 import json
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 from launch.flags.cli import Flags, run
-from launch.report import compare_plot, compare_table, console
-from launch.report.compare_plot import Point
-from launch.report.compare_table import PARTS, Run, data_sets, rows
+from launch.report import compare_plot, compare_table, console, run_names, summary
+from launch.report.compare_plot import DENSE, OTHER, WEIGHTS, Axis, Point, speed_axis
+from launch.report.compare_table import PARTS, Marks, Run, data_sets, marks_of, rows
 from launch.run import export
 from models.errors import InputError
 
@@ -32,14 +32,6 @@ def options() -> Flags:
     return f
 
 
-def _run(report: Mapping[str, Any], speedup: Mapping[str, float]) -> Run:
-    settings = report["settings"]
-    extra = [settings.get(key) for key in ("allocation", "refine")]
-    extra = [call for call in extra if call not in (None, "uniform", "none")]
-    name = ", ".join([report["method"], *extra])
-    return Run(name, 1 - report["sparsity"]["total"], report, speedup)
-
-
 def read(directories: Sequence[str], speed: str | None) -> list[Run]:
     """Read the reports of pruned models.
 
@@ -53,16 +45,12 @@ def read(directories: Sequence[str], speed: str | None) -> list[Run]:
     if not directories:
         raise InputError("no directories were given", "python -m launch.compare DIR DIR ...")
     speedups = _speedups(speed) if speed else {}
-    runs = []
-    for name in directories:
-        path = pathlib.Path(name).expanduser() / export.REPORT
-        try:
-            report = json.loads(path.read_text(encoding="utf-8"))
-            runs.append(_run(report, speedups.get(str(pathlib.Path(name)), {})))
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(
-                f"{name} has no readable {export.REPORT}", "give output directories of launch.prune"
-            ) from None
+    reports = [_read_report(name) for name in directories]
+    names = run_names.of_reports(reports, directories)
+    runs = [
+        Run(name, report, speedups.get(str(pathlib.Path(directory)), {}))
+        for directory, name, report in zip(directories, names, reports, strict=True)
+    ]
     if speed and not any(r.speedup for r in runs):
         raise InputError(
             "has none of these directories",
@@ -71,6 +59,22 @@ def read(directories: Sequence[str], speed: str | None) -> list[Run]:
             value=speed,
         )
     return runs
+
+
+def _read_report(directory: str) -> dict[str, Any]:
+    """Read the report of one directory and check the parts that the comparison needs."""
+    path = pathlib.Path(directory).expanduser() / export.REPORT
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("settings", "sparsity", "parameters", "bytes", "perplexity", "seconds"):
+            report[key].items()
+        report["method"], report["sparsity"]["total"], report["parameters"]["dense"]
+        return report
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"{directory} has no readable {export.REPORT}",
+            "give output directories of launch.prune",
+        ) from None
 
 
 def _speedups(file: str) -> dict[str, dict[str, float]]:
@@ -88,43 +92,30 @@ def _speedups(file: str) -> dict[str, dict[str, float]]:
         ) from None
 
 
-def differences(runs: Sequence[Run]) -> Iterator[str]:
-    """Yield why numbers of one column cannot be compared, one clause each.
-
-    Args:
-      runs: The runs of the table.
-    """
-    if len({json.dumps(r.report["parameters"]["dense"]) for r in runs}) > 1:
-        yield "the dense models differ"
-    for name in data_sets(runs):
-        digests = {
-            r.report.get("protocol", {}).get("evaluation", {}).get(name, {}).get("sha256")
-            for r in runs
-            if name in r.report["perplexity"]
-        }
-        if len(digests) > 1:
-            yield f"the tokens of {name} differ between the runs"
-
-
-def points(runs: Sequence[Run], data: str) -> dict[str, list[Point]]:
-    """Return the plot's points of a data set: {label of the x axis: points}.
+def points(runs: Sequence[Run], marks: Marks, data: str) -> dict[Axis, list[Point]]:
+    """Return the plot's points of a data set by x axis.
 
     Args:
       runs: The runs.
+      marks: Marks of the runs that cannot be compared with the others.
       data: Name of the data set.
     """
-    evaluated = [r for r in runs if data in r.report["perplexity"]]
-    timed = [r for r in evaluated if r.speedup]
-    dense = Point("dense", 1.0, evaluated[0].report["perplexity"][data]["dense"])
+    evaluated = {k: r for k, r in enumerate(runs) if data in r.report["perplexity"]}
+    timed = {k: r for k, r in evaluated.items() if r.speedup}
+    first = next(k for k in evaluated if (k, data) not in marks.data and k not in marks.model)
+    dense = Point("dense", 1.0, evaluated[first].report["perplexity"][data]["dense"], DENSE)
 
-    def pruned(r: Run, x: float) -> Point:
-        return Point(r.name, x, r.report["perplexity"][data]["pruned"])
+    def pruned(k: int, x: float) -> Point:
+        r = runs[k]
+        mark = marks.model.get(k, "") + marks.data.get((k, data), "")
+        kind = OTHER if mark else compare_plot.kind_of(r.stored, r.total)
+        return Point(r.name + mark, x, r.report["perplexity"][data]["pruned"], kind)
 
-    panels = {compare_plot.PARAMETERS: [dense, *(pruned(r, r.share) for r in evaluated)]}
+    panels = {WEIGHTS: [dense, *(pruned(k, 1 - r.total) for k, r in evaluated.items())]}
     if timed:
         for part, label in PARTS.items():
-            speeds = [pruned(r, r.speedup[part]) for r in timed]
-            panels[f"{label}, times as fast"] = [dense, *speeds]
+            speeds = [pruned(k, r.speedup[part]) for k, r in timed.items()]
+            panels[speed_axis(label)] = [dense, *speeds]
     return panels
 
 
@@ -144,15 +135,16 @@ def main(values: dict[str, Any]) -> None:
         if pathlib.Path(values[flag]).suffix not in (".svg", ".png"):
             raise InputError("must end in .svg or .png", field=flag, value=values[flag])
     runs = read(values["directories"], values["speed"])
-    table = rows(runs)
-    console.show_wide(str(runs[0].report["model"]), table, Console())
-    for difference in differences(runs):
-        console.note(f"warning: {difference}")
+    marks = marks_of(runs)
+    table = rows(runs, marks)
+    console.show_wide(summary.last_component(str(runs[0].report["model"])), table, Console())
+    for note in marks.notes:
+        console.note(f"warning: not comparable: {note}")
     if values["markdown"]:
-        _write("markdown", values["markdown"], compare_table.markdown(table))
+        _write("markdown", values["markdown"], compare_table.markdown(table, marks.notes))
     if values["latex"]:
-        _write("latex", values["latex"], compare_table.latex(table))
-    panels = {name: points(runs, name) for name in data_sets(runs)} if plots else {}
+        _write("latex", values["latex"], compare_table.latex(table, marks.notes))
+    panels = {name: points(runs, marks, name) for name in data_sets(runs)} if plots else {}
     for flag in plots:
         dark = flag == "plot_dark"
         compare_plot.save_comparison(panels, pathlib.Path(values[flag]), dark)

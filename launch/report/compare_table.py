@@ -1,10 +1,12 @@
 """Make the table of `launch.compare`: one row per pruned model, as text, Markdown and LaTeX."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from launch.report import summary
+from launch.report.removal import TOLERANCE
 
 LATEX = str.maketrans(
     {c: f"\\{c}" for c in "&%$#_{}"}
@@ -20,21 +22,97 @@ class Run(NamedTuple):
     """A finished run of `launch.prune`.
 
     Attributes:
-      name: Method, allocation and refinement.
-      share: Fraction of the dense model's parameters that are left and not zero.
+      name: Method, sparsity or pattern, allocation and refinement.
       report: Content of pruning_report.json.
       speedup: Speed relative to the dense model by part; empty if it was not measured.
     """
 
     name: str
-    share: float
     report: Mapping[str, Any]
     speedup: Mapping[str, float]
+
+    @property
+    def stored(self) -> float:
+        """Return the parameters that are stored, as a fraction of the dense model's."""
+        parameters = self.report["parameters"]
+        return parameters["pruned"] / parameters["dense"]
+
+    @property
+    def total(self) -> float:
+        """Return the weights that are gone or zero, as a fraction of the dense model's."""
+        return self.report["sparsity"]["total"]
 
 
 def data_sets(runs: Sequence[Run]) -> list[str]:
     """List the data sets that any of the runs was evaluated on."""
     return list(dict.fromkeys(name for r in runs for name in r.report["perplexity"]))
+
+
+class Marks(NamedTuple):
+    """Marks of numbers that cannot be compared with those of most runs.
+
+    Attributes:
+      model: Mark by index of a run that began from another dense model.
+      data: Mark by index of a run and data set, where its evaluation tokens are others.
+      notes: What each mark means, with the runs that have it.
+    """
+
+    model: Mapping[int, str]
+    data: Mapping[tuple[int, str], str]
+    notes: Sequence[str]
+
+
+def marks_of(runs: Sequence[Run]) -> Marks:
+    """Mark the runs whose dense model or evaluation tokens differ from those of most runs.
+
+    Args:
+      runs: The runs.
+    """
+    notes: list[str] = []
+
+    def mark(kinds: Mapping[int, Any], difference: Callable[[int, int], str]) -> dict[int, str]:
+        """Mark the runs whose kind is not the most frequent, one letter for each other kind."""
+        if not kinds:
+            return {}
+        usual = Counter(kinds.values()).most_common(1)[0][0]
+        reference = next(k for k, kind in kinds.items() if kind == usual)
+        marked: dict[int, str] = {}
+        for other in dict.fromkeys(kinds.values()):
+            if other == usual:
+                continue
+            members = [k for k, kind in kinds.items() if kind == other]
+            letter = f" [{chr(ord('a') + len(notes) % 26)}]"
+            names = "; ".join(runs[k].name for k in members)
+            notes.append(f"{letter.strip()} {names}: {difference(members[0], reference)}")
+            marked |= dict.fromkeys(members, letter)
+        return marked
+
+    def count(k: int) -> str:
+        return f"{runs[k].report['parameters']['dense']:,}"
+
+    dense = {k: r.report["parameters"]["dense"] for k, r in enumerate(runs)}
+    model = mark(dense, lambda k, j: f"another dense model, {count(k)} parameters, not {count(j)}")
+    data: dict[tuple[int, str], str] = {}
+    for name, label in summary.short_names(data_sets(runs)).items():
+        tokens = {k: _tokens(r, name) for k, r in enumerate(runs) if name in r.report["perplexity"]}
+        digests = {k: facts.get("sha256") for k, facts in tokens.items()}
+
+        def difference(k: int, j: int, tokens: Any = tokens, label: str = label) -> str:
+            return f"other tokens of {label}, {_windows(tokens[k])}, not {_windows(tokens[j])}"
+
+        data |= {(k, name): letter for k, letter in mark(digests, difference).items()}
+    return Marks(model, data, notes)
+
+
+def _tokens(r: Run, name: str) -> Mapping[str, Any]:
+    """Return the protocol of a data set's evaluation."""
+    return r.report.get("protocol", {}).get("evaluation", {}).get(name, {})
+
+
+def _windows(tokens: Mapping[str, Any]) -> str:
+    """Return `8 windows of 64 (1f2e3d)`, the digest's first digits in parentheses."""
+    digest = str(tokens.get("sha256", "unknown"))[:6]
+    return f"{tokens.get('samples', '?')} windows of {tokens.get('length', '?')} ({digest})"
 
 
 class Columns(NamedTuple):
@@ -73,11 +151,23 @@ def _columns(runs: Sequence[Run]) -> Columns:
     )
 
 
-def rows(runs: Sequence[Run]) -> list[list[str]]:
+def removed(r: Run) -> str:
+    """Return what a run removed: `20%` that is no longer stored, `39.47% zeros` that are.
+
+    A part of less than half a point is left out: stray zeros, or biases that were added.
+    """
+    taken_out = 1 - r.stored
+    parts = {"": taken_out, " zeros": r.total - taken_out}
+    texts = [summary.percent(x) + kind for kind, x in parts.items() if x >= TOLERANCE]
+    return ", ".join(texts) or summary.percent(0.0)
+
+
+def rows(runs: Sequence[Run], marks: Marks) -> list[list[str]]:
     """Return the table as text: headings, the dense model, one row per run.
 
     Args:
       runs: The runs, in the order of the rows.
+      marks: Marks of numbers that cannot be compared with the others.
     """
     columns = _columns(runs)
     labels = summary.short_names(columns.data)
@@ -91,16 +181,19 @@ def rows(runs: Sequence[Run]) -> list[list[str]]:
     heads.append("pruned in")
     if columns.protocol:
         heads.append("protocol")
-    return [heads, _dense_row(runs, columns), *(_run_row(r, columns) for r in runs)]
+    lines = (_run_row(k, r, columns, marks) for k, r in enumerate(runs))
+    return [heads, _dense_row(runs, columns, marks), *lines]
 
 
-def _dense_row(runs: Sequence[Run], columns: Columns) -> list[str]:
-    """Return the dense model's row, each number from the first run that has it."""
-    report = runs[0].report
+def _dense_row(runs: Sequence[Run], columns: Columns, marks: Marks) -> list[str]:
+    """Return the dense model's row, each number from the first run that has it unmarked."""
+    usual_model = (r for k, r in enumerate(runs) if k not in marks.model)
+    report = next(usual_model).report
     cells = ["dense", "", summary.count(report["parameters"]["dense"])]
     cells.append(summary.size(report["bytes"]["dense"]))
     for name in columns.data:
-        values = (r.report["perplexity"].get(name, {}).get("dense") for r in runs)
+        usual = (r for k, r in enumerate(runs) if (k, name) not in marks.data)
+        values = (r.report["perplexity"].get(name, {}).get("dense") for r in usual)
         cells.append(summary.perplexity(_first(values)))
     cells += _accuracy_cells(columns, lambda task, name: _accuracy(runs, "dense", task, name))
     if columns.speed:
@@ -111,17 +204,17 @@ def _dense_row(runs: Sequence[Run], columns: Columns) -> list[str]:
     return cells
 
 
-def _run_row(r: Run, columns: Columns) -> list[str]:
-    """Return a run's row."""
+def _run_row(k: int, r: Run, columns: Columns, marks: Marks) -> list[str]:
+    """Return the row of run k."""
     report = r.report
-    cells = [r.name, summary.percent(report["sparsity"]["total"])]
+    cells = [r.name + marks.model.get(k, ""), removed(r)]
     cells.append(summary.count(report["parameters"]["pruned"]))
     cells.append(summary.size(report["bytes"]["pruned"]))
     for name in columns.data:
         cell = summary.perplexity(report["perplexity"].get(name, {}).get("pruned"))
         if spread := summary.draw_spread(report, name):
             cell += f" ({spread.mean} over {len(report['draws'])} draws)"
-        cells.append(cell)
+        cells.append(cell + marks.data.get((k, name), ""))
     cells += _accuracy_cells(columns, lambda task, name: _accuracy([r], "pruned", task, name))
     if columns.speed:
         cells += [f"{r.speedup[p]:.2f}x" if r.speedup else summary.ABSENT for p in PARTS]
@@ -174,20 +267,22 @@ def _mean(values: Sequence[Accuracy | None]) -> Accuracy | None:
     return sum(value for value, _ in known) / len(known), error
 
 
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """Return the table in Markdown, numbers aligned to the right."""
+def markdown(table: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Return the table in Markdown, numbers aligned to the right, and the notes below it."""
     lines = ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in table]
     rule = "|---|" + "---:|" * (len(table[0]) - 1)
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
+    below = [line for note in notes for line in ("", note)]
+    return "\n".join([lines[0], rule, *lines[1:], *below]) + "\n"
 
 
-def latex(table: Sequence[Sequence[str]]) -> str:
-    """Return the table as a LaTeX tabular with the rules of booktabs."""
+def latex(table: Sequence[Sequence[str]], notes: Sequence[str]) -> str:
+    """Return the table as a LaTeX tabular with the rules of booktabs, and the notes below it."""
 
     def escape(cell: str) -> str:
         return cell.translate(LATEX).replace("±", r"$\pm$").replace("…", r"\ldots{}")
 
     heads, *lines = (" & ".join(map(escape, row)) + r" \\" for row in table)
     begin = rf"\begin{{tabular}}{{l{'r' * (len(table[0]) - 1)}}}"
-    end = r"\end{tabular}"
-    return "\n".join([begin, r"\toprule", heads, r"\midrule", *lines, r"\bottomrule", end]) + "\n"
+    below = [rf"\par\footnotesize {escape(note)}" for note in notes]
+    end = [r"\bottomrule", r"\end{tabular}", *below]
+    return "\n".join([begin, r"\toprule", heads, r"\midrule", *lines, *end]) + "\n"

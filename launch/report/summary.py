@@ -119,6 +119,11 @@ def shorten(name: str, width: int = 24) -> str:
     return "…" + end[max(end.find("/"), 0) :]
 
 
+def last_component(path: str) -> str:
+    """Return what stands behind the last slash of a path or a hub id: `SmolLM2-135M`."""
+    return path.rstrip("/").rpartition("/")[2] or path
+
+
 def short_names(names: Iterable[str]) -> dict[str, str]:
     """Map each path to its file name, with as many folders as tell it from the others.
 

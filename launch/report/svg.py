@@ -24,6 +24,7 @@ COLOURS = (BLUE, ORANGE, TEAL, "#cc3311", "#33bbee", GREY, "#ee3377")
 MARKERS = "osD^vXP*"
 PALE_INK = "#e6edf3"  # for dark pages
 INK = "#12171d"  # replaced by currentColor, so one drawing serves the light and the dark page
+_LOG_RANGE = 4  # a larger ratio of perplexities takes a log axis
 WIDTH = 5.0  # inches: text of 10 points stays readable when a phone shows the plot 330 px wide
 STYLE = {
     "svg.fonttype": "none",  # real text: the page's font, searchable, small
@@ -113,6 +114,24 @@ def tick(value: float) -> str:
         return f"{value:,.6g}"
     mantissa, power = f"{value:.0e}".split("e")
     return f"{mantissa}e{int(power)}"
+
+
+def perplexity_axis(ax: "Axes", values: Iterable[float]) -> None:
+    """Make the y axis one of perplexities, logarithmic where they lie far apart.
+
+    Args:
+      ax: The axes.
+      values: The perplexities, finite.
+    """
+    from matplotlib.ticker import LogLocator
+
+    known = [value for value in values if value > 0]
+    if known and max(known) > _LOG_RANGE * min(known):
+        ax.set_yscale("log")
+        few_decades = max(known) < 1000 * min(known)
+        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+        ax.minorticks_off()
+    ax.yaxis.set_major_formatter(lambda value, _: tick(value))
 
 
 def block_axis(axes: Sequence["Axes"], blocks: Iterable[int], label: str = "block") -> None:

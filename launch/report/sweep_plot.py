@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from launch.report import summary
-from launch.report.quality_plots import LOG_RANGE
-from launch.report.svg import COLOURS, INK, MARKERS, render, tick
+from launch.report.svg import COLOURS, INK, MARKERS, perplexity_axis, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,11 +55,8 @@ def perplexity_by_sparsity(curves: Mapping[str, Sequence[Point]], dense: float) 
                 label=name,
             )
         ax.axhline(dense, color=INK, linewidth=1.0, linestyle="--")
-        if max(p.mean for points in finite.values() for p in points) > LOG_RANGE * dense:
-            ax.set_yscale("log")
-            ax.minorticks_off()
+        perplexity_axis(ax, [dense, *(p.mean for points in finite.values() for p in points)])
         ax.xaxis.set_major_formatter(lambda value, _: summary.percent(value))
-        ax.yaxis.set_major_formatter(lambda value, _: tick(value))
         ax.grid(axis="y")
         ax.set_xlabel("fraction of the prunable weights removed")
         ax.set_ylabel("perplexity")

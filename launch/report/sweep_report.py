@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from calibration.journal import write_durably
-from launch.report import html, summary, sweep_plot, sweep_table
+from launch.report import compare_plot, html, summary, sweep_plot, sweep_table
 from launch.report.console import show_wide
 from launch.report.figures import Plot
 from launch.report.sweep_table import PRUNED, Column, finished_row, pending_row
@@ -19,8 +19,8 @@ from launch.trials.trial import Trial
 
 INDEX = "sweep.json"
 # Columns of sweep.csv in their order; those of quality and the error follow.
-SETTINGS = ("trial", "state", "method", "allocation", "refine", "sparsity", "seed")
-RESULTS = ("reached", "total", "parameters", "bytes", "seconds")
+SETTINGS = ("trial", "state", "method", "allocation", "refine", "sparsity", "pattern", "seed")
+RESULTS = ("reached", "total", "parameters", "stored", "bytes", "seconds")
 
 
 class Board:
@@ -106,8 +106,10 @@ class Board:
 
     def _html(self) -> str:
         quality, lines = sweep_table.columns(self.rows), sweep_table.lines(self.rows)
-        plots = [self._plot(lines, column) for column in quality if column.kind == "perplexity"]
+        measured = [column for column in quality if column.kind == "perplexity"]
+        plots = [plot for column in measured for plot in self._plots(lines, column)]
         return html.template("sweep.html.j2").render(
+            model=summary.last_component(str(self._settings["model"])),
             settings=self._settings,
             plots=[plot for plot in plots if plot.svg],
             table=sweep_table.table(self.rows),
@@ -118,7 +120,9 @@ class Board:
         )
 
     @staticmethod
-    def _plot(lines: Sequence[sweep_table.Line], column: Column) -> Plot:
+    def _plots(lines: Sequence[sweep_table.Line], column: Column) -> list[Plot]:
+        """Return a data set's curves by sparsity, and its plot against what is left."""
+        heading = f"Perplexity, {column.label}"
         caption = (
             "Mean over seeds against the fraction of the prunable weights removed; bars: one "
             f"standard deviation. Dashed: the dense model, {column.text(column.dense)}. "
@@ -126,7 +130,15 @@ class Board:
         )
         curves = sweep_table.curves(lines, column.name)
         svg = sweep_plot.perplexity_by_sparsity(curves, column.dense)
-        return Plot(f"Perplexity, {column.label}", caption, svg)
+        against = (
+            "Mean over seeds against the weights that are left and not zero. Zeros that stay "
+            "stored make a model no smaller, so such models have a line of their own. Differences "
+            f"of less than half a point count as none. Dense model: {column.text(column.dense)}."
+        )
+        title = f"{heading}, against the weights left"
+        points = sweep_table.front_points(lines, column)
+        front = compare_plot.front_svg(title, points)
+        return [Plot(heading, caption, svg), Plot(title, against, front)]
 
     @staticmethod
     def _trial_cells(
@@ -139,7 +151,8 @@ class Board:
 
     def show(self, console: Console) -> None:
         """Print the table, the failures, and where the files are."""
-        title, labels = str(self._settings["model"]), len(sweep_table.LABELS)
+        title = summary.last_component(str(self._settings["model"]))
+        labels = len(sweep_table.LABELS)
         show_wide(title, sweep_table.table(self.rows), console, labels=labels)
         for name, error in self.errors.items():
             log = f"{self._output / 'failures' / name}.log"

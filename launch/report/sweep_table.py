@@ -5,7 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from launch.report import summary
+from launch.report import compare_plot, run_names, summary
 from launch.report.seeds import Spread, spread
 from launch.report.sweep_plot import Point
 from launch.trials.trial import Trial
@@ -32,6 +32,7 @@ def pending_row(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
         "state": state,
         "method": c.method,
         "sparsity": c.sparsity,
+        "pattern": c.pattern,
         "allocation": c.allocation,
         "refine": c.refine,
         "seed": c.seed,
@@ -48,13 +49,15 @@ def finished_row(trial: Trial, report: Mapping[str, Any]) -> dict[str, Any]:
 
     Returns:
       The settings; `sparsity` as requested; `reached`, the fraction removed of the prunable
-      weights; `total`, of all weights; size, seconds, perplexities and accuracies.
+      weights; `total`, of all weights; `stored`, the parameters that are stored as a fraction of
+      the dense model's; size, seconds, perplexities and accuracies.
     """
     row = pending_row(trial, "finished") | {
         "sparsity": report["sparsity"]["target"],
         "reached": report["sparsity"]["prunable"],
         "total": report["sparsity"]["total"],
         "parameters": report["parameters"]["pruned"],
+        "stored": report["parameters"]["pruned"] / report["parameters"]["dense"],
         "bytes": report["bytes"]["pruned"],
         "seconds": sum(report["seconds"].values()),
     }
@@ -76,9 +79,12 @@ class Line(NamedTuple):
       allocation: The allocation, as a call.
       refine: The refinement, as a call.
       sparsity: Requested sparsity; None if the method sets its own.
+      pattern: Requested pattern.
       finished: Number of finished trials.
       trials: Number of trials.
       reached: Mean fraction removed of the prunable weights; None without a finished trial.
+      total: The same of all weights.
+      stored: Mean of the parameters stored, as a fraction of the dense model's; None likewise.
       bytes: Mean size in bytes; None without a finished trial.
       perplexity: Spread over seeds by data set.
       accuracy: Spread over seeds by task and metric.
@@ -88,9 +94,12 @@ class Line(NamedTuple):
     allocation: str
     refine: str
     sparsity: float | None
+    pattern: str
     finished: int
     trials: int
     reached: float | None
+    total: float | None
+    stored: float | None
     bytes: float | None
     perplexity: Mapping[str, Spread]
     accuracy: Mapping[str, Spread]
@@ -98,8 +107,12 @@ class Line(NamedTuple):
     @property
     def name(self) -> str:
         """Return the method with its allocation and refinement, if they are not the defaults."""
-        extra = [call for call in (self.allocation, self.refine) if call not in ("uniform", "none")]
-        return ", ".join([self.method, *extra])
+        return run_names.join(self.method, "", self.allocation, self.refine)
+
+    @property
+    def target(self) -> str:
+        """Return the requested sparsity or pattern as text."""
+        return run_names.amount(self.pattern, self.sparsity)
 
 
 def _spreads(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Spread]:
@@ -114,10 +127,11 @@ def _spreads(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Spread
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Combine rows that differ only in the seed; trials that were left out are dropped."""
-    groups: dict[tuple[str, str, str, float | None], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, float | None, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["state"] != "left out":
-            key = (row["method"], row["allocation"], row["refine"], row["sparsity"])
+            settings = (row["method"], row["allocation"], row["refine"])
+            key = (*settings, row["sparsity"], row["pattern"])
             groups.setdefault(key, []).append(row)
     result = []
     for key, members in groups.items():
@@ -126,13 +140,20 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
             *key,
             finished=len(done),
             trials=len(members),
-            reached=float(np.mean([row["reached"] for row in done])) if done else None,
-            bytes=float(np.mean([row["bytes"] for row in done])) if done else None,
+            reached=_mean(done, "reached"),
+            total=_mean(done, "total"),
+            stored=_mean(done, "stored"),
+            bytes=_mean(done, "bytes"),
             perplexity=_spreads(done, PRUNED),
             accuracy=_spreads(done, ACCURACY),
         )
         result.append(line)
     return result
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], column: str) -> float | None:
+    """Return the mean of a column, None without rows."""
+    return float(np.mean([row[column] for row in rows])) if rows else None
 
 
 def with_prefix(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, float]:
@@ -190,7 +211,7 @@ def spread_text(s: Spread | None, seeds: int, text: Callable[[float], str]) -> s
 
 def _cells(line: Line, quality: Sequence[Column]) -> list[str]:
     """Return a line of the table as text."""
-    cells = [line.name, summary.percent(line.sparsity)]
+    cells = [line.name, line.target or summary.ABSENT]
     for c in quality:
         values = line.perplexity if c.kind == "perplexity" else line.accuracy
         cells.append(spread_text(values.get(c.name), line.finished, c.text))
@@ -225,3 +246,20 @@ def curves(every: Sequence[Line], data: str) -> dict[str, list[Point]]:
             point = Point(line.reached, *line.perplexity[data])
             result.setdefault(line.name, []).append(point)
     return {name: sorted(points) for name, points in result.items()}
+
+
+def front_points(every: Sequence[Line], column: Column) -> list[compare_plot.Point]:
+    """Return the dense model and every line as points of perplexity against the weights left.
+
+    Args:
+      every: The lines of the table.
+      column: A column of perplexities.
+    """
+    result = [compare_plot.Point("dense", 1.0, column.dense, compare_plot.DENSE)]
+    for line in every:
+        if column.name in line.perplexity and line.total is not None and line.stored is not None:
+            name = run_names.join(line.method, line.target, line.allocation, line.refine)
+            kind = compare_plot.kind_of(line.stored, line.total)
+            mean = line.perplexity[column.name].mean
+            result.append(compare_plot.Point(name, 1 - line.total, mean, kind))
+    return result
