@@ -10,7 +10,7 @@ import functools
 import pathlib
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -32,7 +32,7 @@ from launch.flags.common import (
 )
 from launch.flags.protocols import protocol_flag
 from launch.report import console
-from launch.report import html as report
+from launch.report.files import write_reports
 from launch.run import draws, export, tracking
 from launch.run.complete import complete
 from launch.run.describe import Results, describe
@@ -46,7 +46,7 @@ from launch.run.staging import UNFINISHED, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
-from models.checkpoint.writer import Writer, write_json
+from models.checkpoint.writer import Writer
 from models.processes import check_agreement, is_primary, run_on_primary
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import BlockSink, Outcome
@@ -156,7 +156,7 @@ def _prune_into(
     clock.record("eval")
     results = Results(outcome, written, counts, writer.parameters, dense, pruned, further)
     result = describe(job, inputs, results, command(job.config))
-    result["warnings"] += remarks
+    result["notes"] += remarks
     # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer)
     result["samples"] = run_on_primary(texts)
@@ -165,7 +165,7 @@ def _prune_into(
 
 
 def _remarks(resumed: bool, is_trial: bool) -> list[str]:
-    """Return the warnings about a run's seconds."""
+    """Return the notes about a run's seconds."""
     remarks = []
     if resumed:
         remarks.append(RESUMED)
@@ -202,17 +202,6 @@ def _run_method(
         runtime = dataclasses.replace(runtime, progress=progress, journal=journal)
         model, ids = inputs.checkpoint.model, inputs.calibration.ids
         return job.method.run(model, ids, job.request, runtime, sink)
-
-
-def write_reports(directory: pathlib.Path, result: Mapping[str, Any]) -> None:
-    """Write the report as JSON and as HTML.
-
-    Args:
-      directory: Directory of the pruned model.
-      result: The report.
-    """
-    write_json(directory / export.REPORT, result)
-    report.write_html(result, directory / "report.html")
 
 
 def command(config: RunConfig) -> str:

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,6 +18,7 @@ from launch.benchmarks.speed_programs import Facts, Program, Task, matmul_peak, 
 from launch.benchmarks.speed_workers import measure
 from launch.flags.cli import Flags
 from launch.report import speed_plot, summary
+from launch.report.files import read_report, write_reports
 from launch.run.measure import protocol, write_report
 from models.checkpoint import hub
 from models.checkpoint.reader import read_config
@@ -37,6 +39,7 @@ def flags(f: Flags) -> None:
     f.integer("new_tokens", 128, "tokens generated after each prompt", 2)
     f.string("batch_sizes", "1", "comma-separated numbers of prompts at a time")
     f.string("plot", None, "file to draw the results to: .svg or .png")
+    f.boolean("report", False, "add the speed to the reports in the directories of --pruned")
 
 
 def summarise(results: Mapping[str, Facts], task: Task, peak: float) -> dict[str, Facts]:
@@ -175,6 +178,47 @@ def checkpoints(values: Mapping[str, Any]) -> dict[str, pathlib.Path]:
     return directories
 
 
+def _reports(directories: Mapping[str, pathlib.Path], dense: str) -> dict[str, dict[str, Any]]:
+    """Return the report of each pruned model, by its name.
+
+    Raises:
+      InputError: A directory has none.
+    """
+    reports = {}
+    for name, path in directories.items():
+        if name == dense:
+            continue
+        try:
+            reports[name] = read_report(path)
+        except (OSError, ValueError, KeyError, TypeError):
+            reason, remedy = f"finds no report in {name}", "leave it out"
+            raise InputError(reason, remedy, field="report") from None
+    return reports
+
+
+def speed_of(results: Mapping[str, Mapping[str, Facts]], dense: str, pruned: str) -> dict[str, Any]:
+    """Return what a pruned model's report says of its speed.
+
+    Args:
+      results: Output of `summarise` by batch size.
+      dense: Name of the dense model.
+      pruned: Name of the pruned one.
+
+    Returns:
+      `device`, and in `batches` by batch size and part: tokens a second of both, and the
+      `speedup`, the median over pairs of runs.
+    """
+
+    def figures(rows: Mapping[str, Facts], part: str) -> dict[str, float]:
+        both = {"dense": rows[dense], "pruned": rows[pruned]}
+        rates = {model: row["tokens_per_second"][part] for model, row in both.items()}
+        return rates | {"speedup": rows[pruned]["speedup"][part]}
+
+    parts = ("prompt", "generation")
+    batches = {batch: {p: figures(rows, p) for p in parts} for batch, rows in results.items()}
+    return {"device": jax.devices()[0].device_kind, "batches": batches}
+
+
 def run(values: Mapping[str, Any]) -> None:
     """Measure, print tables, and write the files that --json and --plot name.
 
@@ -184,6 +228,7 @@ def run(values: Mapping[str, Any]) -> None:
     directories, batches = checkpoints(values), batch_sizes(values["batch_sizes"])
     if values["plot"] and pathlib.Path(values["plot"]).suffix not in (".svg", ".png"):
         raise InputError("must end in .svg or .png", field="plot", value=values["plot"])
+    reports = _reports(directories, values["model"]) if values["report"] else {}
     new_tokens, configs = values["new_tokens"], [read_config(p) for p in directories.values()]
     prompt = prompt_length(values["prompt_length"], new_tokens, configs)
     task = Task(directories[values["model"]], values["dtype"], batches[0], prompt, new_tokens)
@@ -203,14 +248,16 @@ def run(values: Mapping[str, Any]) -> None:
     Console().print(f"{title}, {new_tokens} new tokens; peak {peak / 1e9:.0f} GFLOP/s")
     for size, rows in results.items():
         Console().print(*tables(size, rows))
+    work = {"prompt_length": prompt, "new_tokens": new_tokens, "dtype": values["dtype"]}
+    for name, report in reports.items():
+        report["speed"] = work | speed_of(results, values["model"], name)
+        write_reports(directories[name], report)
     if values["json"]:
         report = {
             "model": values["model"],
             "what": "speed",
-            "prompt_length": prompt,
-            "new_tokens": new_tokens,
+            **work,
             "peak_flops_per_second": peak,
-            "dtype": values["dtype"],
             "protocol": protocol({}),
             "figures": results,
         }

@@ -32,7 +32,11 @@ def closing_table(report: Mapping[str, Any]) -> Table:
     Args:
       report: Content of pruning_report.json.
     """
-    parts = [str(report["model"]), report["method"], summary.protocol_note(report)]
+    parts = [
+        summary.last_component(str(report["model"])),
+        report["method"],
+        summary.protocol_note(report),
+    ]
     title = ", ".join(part for part in parts if part)
     table = Table(title=Text(title), title_justify="left")
     for heading in ("", "dense", "pruned", "change"):
@@ -56,6 +60,8 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     console.print(closing_table(report))
     for warning in report.get("warnings", ()):
         console.print(Text(f"warning: {warning}", style="yellow"), soft_wrap=True)
+    for note in report.get("notes", ()):
+        console.print(Text(f"note: {note}"), soft_wrap=True)
     if output := report.get("settings", {}).get("output"):
         console.print(Text(f"pruned model: {output}"), soft_wrap=True)
         console.print(Text(f"report: {Path(output) / 'report.html'}"), soft_wrap=True)

@@ -38,8 +38,14 @@ class Section(NamedTuple):
 
 
 def of_method(report: Mapping[str, Any]) -> list[Figure]:
-    """Return the figures that the method added to the report."""
-    return [from_json(fields) for fields in report.get("figures") or ()]
+    """Return the figures that the method added, without maps of units that all stayed."""
+    every = [from_json(fields) for fields in report.get("figures") or ()]
+    return [f for f in every if not isinstance(f, KeptMap) or _lost_units(f)]
+
+
+def _lost_units(figure: KeptMap) -> bool:
+    """Return True if a unit was removed; a cell that is None never was one."""
+    return any(share is not None and share < 1 for row in figure.kept for share in row)
 
 
 def tables(report: Mapping[str, Any]) -> list[Section]:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.report import figures, quality, summary
+from launch.report import documentation, figures, quality, summary
+from launch.report.outline import outline
 
 if TYPE_CHECKING:
     import jinja2
@@ -37,6 +38,10 @@ def render(report: Mapping[str, Any]) -> str:
     linears = _linears(report["sparsity"])
     return template("report.html.j2").render(
         report=report,
+        model=summary.last_component(str(report["model"])),
+        documentation=documentation.pages(report),
+        loading=_loading(report),
+        snippet=load_snippet(report),
         protocol_note=summary.protocol_note(report),
         tiles=_tiles(report),
         lights=quality.lights(report),
@@ -50,7 +55,7 @@ def render(report: Mapping[str, Any]) -> str:
         long=_LONG,
         protocol=_protocol(report.get("protocol", {})),
         settings=flat(report.get("settings", {})),
-        details=_outline(report.get("details", {})),
+        details=outline(report.get("details", {}), _SHOWN),
     )
 
 
@@ -95,6 +100,42 @@ def expectation(report: Mapping[str, Any]) -> str:
     if ":" in pattern:
         text += f" Hardware with sparse kernels can run the pattern {pattern} faster."
     return text
+
+
+def load_snippet(report: Mapping[str, Any]) -> str:
+    """Return Python that loads the pruned model with transformers; empty without its place.
+
+    Args:
+      report: The report; it has `loading` and the output's directory.
+    """
+    loading, output = report.get("loading"), report.get("settings", {}).get("output")
+    if not loading or not output:
+        return ""
+    names = ["AutoModelForCausalLM"] + ["AutoTokenizer"] * loading["tokenizer"]
+    path = json.dumps(output, ensure_ascii=False)
+    code = ", trust_remote_code=True" if loading["trust_remote_code"] else ""
+    lines = [
+        f"from transformers import {', '.join(names)}",
+        "",
+        f"model = AutoModelForCausalLM.from_pretrained({path}{code})",
+    ]
+    if loading["tokenizer"]:
+        lines.append(f"tokenizer = AutoTokenizer.from_pretrained({path})")
+    return "\n".join(lines)
+
+
+def _loading(report: Mapping[str, Any]) -> Facts:
+    """Return what the model loads as."""
+    loading = report.get("loading")
+    if not loading:
+        return []
+    own = loading["trust_remote_code"]
+    code = "needed: the class ships with the model" if own else "not needed"
+    return [
+        ("class", loading["class"]),
+        ("model_type", loading["model_type"]),
+        ("trust_remote_code", code),
+    ]
 
 
 def flat(value: Any, prefix: str = "") -> Facts:
@@ -166,22 +207,3 @@ def _protocol(protocol: Mapping[str, Any]) -> list[tuple[str, Facts]]:
         else:
             cards.append((part, flat(value)))
     return [(heading, facts) for heading, facts in cards if facts]
-
-
-def _outline(value: Any, indent: str = "") -> str:
-    """Return indented JSON with plain lists on one line, cut so that a page stays small."""
-    inner = indent + "  "
-    if isinstance(value, Mapping) and value:
-        lines = []
-        for key, member in value.items():
-            name = json.dumps(str(key), ensure_ascii=False)
-            lines.append(f"{inner}{name}: {_outline(member, inner)}")
-        return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
-    if isinstance(value, list | tuple) and any(
-        isinstance(v, Mapping | list | tuple) for v in value
-    ):
-        return "[\n" + ",\n".join(inner + _outline(v, inner) for v in value) + f"\n{indent}]"
-    if isinstance(value, list | tuple) and len(value) > _SHOWN:
-        shown = json.dumps(value[:_SHOWN], ensure_ascii=False)
-        return f"{shown[:-1]}, … {len(value):,} in total]"
-    return json.dumps(value, ensure_ascii=False)

@@ -14,6 +14,7 @@ from pruning.types import Outcome
 
 # Sparsity may miss its target by this much, as a fraction of the prunable weights.
 TOLERANCE = 0.005
+PADDING = 0.01  # share of padding in the stored values from which it matters
 
 
 class LinearCounts(NamedTuple):
@@ -93,16 +94,8 @@ def warnings(
       checkpoint: The dense checkpoint.
       length: Tokens in a calibration window.
     """
-    if written.padding:
-        yield (
-            f"{written.padding:,} stored values are zero padding for narrower blocks "
-            "and missing biases"
-        )
-    if written.form.code:
-        yield (
-            f"blocks differ in width, so the model loads as {written.form.label}; "
-            "--layout=padded writes a stock architecture instead"
-        )
+    if written.padding >= PADDING * written.loaded.parameters:
+        yield _padding(written)
     if not written.transformers.ok:
         yield f"transformers does not reproduce the logits: {written.transformers.message}"
     if abs(sparsity["prunable"] - sparsity["target"]) > TOLERANCE:
@@ -115,4 +108,27 @@ def warnings(
         yield (
             f"calibration windows have {length} tokens, "
             f"but the model was trained for {positions} positions"
+        )
+
+
+def _padding(written: export.Written) -> str:
+    share = summary.percent(written.padding / written.loaded.parameters)
+    return (
+        f"{written.padding:,} stored values ({share}) are zero padding for narrower blocks "
+        "and missing biases"
+    )
+
+
+def notes(written: export.Written) -> Iterator[str]:
+    """Yield what a reader may want to know, and need not worry about.
+
+    Args:
+      written: The pruned checkpoint, loaded back.
+    """
+    if 0 < written.padding < PADDING * written.loaded.parameters:
+        yield _padding(written)
+    if written.form.code:
+        yield (
+            f"blocks differ in width, so the model loads as {written.form.label}; "
+            "--layout=padded writes a stock architecture instead"
         )

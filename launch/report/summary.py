@@ -288,7 +288,7 @@ def _perplexity_rows(report: Mapping[str, Any]) -> list[Row]:
 
 
 def quality_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Return the summary's rows: perplexity, tasks, sparsity, parameters and bytes.
+    """Return the summary's rows: perplexity, tasks, sparsity, parameters, bytes and speed.
 
     Args:
       report: Content of pruning_report.json; every key may be missing.
@@ -305,6 +305,18 @@ def quality_rows(report: Mapping[str, Any]) -> list[Row]:
         numbers = report.get(key, {})
         dense, pruned = numbers.get("dense"), numbers.get("pruned")
         rows.append(Row(label, text(dense), text(pruned), difference(dense, pruned)))
+    return rows + _speed_rows(report.get("speed", {}))
+
+
+def _speed_rows(speed: Mapping[str, Any]) -> list[Row]:
+    """Return a row for each speed that was measured."""
+    rows = []
+    for batch, parts in speed.get("batches", {}).items():
+        for part, label in (("prompt", "Prompts"), ("generation", "Generation")):
+            dense, pruned = (f"{parts[part][m]:,.0f} tokens/s" for m in ("dense", "pruned"))
+            change = f"{parts[part]['speedup']:.2f}x as fast"
+            name = f"{label}, batch {batch}, {speed['device']}"
+            rows.append(Row(name, dense, pruned, change))
     return rows
 
 

@@ -1,6 +1,7 @@
 """Assemble the report of a run."""
 
 import dataclasses
+import datetime
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     window = inputs.calibration.ids.shape[1]
     warnings = [*removal.warnings(sparsity, written, checkpoint, window), *outcome.warnings]
     return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": job.config.model,
         "method": job.config.method,
         "settings": settings,
@@ -78,11 +80,24 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
         "warnings": warnings,
+        "notes": list(removal.notes(written)),
         "loads_as": written.form.label,
+        "loading": _loading(written),
         "checks": {"topiary": True, "transformers": written.transformers.result},
         "load_back": {"topiary": written.topiary, "transformers": written.transformers.message},
         "figures": [to_json(figure) for figure in outcome.figures],
         "details": _details(inputs, outcome),
+    }
+
+
+def _loading(written: export.Written) -> dict[str, Any]:
+    """Return the report's `loading`: what transformers makes of the checkpoint."""
+    config = written.form.config
+    return {
+        "class": config["architectures"][0],
+        "model_type": config["model_type"],
+        "trust_remote_code": written.form.code is not None,
+        "tokenizer": any(written.loaded.directory.glob("tokenizer*")),
     }
 
 
