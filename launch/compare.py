@@ -137,7 +137,10 @@ def main(values: dict[str, Any]) -> None:
     runs = read(values["directories"], values["speed"])
     marks = marks_of(runs)
     table = rows(runs, marks)
-    console.show_wide(summary.last_component(str(runs[0].report["model"])), table, Console())
+    # A terminal is narrow: calls lose their arguments where a name stays its own without.
+    short = run_names.short([r.name for r in runs])
+    narrow = rows([r._replace(name=short[r.name]) for r in runs], marks)
+    console.show_wide(summary.last_component(str(runs[0].report["model"])), narrow, Console())
     for note in marks.notes:
         console.note(f"warning: not comparable: {note}")
     if values["markdown"]:

@@ -41,7 +41,7 @@ STYLES: dict[str, dict[str, Any]] = {
     },
     OTHER: {"marker": "x", "color": GREY, "label": "other evaluation data: not comparable"},
 }
-FRONT = "line: no run of its kind is better on both axes; pale: another one is"
+FRONT = "line: none of its kind is better on both axes; pale: one is"
 _PALE = 0.4
 _NAME_WIDTH = 30  # characters of a line of a run's name
 _STEP = 3.0  # pixels between two places for a name
@@ -166,7 +166,7 @@ def _legend(figure: "Figure", points: Sequence[Point], front: str) -> None:
     kinds = [kind for kind in STYLES if any(p.kind == kind for p in points)]
     handles = [Line2D([], [], linestyle="", markersize=6, **STYLES[kind]) for kind in kinds]
     handles.append(Line2D([], [], color=GREY, linewidth=1.0, label=front))
-    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside lower left", frameon=False, fontsize=9)
 
 
 def label_points(
@@ -199,7 +199,7 @@ def label_points(
             textcoords="offset points",
             ha="left",
             va="bottom",
-            fontsize=8,
+            fontsize=9,
         )
         box = text.get_window_extent()
         padded = (box.width + 2 * _PAD, box.height + 2 * _PAD)

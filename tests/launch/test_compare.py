@@ -1,35 +1,39 @@
 """The comparison shows the reports' numbers and warns about those that cannot be compared."""
 
-import itertools
 import json
 import math
-import pathlib
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
 
 from launch import compare
 from launch.flags.cli import run
-from launch.report import compare_plot
-from launch.report.compare_plot import Point
 
 
-def report(method: str, total: float, perplexity: float, **more: Any) -> dict[str, Any]:
+def report(
+    method: str, total: float, perplexity: float, zeros: bool = False, **more: Any
+) -> dict[str, Any]:
     dense = 1000
+    stored = dense if zeros else int(dense * (1 - total))
     return {
         "model": "m",
         "method": method,
-        "settings": {"allocation": "uniform", "refine": "none"},
-        "protocol": {"evaluation": {"a|b": {"sha256": "1"}}},
-        "sparsity": {"total": total},
-        "parameters": {"dense": dense, "pruned": int(dense * (1 - total))},
-        "bytes": {"dense": 4 * dense, "pruned": int(4 * dense * (1 - total))},
+        "settings": {"allocation": "uniform", "refine": "none", "pattern": "unstructured"},
+        "protocol": {"evaluation": {"a|b": {"sha256": "1", "samples": 8, "length": 64}}},
+        "sparsity": {"target": total, "total": total},
+        "parameters": {"dense": dense, "pruned": stored},
+        "bytes": {"dense": 4 * dense, "pruned": 4 * stored},
         "perplexity": {"a|b": {"dense": 10.0, "pruned": perplexity, "tokens": 5}},
         "tasks": {},
         "seconds": {"calibrate_and_prune": 61.0},
     } | more
+
+
+def table_of(directories: list[str], speed: str | None = None) -> list[list[str]]:
+    runs = compare.read(directories, speed)
+    return compare.rows(runs, compare.marks_of(runs))
 
 
 TASKS = {
@@ -40,14 +44,14 @@ TASKS = {
 }
 
 
-def write(directory: pathlib.Path, content: dict[str, Any]) -> str:
+def write(directory: Path, content: dict[str, Any]) -> str:
     directory.mkdir()
     (directory / "pruning_report.json").write_text(json.dumps(content))
     return str(directory)
 
 
 @pytest.fixture
-def runs(tmp_path: pathlib.Path) -> list[str]:
+def runs(tmp_path: Path) -> list[str]:
     return [
         write(tmp_path / "one", report("wanda_sp", 0.25, 20.0)),
         write(
@@ -64,9 +68,7 @@ def runs(tmp_path: pathlib.Path) -> list[str]:
     ]
 
 
-def test_the_table_holds_the_numbers_of_the_reports(
-    runs: list[str], tmp_path: pathlib.Path
-) -> None:
+def test_the_table_holds_the_numbers_of_the_reports(runs: list[str], tmp_path: Path) -> None:
     speed = {
         "1": {
             d: {"speedup": {"prompt": 1 + k, "generation": 2 + k}}
@@ -74,7 +76,7 @@ def test_the_table_holds_the_numbers_of_the_reports(
         }
     }
     (tmp_path / "speed.json").write_text(json.dumps({"figures": speed}))
-    table = compare.rows(compare.read(runs, str(tmp_path / "speed.json")))
+    table = table_of(runs, str(tmp_path / "speed.json"))
     assert table == [
         [
             "run",
@@ -88,9 +90,9 @@ def test_the_table_holds_the_numbers_of_the_reports(
             "pruned in",
         ],
         ["dense", "", "1,000", "3.9 KiB", "10.000", "70.00% ± 1.00%", "1.00x", "1.00x", ""],
-        ["wanda_sp", "25%", "750", "2.9 KiB", "20.000", "—", "2.00x", "3.00x", "1 min 01 s"],
+        ["wanda_sp 25%", "25%", "750", "2.9 KiB", "20.000", "—", "2.00x", "3.00x", "1 min 01 s"],
         [
-            "flap, owl(m=7), dsnot",
+            "flap 50%, owl(m=7), dsnot",
             "50%",
             "500",
             "2.0 KiB",
@@ -100,12 +102,12 @@ def test_the_table_holds_the_numbers_of_the_reports(
             "4.00x",
             "1 min 01 s",
         ],
-        ["sleb(blocks=2)", "10%", "900", "3.5 KiB", "inf", "—", "—", "—", "1 min 01 s"],
+        ["sleb(blocks=2) 10%", "10%", "900", "3.5 KiB", "inf", "—", "—", "—", "1 min 01 s"],
     ]
 
 
 def test_the_command_prints_and_writes(
-    runs: list[str], tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {flag: tmp_path / f"table.{flag}" for flag in ("markdown", "latex")}
     flags = [f"--{flag}={file}" for flag, file in files.items()]
@@ -127,16 +129,18 @@ def test_the_command_prints_and_writes(
     lines = files["markdown"].read_text().splitlines()
     assert len(lines) == 6 and {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {8}
     tabular = files["latex"].read_text().splitlines()
-    assert tabular[0] == r"\begin{tabular}{lrrrrrr}" and r"wanda\_sp & 25\% & 750" in tabular[5]
+    assert (
+        tabular[0] == r"\begin{tabular}{lrrrrrr}" and r"wanda\_sp 25\% & 25\% & 750" in tabular[5]
+    )
     drawn = (tmp_path / "plot.svg").read_text()
-    assert "flap, owl(m=7), dsnot" in drawn and "sleb" not in drawn, (
+    assert "flap 50%, owl, dsnot" in drawn and "sleb" not in drawn, (
         "a run without a finite perplexity has no place"
     )
     dark = (tmp_path / "dark.svg").read_text()
     assert "#e6edf3" in dark and "#12171d" not in dark and "#e6edf3" not in drawn
 
 
-def test_the_mean_of_several_tasks_needs_all_of_them(tmp_path: pathlib.Path) -> None:
+def test_the_mean_of_several_tasks_needs_all_of_them(tmp_path: Path) -> None:
     """Each task's first accuracy counts; the error is that of independent documents."""
     more = {
         "boolq": {
@@ -148,7 +152,7 @@ def test_the_mean_of_several_tasks_needs_all_of_them(tmp_path: pathlib.Path) -> 
     piqa = {"piqa": {which: figures | norm for which, figures in TASKS["piqa"].items()}}
     both = write(tmp_path / "both", report("flap", 0.5, 15.0, tasks=piqa | more))
     one = write(tmp_path / "one", report("wanda", 0.5, 15.0, tasks=TASKS))
-    heads, dense, flap, wanda = compare.rows(compare.read([both, one], None))
+    heads, dense, flap, wanda = table_of([both, one])
     assert heads[5:-1] == [
         "piqa, acc,none",
         "piqa, acc_norm,none",
@@ -158,42 +162,66 @@ def test_the_mean_of_several_tasks_needs_all_of_them(tmp_path: pathlib.Path) -> 
     assert (dense[-2], flap[-2], wanda[-2]) == ("60.00% ± 1.12%", "50.00% ± 1.00%", "—")
 
 
-def test_numbers_that_cannot_be_compared_are_named(runs: list[str], tmp_path: pathlib.Path) -> None:
-    assert list(compare.differences(compare.read(runs, None))) == []
-    other = report(
-        "wanda",
-        0.5,
-        12.0,
-        protocol={"evaluation": {"a|b": {"sha256": "2"}}},
-        parameters={"dense": 9, "pruned": 9},
+def test_zeros_that_stay_stored_are_named_and_stray_ones_are_not(tmp_path: Path) -> None:
+    """Weights taken out, zeros in place, a few stray zeros beside weights taken out, and both."""
+    runs = [
+        write(tmp_path / "a", report("flap", 0.25, 20.0)),
+        write(tmp_path / "b", report("wanda", 0.3947, 20.0, zeros=True)),
+        write(
+            tmp_path / "c", report("flap", 0.252, 21.0, parameters={"dense": 1000, "pruned": 750})
+        ),
+        write(
+            tmp_path / "d", report("llmrank", 0.4, 9.0, parameters={"dense": 1000, "pruned": 700})
+        ),
+        write(tmp_path / "e", report("wanda", 0.0, 9.0, zeros=True)),
+    ]
+    removed = [row[1] for row in table_of(runs)[2:]]
+    assert removed == ["25%", "39.47% zeros", "25%", "30%, 10% zeros", "0%"]
+
+
+def test_runs_on_other_data_or_of_another_model_are_marked(
+    runs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = compare.marks_of(compare.read(runs, None))
+    assert (plain.model, plain.data, list(plain.notes)) == ({}, {}, [])
+    tokens = {"a|b": {"sha256": "2", "samples": 3, "length": 32}}
+    other = report("wanda", 0.5, 12.0, protocol={"evaluation": tokens})
+    small = report("flap", 0.2, 12.0, parameters={"dense": 9, "pruned": 9})
+    # The first of all, so that what most runs have is not what the first has.
+    every = [write(tmp_path / "w", other), *runs, write(tmp_path / "s", small)]
+    assert (
+        run(
+            compare.options(),
+            compare.main,
+            [*every, f"--markdown={tmp_path / 't.md'}", f"--plot={tmp_path / 'p.svg'}"],
+        )
+        == 0
     )
-    found = list(compare.differences(compare.read([*runs, write(tmp_path / "four", other)], None)))
-    assert found == [
-        "the dense models differ",
-        "the tokens of a|b differ between the runs",
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "warning: not comparable: [a] flap 20%: another dense model, 9 parameters, not 1,000",
+        "warning: not comparable: [b] wanda 50%: other tokens of a|b, 3 windows of 32 (2), "
+        "not 8 windows of 64 (1)",
     ]
+    table = (tmp_path / "t.md").read_text()
+    assert "| dense |  | 1,000 |" in table and "| flap 20% [a] |" in table
+    assert "| wanda 50% |" in table and "| 12.000 [b] |" in table
+    assert table.count("[a]") == table.count("[b]") == 2
+    plot = (tmp_path / "p.svg").read_text()
+    assert "flap 20% [a]" in plot and "wanda 50% [b]" in plot
+    assert "other evaluation data" in plot
 
 
-def test_the_front_has_the_runs_that_no_other_run_beats() -> None:
-    a, b, c, d = Point("a", 0.5, 15), Point("b", 0.75, 20), Point("c", 0.9, 11), Point("d", 1.0, 10)
-    assert compare_plot.pareto_front([d, b, c, a], less=True) == [a, c, d]
-    assert compare_plot.pareto_front([a, b, c, d], less=False) == [d]
-    assert compare_plot.pareto_front([Point("x", 2.0, 12), d, Point("y", 2.0, 14)], less=False) == [
-        d,
-        Point("x", 2.0, 12),
-    ]
-
-
-def test_names_of_close_points_do_not_cover_each_other() -> None:
-    figure = Figure()
-    ax = figure.subplots()
-    points = [Point(f"run {k}", 0.5 + 0.001 * k, 10.0 + 0.01 * k) for k in range(5)]
-    ax.plot([0.0, 1.0], [0.0, 20.0])
-    figure.draw_without_rendering()
-    compare_plot.label_points(ax, points)
-    boxes = [text.get_window_extent() for text in ax.texts]
-    assert sorted(text.get_text() for text in ax.texts) == [p.name for p in points]
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+def test_the_table_fits_eighty_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    calls = ["wanda", 'llmrank(scorer="wpr", gamma=0.5, theta=0.5, units="neurons")', "magnitude"]
+    names = [write(tmp_path / f"r{k}", report(call, 0.5, 1e5)) for k, call in enumerate(calls)]
+    assert run(compare.options(), compare.main, names) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert sum("run" in line for line in lines) == 1, "one part holds all columns"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +239,7 @@ def test_bad_input_is_one_line(
     argv: list[str],
     says: str,
     runs: list[str],
-    tmp_path: pathlib.Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -208,10 +208,12 @@ def test_blocks_of_different_widths_load_as_announced(
     kept = [64 - len(r["details"]["removed"][f"model.layers.{i}.mlp.up_proj"]) for i in range(3)]
     assert len(set(kept)) > 1 and open_checkpoint(out).config["intermediate_size"] == max(kept)
     own = layout == "auto"
+    said_in = "notes" if own else "warnings"
     assert r["loads_as"] == said.removeprefix("the result will load as ")
     assert r["loads_as"].startswith("topiary_llama, a class" if own else "stock llama")
     assert (out / "modeling_pruned.py").exists() == own
-    assert any(("trust_remote_code" if own else "zero padding") in w for w in r["warnings"])
+    assert any(("trust_remote_code" if own else "zero padding") in w for w in r[said_in])
+    assert r["loading"]["trust_remote_code"] == own
     stored = r["parameters"]["pruned"] + (0 if own else 3 * 32 * (3 * max(kept) - sum(kept)))
     assert open_checkpoint(out).parameters == stored
     assert r["parameters"]["pruned"] == r["parameters"]["dense"] - 3 * 32 * (3 * 64 - sum(kept))

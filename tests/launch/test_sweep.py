@@ -12,6 +12,7 @@ import pytest
 from calibration.step_cache import StepCache
 from launch import prune, sweep
 from launch.flags.cli import Terminated, run
+from launch.report.files import read_report
 from launch.run import export
 from launch.trials import trial as trials
 from models.errors import InputError
@@ -244,10 +245,10 @@ def test_a_trial_equals_the_run_of_its_reports_command_to_the_bit(
             assert (tmp_path / "alone" / file).read_bytes() == (trial / file).read_bytes(), (
                 f"{trial.name}: {file}"
             )
-        again = json.loads((tmp_path / "alone" / "pruning_report.json").read_text())
+        report, again = read_report(trial), read_report(tmp_path / "alone")
         assert again["perplexity"] == report["perplexity"] and again["scores"] == report["scores"]
-        assert any("a trial of a sweep" in w for w in report["warnings"])
-        assert not any("a trial of a sweep" in w for w in again["warnings"])
+        assert any("a trial of a sweep" in note for note in report["notes"])
+        assert not any("a trial of a sweep" in note for note in again["notes"])
 
 
 SMALL = ["--methods=magnitude,wanda", "--sparsities=0.3,0.5"]

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import pytest
 
+from launch.report import documentation
 from launch.report.html import expectation, flat, render, write_html
-from pruning.figures import LineSeries, Table, to_json
+from pruning.figures import LineSeries, Table, kept_map, to_json
+from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from reference.html_page import Page
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -132,6 +135,11 @@ def test_the_file_is_utf8_with_a_viewport_and_both_colour_schemes(tmp_path: Path
 
 def test_nothing_is_fetched_and_nothing_runs() -> None:
     html = render(make_report())
+    # A link is followed by a click alone.
+    links = re.findall(r'<a href="(file:[^"]+)">', html)
+    for link in links:
+        html = html.replace(f'<a href="{link}">', "<a>")
+    assert [Path(link).name for link in links] == ["llmrank.md"]
     page = Page(html)
     assert not {"script", "link", "img", "iframe", "object"} & set(page.tags)
     assert not re.search(r"https?:|@import|//[a-z]", html)
@@ -303,6 +311,73 @@ def test_the_expected_saving_follows_the_bytes() -> None:
     assert "pattern 2:4" in expectation(report)
     report["sparsity"]["total"] = 0.0
     assert "Nothing was removed" in expectation(report)
+
+
+LOADING = {
+    "class": "LlamaForCausalLM",
+    "model_type": "llama",
+    "trust_remote_code": False,
+    "tokenizer": True,
+}
+
+
+def test_the_page_says_how_to_load_the_model_and_as_what() -> None:
+    stock = without_plots() | {"loading": LOADING}
+    words = Page(render(stock)).words
+    (code,) = [word for word in words if word.startswith("from transformers")]
+    compile(code, "snippet", "exec")
+    assert 'AutoModelForCausalLM.from_pretrained("/out/pruned")' in code
+    assert 'AutoTokenizer.from_pretrained("/out/pruned")' in code
+    assert words[words.index("trust_remote_code") + 1] == "not needed"
+    own = {"class": "PrunedForCausalLM", "trust_remote_code": True, "tokenizer": False}
+    page = Page(render(stock | {"loading": LOADING | own}))
+    (code,) = [word for word in page.words if word.startswith("from transformers")]
+    assert 'from_pretrained("/out/pruned", trust_remote_code=True)' in code
+    assert "Tokenizer" not in code and "PrunedForCausalLM" in page.words
+
+
+def test_the_title_is_the_models_name_and_the_date_is_below() -> None:
+    report = without_plots() | {"model": "/data/models/SmolLM2/", "date": "2026-11-28T21:30:00Z"}
+    page = Page(render(report))
+    assert page.words[0] == "SmolLM2, pruned with " + report["method"]
+    assert "2026-11-28" in page.words and "/data/models/SmolLM2/" not in page.words
+
+
+def test_notes_stand_apart_from_warnings() -> None:
+    report = without_plots() | {"warnings": ["it broke"], "notes": ["by the way"]}
+    html = render(report)
+    orange = html[html.index('class="warnings"') : html.index("</section>")]
+    assert "it broke" in orange and "by the way" not in orange and "by the way" in html
+    assert "Warnings" not in Page(render(report | {"warnings": []})).words
+
+
+def test_pages_of_the_documentation_are_those_of_the_parts_that_a_run_used() -> None:
+    report = without_plots() | {"method": "magnitude_sp", "settings": {"allocation": "owl(m=7)"}}
+    links = documentation.pages(report | {"settings": {"allocation": "owl(m=7)", "refine": "none"}})
+    assert [(link.name, link.page) for link in links] == [
+        ("magnitude_sp", "wanda-sp.md"),
+        ("owl", "owl.md"),
+    ]
+    assert documentation.pages({"method": "of_my_own(a=1)"}) == []
+    for name in (*METHODS, *ALLOCATIONS, *REFINEMENTS):
+        has_page = name not in ("uniform", "none")
+        assert bool(documentation.pages({"method": name})) == has_page, name
+
+
+def test_a_map_without_removed_units_is_left_out() -> None:
+    whole = kept_map("heads", [np.ones(4, bool)] * 2)
+    cut = kept_map("neurons", [np.arange(4) > 0] * 2)
+    report = without_plots() | {"figures": [to_json(whole), to_json(cut)]}
+    words = Page(render(report)).words
+    assert "Kept neurons" in words and "Kept heads" not in words
+
+
+def test_speed_is_shown_where_it_was_measured() -> None:
+    rates = {"dense": 1000.4, "pruned": 1250.0, "speedup": 1.256}
+    speed = {"device": "cpu", "batches": {"8": {"prompt": rates, "generation": rates}}}
+    words = Page(render(without_plots() | {"speed": speed})).words
+    at = words.index("Generation, batch 8, cpu")
+    assert words[at + 1 : at + 4] == ["1,000 tokens/s", "1,250 tokens/s", "1.26x as fast"]
 
 
 def with_figures(*figures: LineSeries | Table) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from launch import sweep
 from launch.report.sweep_plot import Point, perplexity_by_sparsity
 from launch.report.sweep_report import Board
 from launch.report.sweep_table import DENSE as DENSE_PREFIX
-from launch.report.sweep_table import curves, lines, with_prefix
+from launch.report.sweep_table import columns, curves, front_points, lines, with_prefix
 from launch.trials.trial import Trial
 
 DENSE = 2.5
@@ -33,7 +33,7 @@ def grid(*more: str) -> list[Trial]:
 def report(sparsity: float, perplexity: float) -> dict[str, Any]:
     return {
         "sparsity": {"target": sparsity, "prunable": sparsity - 0.01, "total": sparsity / 2},
-        "parameters": {"pruned": 1000},
+        "parameters": {"dense": 2000, "pruned": 1000 if sparsity < 0.5 else 2000},
         "bytes": {"pruned": 4096},
         "seconds": {"load": 1.0, "eval": 2.0},
         "tasks": {
@@ -131,7 +131,7 @@ def test_the_page_has_every_trial_and_the_reasons_for_failures(
         and page.count("<td>53%</td>") == 6
         and "<td>75%</td>" in page
     )
-    assert page.count("<svg") == 2 and "http" not in page.replace("http://www.w3.org", "")
+    assert page.count("<svg") == 4 and "http" not in page.replace("http://www.w3.org", "")
 
 
 def test_the_terminal_shows_the_table_and_the_failures(board: Board) -> None:
@@ -146,6 +146,24 @@ def test_the_terminal_shows_the_table_and_the_failures(board: Board) -> None:
         board.progress_line(grid()[0])
         == "10 of 12: wanda-0.3-seed0: perplexity 3.000 (c4), perplexity 10.000 (b,d)"
     )
+
+
+def test_the_front_of_a_sweep_has_every_line_by_its_weights_left(board: Board) -> None:
+    every, column = lines(board.rows), columns(board.rows)[0]
+    dense, *points = front_points(every, column)
+    assert dense == ("dense", 1.0, DENSE, "dense")
+    assert [(p.name, round(p.x, 2), p.kind) for p in points] == [
+        ("wanda 30%", 0.85, "smaller"),
+        ("wanda 50%", 0.75, "zeros"),
+        ("flap 30%", 0.85, "smaller"),
+    ]
+    assert points[0].perplexity == pytest.approx(statistics.mean(SCORES["wanda", 0.3]))
+
+
+def test_a_pattern_is_the_target_of_a_line() -> None:
+    flags = ["--model=m", "--methods=wanda", "--pattern=2:4"]
+    board = Board(Path("out"), {}, sweep.grid(sweep.options().parse(flags), Path("out")), [])
+    assert [line.target for line in lines(board.rows)] == ["2:4"]
 
 
 def test_curves_are_by_method_and_allocation_in_order_of_sparsity(board: Board) -> None:
