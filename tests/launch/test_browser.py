@@ -11,7 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from launch import sweep
 from launch.report.html import render
+from launch.report.sweep_report import Board
+from launch.trials.trial import Trial
 from pruning import figures
 from pruning.figures import LineSeries, Table
 
@@ -74,11 +77,11 @@ def opened(chromium: str, page: Path, tmp_path: Path) -> tuple[str, list[str]]:
 
 
 def probed(
-    chromium: str, result: dict[str, Any], tmp_path: Path, spoil: str = ""
+    chromium: str, text: str, tmp_path: Path, spoil: str = ""
 ) -> tuple[list[Any], list[str]]:
     """Return [width, scrolled width, elements that stick out] and the console's messages."""
     page = tmp_path / "report.html"
-    page.write_text(render(result).replace("</main>", f"{spoil}</main>"), encoding="utf-8")
+    page.write_text(text.replace("</main>", f"{spoil}</main>"), encoding="utf-8")
     dom, said = opened(chromium, page, tmp_path)
     found = re.search(r"<pre>probed (.*?)</pre>", dom, re.DOTALL)
     assert found, "the page's script did not run"
@@ -95,6 +98,9 @@ def of_method() -> list[figures.Figure]:
         figures.kept_map("heads", masks),
         Table("Allocation", ("block", "sparsity", "note"), cells, fractions=("sparsity",)),
     ]
+
+
+SPEED = {"dense": 12345.0, "pruned": 23456.0, "speedup": 1.9}
 
 
 def everything() -> dict[str, Any]:
@@ -169,6 +175,18 @@ def everything() -> dict[str, Any]:
             }
         ],
         "warnings": ["w" * 200],
+        "notes": ["n" * 200],
+        "date": "2026-11-28T21:30:00+00:00",
+        "loading": {
+            "class": "PrunedForCausalLM",
+            "model_type": "topiary_llama",
+            "trust_remote_code": True,
+            "tokenizer": True,
+        },
+        "speed": {
+            "device": "d" * 60,
+            "batches": {"1": dict.fromkeys(("prompt", "generation"), SPEED)},
+        },
         "checks": {"topiary": True, "transformers": None},
         "load_back": {"topiary": "largest difference 0", "transformers": "not checked"},
         "details": {"removal_order": [3], "losses": [[3.0, 2.5, None, 2.2]], "note": "n" * 300},
@@ -177,14 +195,34 @@ def everything() -> dict[str, Any]:
 
 
 def test_a_report_has_no_console_error_and_fits_a_phone(chromium: str, tmp_path: Path) -> None:
-    (width, scrolls, wide), said = probed(chromium, everything(), tmp_path)
+    (width, scrolls, wide), said = probed(chromium, render(everything()), tmp_path)
+    assert width <= PHONE and not said
+    assert scrolls <= width and not wide, wide
+
+
+def test_a_sweeps_page_has_no_console_error_and_fits_a_phone(
+    chromium: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = 'llmrank(scorer="wpr", gamma=0.5, theta=0.5, scope="local", units="neurons")'
+    flags = [f"--model=/models/{'y' * 80}", f"--methods=wanda,{method}", "--sparsities=0.3,0.5"]
+    values = sweep.options().parse(flags)
+    trials = sweep.grid(values, tmp_path)
+    board = Board(tmp_path, values, trials, [])
+    monkeypatch.setattr(Trial, "report", lambda trial: everything() | {"spread": {}, "draws": []})
+    for trial in trials[:-1]:
+        board.update(trial)
+    board.update(trials[-1], "it broke: " + "z" * 200)
+    board.publish()
+    text = (tmp_path / "sweep.html").read_text(encoding="utf-8")
+    (width, scrolls, wide), said = probed(chromium, text, tmp_path)
+    assert text.count("<svg") == 2, "curves and a front, and none of the collapsed data set"
     assert width <= PHONE and not said
     assert scrolls <= width and not wide, wide
 
 
 def test_the_probe_finds_wide_elements_and_failing_scripts(chromium: str, tmp_path: Path) -> None:
     spoil = '<div style="width:600px">wide</div><script>nothing.such()</script>'
-    (width, scrolls, wide), said = probed(chromium, everything(), tmp_path, spoil)
+    (width, scrolls, wide), said = probed(chromium, render(everything()), tmp_path, spoil)
     assert (
         scrolls > width
         and any("600px" in w for w in wide)

@@ -1,6 +1,7 @@
 """The speed benchmark measures dense and pruned checkpoints and writes its results."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from launch import bench
 from launch.benchmarks import speed as bench_speed
 from launch.benchmarks.speed_programs import Task, Times
 from launch.flags.cli import run
+from launch.report.files import read_report, write_reports
 from models.checkpoint.writer import save
 from models.init import init_model
 
@@ -85,6 +87,22 @@ def test_the_command_writes_its_results(
     assert "narrow" in svg and "batch 2" in svg
 
 
+def test_the_speed_goes_into_the_report_of_the_pruned_model(models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "narrow", tmp_path / "narrow")
+    report = {"model": "m", "method": "flap", "sparsity": {"prunable": 0.5}}
+    write_reports(tmp_path / "narrow", report)
+    more = [f"--pruned={tmp_path / 'narrow'}", "--runs=1", "--notorch", "--report"]
+    assert call(models, *more) == 0
+    written = read_report(tmp_path / "narrow")
+    speed = written.pop("speed")
+    assert written == report
+    assert (speed["prompt_length"], speed["new_tokens"], speed["dtype"]) == (16, 8, "float32")
+    for part in ("prompt", "generation"):
+        figures = speed["batches"]["1"][part]
+        assert figures["speedup"] == pytest.approx(figures["pruned"] / figures["dense"])
+    assert "Generation, batch 1" in (tmp_path / "narrow" / "report.html").read_text()
+
+
 def count(neurons: int) -> int:
     model = init_model(CONFIG | {"intermediate_size": neurons}, jax.random.key(0))
     return count_entries((model.non_block, model.blocks))
@@ -131,6 +149,7 @@ def test_pytorch_is_measured_too(models: Path, tmp_path: Path) -> None:
         (["--new_tokens=24"], "--new_tokens"),
         (["--plot=figures.pdf"], "--plot"),
         (["--mesh=data=1"], "--mesh"),
+        (["--report"], "finds no report in"),
         (["--pruned=nowhere/at/all"], "nowhere"),
         (["--model="], "--model"),
     ],

@@ -112,6 +112,47 @@ def test_tensorboard_reads_the_figures_back(tmp_path: Path) -> None:
     assert settings["sparsity"].number_value == 0.2 and settings["resume"].bool_value
 
 
+def test_the_event_file_holds_every_figure(tmp_path: Path) -> None:
+    """Read with tensorboardX's own messages: length, checksum, event, checksum."""
+    pytest.importorskip("tensorboardX", reason="needs the package tensorboardX")
+    from tensorboardX.proto.event_pb2 import Event
+
+    tracking.LIBRARIES["tensorboard"].write(tmp_path, RECORD)
+    (file,) = (tmp_path / "flap-0.2").iterdir()
+    content, at, figures = file.read_bytes(), 0, {}
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        event = Event.FromString(content[at + 12 : at + 12 + length])
+        at += 16 + length
+        for value in event.summary.value:
+            if value.WhichOneof("value") == "simple_value":
+                figures.setdefault(value.tag, []).append((event.step, value.simple_value))
+    clean = {name.replace(" ", "_"): line for name, line in RECORD.series.items()}
+    assert figures == {name: [(0, value)] for name, value in RECORD.values.items()} | clean
+
+
+@pytest.mark.slow
+def test_each_trial_and_the_sweep_are_tracked_once(
+    trial_inputs: Path, tmp_path: Path, no_samples: None, no_transformers: None
+) -> None:
+    pytest.importorskip("tensorboardX", reason="needs the package tensorboardX")
+    argv = [
+        f"--model={trial_inputs / 'llama'}",
+        f"--calibration={trial_inputs / 'calib.npy'}",
+        f"--eval_data={trial_inputs / 'eval.npy'}",
+        "--methods=wanda,magnitude",
+        "--sparsities=0.5",
+        f"--output={tmp_path / 'grid'}",
+        f"--track=tensorboard:{tmp_path / 'runs'}",
+    ]
+    tracked = {"wanda-0.5-seed0", "magnitude-0.5-seed0", "grid"}
+    assert run(sweep.options(), sweep.main, argv) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == tracked
+    # Nothing is left to do: only the sweep as a whole is written again.
+    assert run(sweep.options(), sweep.main, argv) == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == tracked | {"grid-2"}
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # those of the library's own packages
 def test_mlflow_reads_the_figures_back(tmp_path: Path) -> None:
