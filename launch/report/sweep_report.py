@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from calibration.journal import write_durably
-from launch.report import compare_plot, html, summary, sweep_plot, sweep_table
+from launch.report import compare_plot, html, run_names, summary, sweep_plot, sweep_table
 from launch.report.console import show_wide
 from launch.report.figures import Plot
 from launch.report.sweep_table import PRUNED, Column, finished_row, pending_row
@@ -152,8 +152,11 @@ class Board:
     def show(self, console: Console) -> None:
         """Print the table, the failures, and where the files are."""
         title = summary.last_component(str(self._settings["model"]))
-        labels = len(sweep_table.LABELS)
-        show_wide(title, sweep_table.table(self.rows), console, labels=labels)
+        heads, *rows = sweep_table.table(self.rows)
+        # A terminal is narrow: calls lose their arguments where a name stays its own without.
+        short = run_names.short(list(dict.fromkeys(row[0] for row in rows)))
+        narrow = [heads, *([short[row[0]], *row[1:]] for row in rows)]
+        show_wide(title, narrow, console, labels=len(sweep_table.LABELS))
         for name, error in self.errors.items():
             log = f"{self._output / 'failures' / name}.log"
             console.print(Text(f"failed: {name}: {error} ({log})", style="yellow"), soft_wrap=True)

@@ -160,6 +160,18 @@ def test_the_front_of_a_sweep_has_every_line_by_its_weights_left(board: Board) -
     assert points[0].perplexity == pytest.approx(statistics.mean(SCORES["wanda", 0.3]))
 
 
+def test_the_terminal_leaves_out_arguments_that_tell_nothing_apart(tmp_path: Path) -> None:
+    methods = 'wanda,llmrank(scorer="wpr", gamma=0.5, theta=0.5, scope="local"),flap(metric="WIFN")'
+    flags = ["--model=m", f"--methods={methods},flap(bias=False)", "--sparsities=0.3,0.5"]
+    console = Console(file=io.StringIO(), width=80)
+    trials = sweep.grid(sweep.options().parse(flags), tmp_path)
+    Board(tmp_path, {"model": "/a/m"}, trials, []).show(console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert max(map(len, lines[:-1])) <= 80 and lines[0].strip() == "m"
+    assert sum("llmrank  " in line for line in lines) == 2
+    assert any('flap(metric="WIFN")' in line for line in lines)
+
+
 def test_a_pattern_is_the_target_of_a_line() -> None:
     flags = ["--model=m", "--methods=wanda", "--pattern=2:4"]
     board = Board(Path("out"), {}, sweep.grid(sweep.options().parse(flags), Path("out")), [])
