@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from calibration.journal import write_durably
 from launch.report import html
@@ -15,8 +15,14 @@ PAGE = "report.html"
 LIMIT = 200_000  # most bytes of the first file
 # What only the plots of the page need.
 _PLOTTED = ("figures", "scores")
-# Parts that grow with the model; the largest of them move until the rest is small enough.
+# Parts that grow with the model, besides the details of the method.
 _GROWING = (("sparsity", "asked"), ("sparsity", "per_linear"))
+# Details that docs/report.md promises: they move only if they must. Of other methods, all details do.
+PROMISED = {
+    "llmrank": ("removed",),
+    "flap": ("kept_heads", "kept_neurons"),
+    "sleb": ("removal_order", "losses"),
+}
 
 Path = tuple[str, ...]  # keys of a part, from the outside
 
@@ -79,20 +85,35 @@ def _split(report: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
             move((key,))
     first["details_file"] = {"name": DETAILS, "holds": holds}
     excess = len(_text(first).encode()) - LIMIT
-    for size, path in sorted(_growing(first), reverse=True):
+    parts = sorted(_growing(first), key=lambda part: -part.size)
+    spare = [part for part in parts if not part.promised]
+    # What users rely on stays, if the first file gets small enough without the rest.
+    enough = sum(part.size for part in spare) >= excess
+    for part in spare if enough else parts:
         if excess <= 0:
             break
-        move(path)
-        excess -= size
+        move(part.path)
+        excess -= part.size
     return first, details
 
 
-def _growing(report: Mapping[str, Any]) -> Iterator[tuple[int, Path]]:
-    """Yield the size in bytes of every part that grows with the model, and its path."""
-    paths = [*_GROWING, *(("details", key) for key in report.get("details", {}))]
-    for path in paths:
+class _Part(NamedTuple):
+    """A part that grows with the model: its keys, its bytes, and whether users rely on it."""
+
+    path: Path
+    size: int
+    promised: bool
+
+
+def _growing(report: Mapping[str, Any]) -> Iterator[_Part]:
+    """Yield every part that grows with the model."""
+    method = str(report.get("method", "")).partition("(")[0]
+    details = report.get("details", {})
+    promised = PROMISED.get(method, tuple(details))
+    for path in (*_GROWING, *(("details", key) for key in details)):
         part: Any = report
         for key in path:
             part = part.get(key, {})
         if part:
-            yield len(_text({path[-1]: part}).encode()), path
+            size = len(_text({path[-1]: part}).encode())
+            yield _Part(path, size, path[-1] in (*promised, "per_linear"))

@@ -28,4 +28,6 @@ def outline(value: Any, most: int | None = None, indent: str = "") -> str:
         if most is not None and len(value) > most:
             shown = json.dumps(value[:most], ensure_ascii=False)
             return f"{shown[:-1]}, … {len(value):,} in total]"
+        if most is None:
+            return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
     return json.dumps(value, ensure_ascii=False)

@@ -50,6 +50,18 @@ def test_what_users_rely_on_stays_in_the_first_file_while_there_is_room(tmp_path
     assert first["details_file"] == {"name": DETAILS, "holds": ["figures", "scores"]}
 
 
+def test_lists_that_are_not_promised_move_first(tmp_path: Path) -> None:
+    written = report(1200)
+    written["details"]["removed"] = {"model.layers.0.mlp.up_proj": list(range(9000))}
+    write_reports(tmp_path, written)
+    first = json.loads((tmp_path / files.REPORT).read_text())
+    assert first["details_file"]["holds"] == ["figures", "scores", "details.removed"]
+    write_reports(tmp_path, written | {"method": 'llmrank(scorer="mpr")'})
+    first = json.loads((tmp_path / files.REPORT).read_text())
+    assert first["details_file"]["holds"] == ["figures", "scores", "details.kept_neurons"]
+    assert "removed" in first["details"]
+
+
 def test_only_the_largest_part_moves_where_there_is_no_room(tmp_path: Path) -> None:
     write_reports(tmp_path, report(14_336))
     first = json.loads((tmp_path / files.REPORT).read_text())
