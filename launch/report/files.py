@@ -17,7 +17,7 @@ LIMIT = 200_000  # most bytes of the first file
 _PLOTTED = ("figures", "scores")
 # Parts that grow with the model, besides the details of the method.
 _GROWING = (("sparsity", "asked"), ("sparsity", "per_linear"))
-# Details that docs/report.md promises: they move only if they must. Of other methods, all details do.
+# Details that docs/report.md promises: they move only if they must, as all of other methods do.
 PROMISED = {
     "llmrank": ("removed",),
     "flap": ("kept_heads", "kept_neurons"),
