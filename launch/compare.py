@@ -128,6 +128,18 @@ def _write(flag: str, file: str, text: str) -> None:
         ) from None
 
 
+def _narrow(runs: Sequence[Run], marks: Marks) -> list[list[str]]:
+    """Return the table for a terminal, without what its other columns say as well.
+
+    Calls lose their arguments where a name stays its own without. The count of parameters is left
+    out: the share removed and the size stay.
+    """
+    short = run_names.short([r.name for r in runs])
+    table = rows([r._replace(name=short[r.name]) for r in runs], marks)
+    left_out = table[0].index("parameters")
+    return [row[:left_out] + row[left_out + 1 :] for row in table]
+
+
 def main(values: dict[str, Any]) -> None:
     """Print the table and write the files that the flags name."""
     plots = [flag for flag in ("plot", "plot_dark") if values[flag]]
@@ -137,10 +149,8 @@ def main(values: dict[str, Any]) -> None:
     runs = read(values["directories"], values["speed"])
     marks = marks_of(runs)
     table = rows(runs, marks)
-    # A terminal is narrow: calls lose their arguments where a name stays its own without.
-    short = run_names.short([r.name for r in runs])
-    narrow = rows([r._replace(name=short[r.name]) for r in runs], marks)
-    console.show_wide(summary.last_component(str(runs[0].report["model"])), narrow, Console())
+    title = summary.last_component(str(runs[0].report["model"]))
+    console.show_wide(title, _narrow(runs, marks), Console())
     for note in marks.notes:
         console.note(f"warning: not comparable: {note}")
     if values["markdown"]:

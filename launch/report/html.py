@@ -147,7 +147,7 @@ def flat(value: Any, prefix: str = "") -> Facts:
     """
     if not isinstance(value, Mapping):
         text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-        return [(prefix, summary.ABSENT if value is None else text)]
+        return [(prefix, summary.ABSENT if value is None else text or summary.ABSENT)]
     pairs = []
     for key, inner in value.items():
         pairs += flat(inner, f"{prefix}.{key}" if prefix else str(key))

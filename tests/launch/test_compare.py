@@ -217,7 +217,11 @@ def test_the_table_fits_eighty_columns(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     calls = ["wanda", 'llmrank(scorer="wpr", gamma=0.5, theta=0.5, units="neurons")', "magnitude"]
-    names = [write(tmp_path / f"r{k}", report(call, 0.5, 1e5)) for k, call in enumerate(calls)]
+    calls.append("magnitude_sp")
+    names = [
+        write(tmp_path / f"r{k}", report(call, 0.3947, 1e5, zeros=True))
+        for k, call in enumerate(calls)
+    ]
     assert run(compare.options(), compare.main, names) == 0
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80

@@ -294,11 +294,12 @@ def test_tasks_are_in_the_table_the_plot_and_the_protocol() -> None:
 
 
 def test_nested_settings_become_dotted_names() -> None:
-    assert flat({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "t", "f": {}}) == [
+    assert flat({"a": {"b": 1, "c": [1, "x"]}, "d": None, "e": "t", "f": {}, "g": ""}) == [
         ("a.b", "1"),
         ("a.c", '[1, "x"]'),
         ("d", "—"),
         ("e", "t"),
+        ("g", "—"),
     ]
 
 
