@@ -1,14 +1,17 @@
 """Plot perplexity against sparsity for the methods of a sweep."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from launch.report import summary
+from launch.report import run_names, summary
 from launch.report.svg import COLOURS, INK, MARKERS, perplexity_axis, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_LEGEND_WIDTH = 50  # characters of a line of a curve's name
 
 
 class Point(NamedTuple):
@@ -39,6 +42,7 @@ def perplexity_by_sparsity(curves: Mapping[str, Sequence[Point]], dense: float) 
     finite = {name: points for name, points in finite.items() if points}
     if not finite:
         return ""
+    labels = run_names.short(list(finite))
 
     def draw(axes: Sequence["Axes"]) -> None:
         (ax,) = axes
@@ -52,7 +56,7 @@ def perplexity_by_sparsity(curves: Mapping[str, Sequence[Point]], dense: float) 
                 markersize=4,
                 linewidth=1.2,
                 capsize=2,
-                label=name,
+                label=textwrap.fill(labels[name], _LEGEND_WIDTH),
             )
         ax.axhline(dense, color=INK, linewidth=1.0, linestyle="--")
         perplexity_axis(ax, [dense, *(p.mean for points in finite.values() for p in points)])

@@ -270,6 +270,8 @@ def _write_wandb(directory: pathlib.Path, record: Record) -> None:
         run.log({"step": step, **values})
     run.summary.update(dict(record.values))
     run.finish()
+    # Another process writes the file, and may still be at it when `finish` returns.
+    wandb.teardown()
 
 
 def _write_mlflow(directory: pathlib.Path, record: Record) -> None:
