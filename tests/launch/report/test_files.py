@@ -34,7 +34,7 @@ def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files.html, "write_html", lambda *_: None)
 
 
-@pytest.mark.parametrize("neurons", [64, 1200, 14_336])
+@pytest.mark.parametrize("neurons", [64, 1200, 8000])
 def test_a_report_is_small_and_is_read_back_whole(neurons: int, tmp_path: Path) -> None:
     written = report(neurons)
     write_reports(tmp_path, written)
@@ -63,7 +63,7 @@ def test_lists_that_are_not_promised_move_first(tmp_path: Path) -> None:
 
 
 def test_only_the_largest_part_moves_where_there_is_no_room(tmp_path: Path) -> None:
-    write_reports(tmp_path, report(14_336))
+    write_reports(tmp_path, report(8000))
     first = json.loads((tmp_path / files.REPORT).read_text())
     assert first["details_file"]["holds"] == ["figures", "scores", "details.kept_neurons"]
     assert first["details"].keys() == {"kept_heads", "note"}
@@ -72,8 +72,8 @@ def test_only_the_largest_part_moves_where_there_is_no_room(tmp_path: Path) -> N
 
 
 def test_writing_leaves_the_report_alone_and_reads_reports_of_one_file(tmp_path: Path) -> None:
-    written = report(14_336)
+    written = report(8000)
     write_reports(tmp_path, written)
-    assert written == report(14_336)
+    assert written == report(8000)
     (tmp_path / files.REPORT).write_text(json.dumps({"method": "wanda"}))
     assert read_report(tmp_path) == {"method": "wanda"}
