@@ -1,13 +1,14 @@
 """Read text: WikiText-2, C4 and PTB from the hub as the papers read them, and local files."""
 
+import fnmatch
 import itertools
 import json
-import logging
 import pathlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from models.checkpoint.hub_client import relative_files, snapshot
+from models.checkpoint.hub_errors import Repository
 from models.errors import InputError, first_line
 
 Purpose = Literal["calibration", "evaluation"]
@@ -45,16 +46,16 @@ class HubPart(NamedTuple):
 
     Attributes:
       split: Name of the split.
+      files: Pattern of its files in the repository.
       join: As in `Corpus`.
-      file: Path of the only file to read in the repository; None for the whole split.
       by_document: As in `Corpus`.
       max_texts: Number of texts to read from the start; None for all.
       max_windows: As in `Corpus`.
     """
 
     split: str
+    files: str
     join: str
-    file: str | None = None
     by_document: bool = False
     max_texts: int | None = None
     max_windows: int = 0
@@ -89,19 +90,19 @@ HUB = {
         "wikitext-2-raw-v1",
         "b08601e04326c79dfdd32d625aee71d232d685c3",
         "text",
-        HubPart("train", join=" "),
-        HubPart("test", join="\n\n"),
+        HubPart("train", "wikitext-2-raw-v1/train*.parquet", join=" "),
+        HubPart("test", "wikitext-2-raw-v1/test*.parquet", join="\n\n"),
     ),
     "c4": HubDataset(
         "allenai/c4",
         None,
         "1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
         "text",
-        HubPart("train", join=" ", file="en/c4-train.00000-of-01024.json.gz", by_document=True),
+        HubPart("train", "en/c4-train.00000-of-01024.json.gz", join=" ", by_document=True),
         HubPart(
             "validation",
+            "en/c4-validation.00000-of-00008.json.gz",
             join=" ",
-            file="en/c4-validation.00000-of-00008.json.gz",
             max_texts=1100,  # joined into one stream, from which the papers
             max_windows=256,  # read this many windows of 2048 tokens
         ),
@@ -111,8 +112,8 @@ HUB = {
         None,
         "refs/convert/parquet",
         "sentence",
-        HubPart("train", join=" ", file="penn_treebank/train/0000.parquet"),
-        HubPart("test", join=" ", file="penn_treebank/test/0000.parquet"),
+        HubPart("train", "penn_treebank/train/0000.parquet", join=" "),
+        HubPart("test", "penn_treebank/test/0000.parquet", join=" "),
     ),
 }
 
@@ -147,7 +148,7 @@ def load_corpus(source: str, purpose: Purpose) -> Corpus:
 
 
 def load_hub(name: str, purpose: Purpose) -> Corpus:
-    """Load a data set of `HUB`: download it, or read it from the cache of `datasets`.
+    """Load a data set of `HUB`: download its file, or read it from the hub's cache.
 
     Args:
       name: Key of `HUB`.
@@ -159,27 +160,40 @@ def load_hub(name: str, purpose: Purpose) -> Corpus:
     Raises:
       InputError: The data set cannot be reached, or the hub no longer has the file.
     """
-    import datasets  # here, because its import takes seconds that local files need not pay
-
     source = HUB[name]
     part = source.calibration if purpose == "calibration" else source.evaluation
-    version = {"revision": source.revision, "split": part.split}
-    files = {part.split: part.file} if part.file else None
+    repository = Repository(source.dataset, source.revision, "dataset", SETTINGS[purpose], name)
+
+    def choose(files: Sequence[str]) -> list[str]:
+        found = fnmatch.filter(files, part.files)
+        if found:
+            return found
+        raise repository.error(
+            f"cannot be read: {source.dataset} has no {part.files} at {source.revision}",
+            f"give a file of your own instead ({', '.join(SUFFIXES)})",
+        )
+
+    directory = snapshot(repository, choose)
+    files = sorted(str(directory / file) for file in choose(relative_files(directory)))
     try:
-        with _quiet_retries():
-            rows = datasets.load_dataset(source.dataset, source.config, data_files=files, **version)
-    except Exception as e:  # datasets, huggingface_hub, httpx and pyarrow each raise their own
-        raise InputError(
-            f"cannot be reached ({source.dataset}: {first_line(e)})",
-            "connect to the hub, or give a local .txt, .jsonl, .parquet or .npy file instead",
-            field=SETTINGS[purpose],
-            value=name,
+        rows = _read_rows("parquet" if files[0].endswith(".parquet") else "json", files)
+        # The papers tokenize hub texts with the tokenizer's defaults, BOS included.
+        texts = rows[source.column]
+    except Exception as e:  # datasets and pyarrow each raise their own
+        raise repository.error(
+            f"cannot be read ({source.dataset}: {first_line(e)})",
+            f"remove {directory} to fetch it again",
         ) from e
-    # The papers tokenize hub texts with the tokenizer's defaults, BOS included.
-    texts = rows[source.column]
     if part.max_texts is not None:
         texts = list(itertools.islice(texts, part.max_texts))
-    stamp = {"dataset": source.dataset, "config": source.config, "file": part.file, **version}
+    stamp = {
+        "dataset": source.dataset,
+        "config": source.config,
+        "file": part.files,
+        "revision": source.revision,
+        "commit": directory.name,  # which the revision stood for
+        "split": part.split,
+    }
     return Corpus(
         texts,
         part.join,
@@ -190,17 +204,18 @@ def load_hub(name: str, purpose: Purpose) -> Corpus:
     )
 
 
-@contextmanager
-def _quiet_retries() -> Iterator[None]:
-    """Silence the warnings of the hub client."""
-    # It logs every retry. Offline that buries the one line that says what is wrong.
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+def _read_rows(reader: str, files: list[str]) -> Any:
+    """Read files into rows that lie in a file of the cache of `datasets`, not in memory."""
+    import datasets  # here, because its import takes seconds that local files need not pay
+
+    quiet = datasets.are_progress_bars_disabled()
+    # Its bars fill a log with hundreds of lines.
+    datasets.disable_progress_bars()
     try:
-        yield
+        return datasets.load_dataset(reader, data_files=files, split="train")
     finally:
-        logger.setLevel(level)
+        if not quiet:
+            datasets.enable_progress_bars()
 
 
 def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:

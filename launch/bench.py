@@ -39,7 +39,7 @@ from launch.benchmarks.timing import in_turn, summarise, time_in_turn
 from launch.flags.cli import Flags, run
 from launch.flags.common import check_sparsity, mesh_of, model_flags, open_model
 from launch.report import summary
-from launch.run.measure import protocol, read_calibration, tokenizer_of, write_report
+from launch.run.measure import model_origin, protocol, read_calibration, tokenizer_of, write_report
 from models.checkpoint.reader import Checkpoint, in_memory
 from models.errors import InputError
 
@@ -183,7 +183,7 @@ def main(values: dict[str, Any]) -> None:
     if what == "speed":
         return speed.run(values)
     check_sparsity(values["sparsity"])
-    checkpoint = open_model(values["model"], values["dtype"])
+    checkpoint = open_model(values["model"], values["dtype"], values["revision"])
     tokens = read_calibration(
         values["calibration"],
         values["calibration_samples"],
@@ -201,7 +201,7 @@ def main(values: dict[str, Any]) -> None:
             "model": values["model"],
             "what": what,
             "figures": results,
-            "protocol": protocol({}) | calibration,
+            "protocol": model_origin(checkpoint.directory) | protocol({}) | calibration,
         }
         write_report(values["json"], report)
 

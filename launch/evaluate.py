@@ -17,6 +17,7 @@ from launch.report import summary
 from launch.run.measure import (
     Clock,
     evaluate,
+    model_origin,
     protocol,
     read_evaluation,
     tokenizer_of,
@@ -45,7 +46,7 @@ def main(values: dict[str, Any]) -> None:
     """Evaluate the checkpoint, print tables, and write the report to --json."""
     start(values)
     clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
-    checkpoint = open_model(values["model"], values["dtype"])
+    checkpoint = open_model(values["model"], values["dtype"], values["revision"])
     tokenizer = tokenizer_of(checkpoint)
     data = read_evaluation(
         values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer
@@ -69,7 +70,9 @@ def main(values: dict[str, Any]) -> None:
         "model": values["model"],
         "perplexity": perplexity,
         "tasks": {name: {"dense": metrics} for name, metrics in results.items()},
-        "protocol": stamp(values["protocol"], values) | protocol(data, zero_shot),
+        "protocol": stamp(values["protocol"], values)
+        | model_origin(checkpoint.directory)
+        | protocol(data, zero_shot),
         "seconds": clock.seconds,
     }
     show(report, Console())

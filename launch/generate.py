@@ -107,7 +107,8 @@ def check(values: dict[str, Any]) -> None:
 def main(values: dict[str, Any]) -> None:
     """Print the prompt and its continuation."""
     check(values)
-    mesh, checkpoint = mesh_of(values["mesh"], 1), open_model(values["model"], values["dtype"])
+    mesh = mesh_of(values["mesh"], 1)
+    checkpoint = open_model(values["model"], values["dtype"], values["revision"])
     tokenizer, new_tokens = load_tokenizer(checkpoint.directory), values["new_tokens"]
     prompt = prompt_tokens(tokenizer, values["prompt"], checkpoint)
     positions = getattr(checkpoint.model.arch.config, "positions", None)

@@ -13,7 +13,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -27,7 +27,7 @@ from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import DTYPES, offload_for, window_length
 from launch.report import summary
 from launch.run.job import RunConfig, resolve
-from launch.run.measure import write_report
+from launch.run.measure import model_origin, write_report
 from models.arch import Model
 from models.checkpoint import hub
 from models.checkpoint.blocks import ShapeBlocks
@@ -58,8 +58,21 @@ def options() -> Flags:
     return f
 
 
-def config_of(name: str | None) -> dict[str, Any]:
-    """Return a model's configuration; no weights need be there.
+class ModelConfig(NamedTuple):
+    """A model's configuration, and its origin.
+
+    Attributes:
+      config: Contents of its `config.json`.
+      origin: Its repository and commit as the report's `protocol` has them; empty if it does not
+        come from the hub.
+    """
+
+    config: dict[str, Any]
+    origin: dict[str, Any]
+
+
+def config_of(name: str | None) -> ModelConfig:
+    """Read a model's configuration; no weights need be there.
 
     Args:
       name: Name of a published model, a directory with a config.json, a `.gguf` file, or a hub id.
@@ -75,9 +88,10 @@ def config_of(name: str | None) -> dict[str, Any]:
             field="model",
         )
     if name.lower() in known:
-        return dict(known[name.lower()])
+        return ModelConfig(dict(known[name.lower()]), {})
     path = hub.resolve(name, weights=False)
-    return open_checkpoint(path).config if path.is_file() else read_config(path)
+    config = open_checkpoint(path).config if path.is_file() else read_config(path)
+    return ModelConfig(config, model_origin(path))
 
 
 def devices_of(topology: str) -> list[Any]:
@@ -207,7 +221,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     devices = devices_of(topology)
     kind = devices[0].device_kind
     mesh = make_mesh(config.mesh, runtime.batch, devices)
-    model_config = config_of(config.model)
+    model_config, origin = config_of(job.sources.model)
     arch, non_block, blocks = hf.specs(model_config)
     dtype = DTYPES[config.dtype]
     shapes = abstract(arch, non_block, blocks, dtype)
@@ -235,6 +249,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     return {
         "model": config.model,
         "method": config.method,
+        "protocol": origin,
         "parameters": sum(math.prod(s.shape) for s in parameters),
         "devices": {"kind": kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {

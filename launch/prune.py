@@ -34,12 +34,14 @@ from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
 from launch.run import draws, export, tracking
+from launch.run.card import write_card
 from launch.run.complete import complete
 from launch.run.describe import Results, describe
 from launch.run.inputs import Inputs, read_inputs
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import Clock, measure_checkpoint
 from launch.run.processes import process_flags, start
+from launch.run.push import check_push, push
 from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal
 from launch.run.samples import samples
 from launch.run.staging import UNFINISHED, staged
@@ -63,6 +65,9 @@ def options() -> Flags:
     f = Flags("launch.prune", __doc__ or "")
     model_flags(f)
     f.string("output", None, "directory to write the pruned model and its report to")
+    f.string(
+        "push_to_hub", "", "owner/name on the hub to upload the output to; a new one is private"
+    )
     layout_flag(f)
     f.boolean("resume", True, "continue an interrupted run behind its last finished block")
     f.group("Method")
@@ -112,6 +117,8 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
         result = _prune_into(directory, job, inputs, attempt, clock, cache)
         result["seconds"] = clock.seconds
         run_on_primary(lambda: write_reports(directory, result))
+        source = inputs.checkpoint.directory
+        run_on_primary(lambda: write_card(directory, result, source))
     tracking.write(tracker, lambda: tracking.of_run(result))
     return result
 
@@ -220,9 +227,15 @@ def main(values: dict[str, Any]) -> None:
       values: Values of the flags.
     """
     start(values)
+    name = values["push_to_hub"]
+    run_on_primary(lambda: check_push(name))
     result = prune(frozen(RunConfig, values))
     if is_primary():
         console.show(result, Console())
+    if name:
+        console.note(f"uploading to {name}")
+        url = run_on_primary(lambda: push(name, output_path(values["output"])))
+        console.note(f"uploaded: {url}")
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     for seed in seeds(values["seeds"]):
         for text in methods:
             for own in _settings(text, sparsities, allocations, values["refine"]):
-                settings = values | own | {"seed": seed, "resume": True}
+                settings = values | own | {"seed": seed, "resume": True, "push_to_hub": ""}
                 trials.append(Trial.of(output, cli.frozen(RunConfig, settings)))
     names = [trial.name for trial in trials]
     duplicates = [name for name in names if names.count(name) > 1]
@@ -194,7 +194,7 @@ def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
       InputError: An input cannot be read, or a value of the grid fits none of the others.
     """
     first = trials[0].config
-    checkpoint = open_model(first.model, first.dtype)
+    checkpoint = open_model(first.model, first.dtype, first.revision)
     reasons: dict[Trial, str] = {}
     jobs: dict[Trial, Job] = {}
     for trial in trials:

@@ -24,6 +24,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from reference.local_hub import LocalHub  # noqa: E402
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -65,3 +67,32 @@ def smollm2(shared: pathlib.Path) -> pathlib.Path:
             "and TOPIARY_SMOLLM2=DIR"
         )
     return SMOLLM2
+
+
+@pytest.fixture
+def local_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalHub]:
+    """Start a hub of this machine for the real clients in this process, with empty caches."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    from models.checkpoint import hub_client
+
+    monkeypatch.setattr(hub_client, "WAITS", (0.01, 0.02, 0.03))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with LocalHub() as hub:
+        template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield hub
+    # Connections of the client that are still open would be warned about.
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def hub_environment(tmp_path: pathlib.Path, local_hub: LocalHub) -> dict[str, str]:
+    """Return the environment of a process whose clients use the hub of this machine."""
+    home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": local_hub.url}
+    return os.environ | home | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}

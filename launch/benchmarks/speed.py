@@ -19,8 +19,9 @@ from launch.benchmarks.speed_workers import measure
 from launch.flags.cli import Flags
 from launch.report import speed_plot, summary
 from launch.report.files import read_report, write_reports
-from launch.run.measure import protocol, write_report
+from launch.run.measure import model_origin, protocol, write_report
 from models.checkpoint import hub
+from models.checkpoint.hub_client import source_of
 from models.checkpoint.reader import read_config
 from models.errors import InputError
 
@@ -168,7 +169,7 @@ def checkpoints(values: Mapping[str, Any]) -> dict[str, pathlib.Path]:
     if values["mesh"]:
         raise InputError("does not apply: speed is measured on one device", field="mesh")
     pruned = [part.strip() for part in values["pruned"].split(",") if part.strip()]
-    names = [values["model"], *pruned]
+    names = [hub.at_revision(values["model"], values["revision"]), *pruned]
     directories = {name: hub.resolve(name) for name in names}
     if len(directories) < len(names):
         raise InputError(f"--model and --pruned name a model twice: {', '.join(names)}")
@@ -219,6 +220,18 @@ def speed_of(results: Mapping[str, Mapping[str, Facts]], dense: str, pruned: str
     return {"device": jax.devices()[0].device_kind, "batches": batches}
 
 
+def origins(directories: Mapping[str, pathlib.Path]) -> Facts:
+    """Return what the report's `protocol` says about the models that come from the hub.
+
+    Args:
+      directories: Directory of each model, the dense one first.
+    """
+    dense, *_ = directories.values()
+    pruned = {name: source_of(path) for name, path in directories.items() if path != dense}
+    of_pruned = {name: source._asdict() for name, source in pruned.items() if source}
+    return model_origin(dense) | ({"pruned": of_pruned} if of_pruned else {})
+
+
 def run(values: Mapping[str, Any]) -> None:
     """Measure, print tables, and write the files that --json and --plot name.
 
@@ -228,10 +241,11 @@ def run(values: Mapping[str, Any]) -> None:
     directories, batches = checkpoints(values), batch_sizes(values["batch_sizes"])
     if values["plot"] and pathlib.Path(values["plot"]).suffix not in (".svg", ".png"):
         raise InputError("must end in .svg or .png", field="plot", value=values["plot"])
-    reports = _reports(directories, values["model"]) if values["report"] else {}
+    dense = next(iter(directories))  # its name, with the revision
+    reports = _reports(directories, dense) if values["report"] else {}
     new_tokens, configs = values["new_tokens"], [read_config(p) for p in directories.values()]
     prompt = prompt_length(values["prompt_length"], new_tokens, configs)
-    task = Task(directories[values["model"]], values["dtype"], batches[0], prompt, new_tokens)
+    task = Task(directories[dense], values["dtype"], batches[0], prompt, new_tokens)
     peak = measure({"peak": (matmul_peak, task)}, 0)["peak"]["flops_per_second"]
     results = {}
     for batch in batches:
@@ -250,7 +264,7 @@ def run(values: Mapping[str, Any]) -> None:
         Console().print(*tables(size, rows))
     work = {"prompt_length": prompt, "new_tokens": new_tokens, "dtype": values["dtype"]}
     for name, report in reports.items():
-        report["speed"] = work | speed_of(results, values["model"], name)
+        report["speed"] = work | speed_of(results, dense, name)
         write_reports(directories[name], report)
     if values["json"]:
         report = {
@@ -258,7 +272,7 @@ def run(values: Mapping[str, Any]) -> None:
             "what": "speed",
             **work,
             "peak_flops_per_second": peak,
-            "protocol": protocol({}),
+            "protocol": origins(directories) | protocol({}),
             "figures": results,
         }
         write_report(values["json"], report)

@@ -12,6 +12,8 @@ from typing import Any
 
 from absl import flags
 
+from launch.report.downloads import download
+from models.checkpoint.hub_client import reporting
 from models.errors import InputError
 
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
@@ -272,7 +274,8 @@ def run(
         if any(argument in _HELP for argument in argv):
             print(options.help())
             return 0
-        return main(options.parse(argv)) or 0
+        with reporting(download):
+            return main(options.parse(argv)) or 0
     except InputError as e:
         # Read from the arguments: the flags themselves may be what is wrong.
         if any(argument in ("--debug", "--debug=true") for argument in argv):

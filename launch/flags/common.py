@@ -23,7 +23,7 @@ LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
 
 
 def model_flags(f: Flags) -> None:
-    """Define --model, --dtype and --mesh.
+    """Define --model, --revision, --dtype and --mesh.
 
     Args:
       f: The command's flags.
@@ -33,6 +33,11 @@ def model_flags(f: Flags) -> None:
         "model",
         None,
         "Hugging Face directory, hub id, .gguf file, embedded:tiny-llama or embedded:tiny-opt",
+    )
+    f.string(
+        "revision",
+        "",
+        "commit, tag or branch of a hub id, as in --model=owner/name@REVISION",
     )
     f.choice(
         "dtype",
@@ -136,12 +141,13 @@ def evaluation_flags(f: Flags) -> None:
     f.integer("eval_windows", 0, "most windows of a data set; 0: all")
 
 
-def open_model(name: str | None, dtype: str) -> Checkpoint:
+def open_model(name: str | None, dtype: str, revision: str = "") -> Checkpoint:
     """Open the checkpoint that --model names.
 
     Args:
       name: A directory, file or hub id; None if the flag is not given.
       dtype: A key of DTYPES.
+      revision: A commit, tag or branch of a hub id; empty: as the name says.
 
     Raises:
       InputError: The name is missing, or the checkpoint cannot be opened.
@@ -152,7 +158,7 @@ def open_model(name: str | None, dtype: str) -> Checkpoint:
             "give a directory, a hub id, a .gguf file or embedded:tiny-llama",
             field="model",
         )
-    return open_checkpoint(hub.resolve(name), DTYPES[dtype])
+    return open_checkpoint(hub.resolve(hub.at_revision(name, revision)), DTYPES[dtype])
 
 
 def mesh_of(spec: str, batch: int) -> Mesh | None:

@@ -14,7 +14,7 @@ from launch.report import removal
 from launch.run import draws, export
 from launch.run.inputs import Inputs
 from launch.run.job import Job
-from launch.run.measure import protocol
+from launch.run.measure import model_origin, protocol
 from pruning.figures import to_json
 from pruning.types import Outcome
 
@@ -64,6 +64,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "command": command,
         "protocol": stamp(job.config.protocol, settings)
         | {"calibration": inputs.calibration.protocol}
+        | model_origin(checkpoint.directory)
         | protocol(inputs.data, inputs.zero_shot),
         "sparsity": sparsity,
         "parameters": {"dense": checkpoint.parameters, "pruned": results.parameters},

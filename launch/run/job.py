@@ -7,6 +7,7 @@ from calibration.data import is_token_file
 from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import check_sparsity, mesh_of
+from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
@@ -19,6 +20,7 @@ class RunConfig:
     """All settings of a run; each attribute is the value of the flag with its name."""
 
     model: str | None
+    revision: str
     method: str
     sparsity: float | None
     pattern: str
@@ -36,6 +38,7 @@ class RunConfig:
     eval_length: int
     eval_windows: int
     output: str | None
+    push_to_hub: str
     dtype: str
     mesh: str
     layout: Layout
@@ -96,7 +99,7 @@ class Sources(NamedTuple):
     """Everything that a run reads.
 
     Attributes:
-      model: Checkpoint to prune; None if it is not given.
+      model: Checkpoint to prune, with its revision; None if it is not given.
       dtype: Type of the model in memory and in the output.
       calibration: Calibration windows.
       evaluation: Evaluation windows.
@@ -175,7 +178,7 @@ def _sources(config: RunConfig) -> Sources:
     """Collect what the run reads."""
     seeds = tuple(config.seed + k for k in range(config.calibration_draws))
     return Sources(
-        config.model,
+        at_revision(config.model, config.revision),
         config.dtype,
         CalibrationSource(
             config.calibration, config.calibration_samples, config.calibration_length, seeds

@@ -18,6 +18,7 @@ from launch import __version__
 from launch.flags.common import check_length, dataset_list, window_length
 from launch.run.tasks import ZeroShot, evaluate_tasks
 from models.arch import Model
+from models.checkpoint.hub_client import source_of
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import write_json
 from models.errors import InputError
@@ -202,6 +203,19 @@ def protocol(data: Mapping[str, Tokens], zero_shot: ZeroShot | None = None) -> d
         "count": jax.device_count(),
     }
     return result
+
+
+def model_origin(path: pathlib.Path) -> dict[str, Any]:
+    """Return what the report's `protocol` says about a model's origin.
+
+    Args:
+      path: Directory or file of the model.
+
+    Returns:
+      "model" with the "repository" of the hub and the "commit"; empty for any other model.
+    """
+    source = source_of(path)
+    return {"model": source._asdict()} if source else {}
 
 
 def write_report(path: str, report: Mapping[str, Any]) -> None:

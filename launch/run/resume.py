@@ -34,7 +34,9 @@ PER_TRIAL = (
 # do not affect the result.
 NOT_COMPARED = (
     "model",
+    "revision",
     "output",
+    "push_to_hub",
     "resume",
     "protocol",
     "calibration",

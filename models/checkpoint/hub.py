@@ -1,23 +1,34 @@
 """Resolution of a model's name: a directory, a `.gguf` file, an embedded model, a hub id."""
 
+import fnmatch
+import functools
 import os
 import pathlib
 import re
+from collections.abc import Sequence
+from typing import TypeVar
 
+from models.checkpoint.hub_client import snapshot
+from models.checkpoint.hub_errors import Repository
 from models.errors import InputError
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
-# Small files beside the weights.
-FILES = ("*.json", "*.model", "*.txt", "*.jinja")
+# Small files beside the weights: settings, tokenizer, what the licence asks to keep, the card.
+FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "COPYING*", "README.md")
 # Patterns of weights by preference; only one format is downloaded.
-WEIGHTS = ("*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
+WEIGHTS = ("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
+
+# An id of the hub, whose parts have at most 96 characters, and a commit, tag or branch behind it.
+HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@(\S+))?")
+Name = TypeVar("Name", str, str | None)
 
 
 def resolve(name: str, weights: bool = True) -> pathlib.Path:
     """Find a model, downloading it from the Hugging Face hub if needed.
 
     Args:
-      name: Directory, `.gguf` file, "embedded:NAME", or hub id "owner/name".
+      name: Directory, `.gguf` file, "embedded:NAME", or hub id "owner/name" or
+        "owner/name@revision".
       weights: True to download the weights of a hub id; False for its `config.json` alone.
 
     Returns:
@@ -27,7 +38,7 @@ def resolve(name: str, weights: bool = True) -> pathlib.Path:
       InputError: No such model is known, or the hub cannot deliver it.
     """
     if name.startswith("embedded:"):
-        known = {f"embedded:{p.name}": p for p in sorted(EMBEDDED.iterdir()) if p.is_dir()}
+        known = embedded_models()
         if name not in known:
             raise InputError(
                 "is no embedded model", f"there are {', '.join(known)}", field="model", value=name
@@ -43,46 +54,80 @@ def resolve(name: str, weights: bool = True) -> pathlib.Path:
             field="model",
             value=name,
         )
+    match = HUB_ID.fullmatch(name)
     # "./x" is meant as a path.
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name.startswith("."):
+    if not match or name.startswith("."):
         raise InputError(
             "is no such directory or file, and not a hub id (owner/name)",
             "check the spelling",
             field="model",
             value=name,
         )
-    return _download(name, weights)
+    repository = Repository(match[1], match[2], "model", "model", name)
+    return snapshot(repository, functools.partial(_choose, name, weights))
 
 
-def _weights_pattern(name: str) -> str:
-    """Return the pattern of a repository's weights in the first format that it has."""
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().list_repo_files(name)
-    except Exception:
-        # Offline: the cache may still hold the model; snapshot_download reports it if not.
-        files = []
-    for pattern in WEIGHTS:
-        if any(pathlib.PurePath(f).match(pattern) and "/" not in f for f in files):
-            return pattern
-    return "*.safetensors"
+def embedded_models() -> dict[str, pathlib.Path]:
+    """Return the directory of every model that ships with the project, by its name."""
+    return {f"embedded:{p.name}": p for p in sorted(EMBEDDED.iterdir()) if p.is_dir()}
 
 
-def _download(name: str, weights: bool) -> pathlib.Path:
-    from huggingface_hub import snapshot_download
+def is_embedded(path: pathlib.Path) -> bool:
+    """Return True if a directory is that of a model that ships with the project.
 
-    patterns = [*FILES, _weights_pattern(name)] if weights else ["config.json"]
-    try:
-        # Folders of a repository hold other formats, such as ONNX.
-        return pathlib.Path(
-            snapshot_download(name, allow_patterns=patterns, ignore_patterns=["*/*"])
-        )
-    except Exception as e:
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    Args:
+      path: The directory, as `resolve` returns it.
+    """
+    return path.resolve().parent == EMBEDDED.resolve()
+
+
+def at_revision(name: Name, revision: str) -> Name:
+    """Return a model's name with its revision.
+
+    Args:
+      name: As for `resolve`; None if none is given.
+      revision: A commit, tag or branch of the hub; empty for the name as it is.
+
+    Raises:
+      InputError: The name is not a hub id, or has another revision already.
+    """
+    if not revision or name is None:
+        return name
+    match = HUB_ID.fullmatch(name)
+    if not match or name.startswith(".") or pathlib.Path(os.path.expanduser(name)).exists():
         raise InputError(
-            f"cannot be fetched from the hub ({reason})",
-            "check the name and the network, or give a local directory",
-            field="model",
-            value=name,
-        ) from None
+            "names a revision of the hub, and `model` is not on the hub",
+            "leave it out",
+            field="revision",
+            value=revision,
+        )
+    if match[2] not in (None, revision):
+        raise InputError(
+            f"contradicts `model`={name}", "give one of them", field="revision", value=revision
+        )
+    return f"{match[1]}@{revision}"
+
+
+def _choose(name: str, weights: bool, files: Sequence[str]) -> list[str]:
+    """Choose the files of a repository to download, with the weights in one format alone.
+
+    Raises:
+      InputError: There are no weights in a known format, or there is no configuration.
+    """
+    if not weights:
+        if "config.json" in files:
+            return ["config.json"]
+        raise InputError("has no config.json", "choose another", field="model", value=name)
+    # Folders of a repository hold other formats, such as ONNX.
+    names = [file for file in files if "/" not in file]
+    for pattern in WEIGHTS:
+        found = fnmatch.filter(names, pattern)
+        if found:
+            small = [n for n in names if any(fnmatch.fnmatchcase(n, kind) for kind in FILES)]
+            return list(dict.fromkeys([*small, *found]))
+    raise InputError(
+        f"has no weights in a known format ({', '.join(WEIGHTS)})",
+        "choose another, or convert it",
+        field="model",
+        value=name,
+    )

@@ -2,21 +2,22 @@
 
 import hashlib
 import json
-import logging
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import transformers
 
+from calibration.corpora import HUB
 from calibration.data import calibration_tokens, evaluation_tokens
 from calibration.tokenizer import load_tokenizer
 from models.errors import InputError
+from reference.hub_datasets import add_dataset
 from reference.loaders import (
     BOS,
     VOCAB,
@@ -26,42 +27,31 @@ from reference.loaders import (
     texts,
     tokenize,
 )
+from reference.local_hub import LocalHub
 from reference.windows import calibrate, evaluate
 
 
-class Hub:
-    """A `datasets.load_dataset` over a few rows that records its calls."""
-
-    def __init__(self, field: str, **splits: Sequence[str]) -> None:
-        self.field = field
-        self.splits = splits
-        self.calls: list[tuple[str, str | None, dict[str, Any]]] = []
-
-    def __call__(self, dataset: str, config: str | None = None, **options: Any) -> Any:
-        self.calls.append((dataset, config, options))
-        rows = self.splits[options["split"]]
-        return datasets.Dataset.from_dict({self.field: rows, "id": range(len(rows))})
-
-
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Hub]:
-    """Replace the hub by a few rows."""
+def hub(
+    local_hub: LocalHub, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., LocalHub]:
+    """Return a function that puts rows on the hub of this machine, as a data set's own files."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets cache")
 
-    def use(field: str, **splits: Sequence[str]) -> Hub:
-        fake = Hub(field, **splits)
-        monkeypatch.setattr(datasets, "load_dataset", fake)
-        return fake
+    def use(name: str, **splits: Sequence[str]) -> LocalHub:
+        add_dataset(local_hub, name, splits)
+        return local_hub
 
     return use
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1234])
-@pytest.mark.parametrize(("name", "field"), [("wikitext2", "text"), ("ptb", "sentence")])
+@pytest.mark.parametrize("name", ["wikitext2", "ptb"])
 def test_stream_calibration_is_the_papers(
-    hub: Callable[..., Hub], name: str, field: str, seed: int
+    hub: Callable[..., LocalHub], name: str, seed: int
 ) -> None:
     train = texts(40, 30)
-    hub(field, train=train, test=["not this split" * 100])
+    hub(name, train=train, test=["not this split" * 100])
     ours = calibrate(name, samples=9, seed=seed)
     np.testing.assert_array_equal(
         ours.ids, paper_stream(tokenize(" ".join(train), True), 9, seed, 32)
@@ -74,14 +64,12 @@ def test_stream_calibration_is_the_papers(
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "field", "join"), [("wikitext2", "text", "\n\n"), ("ptb", "sentence", " ")]
-)
+@pytest.mark.parametrize(("name", "join"), [("wikitext2", "\n\n"), ("ptb", " ")])
 def test_stream_evaluation_is_the_papers(
-    hub: Callable[..., Hub], name: str, field: str, join: str
+    hub: Callable[..., LocalHub], name: str, join: str
 ) -> None:
     test = texts(40, 30)
-    hub(field, train=["not this split" * 100], test=test)
+    hub(name, train=["not this split" * 100], test=test)
     ours, theirs = evaluate(name), paper_windows(tokenize(join.join(test), True), 32)
     np.testing.assert_array_equal(ours.ids, theirs)
     assert list(ours.ids[:, 0]).count(BOS) == 1  # the text's own, none added to a window
@@ -90,18 +78,18 @@ def test_stream_evaluation_is_the_papers(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 1234])
-def test_c4_calibration_is_the_papers(hub: Callable[..., Hub], seed: int) -> None:
+def test_c4_calibration_is_the_papers(hub: Callable[..., LocalHub], seed: int) -> None:
     train = texts(60, 45)  # about a third are long enough
     # With BOS 32 tokens, too short by Wanda's >, and 33, which leaves a single window.
     train += ["x" * 31, "y" * 32]
-    hub("text", train=train)
+    hub("c4", train=train)
     theirs = paper_documents(train, 40, seed, 32, special=True)
     np.testing.assert_array_equal(calibrate("c4", samples=40, seed=seed).ids, theirs)
 
 
-def test_c4_evaluation_is_the_papers(hub: Callable[..., Hub]) -> None:
+def test_c4_evaluation_is_the_papers(hub: Callable[..., LocalHub]) -> None:
     validation = texts(1200, 30)
-    fake = hub("text", validation=validation)
+    hub("c4", validation=validation)
     stream = tokenize(" ".join(validation[:1100]), True)
     assert len(stream) > 256 * 32  # so the cut at 256 windows is seen
     theirs = paper_windows(stream[: 256 * 32], 32)
@@ -110,46 +98,36 @@ def test_c4_evaluation_is_the_papers(hub: Callable[..., Hub]) -> None:
     np.testing.assert_array_equal(evaluate("c4", windows=7).ids, theirs[:7])
     # Under 256 windows, so that the limit of 1100 texts decides.
     np.testing.assert_array_equal(evaluate("c4", length=128).ids, paper_windows(stream, 128))
-    assert fake.calls[0][2]["data_files"] == {
-        "validation": "en/c4-validation.00000-of-00008.json.gz"
-    }
 
 
-def test_the_hub_is_asked_for_fixed_files_and_revisions(hub: Callable[..., Hub]) -> None:
-    fake = hub("text", train=texts(60, 90))
-    calibrate("wikitext2")
-    dataset, config, options = fake.calls.pop()
-    assert (dataset, config, options["data_files"]) == (
-        "Salesforce/wikitext",
-        "wikitext-2-raw-v1",
-        None,
-    )
-    protocol = calibrate("c4").protocol
-    dataset, config, options = fake.calls.pop()
-    assert (dataset, config) == ("allenai/c4", None)
-    assert options["data_files"] == {"train": "en/c4-train.00000-of-01024.json.gz"}
-    assert len(options["revision"]) == 40  # a commit, not a branch that moves
-    assert (protocol["dataset"], protocol["revision"], protocol["file"]) == (
-        dataset,
-        options["revision"],
-        options["data_files"]["train"],
-    )
+@pytest.mark.parametrize(("name", "split"), [("wikitext2", "train"), ("c4", "train")])
+def test_a_hub_set_is_read_at_a_fixed_commit(
+    hub: Callable[..., LocalHub], name: str, split: str
+) -> None:
+    local = hub(name, train=texts(60, 90))
+    source = HUB[name]
+    assert len(source.revision) == 40  # a commit, not a branch that moves
+    repository = local.repositories["datasets", source.dataset]
+    repository.commit({"README.md": b"the main branch has no data"})
+    protocol = calibrate(name).protocol
+    assert protocol["dataset"] == source.dataset and protocol["split"] == split
+    assert protocol["revision"] == protocol["commit"] == source.revision
+    assert local.asked("HEAD /datasets/.*/resolve") == 1, "one file of many is downloaded"
 
 
-def test_ptb_is_read_from_the_conversion_of_the_hub(hub: Callable[..., Hub]) -> None:
-    fake = hub("sentence", test=texts(60, 90))
-    evaluate("ptb")
-    dataset, config, options = fake.calls.pop()
-    assert (dataset, config) == ("ptb-text-only/ptb_text_only", None)
+def test_ptb_is_read_from_the_conversion_of_the_hub(hub: Callable[..., LocalHub]) -> None:
     # The main branch has a loading script, which datasets 4 refuses. The hub's conversion is here.
-    assert (options["revision"], options["data_files"]) == (
-        "refs/convert/parquet",
-        {"test": "penn_treebank/test/0000.parquet"},
-    )
+    local = hub("ptb", test=texts(60, 90), train=texts(60, 90))
+    protocol = evaluate("ptb").protocol
+    repository = local.repositories["datasets", "ptb-text-only/ptb_text_only"]
+    assert protocol["revision"] == "refs/convert/parquet"
+    assert protocol["commit"] == repository.refs["refs/convert/parquet"]
+    assert local.asked("HEAD /datasets/.*/test/0000.parquet") == 1
+    assert local.asked("HEAD /datasets/.*/train/0000.parquet") == 0
 
 
-def test_c4_is_refused_when_no_document_is_long_enough(hub: Callable[..., Hub]) -> None:
-    hub("text", train=["a" * n for n in range(20)])
+def test_c4_is_refused_when_no_document_is_long_enough(hub: Callable[..., LocalHub]) -> None:
+    hub("c4", train=["a" * n for n in range(20)])
     with pytest.raises(
         InputError,
         match=r"calibration=c4 has 20 documents, none of more than 32 tokens .the longest has 20.*"
@@ -158,8 +136,8 @@ def test_c4_is_refused_when_no_document_is_long_enough(hub: Callable[..., Hub]) 
         calibrate("c4")
 
 
-def test_c4_tokenizes_a_short_document_once(hub: Callable[..., Hub]) -> None:
-    hub("text", train=["short", "long" * 100, "also short"])
+def test_c4_tokenizes_a_short_document_once(hub: Callable[..., LocalHub]) -> None:
+    hub("c4", train=["short", "long" * 100, "also short"])
     seen: list[str] = []
 
     def counting(text: str, special: bool = False) -> list[int]:
@@ -170,48 +148,55 @@ def test_c4_tokenizes_a_short_document_once(hub: Callable[..., Hub]) -> None:
     assert seen.count("short") == seen.count("also short") == 1
 
 
-def test_unreachable_hub_is_one_line_that_names_the_data_set(
+@pytest.mark.parametrize("name", HUB)
+def test_a_filled_cache_needs_no_network(
+    hub: Callable[..., LocalHub], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = texts(60, 90)
+    local = hub(name, train=rows, test=rows, validation=rows)
+    online = [read(name) for read in (calibrate, evaluate)]
+    local.requests.clear()
+    for setting, value in (
+        ("HF_HUB_OFFLINE", True),
+        ("HF_HUB_OFFLINE", False),
+        ("ENDPOINT", "http://127.0.0.1:9"),
+    ):
+        monkeypatch.setattr(huggingface_hub.constants, setting, value)
+        if setting == "ENDPOINT" or value:
+            offline = [read(name) for read in (calibrate, evaluate)]
+            assert [t.protocol for t in offline] == [t.protocol for t in online]
+    assert not local.requests
+
+
+def test_a_hub_set_that_cannot_be_had_is_one_line(
+    local_hub: LocalHub,
+    hub: Callable[..., LocalHub],
+    capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-
-    def fail(*_: Any, **__: Any) -> None:
-        raise ConnectionError("Couldn't reach 'allenai/c4' on the Hub\nand a second line")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    for read in (calibrate, evaluate):
-        with pytest.raises(
-            InputError,
-            match=r"=c4 cannot be reached \(allenai/c4: Couldn't reach.*give a local",
-        ) as caught:
-            read("c4")
-        assert "\n" not in str(caught.value)
-
-
-def test_offline_the_error_is_the_only_output(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path, capfd: pytest.CaptureFixture
-) -> None:
-    """The real `datasets` in its offline mode."""
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(InputError, match=r"=wikitext2 cannot be reached \(Salesforce/wikitext: "):
-        evaluate("wikitext2")
-    assert capfd.readouterr().err == ""
+    with pytest.raises(InputError, match=r"^calibration=c4 is no data set of the hub, or a gated"):
+        calibrate("c4")
+    local_hub.add("allenai/c4", {"README.md": b""}, "datasets")
+    with pytest.raises(InputError, match=r"^eval_data=c4 cannot be found, as allenai/c4 has no re"):
+        evaluate("c4")
+    hub("c4", train=["text"])
+    with pytest.raises(InputError, match=r"^eval_data=c4 cannot be read: .* has no en/c4-valid"):
+        evaluate("c4")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match=r"^eval_data=ptb is not in the cache") as caught:
+        evaluate("ptb")
+    assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == "", "the error is the only output"
 
 
-def test_retries_of_the_hub_client_are_not_logged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One warning a retry would bury the error. They are off during the download only."""
-    logger = logging.getLogger("huggingface_hub.utils._http")
-    during = []
-
-    def fail(*_: Any, **__: Any) -> None:
-        during.append(logger.isEnabledFor(logging.WARNING))
-        raise ConnectionError
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
-    logging.getLogger("huggingface_hub").setLevel(logging.WARNING)
-    with pytest.raises(InputError, match=r"cannot be reached .*: ConnectionError"):
-        calibrate("ptb")
-    assert during == [False] and logger.isEnabledFor(logging.WARNING)
+@pytest.mark.slow
+def test_a_busy_hub_and_a_cut_body_are_tried_again(hub: Callable[..., LocalHub]) -> None:
+    local = hub("wikitext2", train=texts(60, 90), test=texts(61, 90))
+    local.fail("GET /lfs", times=2)
+    assert calibrate("wikitext2").ids.shape == (5, 32)
+    local.fail("GET /lfs", status=0)
+    assert len(evaluate("wikitext2").ids)
+    assert local.asked("GET /lfs") == 3 + 2
 
 
 # --- Local text.
@@ -254,7 +239,7 @@ def test_a_text_of_exactly_enough_tokens_is_accepted(tmp_path: pathlib.Path) -> 
 
 
 def test_raw_is_read_into_the_rows_of_wikitext2(
-    tmp_path: pathlib.Path, hub: Callable[..., Hub]
+    tmp_path: pathlib.Path, hub: Callable[..., LocalHub]
 ) -> None:
     rows = [
         "",
@@ -266,7 +251,7 @@ def test_raw_is_read_into_the_rows_of_wikitext2(
     ] * 20
     path = tmp_path / "wiki.raw"
     path.write_text("".join(row or " \n" for row in rows))
-    hub("text", train=rows, test=rows)
+    hub("wikitext2", train=rows, test=rows)
     with_bos = evaluate("wikitext2").ids.ravel()
     np.testing.assert_array_equal(evaluate(path).ids.ravel()[: len(with_bos) - 1], with_bos[1:])
     np.testing.assert_array_equal(

@@ -132,7 +132,7 @@ def test_a_token_file_has_its_own_shape(shapes_only: pathlib.Path) -> None:
 
 
 def test_published_models_are_known_by_name() -> None:
-    assert plan.config_of("LLaMA-2-70B")["num_key_value_heads"] == 8
+    assert plan.config_of("LLaMA-2-70B").config["num_key_value_heads"] == 8
     with pytest.raises(InputError, match="llama-2-7b"):
         plan.config_of(None)
 

@@ -1,13 +1,15 @@
 """The images of `launch.mlprank`: parts that share no image, and errors that say what to do."""
 
+import io
 import sys
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from launch.mlp import images
 from models.errors import InputError
+from reference.local_hub import LocalHub
 
 
 def test_the_parts_of_the_digits_share_no_image_and_have_every_class() -> None:
@@ -27,27 +29,37 @@ def test_digits_without_scikit_learn_name_the_package(monkeypatch: pytest.Monkey
         images.load("digits")
 
 
+@pytest.fixture
+def images_hub(local_hub: LocalHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> LocalHub:
+    """Return the hub of this machine, for `datasets` too."""
+    datasets = pytest.importorskip("datasets")
+    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_DATASETS_CACHE"):
+        values = {"HF_ENDPOINT": local_hub.url, "HF_HUB_OFFLINE": False}
+        monkeypatch.setattr(datasets.config, name, values.get(name, tmp_path / "datasets"))
+    return local_hub
+
+
 def test_a_hub_set_holds_back_the_end_of_its_training_split(
-    monkeypatch: pytest.MonkeyPatch,
+    images_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     datasets = pytest.importorskip("datasets")
     pytest.importorskip("PIL")
     rng = np.random.default_rng(0)
+    features = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
+    )
 
-    def split(n: int) -> Any:
+    def split(n: int) -> tuple[bytes, np.ndarray]:
         pixels = rng.integers(0, 256, (n, 28, 28)).astype(np.uint8)
-        features = datasets.Features(
-            {"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)}
-        )
-        return datasets.Dataset.from_dict(
-            {"image": list(pixels), "label": [i % 10 for i in range(n)]}, features=features
-        ), pixels
+        rows = {"image": list(pixels), "label": [i % 10 for i in range(n)]}
+        buffer = io.BytesIO()
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(buffer)
+        return buffer.getvalue(), pixels
 
     (train, pixels), (test, test_pixels) = split(25), split(7)
-    monkeypatch.setattr(
-        datasets,
-        "load_dataset",
-        lambda name: {"train": train, "test": test} if name == "ylecun/mnist" else None,
+    name = "mnist/{}-00000-of-00001.parquet"
+    images_hub.add(
+        "ylecun/mnist", {name.format("train"): train, name.format("test"): test}, "datasets"
     )
     monkeypatch.setattr(images, "HUB_VALID", 5)
     loaded = images.load("mnist")
@@ -65,15 +77,9 @@ def test_a_hub_set_holds_back_the_end_of_its_training_split(
 
 
 @pytest.mark.parametrize("name", images.HUB)
-def test_an_unreachable_hub_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    datasets = pytest.importorskip("datasets")
-
-    def unreachable(name: str) -> Any:
-        raise ConnectionError(f"no route to {name}\nmore lines")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+def test_an_unreachable_hub_is_one_line(name: str, images_hub: LocalHub) -> None:
     with pytest.raises(
-        InputError, match=rf"^dataset={name} cannot be reached .*no route.*digits"
+        InputError, match=rf"^dataset={name} cannot be reached .*{images.HUB[name]}.*digits"
     ) as error:
         images.load(name)
     assert "\n" not in str(error.value)

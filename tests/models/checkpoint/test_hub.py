@@ -5,8 +5,9 @@ import pathlib
 import huggingface_hub
 import pytest
 
-from models.checkpoint import hub
+from models.checkpoint import hub, hub_client
 from models.errors import InputError
+from reference.local_hub import LocalHub
 
 
 @pytest.fixture
@@ -68,78 +69,98 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: pathlib.Path) -> None:
         hub.resolve(str(tmp_path / "model.onnx"))
 
 
-def fake_hub(
-    monkeypatch: pytest.MonkeyPatch, files: list[str] | Exception, target: pathlib.Path | Exception
-) -> list[dict[str, object]]:
-    """Put a hub in the place of the real one; returns the downloads asked of it."""
-    asked: list[dict[str, object]] = []
+def files_of(*names: str) -> dict[str, bytes]:
+    """Return the files of a repository, each with its name as contents."""
+    return {name: name.encode() for name in ("config.json", *names)}
 
-    def list_repo_files(self: object, name: str) -> list[str]:
-        if isinstance(files, Exception):
-            raise files
-        return files
 
-    def snapshot_download(name: str, **options: object) -> str:
-        asked.append({"name": name, **options})
-        if isinstance(target, Exception):
-            raise target
-        return str(target)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", list_repo_files)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    return asked
+def names(path: pathlib.Path) -> set[str]:
+    return {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(
     ("files", "weights"),
     [
-        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], "*.safetensors"),
-        (["model-00001-of-00002.safetensors", "pytorch_model.bin"], "*.safetensors"),
-        (["flax_model.msgpack", "pytorch_model.bin"], "flax_model*.msgpack"),
-        (["pytorch_model-00001-of-00002.bin", "onnx/model.safetensors"], "pytorch_model*.bin"),
-        (ConnectionError("offline"), "*.safetensors"),
+        (["model.safetensors", "pytorch_model.bin", "flax_model.msgpack"], {"model.safetensors"}),
+        (
+            ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.bin"],
+            {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"},
+        ),
+        (["flax_model.msgpack", "pytorch_model.bin"], {"flax_model.msgpack"}),
+        (["pytorch_model.bin", "onnx/model.safetensors"], {"pytorch_model.bin"}),
+        (["model.safetensors", "consolidated.safetensors"], {"model.safetensors"}),
     ],
 )
 def test_a_download_has_one_format_of_weights(
-    files: list[str] | Exception,
-    weights: str,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
+    files: list[str], weights: set[str], local_hub: LocalHub
 ) -> None:
-    asked = fake_hub(monkeypatch, files, tmp_path)
-    assert hub.resolve("facebook/opt-125m") == tmp_path
-    (download,) = asked
-    assert download["name"] == "facebook/opt-125m"
-    patterns = download["allow_patterns"]
-    assert isinstance(patterns, list)
-    assert [p for p in patterns if p in hub.WEIGHTS] == [weights] and "*.json" in patterns
-    assert download["ignore_patterns"] == ["*/*"]
+    local_hub.add("facebook/opt-125m", files_of(*files, "tokenizer.json", "onnx/config.json"))
+    assert names(hub.resolve("facebook/opt-125m")) == {"config.json", "tokenizer.json"} | weights
+
+
+def test_the_licence_and_the_card_are_downloaded(local_hub: LocalHub) -> None:
+    kept = ["LICENSE", "LICENCE.txt", "NOTICE.md", "README.md", "COPYING"]
+    local_hub.add("a/b", files_of("model.safetensors", *kept, "training.py", "tokenizer.py"))
+    wanted = {"config.json", "model.safetensors", *kept}
+    assert names(hub.resolve("a/b")) == wanted
 
 
 def test_a_configuration_is_downloaded_alone(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = fake_hub(monkeypatch, AssertionError("nobody needs the list"), tmp_path)
-    assert hub.resolve("facebook/opt-66b", weights=False) == tmp_path
-    assert [download["allow_patterns"] for download in asked] == [["config.json"]]
+    local_hub.add("facebook/opt-66b", files_of("model.safetensors"))
+    assert names(hub.resolve("facebook/opt-66b", weights=False)) == {"config.json"}
+    # What is in the cache now is no model.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="is not in the cache"):
+        hub.resolve("facebook/opt-66b")
 
 
-@pytest.mark.parametrize(
-    "reason",
-    [ConnectionError("no route to host\nTraceback of many lines"), OSError(), KeyError("repo")],
-)
-def test_an_unreachable_hub_is_reported(reason: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_hub(monkeypatch, ConnectionError("offline"), reason)
+@pytest.mark.parametrize("files", [{"README.md": b""}, {"config.json": b"", "model.onnx": b""}])
+def test_a_repository_without_weights_is_refused(
+    files: dict[str, bytes], local_hub: LocalHub
+) -> None:
+    local_hub.add("owner/name", files)
+    with pytest.raises(InputError, match=r"^model=owner/name has no weights in a known format"):
+        hub.resolve("owner/name")
+
+
+def test_a_revision_is_a_commit_a_tag_or_a_branch(local_hub: LocalHub) -> None:
+    repository = local_hub.add("owner/name", files_of("model.safetensors"))
+    first = repository.refs["main"]
+    second = repository.commit(files_of("model.safetensors", "added.json"), "refs/pr/1")
+    for revision, commit in (
+        ("main", first),
+        (first, first),
+        ("refs/pr/1", second),
+        (second, second),
+    ):
+        path = hub.resolve(hub.at_revision("owner/name", revision))
+        assert path == hub.resolve(f"owner/name@{revision}")
+        assert hub_client.source_of(path) == ("owner/name", commit)
+        assert (path / "added.json").exists() == (commit == second)
+    assert hub_client.source_of(hub.resolve("owner/name")) == ("owner/name", first)
+
+
+def test_a_revision_that_does_not_exist_is_named(local_hub: LocalHub) -> None:
+    local_hub.add("owner/name", files_of("model.safetensors"))
+    hub.resolve("owner/name")
+    # The cache, which holds the main branch, is no answer.
     with pytest.raises(
         InputError,
-        match=r"model=owner/name cannot be fetched from the hub \(.+\): check the name and the "
-        "network",
-    ) as caught:
-        hub.resolve("owner/name")
-    assert "\n" not in str(caught.value)
+        match=r"^model=owner/name@v9 cannot be found, as owner/name has no revision v9: .*/name$",
+    ):
+        hub.resolve("owner/name@v9")
 
 
-def test_a_model_outside_the_cache_is_reported_offline() -> None:
-    """Use the library itself: HF_HUB_OFFLINE is set for all tests and the cache lacks the model."""
-    with pytest.raises(InputError, match="cannot be fetched from the hub"):
-        hub.resolve("no-such-owner/no-such-model-of-topiary")
+@pytest.mark.parametrize("name", ["embedded:tiny-llama", ".", "model.gguf"])
+def test_a_revision_of_what_is_not_on_the_hub_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match=r"^revision=v1 names a revision of the hub, and model"):
+        hub.at_revision(name, "v1")
+    assert hub.at_revision(name, "") == name
+
+
+def test_two_revisions_of_a_name_must_agree() -> None:
+    assert hub.at_revision("owner/name@v1", "v1") == "owner/name@v1"
+    with pytest.raises(InputError, match=r"^revision=v2 contradicts"):
+        hub.at_revision("owner/name@v1", "v2")
