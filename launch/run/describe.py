@@ -11,7 +11,7 @@ from eval.size import peak_memory
 from launch.flags.common import DTYPES
 from launch.flags.protocols import stamp
 from launch.report import removal
-from launch.run import draws, export
+from launch.run import draws, export, formats
 from launch.run.inputs import Inputs
 from launch.run.job import Job
 from launch.run.measure import protocol
@@ -55,7 +55,12 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
     window = inputs.calibration.ids.shape[1]
-    warnings = [*removal.warnings(sparsity, written, checkpoint, window), *outcome.warnings]
+    others = written.other_formats
+    warnings = [
+        *removal.warnings(sparsity, written, checkpoint, window),
+        *formats.warnings(others, written.loaded.config, job.config.dtype),
+        *outcome.warnings,
+    ]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": job.config.model,
@@ -81,6 +86,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "scores": removal.score_quantiles(checkpoint, outcome),
         "warnings": warnings,
         "notes": list(removal.notes(written)),
+        "other_formats": dict(others),
         "loads_as": written.form.label,
         "loading": _loading(written),
         "checks": {"topiary": True, "transformers": written.transformers.result},

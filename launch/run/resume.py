@@ -43,6 +43,8 @@ NOT_COMPARED = (
     "tasks",
     "task_cache",
     "track",
+    "gguf_type",
+    "pack",
 )
 
 
