@@ -5,6 +5,7 @@ width or lost their attention are `deci`. The differences to the Hugging Face ch
 that `models.checkpoint.gguf` undoes. One tensor is in memory at a time.
 """
 
+import contextlib
 import dataclasses
 import math
 import pathlib
@@ -125,11 +126,10 @@ def write_gguf(directory: pathlib.Path, dtype: str = "f16") -> WrittenGguf:
     plans = _plan_tensors(c, non_block, blocks, architecture, tensors)
     metadata = vocab_metadata(directory, load_backend(directory), config)
     path = directory / f"model-{dtype}.gguf"
-    writer = GGUFWriter(path, architecture)
-    context = _add_settings(writer, config, c, blocks, dtype)
-    _add_metadata(writer, metadata)
-    _write_tensors(writer, plans, tensors, dtype, _rope_factors(c.rope, c.head_dim))
-    writer.close()
+    with contextlib.closing(GGUFWriter(path, architecture)) as writer:
+        context = _add_settings(writer, config, c, blocks, dtype)
+        _add_metadata(writer, metadata)
+        _write_tensors(writer, plans, tensors, dtype, _rope_factors(c.rope, c.head_dim))
     return WrittenGguf(path, architecture, context, path.stat().st_size)
 
 
