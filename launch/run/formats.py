@@ -4,6 +4,7 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -61,33 +62,36 @@ def write_formats(
         pytrees.save(directory, written.loaded.model, mesh)
     formats = {}
     if output.format == "gguf":
-        formats["gguf"] = run_on_primary(lambda: _write_gguf(directory, output.gguf_type, check))
+        dtype = written.loaded.model.non_block.embed.dtype
+        formats["gguf"] = run_on_primary(
+            lambda: _write_gguf(directory, output.gguf_type, check, dtype)
+        )
     if output.pack != "none":
         formats["pack"] = run_on_primary(lambda: _write_pack(directory, output.pack))
     return formats
 
 
 def _write_gguf(
-    directory: pathlib.Path, dtype: str, check: export.RoundTripCheck
+    directory: pathlib.Path, stored: str, check: export.RoundTripCheck, dtype: jnp.dtype
 ) -> dict[str, Any]:
-    """Write a GGUF file and compare its logits with those of the pruned model."""
+    """Write a GGUF file and compare its logits with those of the pruned model, of type `dtype`."""
     from models.checkpoint.gguf_writer import write_gguf
 
-    file = write_gguf(directory, dtype)
+    file = write_gguf(directory, stored)
     record = {
         "file": file.path.name,
-        "type": dtype,
+        "type": stored,
         "architecture": file.architecture,
         "context": file.context,
         "bytes": file.size,
     }
     try:
-        loaded = open_checkpoint(file.path).model
+        loaded = open_checkpoint(file.path, dtype).model
     except InputError as e:
         # llama.cpp reads some rotary scalings that our reader does not.
         return record | {"load_back": f"not checked: {first_line(e)}"}
     difference = check.difference(loaded, file.context)
-    if dtype == "f16" and difference > export.TOLERANCE_LOW_PRECISION:
+    if stored == "f16" and difference > export.TOLERANCE_LOW_PRECISION:
         raise RuntimeError(
             f"the GGUF file gives other logits than the pruned model (they differ by "
             f"{difference:.3g}); --output was not touched"

@@ -11,8 +11,8 @@ DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 
 def random_matrix(rows: int, columns: int, density: float, dtype: type) -> np.ndarray:
     rng = np.random.default_rng(rows + columns)
-    x = rng.standard_normal((rows, columns)) * (rng.random((rows, columns)) < density)
-    return x.astype(dtype)
+    x = rng.standard_normal((rows, columns))
+    return np.where(rng.random((rows, columns)) < density, x, 0.0).astype(dtype)
 
 
 def bits(x: np.ndarray) -> np.ndarray:
