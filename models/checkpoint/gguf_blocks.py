@@ -157,7 +157,7 @@ def fill_absent(
         for block, kv_heads, neurons in zip(
             hf.specs(config)[2], counts.kv_heads, counts.neurons, strict=True
         ):
-            absent = () if kv_heads else ("input_layernorm", *_ATTENTION)
+            absent: tuple[str, ...] = () if kv_heads else ("input_layernorm", *_ATTENTION)
             absent += () if neurons else ("post_attention_layernorm", *_FEED_FORWARD)
             for spec in jax.tree.leaves(block, is_leaf=hf.is_spec):
                 if _module(spec.name) in absent:

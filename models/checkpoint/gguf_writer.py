@@ -10,12 +10,11 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import numpy as np
 
-from models.arch import Block
 from models.checkpoint.formats import open_tensors
 from models.checkpoint.gguf import gguf_tokenizer
 from models.checkpoint.gguf_names import BLOCK, NON_BLOCK, RAGGED, ROPE_FACTORS
@@ -54,7 +53,7 @@ class WrittenGguf(NamedTuple):
 class _BlockPlan(NamedTuple):
     """A block to write: its index and specs in the checkpoint, and its sizes, 0 for no heads."""
 
-    specs: Block
+    specs: llama.Block
     heads: int
     kv_heads: int
     neurons: int
@@ -120,9 +119,10 @@ def write_gguf(directory: pathlib.Path, dtype: str = "f16") -> WrittenGguf:
     config = read_config(directory)
     c = _llama_config(config)
     tensors = open_tensors(directory)
-    _, non_block, specs = hf.specs(config)
+    # Any: trees of specs of the LLaMA family, which was checked.
+    non_block, specs = cast(Any, hf.specs(config)[1:])
     blocks = _plan_blocks(c, specs, tensors)
-    architecture = _architecture(config, c, blocks, tensors)
+    architecture = _architecture(config, c, blocks)
     plans = _plan_tensors(c, non_block, blocks, architecture, tensors)
     metadata = vocab_metadata(directory, load_backend(directory), config)
     path = directory / f"model-{dtype}.gguf"
@@ -133,7 +133,9 @@ def write_gguf(directory: pathlib.Path, dtype: str = "f16") -> WrittenGguf:
     return WrittenGguf(path, architecture, context, path.stat().st_size)
 
 
-def _plan_blocks(c: llama.Config, specs: Sequence[Block], tensors: Tensors) -> list[_BlockPlan]:
+def _plan_blocks(
+    c: llama.Config, specs: Sequence[llama.Block], tensors: Tensors
+) -> list[_BlockPlan]:
     """Return the blocks that do something, without heads where attention does nothing."""
     plans = []
     counts = c.widths or ((c.kv_heads, c.ffn_dim),) * len(specs)
@@ -163,9 +165,7 @@ def _is_zero(spec: Any, tensors: Tensors) -> bool:
     return not np.asarray(tensors.read(spec.name), np.float32).any()
 
 
-def _architecture(
-    config: Mapping[str, Any], c: llama.Config, blocks: Sequence[_BlockPlan], tensors: Tensors
-) -> str:
+def _architecture(config: Mapping[str, Any], c: llama.Config, blocks: Sequence[_BlockPlan]) -> str:
     """Return llama.cpp's name of the architecture."""
     if len({(b.heads, b.kv_heads, b.neurons) for b in blocks}) > 1:
         return RAGGED
@@ -250,9 +250,16 @@ def _add_settings(
 
 def _add_metadata(writer: "GGUFWriter", metadata: Mapping[str, Any]) -> None:
     """Add the tokenizer's metadata to a file."""
-    add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
     for key, value in metadata.items():
-        add.get(type(value), writer.add_array)(key, value)
+        # bool before int, which it also is.
+        if isinstance(value, bool):
+            writer.add_bool(key, value)
+        elif isinstance(value, int):
+            writer.add_uint32(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        else:
+            writer.add_array(key, value)
 
 
 def _rope_factors(rope: Rope, head_dim: int) -> np.ndarray | None:

@@ -67,7 +67,8 @@ def pack(directory: pathlib.Path, name: str) -> PackSizes:
     files = _weight_files(directory, DENSE)
     matrices = [0, 0]
     for file in files:
-        stored, shapes = {}, {}
+        stored: dict[str, np.ndarray] = {}
+        shapes: dict[str, list[int]] = {}
         for tensor, value in load_file(file).items():
             parts = _packed(tensor, value, PACKINGS[name]) if tensor in linears else {}
             if parts:
