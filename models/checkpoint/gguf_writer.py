@@ -8,6 +8,7 @@ that `models.checkpoint.gguf` undoes. One tensor is in memory at a time.
 import contextlib
 import dataclasses
 import math
+import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -100,7 +101,7 @@ def _llama_config(config: Mapping[str, Any]) -> llama.Config:
     return c
 
 
-def write_gguf(directory: pathlib.Path, dtype: str = "f16") -> WrittenGguf:
+def write_gguf(directory: str | os.PathLike[str], dtype: str = "f16") -> WrittenGguf:
     """Write a GGUF file beside the weights of a checkpoint.
 
     Args:
@@ -116,6 +117,7 @@ def write_gguf(directory: pathlib.Path, dtype: str = "f16") -> WrittenGguf:
     """
     from gguf import GGUFWriter
 
+    directory = pathlib.Path(directory)
     config = read_config(directory)
     c = _llama_config(config)
     tensors = open_tensors(directory)

@@ -6,6 +6,7 @@ of the dense files one for one; matrices of the blocks' linears are stored as
 """
 
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -44,19 +45,24 @@ class PackSizes(NamedTuple):
     linears_packed: int
 
 
-def pack(directory: pathlib.Path, name: str) -> PackSizes:
+def pack(directory: str | os.PathLike[str], packing: str) -> PackSizes:
     """Write a checkpoint's weights without their zeros, into its folder `packed`.
 
     Args:
       directory: Checkpoint directory with safetensors.
-      name: A key of `models.checkpoint.pack_formats.PACKINGS`.
+      packing: A key of `models.checkpoint.pack_formats.PACKINGS`.
 
     Returns:
       Sizes before and after.
 
     Raises:
-      InputError: A file is damaged, or the directory has no safetensors.
+      InputError: There is no such packing, a file is damaged, or the directory has no safetensors.
     """
+    if packing not in PACKINGS:
+        raise InputError(
+            "is no packing", f"choose of {', '.join(PACKINGS)}", field="pack", value=packing
+        )
+    directory = pathlib.Path(directory)
     config = read_config(directory)
     arch, _, blocks = hf.specs(config)
     linears = {f"{hf.linear_name(b, s.name)}.weight" for b in blocks for s in arch.slots}
@@ -70,13 +76,13 @@ def pack(directory: pathlib.Path, name: str) -> PackSizes:
         stored: dict[str, np.ndarray] = {}
         shapes: dict[str, list[int]] = {}
         for tensor, value in load_file(file).items():
-            parts = _packed(tensor, value, PACKINGS[name]) if tensor in linears else {}
+            parts = _packed(tensor, value, PACKINGS[packing]) if tensor in linears else {}
             if parts:
                 shapes[tensor] = list(value.shape)
                 matrices[0] += value.nbytes
                 matrices[1] += sum(x.nbytes for x in parts.values())
             stored |= parts or {tensor: value}
-        header = {"packing": name, "shapes": json.dumps(shapes)}
+        header = {"packing": packing, "shapes": json.dumps(shapes)}
         save_file(stored, target / _renamed(file.name, DENSE, PACKED), metadata=header)
     _copy_rest(directory, target, config, (DENSE, PACKED))
     packed = sum(f.stat().st_size for f in _weight_files(target, PACKED))
@@ -121,7 +127,7 @@ def _copy_rest(
         write_json(target / new, index)
 
 
-def unpack(source: pathlib.Path, target: pathlib.Path) -> None:
+def unpack(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> None:
     """Write a packed checkpoint as the dense one that it was made from, to the byte.
 
     Args:
@@ -131,6 +137,7 @@ def unpack(source: pathlib.Path, target: pathlib.Path) -> None:
     Raises:
       InputError: A file is damaged, or the directory holds no packed checkpoint.
     """
+    source, target = pathlib.Path(source), pathlib.Path(target)
     config, files = read_config(source), _weight_files(source, PACKED)
     target.mkdir(parents=True, exist_ok=True)
     for file in files:

@@ -96,6 +96,8 @@ def test_a_bitmask_leaves_matrices_alone_that_would_grow(tmp_path: pathlib.Path)
 def test_what_is_no_pack_is_refused(tmp_path: pathlib.Path) -> None:
     directory = written(tmp_path / "out", shard_bytes=1 << 30)
     pack(directory, "bitmask")
+    with pytest.raises(InputError, match="pack=zip is no packing: choose of bitmask, macko"):
+        pack(directory, "zip")
     with pytest.raises(InputError, match="packed exists already"):
         pack(directory, "bitmask")
     with pytest.raises(InputError, match=r"out has no packed\.safetensors"):
