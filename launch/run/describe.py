@@ -90,7 +90,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "loads_as": written.form.label,
         "loading": _loading(written),
         "checks": {"topiary": True, "transformers": written.transformers.result},
-        "load_back": {"topiary": written.topiary, "transformers": written.transformers.message},
+        "load_back": _load_back(written),
         "figures": [to_json(figure) for figure in outcome.figures],
         "details": _details(inputs, outcome),
     }
@@ -105,6 +105,13 @@ def _loading(written: export.Written) -> dict[str, Any]:
         "trust_remote_code": written.form.code is not None,
         "tokenizer": any(written.loaded.directory.glob("tokenizer*")),
     }
+
+
+def _load_back(written: export.Written) -> dict[str, str]:
+    """Return how the checkpoint and the GGUF file read back, in words."""
+    results = {"topiary": written.topiary, "transformers": written.transformers.message}
+    gguf = written.other_formats.get("gguf")
+    return results | ({"gguf": gguf["load_back"]} if gguf else {})
 
 
 def _target(job: Job, outcome: Outcome) -> float:

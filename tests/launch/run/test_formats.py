@@ -88,6 +88,7 @@ def test_a_run_writes_a_gguf_file_and_a_pack(
     flags = ("--method=wanda", "--sparsity=0.5", "--output_format=gguf", "--pack=bitmask")
     assert call(args(inputs, "llama", out, *flags, f"--dtype={dtype}")) == 0
     formats = report_of(out)["other_formats"]
+    assert report_of(out)["load_back"]["gguf"] == formats["gguf"]["load_back"]
     file = out / formats["gguf"]["file"]
     assert formats["gguf"]["bytes"] == file.stat().st_size
     assert formats["gguf"]["load_back"].startswith("largest difference of the logits")

@@ -52,6 +52,10 @@ FORMS: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...],
 }  # fmt: skip
 
 
+# One form of each difference between the two formats; every form compiles its own programs.
+QUICK = ("granite", "llama 3", "qwen2", "ragged with biases", "no attention at the start")
+
+
 def float16(model: Model) -> Model:
     """Round all matrices to float16, as a GGUF file does."""
     rounded = jax.tree.map(
@@ -91,7 +95,13 @@ def written(directory: pathlib.Path, model: Model, config: Mapping[str, Any]) ->
     return directory
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS.keys())
+@pytest.mark.parametrize(
+    "form",
+    [
+        pytest.param(form, id=name, marks=() if name in QUICK else pytest.mark.slow)
+        for name, form in FORMS.items()
+    ],
+)
 def test_our_reader_gives_the_same_logits(form: Any, tmp_path: pathlib.Path) -> None:
     config, heads, neurons, biases, architecture = form
     model = float16(pruned(config, heads, neurons, biases))
