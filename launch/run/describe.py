@@ -54,13 +54,6 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     target = _target(job, outcome)
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
-    window = inputs.calibration.ids.shape[1]
-    others = written.other_formats
-    warnings = [
-        *removal.warnings(sparsity, written, checkpoint, window),
-        *formats.warnings(others, written.loaded.config, job.config.dtype),
-        *outcome.warnings,
-    ]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": job.config.model,
@@ -84,9 +77,9 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         **_draws(inputs, results),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
-        "warnings": warnings,
+        "warnings": _warnings(job, inputs, results, sparsity),
         "notes": list(removal.notes(written)),
-        "other_formats": dict(others),
+        "other_formats": dict(written.other_formats),
         "loads_as": written.form.label,
         "loading": _loading(written),
         "checks": {"topiary": True, "transformers": written.transformers.result},
@@ -105,6 +98,16 @@ def _loading(written: export.Written) -> dict[str, Any]:
         "trust_remote_code": written.form.code is not None,
         "tokenizer": any(written.loaded.directory.glob("tokenizer*")),
     }
+
+
+def _warnings(job: Job, inputs: Inputs, results: Results, sparsity: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the report must know."""
+    written, window = results.written, inputs.calibration.ids.shape[1]
+    return [
+        *removal.warnings(sparsity, written, inputs.checkpoint, window),
+        *formats.warnings(written.other_formats, written.loaded.config, job.config.dtype),
+        *results.outcome.warnings,
+    ]
 
 
 def _load_back(written: export.Written) -> dict[str, str]:
