@@ -156,8 +156,7 @@ def _prune_into(
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
     if further:
         clock.record("draws")
-    form = job.output.format
-    written, counts = complete(directory, checkpoint, writer, check, outcome, form, mesh)
+    written, counts = complete(directory, checkpoint, writer, check, outcome, job.output, mesh)
     clock.record("export")
     pruned = measure(written.loaded)
     clock.record("eval")

@@ -139,8 +139,17 @@ class Rope:
     high_freq_factor: float = 4.0
 
 
-def _inverse_frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
-    """Compute the inverse frequencies, float32 [h/2], of a text of `length` tokens."""
+def inverse_frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
+    """Compute the angles by which one position turns each pair of channels.
+
+    Args:
+      rope: Rotary settings.
+      head_dim: Size of a head, h.
+      length: Tokens in the text.
+
+    Returns:
+      Angles in radians, float32 [h/2].
+    """
     theta = rope.theta
     if rope.kind == "dynamic" and length > rope.max_positions:
         # Neural-tangent-kernel scaling: the base grows with the length, so that the lowest
@@ -166,7 +175,7 @@ def _inverse_frequencies(rope: Rope, head_dim: int, length: int) -> np.ndarray:
 def _rotary_tables(rope: Rope, head_dim: int, length: int) -> tuple[np.ndarray, np.ndarray]:
     """Compute cosines and sines, float32 [length h/2], of every position of a text."""
     positions = np.arange(length, dtype=np.float32)
-    angle = positions[:, None] * _inverse_frequencies(rope, head_dim, length)[None, :]
+    angle = positions[:, None] * inverse_frequencies(rope, head_dim, length)[None, :]
     return np.cos(angle), np.sin(angle)
 
 
@@ -209,7 +218,7 @@ def rotate(rope: Rope, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array
 @functools.lru_cache(maxsize=16)
 def _frequencies_by_length(rope: Rope, head_dim: int, longest: int) -> np.ndarray:
     """Compute inverse frequencies, float32 [longest+1 h/2], of texts of every length."""
-    return np.stack([_inverse_frequencies(rope, head_dim, n) for n in range(longest + 1)])
+    return np.stack([inverse_frequencies(rope, head_dim, n) for n in range(longest + 1)])
 
 
 def rotate_from(

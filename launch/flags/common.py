@@ -54,7 +54,7 @@ def model_flags(f: Flags) -> None:
 
 
 def layout_flag(f: Flags) -> None:
-    """Define --layout and --output_format.
+    """Define --layout, --output_format, --gguf_type and --pack.
 
     Args:
       f: The command's flags.
@@ -69,8 +69,17 @@ def layout_flag(f: Flags) -> None:
     f.choice(
         "output_format",
         "hf",
-        ("hf", "orbax"),
-        "orbax also writes the pytrees to OUTPUT/orbax, for models.checkpoint.orbax.load",
+        ("hf", "orbax", "gguf"),
+        "beside the Hugging Face files: orbax writes the pytrees to OUTPUT/orbax, gguf a file for "
+        "llama.cpp",
+    )
+    f.choice("gguf_type", "f16", ("f16", "q8_0"), "type of the matrices in the .gguf file")
+    f.choice(
+        "pack",
+        "none",
+        ("none", "bitmask", "macko"),
+        "also writes the weights without their zeros to OUTPUT/packed: bitmask for fewer bytes, "
+        "macko for MACKO's GPU kernels",
     )
 
 

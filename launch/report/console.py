@@ -65,6 +65,18 @@ def show(report: Mapping[str, Any], console: Console) -> None:
     if output := report.get("settings", {}).get("output"):
         console.print(Text(f"pruned model: {output}"), soft_wrap=True)
         console.print(Text(f"report: {Path(output) / 'report.html'}"), soft_wrap=True)
+        for line in _other_formats(report.get("other_formats", {}), Path(output)):
+            console.print(Text(line), soft_wrap=True)
+
+
+def _other_formats(formats: Mapping[str, Any], output: Path) -> Iterator[str]:
+    """Yield where further formats of the model lie, and their sizes."""
+    if gguf := formats.get("gguf"):
+        size = summary.size(gguf["bytes"])
+        yield f"for llama.cpp: {output / gguf['file']}, {size}, {gguf['load_back']}"
+    if pack := formats.get("pack"):
+        sizes = (summary.size(pack[name]) for name in ("packed", "dense"))
+        yield f"without zeros: {output / pack['folder']}, {' of '.join(sizes)}"
 
 
 def show_wide(title: str, rows: Sequence[Sequence[str]], console: Console, labels: int = 1) -> None:

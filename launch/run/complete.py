@@ -7,7 +7,8 @@ from jax.sharding import Mesh
 from eval.size import measure_size
 from launch.report import removal
 from launch.run import export
-from models.checkpoint import orbax as pytrees
+from launch.run.formats import write_formats
+from launch.run.job import Output
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer, write_json
 from models.processes import run_on_primary
@@ -20,10 +21,12 @@ def complete(
     writer: Writer,
     check: export.RoundTripCheck,
     outcome: Outcome,
-    output_format: str,
+    output: Output,
     mesh: Mesh | None,
 ) -> tuple[export.Written, removal.LinearCounts]:
     """Write the checkpoint and `pruning.json`, load the checkpoint back and count its weights.
+
+    Further formats are written beside it.
 
     Args:
       directory: The writer's directory.
@@ -31,7 +34,7 @@ def complete(
       writer: Writer that has all pruned blocks.
       check: Check that has seen all pruned blocks.
       outcome: Result of the method.
-      output_format: "orbax" to write the pytrees too, each process its part.
+      output: Formats to write.
       mesh: Devices of the run; None: one.
 
     Returns:
@@ -44,8 +47,7 @@ def complete(
     form = writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
     dtype = model.non_block.embed.dtype
     written = export.load_back(directory, form, check, dtype, writer.parameters)
-    if output_format == "orbax":
-        pytrees.save(directory, written.loaded.model, mesh)
+    written = written._replace(other_formats=write_formats(directory, output, written, check, mesh))
     counts = removal.count_removed(
         checkpoint, measure_size(written.loaded.model), outcome.kept_blocks
     )

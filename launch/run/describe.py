@@ -11,7 +11,7 @@ from eval.size import peak_memory
 from launch.flags.common import DTYPES
 from launch.flags.protocols import stamp
 from launch.report import removal
-from launch.run import draws, export
+from launch.run import draws, export, formats
 from launch.run.inputs import Inputs
 from launch.run.job import Job
 from launch.run.measure import model_origin, protocol
@@ -54,8 +54,6 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     target = _target(job, outcome)
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
-    window = inputs.calibration.ids.shape[1]
-    warnings = [*removal.warnings(sparsity, written, checkpoint, window), *outcome.warnings]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": job.config.model,
@@ -80,12 +78,13 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         **_draws(inputs, results),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
-        "warnings": warnings,
+        "warnings": _warnings(job, inputs, results, sparsity),
         "notes": list(removal.notes(written)),
+        "other_formats": dict(written.other_formats),
         "loads_as": written.form.label,
         "loading": _loading(written),
         "checks": {"topiary": True, "transformers": written.transformers.result},
-        "load_back": {"topiary": written.topiary, "transformers": written.transformers.message},
+        "load_back": _load_back(written),
         "figures": [to_json(figure) for figure in outcome.figures],
         "details": _details(inputs, outcome),
     }
@@ -100,6 +99,23 @@ def _loading(written: export.Written) -> dict[str, Any]:
         "trust_remote_code": written.form.code is not None,
         "tokenizer": any(written.loaded.directory.glob("tokenizer*")),
     }
+
+
+def _warnings(job: Job, inputs: Inputs, results: Results, sparsity: Mapping[str, Any]) -> list[str]:
+    """Return what a reader of the report must know."""
+    written, window = results.written, inputs.calibration.ids.shape[1]
+    return [
+        *removal.warnings(sparsity, written, inputs.checkpoint, window),
+        *formats.warnings(written.other_formats, written.loaded.config, job.config.dtype),
+        *results.outcome.warnings,
+    ]
+
+
+def _load_back(written: export.Written) -> dict[str, str]:
+    """Return how the checkpoint and the GGUF file read back, in words."""
+    results = {"topiary": written.topiary, "transformers": written.transformers.message}
+    gguf = written.other_formats.get("gguf")
+    return results | ({"gguf": gguf["load_back"]} if gguf else {})
 
 
 def _target(job: Job, outcome: Outcome) -> float:

@@ -4,6 +4,7 @@ import importlib.util
 import pathlib
 import tempfile
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -67,16 +68,18 @@ class RoundTripCheck:
         """Return the logits [1 time vocab] of the batch."""
         return self._model.arch.head(self._model.non_block, self._x)
 
-    def difference(self, loaded: Model) -> float:
+    def difference(self, loaded: Model, positions: int | None = None) -> float:
         """Return the largest absolute difference to the logits of another model.
 
         Args:
           loaded: The model that was loaded back.
+          positions: Number of leading positions to compare; None for all.
         """
         x = embed(loaded.arch, loaded.non_block, self.tokens)
         for block in loaded.blocks:
             x = apply_block(loaded.arch, block, x)
-        return largest_difference(self.logits(), loaded.arch.head(loaded.non_block, x))
+        logits = loaded.arch.head(loaded.non_block, x)
+        return largest_difference(self.logits()[:, :positions], logits[:, :positions])
 
 
 def largest_difference(a: jax.Array | np.ndarray, b: jax.Array | np.ndarray) -> float:
@@ -123,6 +126,7 @@ class Written(NamedTuple):
       topiary: Result of our own loader, in words.
       transformers: Result of transformers.
       padding: Number of stored values that only fill narrower blocks.
+      other_formats: What `launch.run.formats.write_formats` wrote beside it.
     """
 
     loaded: Checkpoint
@@ -130,6 +134,7 @@ class Written(NamedTuple):
     topiary: str
     transformers: Check
     padding: int
+    other_formats: Mapping[str, Any] = MappingProxyType({})
 
 
 def load_back(

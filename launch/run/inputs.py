@@ -9,6 +9,7 @@ from calibration.journal import StepCache
 from calibration.tokenizer import TextTokenizer
 from launch.flags.common import open_model
 from launch.report import console
+from launch.run.formats import check_formats
 from launch.run.job import Job
 from launch.run.measure import read_calibration, read_evaluation, tokenizer_of
 from launch.run.tasks import ZeroShot, read_tasks
@@ -51,6 +52,7 @@ def read_inputs(job: Job, cache: StepCache) -> Inputs:
     checkpoint = open_model(sources.model, sources.dtype)
     job.method.check(checkpoint.model, job.request)
     form = preview(checkpoint.config, job.method.shape_change, job.output.layout)
+    check_formats(job.output, checkpoint)
     console.note(f"the result will load as {form}")
     tokenizer = tokenizer_of(checkpoint)
     draws, data = read_tokens(job, checkpoint, tokenizer, cache)

@@ -43,6 +43,8 @@ class RunConfig:
     mesh: str
     layout: Layout
     output_format: str
+    gguf_type: str
+    pack: str
     resume: bool
     tasks: str
     limit: int
@@ -119,13 +121,17 @@ class Output(NamedTuple):
     Attributes:
       directory: Directory to write; None if it is not given.
       layout: How blocks of different widths are written.
-      format: "orbax" to write the pytrees too, else "hf".
+      format: "orbax" to write the pytrees too, "gguf" for a file for llama.cpp, else "hf".
+      gguf_type: Type of the matrices in the GGUF file.
+      pack: How to also store the weights without their zeros; "none" not to.
       resume: Whether to continue an interrupted run that left its work there.
     """
 
     directory: str | None
     layout: Layout
     format: str
+    gguf_type: str
+    pack: str
     resume: bool
 
 
@@ -170,8 +176,27 @@ def resolve(config: RunConfig) -> Job:
     request = Request(sparsity, pattern, allocator, refine, config.seed)
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
-    output = Output(config.output, config.layout, config.output_format, config.resume)
+    output = _output(config)
     return Job(config, method, request, runtime, _sources(config), output)
+
+
+def _output(config: RunConfig) -> Output:
+    """Collect where the result goes and in which formats."""
+    if config.gguf_type != "f16" and config.output_format != "gguf":
+        raise InputError(
+            "does nothing without `output_format`=gguf",
+            "give both, or leave it out",
+            field="gguf_type",
+            value=config.gguf_type,
+        )
+    return Output(
+        config.output,
+        config.layout,
+        config.output_format,
+        config.gguf_type,
+        config.pack,
+        config.resume,
+    )
 
 
 def _sources(config: RunConfig) -> Sources:

@@ -45,6 +45,8 @@ NOT_COMPARED = (
     "tasks",
     "task_cache",
     "track",
+    "gguf_type",
+    "pack",
 )
 
 

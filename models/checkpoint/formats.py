@@ -1,4 +1,4 @@
-"""Checkpoint directories under Hugging Face names: safetensors, Flax msgpack, PyTorch pickle.
+"""Checkpoint directories under Hugging Face names: safetensors, Flax msgpack, PyTorch, packed.
 
 Each format may be sharded. Opening reads headers only and checks that the files exist, are whole
 and agree with their index. Data is read tensor by tensor.
@@ -7,7 +7,7 @@ and agree with their index. Data is read tensor by tensor.
 import contextlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from models.checkpoint.flax_msgpack import as_torch, is_flax, msgpack_entries
+from models.checkpoint.pack_formats import PACKINGS
 from models.checkpoint.tensors import WHOLE, Entry, LazyTensors, Tensors, corrupt, not_floating
 from models.errors import InputError
 
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
     import torch
 
 _SAFETENSORS_FLOATS = ("F64", "F32", "F16", "BF16")
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 def open_tensors(directory: pathlib.Path) -> Tensors:
     """Open the weights of a checkpoint directory in the first format that it has.
 
-    The order is safetensors, Flax msgpack, PyTorch, each as a single file before shards.
+    The order is safetensors, Flax msgpack, PyTorch, packed safetensors, each as a single file
+    before shards.
 
     Args:
       directory: Checkpoint directory.
@@ -181,8 +184,55 @@ def _load_torch(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> np.nda
     return tensor.detach().numpy().copy()
 
 
+def packed_entries(path: pathlib.Path) -> dict[str, Entry]:
+    """Open a safetensors file whose matrices are stored without their zeros.
+
+    Args:
+      path: A file that `models.checkpoint.pack` wrote.
+
+    Returns:
+      Entries of the dense tensors by name; matrices are unpacked when they are read.
+
+    Raises:
+      InputError: The file is damaged, or not such a file.
+    """
+    with _opened(path) as file:
+        header = file.metadata() or {}
+        stored = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+    entries = {}
+    try:
+        packing = PACKINGS[header["packing"]]
+        for name, (rows, columns) in json.loads(header["shapes"]).items():
+            shape = int(rows), int(columns)
+            parts = [name.removesuffix(".weight") + part for part in packing.parts]
+            for part in parts:
+                del stored[part]
+            entries[name] = Entry(shape, partial(_load_packed, path, name, header, shape))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        raise corrupt(path, "its header does not describe a pack", "pack the model again") from e
+    for name, whole in stored.items():
+        entries[name] = Entry(whole, partial(load_tensor, path, name))
+    return entries
+
+
+def _load_packed(
+    path: pathlib.Path, name: str, header: Mapping[str, str], shape: tuple[int, int]
+) -> np.ndarray:
+    packing = PACKINGS[header["packing"]]
+    with _opened(path) as file:
+        stored = [file.get_tensor(name.removesuffix(".weight") + p) for p in packing.parts]
+    try:
+        matrix = packing.unpack(tuple(stored), *shape)
+    except ValueError as e:
+        raise corrupt(path, f"{name}: {e}", "pack the model again") from e
+    if matrix.dtype.name not in _FLOATS:
+        raise not_floating(path, name, matrix.dtype)
+    return matrix
+
+
 _READERS: dict[str, Callable[[pathlib.Path], dict[str, Entry]]] = {
     "model.safetensors": _safetensors,
     "flax_model.msgpack": msgpack_entries,
     "pytorch_model.bin": _torch,
+    "packed.safetensors": packed_entries,
 }

@@ -1,18 +1,29 @@
-"""GGUF files of the LLaMA and Qwen2 architectures as Hugging Face checkpoints.
+"""GGUF files of the LLaMA, Qwen2 and Deci architectures as Hugging Face checkpoints.
 
-llama.cpp stores the same parameters under other names, with three differences. Rows of LLaMA's
+llama.cpp stores the same parameters under other names, with these differences. Rows of LLaMA's
 query and key matrices are ordered for interleaved rotary pairs. LLaMA 3's rotary scaling is a
-tensor of factors. Tied embeddings have no output matrix.
+tensor of factors. Tied embeddings have no output matrix. Deci is LLaMA with blocks that differ in
+width or lack a part.
 """
 
 import math
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from models.checkpoint.gguf_blocks import (
+    REMEDY,
+    BlockCounts,
+    bias_fields,
+    fill_absent,
+    ragged_fields,
+    read_counts,
+)
 from models.checkpoint.gguf_file import GgufFile, lazy, read_gguf
+from models.checkpoint.gguf_names import BLOCK, NON_BLOCK, RAGGED, ROPE_FACTORS, TOKENS
 from models.checkpoint.gguf_vocab import build_tokenizer, tokenizer_config
 from models.checkpoint.tensors import Entry, LazyTensors, Tensors
 from models.errors import InputError
@@ -20,23 +31,8 @@ from models.errors import InputError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
-_NON_BLOCK = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-_ROPE_FACTORS = "rope_freqs.weight"
-# Name of a special token in config.json -> name in the file.
-_TOKENS = {"bos": "bos", "eos": "eos", "pad": "padding"}
-_REMEDY = "use the original Hugging Face checkpoint"
+# Architecture -> class of the stock configuration; blocks of RAGGED fit no stock one.
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", RAGGED: ""}
 
 
 def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
@@ -53,9 +49,8 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
         configuration.
     """
     file = read_gguf(path)
-    config = _config(file)
-    rotary = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    entries = {}
+    kind = _architecture(file)
+    entries, rotary = {}, {}
     for name, stored in file.tensors.items():
         part, renamed = _name(file, name)
         if renamed is None:
@@ -63,15 +58,15 @@ def open_gguf(path: pathlib.Path) -> tuple[dict[str, Any], Tensors]:
         # Nothing is read or dequantised before a block is asked for.
         entries[renamed] = lazy(path, name, stored)
         # llama.cpp reorders LLaMA's rotary rows when it converts, but not Qwen2's.
-        if part in rotary and config["model_type"] == "llama":
-            heads = rotary[part]
-            if stored.shape[0] != heads * config["head_dim"]:
-                raise InputError(
-                    f"{path}: {name} has {stored.shape[0]} rows for {heads} heads of "
-                    f"{config['head_dim']}",
-                    _REMEDY,
-                )
-            entries[renamed] = _unpermuted(entries[renamed], heads)
+        if part in ("attn_q", "attn_k") and kind != "qwen2":
+            rotary[renamed] = name
+    counts = None
+    if kind == RAGGED:
+        counts = read_counts(file, kind, _count(file, f"{kind}.block_count"))
+    config = _config(file, kind, counts, entries)
+    for renamed, name in rotary.items():
+        entries[renamed] = _unpermuted(entries[renamed], config["head_dim"], f"{path}: {name}")
+    fill_absent(entries, config, counts)
     return config, LazyTensors(entries, path)
 
 
@@ -104,26 +99,30 @@ def gguf_tokenizer_config(path: pathlib.Path) -> dict[str, Any]:
 
 def _name(file: GgufFile, name: str) -> tuple[str, str | None]:
     """Return the part of the model that a tensor is, and its Hugging Face name or None."""
-    if name == _ROPE_FACTORS:
+    if name == ROPE_FACTORS:
         # Rotary factors become part of the configuration.
         return "rope_freqs", None
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
     block, part, kind = match.groups() if match else (None, "", "")
-    known = _NON_BLOCK if block is None else _BLOCK
+    known = NON_BLOCK if block is None else BLOCK
     if part not in known:
         raise InputError(
-            f"{file.path}: tensor {name} is not part of a plain LLaMA or Qwen2 model", _REMEDY
+            f"{file.path}: tensor {name} is not part of a plain LLaMA or Qwen2 model", REMEDY
         )
     prefix = "" if block is None else f"model.layers.{block}."
     return part, f"{prefix}{known[part]}.{kind}"
 
 
-def _unpermuted(entry: Entry, heads: int) -> Entry:
+def _unpermuted(entry: Entry, head_dim: int, where: str) -> Entry:
     """Reorder the rows of a LLaMA query or key from rotary pairs (2i, 2i + 1) to (i, i + d/2)."""
+    if entry.shape[0] % head_dim:
+        raise InputError(
+            f"{where} has {entry.shape[0]} rows, which are no whole heads of {head_dim}", REMEDY
+        )
 
     def load() -> np.ndarray:
         stored = entry.load()  # [heads * d, ...]
-        pairs = stored.reshape(heads, -1, 2, *stored.shape[1:])  # [heads, d/2, 2, ...]
+        pairs = stored.reshape(-1, head_dim // 2, 2, *stored.shape[1:])  # [heads, d/2, 2, ...]
         return pairs.swapaxes(1, 2).reshape(stored.shape)
 
     return Entry(entry.shape, load)
@@ -134,7 +133,7 @@ def _field(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
     value = file.metadata.get(key, default)
     if not isinstance(value, kind):
         raise InputError(
-            f"{file.path}: metadata {key} is {value!r}, not one {kind.__name__}", _REMEDY
+            f"{file.path}: metadata {key} is {value!r}, not one {kind.__name__}", REMEDY
         )
     return value
 
@@ -145,8 +144,8 @@ def _architecture(file: GgufFile) -> str:
     if kind not in _ARCHITECTURES:
         raise InputError(
             f"{file.path}: architecture {kind!r} is not read from GGUF, only "
-            f"{' and '.join(_ARCHITECTURES)}",
-            _REMEDY,
+            f"{', '.join(_ARCHITECTURES)}",
+            REMEDY,
         )
     if "token_embd.weight" not in file.tensors:
         raise InputError(
@@ -179,31 +178,37 @@ def _head_dim(file: GgufFile, kind: str, default: int) -> int:
         raise InputError(
             f"{file.path}: keys, values and rotary dimensions differ in width, unlike LLaMA's and "
             "Qwen2's",
-            _REMEDY,
+            REMEDY,
         )
     return rotated
 
 
-def _config(file: GgufFile) -> dict[str, Any]:
+def _config(
+    file: GgufFile, kind: str, counts: BlockCounts | None, entries: Mapping[str, Entry]
+) -> dict[str, Any]:
     """Return the `config.json` of a file."""
-    kind = _architecture(file)
     width = _count(file, f"{kind}.embedding_length")
-    heads = _count(file, f"{kind}.attention.head_count")
-    # Absent lengths follow from the hidden size, as in llama.cpp.
-    head_dim = _head_dim(file, kind, width // heads)
-    eps = _field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)
-    config = {
+    config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[kind]],
         "model_type": kind,
         "hidden_act": "silu",
         "hidden_size": width,
-        "intermediate_size": _count(file, f"{kind}.feed_forward_length"),
+    }
+    if counts is None:
+        heads = _count(file, f"{kind}.attention.head_count")
+        config["intermediate_size"] = _count(file, f"{kind}.feed_forward_length")
+        config["num_attention_heads"] = heads
+        config["num_key_value_heads"] = _count(file, f"{kind}.attention.head_count_kv", heads)
+    else:
+        config |= ragged_fields(counts, entries)
+        heads = config["num_attention_heads"]
+    # Absent lengths follow from the hidden size, as in llama.cpp.
+    head_dim = _head_dim(file, kind, width // heads)
+    config |= {
         "num_hidden_layers": _count(file, f"{kind}.block_count"),
-        "num_attention_heads": heads,
-        "num_key_value_heads": _count(file, f"{kind}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": _count(file, f"{kind}.context_length"),
-        "rms_norm_eps": _short(eps),
+        "rms_norm_eps": _short(_field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)),
         "rope_parameters": _rope(file, kind, head_dim),
         # A head that equals the embedding is left out of the file.
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -211,10 +216,9 @@ def _config(file: GgufFile) -> dict[str, Any]:
         "dtype": "float32",
     }
     if kind == "llama":
-        # The file has no field for biases: the tensors of the first block tell.
-        config["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-        config["mlp_bias"] = "blk.0.ffn_up.bias" in file.tensors
-    for name, key in _TOKENS.items():
+        # The file has no field for biases: the tensors tell.
+        config |= bias_fields(entries)
+    for name, key in TOKENS.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         if token is not None:
             config[f"{name}_token_id"] = token
@@ -239,22 +243,20 @@ def _rope(file: GgufFile, kind: str, rotated: int) -> dict[str, Any]:
     )
     # llama.cpp reads a factor of 0 as unscaled.
     is_linear = scaling == "linear" and factor not in (0.0, 1.0)
-    stored = file.tensors.get(_ROPE_FACTORS)
+    stored = file.tensors.get(ROPE_FACTORS)
     if scaling not in ("none", "linear") or (is_linear and stored is not None):
         raise InputError(
             f"{file.path}: rotary scaling {scaling!r} is not read from GGUF, only linear or "
             "LLaMA 3's",
-            _REMEDY,
+            REMEDY,
         )
     if stored is not None:
-        factors = lazy(file.path, _ROPE_FACTORS, stored).load().astype(np.float64)
+        factors = lazy(file.path, ROPE_FACTORS, stored).load().astype(np.float64)
         # Stored in float32, a factor of 1 may be a little below.
         plausible = factors.shape == (rotated // 2,) and (factors > 0.999).all()
         scaled = _llama3(factors, theta) if plausible else None
         if scaled is None:
-            raise InputError(
-                f"{file.path}: {_ROPE_FACTORS} is not LLaMA 3's rotary scaling", _REMEDY
-            )
+            raise InputError(f"{file.path}: {ROPE_FACTORS} is not LLaMA 3's rotary scaling", REMEDY)
         return {"rope_theta": theta, **scaled}
     if is_linear:
         return {"rope_theta": theta, "rope_type": "linear", "factor": _short(factor)}

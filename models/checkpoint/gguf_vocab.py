@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 # The format's token types that matter here.
-_UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 2, 3, 4, 6
+UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
 
 # Expressions that cut text into words, applied one after the other, by llama.cpp's name of the
 # pre-tokenizer (src/llama-vocab.cpp). They are those of the tokenizer.json files behind the names.
@@ -27,7 +27,7 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_WORDS: dict[str, tuple[str, ...]] = {
+WORDS: dict[str, tuple[str, ...]] = {
     "default": (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
     "gpt-2": (_GPT2,),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), (r"\p{N}", _GPT2)),
@@ -40,7 +40,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
 }
 # Pre-tokenizers after which a word that is a token is kept whole, whatever the merges say.
 # llama.cpp also prepends BOS after these, unless the metadata says otherwise.
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
+WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 _SPACE = "▁"  # SentencePiece's sign for a space
 _REMEDY = "use the original checkpoint"
 
@@ -70,9 +70,9 @@ def build_tokenizer(metadata: Mapping[str, Any], path: pathlib.Path) -> "Tokeniz
         raise InputError(
             f"{path}: tokenizer kind {kind!r} is not known, only {', '.join(builders)}", _REMEDY
         )
-    if kind == "gpt2" and words not in _WORDS:
+    if kind == "gpt2" and words not in WORDS:
         raise InputError(
-            f"{path}: pre-tokenizer {words!r} is not known, only {', '.join(_WORDS)}", _REMEDY
+            f"{path}: pre-tokenizer {words!r} is not known, only {', '.join(WORDS)}", _REMEDY
         )
     try:
         tokenizer = builders[kind](fields)
@@ -90,12 +90,12 @@ def _byte_level(fields: Mapping[str, Any]) -> "Tokenizer":
     words = fields.get("pre", "default")
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
     tokenizer = Tokenizer(
-        models.BPE(_vocabulary(fields), merges, ignore_merges=words in _WHOLE_WORDS)
+        models.BPE(_vocabulary(fields), merges, ignore_merges=words in WHOLE_WORDS)
     )
     # Of the known pre-tokenizers only Qwen2's normalises.
     if words == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
-    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in _WORDS[words]]
+    cuts = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in WORDS[words]]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
@@ -145,7 +145,7 @@ def _merges(
     score = {
         t: s
         for t, s, kind in zip(tokens, scores, types, strict=True)
-        if kind not in (_UNKNOWN, _CONTROL, _BYTE)
+        if kind not in (UNKNOWN, CONTROL, BYTE)
     }
     # GGUF keeps no merge list for this kind: every split of a token into two tokens is a merge.
     pairs = (
@@ -160,14 +160,10 @@ def _add_special_tokens(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> No
 
     typed = list(zip(fields["tokens"], fields.get("token_type", ()), strict=False))
     tokenizer.add_special_tokens(
-        [
-            AddedToken(t, normalized=False, special=True)
-            for t, k in typed
-            if k in (_UNKNOWN, _CONTROL)
-        ]
+        [AddedToken(t, normalized=False, special=True) for t, k in typed if k in (UNKNOWN, CONTROL)]
     )
     tokenizer.add_tokens(
-        [AddedToken(t, normalized=False, special=False) for t, k in typed if k == _USER_DEFINED]
+        [AddedToken(t, normalized=False, special=False) for t, k in typed if k == USER_DEFINED]
     )
     ends = {
         name: fields["tokens"][fields[f"{name}_token_id"]]
@@ -175,7 +171,7 @@ def _add_special_tokens(tokenizer: "Tokenizer", fields: Mapping[str, Any]) -> No
         if f"{name}_token_id" in fields
     }
     # llama.cpp's default where the metadata does not say.
-    add_bos = "bos" in ends and (fields["model"] == "llama" or fields.get("pre") in _WHOLE_WORDS)
+    add_bos = "bos" in ends and (fields["model"] == "llama" or fields.get("pre") in WHOLE_WORDS)
     head = [ends["bos"]] if fields.get("add_bos_token", add_bos) else []
     tail = [ends["eos"]] if fields.get("add_eos_token", False) else []
     if head or tail:

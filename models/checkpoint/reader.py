@@ -179,7 +179,11 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
     if path.is_file():
         return [path]
     # In the order in which `open_tensors` looks for them; only one format is read.
-    for pattern in ("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin"):
+    patterns = (
+        *("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin"),
+        "packed*.safetensors",
+    )
+    for pattern in patterns:
         files = sorted(path.glob(pattern))
         if files:
             return files
