@@ -84,8 +84,14 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "notes": list(removal.notes(written)),
         "loads_as": written.form.label,
         "loading": _loading(written),
-        "checks": {"topiary": True, "transformers": written.transformers.result},
-        "load_back": {"topiary": written.topiary, "transformers": written.transformers.message},
+        "checks": {
+            "topiary": written.topiary.result,
+            "transformers": written.transformers.result,
+        },
+        "load_back": {
+            "topiary": written.topiary.message,
+            "transformers": written.transformers.message,
+        },
         "figures": [to_json(figure) for figure in outcome.figures],
         "details": _details(inputs, outcome),
     }
