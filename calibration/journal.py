@@ -4,8 +4,9 @@ A run is a sequence of steps in a fixed order: a measurement, a phase of a searc
 blocks. The journal writes a step's value when the step is done. A pass can also be interrupted
 between two blocks: the journal then holds the records so far and the hidden states at that point.
 
-`journal.json` names every file that counts. It is replaced atomically after those files are
-written, so a run killed at any instant leaves one of two consistent states.
+The index names every file that counts, with its SHA-256. It is replaced atomically after those
+files are written, so a run killed at any instant leaves one of two consistent states. A step whose
+files have changed meanwhile is computed again.
 """
 
 import json
@@ -19,14 +20,24 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
+from calibration.digests import stored_digest
+from calibration.journal_files import (
+    COPY,
+    INDEX,
+    Step,
+    changed_files,
+    pack_value,
+    read_index,
+    unpack_value,
+    write_durably,
+    write_index,
+)
 from calibration.step_cache import StepCache
-from models.errors import InputError, damaged
+from models.errors import InputError
 from models.processes import barrier, run_on_primary
 from models.programs import DeviceArray
 from models.sharding import to_host
 
-INDEX = "journal.json"
-UNFINISHED = "{}.new"  # name of a file while it is being written
 # Most of the time that saving hidden states may take; a kill loses ten times the last save at most.
 SAVE_TIME_FRACTION = 0.1
 LONGEST_SHOWN = 60  # characters of a fingerprint's value that an error message still shows
@@ -34,6 +45,16 @@ LONGEST_SHOWN = 60  # characters of a fingerprint's value that an error message 
 
 class DurableSink(Protocol):
     """A sink of finished blocks that can return to an earlier point."""
+
+    @property
+    def blocks(self) -> int:
+        """Return the number of blocks so far."""
+        ...
+
+    @property
+    def files(self) -> Sequence[pathlib.Path]:
+        """Return the files of the blocks that are durable; none of them changes any more."""
+        ...
 
     def mark(self) -> Any:
         """Make all blocks so far durable, and return a JSON-able mark of where they end."""
@@ -43,10 +64,7 @@ class DurableSink(Protocol):
         """Drop everything behind a mark.
 
         Args:
-          mark: A value that `mark` returned.
-
-        Raises:
-          InputError: The files differ from those at the mark.
+          mark: A value that `mark` returned; None for the beginning.
         """
         ...
 
@@ -64,27 +82,6 @@ class ResumePoint(NamedTuple):
     states: list[jax.Array | np.ndarray] | None
 
 
-class _PartialPass(NamedTuple):
-    """Names of the files of an interrupted pass."""
-
-    records: str
-    states: str | None  # None if the pass keeps no hidden states
-
-    def files(self) -> list[str]:
-        """Return the names of the files that exist."""
-        return [self.records] if self.states is None else [self.records, self.states]
-
-
-def write_durably(path: pathlib.Path, data: bytes) -> None:
-    """Write a file so that it is complete or absent, even after a crash of the machine."""
-    temporary = path.with_name(UNFINISHED.format(path.name))
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # before the rename: a rename may reach the disk ahead of the data
-    os.replace(temporary, path)
-
-
 def to_serialisable(value: Any) -> Any:
     """Return a value as it would come back from a file: arrays on the host, tuples as lists."""
     if isinstance(value, Mapping):
@@ -92,27 +89,6 @@ def to_serialisable(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [to_serialisable(v) for v in value]
     return to_host(value) if isinstance(value, jax.Array | DeviceArray) else value
-
-
-def _pack(value: Any) -> bytes:
-    """Serialise a value."""
-    from flax.serialization import msgpack_serialize
-
-    return msgpack_serialize({"value": value})
-
-
-def _unpack(path: pathlib.Path) -> Any:
-    """Read the value that `_pack` wrote."""
-    from flax.serialization import msgpack_restore
-
-    return msgpack_restore(path.read_bytes())["value"]
-
-
-def _size(path: pathlib.Path) -> int:
-    """Return the bytes of a file, or of all files of a directory; -1 if neither exists."""
-    if path.is_dir():
-        return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
-    return path.stat().st_size if path.is_file() else -1
 
 
 class Journal:
@@ -125,9 +101,11 @@ class Journal:
       cache: A cache that other runs of this process share.
       context: What all cached values of this run depend on besides their own key.
 
+    Attributes:
+      damage: Sentences about files that were damaged or missing, at this start or an earlier one.
+
     Raises:
-      InputError: The directory belongs to a run with another fingerprint, or a file is missing or
-        damaged.
+      InputError: The directory belongs to a run with another fingerprint.
     """
 
     def __init__(
@@ -144,37 +122,27 @@ class Journal:
         self._context = context
         self._fingerprint = json.loads(json.dumps(fingerprint))  # as the index file will have it
         self._position = 0  # index of the next step
-        self._steps: list[str] = []  # files of the finished steps
-        self._partial: _PartialPass | None = None
+        self._steps: list[Step | None] = []  # None for a step whose files were damaged
+        self._digests: dict[str, str] = {}  # SHA-256 of the files that count, by their keys
+        self._blocks_before = 0  # blocks of the sink when the step in hand began
         self._last_save = time.monotonic()
         self._save_seconds = 0.0  # that the last save of hidden states took
         # One process reads the file, so that all continue from the same point.
-        index = run_on_primary(self._read_index)
+        index, damaged = run_on_primary(lambda: read_index(directory))
+        effect = "its copy is used" if index else "the run starts over"
+        self.damage = [f"{name} is damaged or missing: {effect}" for name in damaged]
         if index is None:
-            self._commit([], None)
+            self._commit([])
         else:
             self._restore(index)
 
-    def _read_index(self) -> dict[str, Any] | None:
-        """Read the index file; return None if no index was ever written."""
-        self._directory.mkdir(parents=True, exist_ok=True)
-        # A run killed in its first write leaves only an unfinished index: nothing is lost.
-        if all(path.name == UNFINISHED.format(INDEX) for path in self._directory.iterdir()):
-            return None
-        try:
-            return dict(json.loads((self._directory / INDEX).read_text(encoding="utf-8")))
-        except (ValueError, TypeError, OSError):
-            raise damaged(self._directory / INDEX) from None
+    def _key(self, path: pathlib.Path) -> str:
+        """Return the path of a sink's file as the index has it, relative to the journal."""
+        return os.path.relpath(path, self._directory)
 
     def _restore(self, index: Mapping[str, Any]) -> None:
-        """Continue from an index, after checking that it is of this run and its files are whole."""
-        try:
-            before, sizes, mark = index["fingerprint"], index["sizes"], index["sink"]
-            self._steps = index["steps"]
-            self._partial = _PartialPass(**index["walk"]) if index["walk"] else None
-        except (KeyError, TypeError):
-            raise damaged(self._directory / INDEX) from None
-        now = self._fingerprint
+        """Continue from an index of this run with the steps whose files are unchanged."""
+        before, now = index["fingerprint"], self._fingerprint
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if changed:
             changes = ", ".join(_describe_change(name, before, now) for name in changed)
@@ -182,15 +150,30 @@ class Journal:
                 f"an unfinished run in {self._directory} had another {changes}",
                 "repeat its command to continue it, or start over with `noresume`",
             )
-        for name, size in sizes.items():
-            if _size(self._directory / name) != size:
-                raise damaged(self._directory / name)
-        self._sink.rewind(mark)
+        digests = index["sha256"]
+        damaged = set(run_on_primary(lambda: changed_files(self._directory, digests)))
+        self._digests = {key: value for key, value in digests.items() if key not in damaged}
+        effect = "is damaged or missing: its step is computed again"
+        self.damage += index["damage"]
+        self.damage += [f"{key.removeprefix('../')} {effect}" for key in sorted(damaged)]
+        self._sink.rewind(index["sink"])
+        steps = [None if step is None else Step(*step) for step in index["steps"]]
+        blocks = {self._key(path) for path in self._sink.files}
+        if damaged & blocks or any(s and s.puts and damaged & set(s.files()) for s in steps):
+            # Blocks are put in order, so all of them are put again.
+            self._sink.rewind(None)
+            self._digests = {k: v for k, v in self._digests.items() if k not in blocks}
+            steps = [None if step is None or step.puts else step for step in steps]
+        self._steps = [None if s is None or damaged & set(s.files()) else s for s in steps]
 
     @property
     def finished(self) -> int:
         """Return the number of finished steps; an interrupted pass counts as one."""
-        return len(self._steps) + (self._partial is not None)
+        return sum(step is not None for step in self._steps)
+
+    def _saved(self) -> Step | None:
+        """Return the step in hand as the journal has it, or None."""
+        return self._steps[self._position] if self._position < len(self._steps) else None
 
     def step(self, compute: Callable[[], Any], key: Hashable = None) -> Any:
         """Return the value of the next step: read it, take it from the cache, or compute it.
@@ -206,9 +189,11 @@ class Journal:
         Returns:
           The value, which is on disk from here on.
         """
-        if self._position < len(self._steps):
-            value = _unpack(self._directory / self._steps[self._position])
+        saved = self._saved()
+        if saved:
+            value = unpack_value(self._directory / saved.value)
         else:
+            self._blocks_before = self._sink.blocks
             cached = self._cached(key)
             # Converted here, so that this run continues with the value that a resumed one reads.
             value = to_serialisable(compute()) if cached is None else cached
@@ -229,19 +214,21 @@ class Journal:
         Returns:
           The records of the finished blocks, and the hidden states behind the last of them.
         """
-        if self._position < len(self._steps):
-            return ResumePoint(_unpack(self._directory / self._steps[self._position]), None)
+        saved = self._saved()
+        if saved and saved.finished:
+            return ResumePoint(unpack_value(self._directory / saved.value), None)
+        self._blocks_before = self._sink.blocks
         cached = self._cached(key)
         if cached is not None:
             return ResumePoint(list(cached), None)
-        if self._partial is None:
+        if saved is None:
             return ResumePoint([], None)
-        records = _unpack(self._directory / self._partial.records)
-        if self._partial.states is None:
+        records = unpack_value(self._directory / saved.value)
+        if saved.states is None:
             return ResumePoint(records, [])
         from orbax.checkpoint import StandardCheckpointer
 
-        path = self._directory.absolute() / self._partial.states
+        path = self._directory.absolute() / saved.states
         with StandardCheckpointer() as checkpointer:
             return ResumePoint(records, checkpointer.restore(path, list(states)))
 
@@ -265,7 +252,7 @@ class Journal:
         def write_records() -> None:
             # Of a run that was killed while it saved: the checkpointer refuses to overwrite.
             shutil.rmtree(self._directory / name, ignore_errors=True)
-            write_durably(self._directory / f"{name}.msgpack", _pack(list(records)))
+            write_durably(self._directory / f"{name}.msgpack", pack_value(list(records)))
 
         run_on_primary(write_records)
         if states:
@@ -273,7 +260,7 @@ class Journal:
 
             with StandardCheckpointer() as checkpointer:
                 checkpointer.save(self._directory.absolute() / name, list(states))
-        self._commit(self._steps, _PartialPass(f"{name}.msgpack", name if states else None))
+        self._replace(Step(f"{name}.msgpack", name if states else None, False, self._has_put()))
         self._last_save = time.monotonic()
         self._save_seconds = self._last_save - start
 
@@ -284,7 +271,8 @@ class Journal:
           records: One record for each block.
           key: As for `step`.
         """
-        if self._position == len(self._steps):
+        saved = self._saved()
+        if saved is None or not saved.finished:
             self._write_step(list(records))
         self._end_step(key, list(records))
 
@@ -298,36 +286,52 @@ class Journal:
             self._cache.keep((self._context, key), value)
         self._position += 1
 
-    def _write_step(self, value: Any) -> None:
-        """Write the value of the next step and count the step as finished."""
-        name = f"{self._position:03d}.msgpack"
-        run_on_primary(lambda: write_durably(self._directory / name, _pack(value)))
-        self._commit([*self._steps, name], None)
+    def _has_put(self) -> bool:
+        """Return whether the step in hand has given blocks to the sink, at an earlier start too."""
+        saved = self._saved()
+        return self._sink.blocks > self._blocks_before or bool(saved and saved.puts)
 
-    def _commit(self, steps: list[str], partial: _PartialPass | None) -> None:
-        """Make the steps and the partial pass count from here on."""
+    def _write_step(self, value: Any) -> None:
+        """Write the value of the step in hand and count the step as finished."""
+        name = f"{self._position:03d}.msgpack"
+        run_on_primary(lambda: write_durably(self._directory / name, pack_value(value)))
+        self._replace(Step(name, None, True, self._has_put()))
+
+    def _replace(self, step: Step) -> None:
+        """Let the files of the step in hand, just written, count from here on."""
+        for name in step.files():
+            self._digests.pop(name, None)
+        # A step that was damaged has finished ones behind it.
+        self._commit([*self._steps[: self._position], step, *self._steps[self._position + 1 :]])
+
+    def _commit(self, steps: list[Step | None]) -> None:
+        """Make the steps count from here on."""
         # The sink first: an index must never name blocks that are not on disk.
         mark = self._sink.mark()
         # Writing the index removes files that another process may still be reading.
         barrier("commit")
-        run_on_primary(lambda: self._write_index(steps, partial, mark))
+        run_on_primary(lambda: self._write_index(steps, mark))
         self._steps = steps
-        self._partial = partial
 
-    def _write_index(self, steps: list[str], partial: _PartialPass | None, mark: Any) -> None:
+    def _write_index(self, steps: Sequence[Step | None], mark: Any) -> None:
         """Replace the index file, then remove every file that no longer counts."""
-        used = [*steps, *(partial.files() if partial else [])]
+        used = {name for step in steps if step for name in step.files()}
+        # A file that counted before is not read again: it does not change.
+        self._digests = {
+            key: self._digests.get(key) or stored_digest(self._directory / key)
+            for key in [*sorted(used), *map(self._key, self._sink.files)]
+        }
         index = {
             "fingerprint": self._fingerprint,
             "steps": steps,
-            "walk": partial._asdict() if partial else None,
             "sink": mark,
-            "sizes": {name: _size(self._directory / name) for name in used},
+            "sha256": self._digests,
+            "damage": self.damage,
         }
-        write_durably(self._directory / INDEX, json.dumps(index).encode())
+        write_index(self._directory, index)
         # Only now: until the index was replaced, the files of the one before still counted.
         for path in self._directory.iterdir():
-            if path.name not in (*used, INDEX):
+            if path.name not in (*used, INDEX, COPY):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

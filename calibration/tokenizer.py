@@ -68,6 +68,17 @@ class TextTokenizer:
         return self.decode([*prompt, *new])[len(self.decode(prompt)) :]
 
 
+def has_tokenizer(model: pathlib.Path) -> bool:
+    """Return whether a checkpoint has a tokenizer, readable or not.
+
+    Args:
+      model: A checkpoint's directory, or a `.gguf` file.
+    """
+    return model.is_file() or any(
+        (model / name).is_file() for name in ("tokenizer.json", *OLDER_FILES)
+    )
+
+
 def load_tokenizer(model: pathlib.Path) -> TextTokenizer:
     """Load the tokenizer of a checkpoint.
 

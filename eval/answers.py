@@ -81,11 +81,15 @@ class AnswerCache:
 
 def _read(file: pathlib.Path | None, count: int) -> list[Any] | None:
     """Return the answers of a file; None if it is missing, damaged or of another length."""
-    try:
-        answers = json.loads(file.read_text(encoding="utf-8")) if file else None
-    except (OSError, ValueError):
+    if file is None:
         return None
-    return answers if isinstance(answers, list) and len(answers) == count else None
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        answers = stored["answers"]
+        whole = stored["sha256"] == digest(answers) and len(answers) == count
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return answers if whole else None
 
 
 def _write(file: pathlib.Path | None, answers: Sequence[Any]) -> None:
@@ -96,5 +100,6 @@ def _write(file: pathlib.Path | None, answers: Sequence[Any]) -> None:
     # A full or read-only home directory costs the cache, not the run.
     with contextlib.suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(answers), encoding="utf-8")
+        stored = {"sha256": digest(answers), "answers": answers}
+        temporary.write_text(json.dumps(stored), encoding="utf-8")
         temporary.replace(file)

@@ -40,11 +40,21 @@ def eos_tokens(checkpoint: Checkpoint) -> list[int]:
 
     Args:
       checkpoint: Its `generation_config.json` is read first, then its `config.json`.
+
+    Raises:
+      InputError: The file cannot be read, or names something else than tokens.
     """
     file = checkpoint.directory / "generation_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    again = "copy it again from the original model"
+    try:
+        settings = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    except (OSError, ValueError, TypeError, RecursionError):
+        raise InputError(f"{file} is not a JSON object", again) from None
     eos = settings.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    return [] if eos is None else np.atleast_1d(eos).tolist()
+    tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        raise InputError(f"eos_token_id in {file} is no token id", again)
+    return tokens
 
 
 def prompt_tokens(tokenizer: TextTokenizer, prompt: str, checkpoint: Checkpoint) -> list[int]:

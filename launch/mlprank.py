@@ -24,7 +24,7 @@ from launch.flags.common import check_once, numbers, output_path, seeds
 from launch.mlp import images, report
 from launch.mlp.report import DENSE, Row
 from launch.report.console import progress
-from launch.run.staging import check_free
+from launch.run.places import check_free
 from models import mlp
 from models.errors import InputError
 from pruning.structured import mlprank, select_core

@@ -24,7 +24,8 @@ from calibration.data import evaluation_tokens
 from calibration.stories.tokens import LEAST_VOCABULARY, batches, save_tokenizer, train_tokenizer
 from eval.perplexity import perplexity
 from launch.flags import cli
-from launch.run.staging import check_free, staged
+from launch.run.places import check_free
+from launch.run.staging import staged
 from models import init
 from models.arch import Arch, Block, Model, NonBlockParams, logits
 from models.checkpoint import writer
@@ -280,9 +281,9 @@ def pretrain(s: Settings, output: pathlib.Path) -> float:
     print(
         f"perplexity on {s.eval_windows} windows of the evaluation split: {perplexity_at_end:.4f}"
     )
-    with staged(output, "config.json") as directory, tempfile.TemporaryDirectory() as companions:
+    with staged(output, "config.json") as stage, tempfile.TemporaryDirectory() as companions:
         save_tokenizer(tokenizer, pathlib.Path(companions), s.length)
-        writer.save(directory, stored, config, pathlib.Path(companions))
+        writer.save(stage.result, stored, config, pathlib.Path(companions))
     return perplexity_at_end
 
 

@@ -7,7 +7,6 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 
 import dataclasses
 import functools
-import pathlib
 import shlex
 import sys
 from collections.abc import Callable
@@ -35,16 +34,18 @@ from launch.report import console
 from launch.report.files import write_reports
 from launch.run import draws, export, tracking
 from launch.run.card import write_card
-from launch.run.complete import complete
+from launch.run.complete import complete, least_bytes
 from launch.run.describe import Results, describe
 from launch.run.inputs import Inputs, read_inputs
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import Clock, measure_checkpoint
+from launch.run.optional import optional
+from launch.run.places import check_free, check_space
 from launch.run.processes import process_flags, start
 from launch.run.push import check_push, push
-from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal
+from launch.run.resume import BLOCKS, JOURNAL, Attempt, fingerprint, open_journal
 from launch.run.samples import samples
-from launch.run.staging import UNFINISHED, staged
+from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
@@ -111,20 +112,21 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
     clock = Clock("load", "calibrate_and_prune", *repeats, "eval", "export")
     job, tracker = resolve(config), parse_tracker(config.track)
     output = output_path(job.output.directory)
+    run_on_primary(lambda: check_free(output, export.REPORT))
     inputs = read_inputs(job, cache or StepCache(0))
     attempt = Attempt()
-    with staged(output, export.REPORT, job.output.resume, attempt.keeps) as directory:
-        result = _prune_into(directory, job, inputs, attempt, clock, cache)
+    with staged(output, export.REPORT, job.output.resume, attempt.keeps) as stage:
+        result = _prune_into(stage, job, inputs, attempt, clock, cache)
         result["seconds"] = clock.seconds
-        run_on_primary(lambda: write_reports(directory, result))
+        result["warnings"] += run_on_primary(lambda: write_reports(stage.result, result))
         source = inputs.checkpoint.directory
-        run_on_primary(lambda: write_card(directory, result, source))
+        run_on_primary(lambda: write_card(stage.result, result, source))
     tracking.write(tracker, lambda: tracking.of_run(result))
     return result
 
 
 def _prune_into(
-    directory: pathlib.Path,
+    stage: Stage,
     job: Job,
     inputs: Inputs,
     attempt: Attempt,
@@ -132,12 +134,14 @@ def _prune_into(
     cache: StepCache | None,
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
-    work, checkpoint, mesh = directory / UNFINISHED, inputs.checkpoint, job.runtime.mesh
-    writer = Writer(directory, checkpoint.config, job.output.layout, work=work / "blocks")
+    directory, work = stage
+    checkpoint, mesh = inputs.checkpoint, job.runtime.mesh
+    writer = Writer(directory, checkpoint.config, job.output.layout, work=work / BLOCKS)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     journal = open_journal(work / JOURNAL, facts, writer, cache)
     attempt.journal = journal
+    run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
     remarks = _remarks(attempt.resumed, cache is not None)
     if attempt.resumed:
         console.note(
@@ -152,7 +156,7 @@ def _prune_into(
     runtime = _with_offload(job, inputs)
     outcome = _run_method(job, inputs, runtime, journal, check.put)
     clock.record("calibrate_and_prune")
-    repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure)
+    repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure, [])
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
     if further:
         clock.record("draws")
@@ -163,9 +167,12 @@ def _prune_into(
     results = Results(outcome, written, counts, writer.parameters, dense, pruned, further)
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
+    damage = [*journal.damage, *repetition.damage]
+    result["warnings"] += [f"unfinished run: {sentence}" for sentence in damage]
     # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer)
-    result["samples"] = run_on_primary(texts)
+    result["samples"], missed = run_on_primary(lambda: optional("no sample texts", texts, []))
+    result["warnings"] += missed
     clock.record("eval")
     return result
 

@@ -37,7 +37,8 @@ from launch.run import tracking
 from launch.run.inputs import read_tokens
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import tokenizer_of
-from launch.run.staging import alone, check_free
+from launch.run.places import check_free
+from launch.run.staging import alone
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from launch.trials.backends import BACKENDS, Execution, parse_resources

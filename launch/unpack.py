@@ -36,8 +36,8 @@ def main(values: dict[str, Any]) -> None:
     output = output_path(values["output"])
     source = resolve(values["model"])
     # No marker: whatever lies at the output is kept, an earlier result too.
-    with staged(output, marker="") as directory:
-        unpack(source, directory)
+    with staged(output, marker="") as stage:
+        unpack(source, stage.result)
     console.note(f"dense model: {output}", Console())
 
 

@@ -1,6 +1,5 @@
 """The exception for bad input."""
 
-import pathlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -44,17 +43,6 @@ class InputError(ValueError):
         return re.sub(r"`(\w+)`", lambda match: name(match[1]), text)
 
 
-def damaged(path: pathlib.Path) -> InputError:
-    """Return the error for a file of an unfinished run that is missing or changed.
-
-    Args:
-      path: The file.
-    """
-    return InputError(
-        f"{path} of the unfinished run is damaged or missing", "start over with `noresume`"
-    )
-
-
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message, or its type's name if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import os
 import signal
 import sys
@@ -15,6 +16,7 @@ from absl import flags
 from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
 from models.errors import InputError
+from models.precision import check_single_precision
 
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
@@ -268,14 +270,19 @@ def run(
       argv: Arguments; None: those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal without some letter must not fail a finished run.
+        sys.stdout.reconfigure(errors="replace")
     _raise_on_termination()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if any(argument in _HELP for argument in argv):
             print(options.help())
             return 0
+        values = options.parse(argv)
+        check_single_precision()
         with reporting(download):
-            return main(options.parse(argv)) or 0
+            return main(values) or 0
     except InputError as e:
         # Read from the arguments: the flags themselves may be what is wrong.
         if any(argument in ("--debug", "--debug=true") for argument in argv):

@@ -217,8 +217,9 @@ def write(output: Path, title: str, content: Mapping[str, Any], rows: Sequence[R
     Raises:
       InputError: The directory cannot be written.
     """
-    with staged(output, RESULTS) as directory:
-        (directory / RESULTS).write_text(json.dumps(content, indent=2) + "\n")
-        with (directory / "accuracy.csv").open("w", newline="") as file:
+    with staged(output, RESULTS) as stage:
+        directory = stage.result
+        (directory / RESULTS).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with (directory / "accuracy.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([Row._fields, *rows])
-        (directory / "accuracy.svg").write_text(plot(title, rows))
+        (directory / "accuracy.svg").write_text(plot(title, rows), encoding="utf-8")

@@ -1,5 +1,6 @@
 """Write and read the files of a report: the JSON, its details by block, and the page."""
 
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from calibration.journal import write_durably
 from launch.report import html
 from launch.report.outline import outline
 from launch.run.export import REPORT
+from launch.run.optional import optional
 
 DETAILS = "pruning_details.json"
 PAGE = "report.html"
@@ -27,17 +29,24 @@ PROMISED = {
 Path = tuple[str, ...]  # keys of a part, from the outside
 
 
-def write_reports(directory: pathlib.Path, report: Mapping[str, Any]) -> None:
+def write_reports(directory: pathlib.Path, report: Mapping[str, Any]) -> list[str]:
     """Write a report as pruning_report.json, pruning_details.json and report.html.
 
     Args:
       directory: Directory of the pruned model.
       report: The whole report.
+
+    Returns:
+      A warning if the page could not be made, which the JSON has too; else none.
     """
+    page = functools.partial(html.write_html, report, directory / PAGE)
+    _, missed = optional(f"no {PAGE}", page, None)
+    if missed:
+        report = {**report, "warnings": [*report["warnings"], *missed]}
     first, details = _split(report)
     write_durably(directory / DETAILS, _text(details).encode())
     write_durably(directory / REPORT, _text(first).encode())
-    html.write_html(report, directory / PAGE)
+    return missed
 
 
 def read_report(directory: pathlib.Path) -> dict[str, Any]:

@@ -96,6 +96,11 @@ def warnings(
     """
     if written.padding >= PADDING * written.loaded.parameters:
         yield _padding(written)
+    if not written.topiary.ok:
+        yield (
+            "the checkpoint gives other logits than the pruned model in memory: "
+            f"{written.topiary.message}"
+        )
     if not written.transformers.ok:
         yield f"transformers does not reproduce the logits: {written.transformers.message}"
     blocks = len(checkpoint.specs)

@@ -1,4 +1,4 @@
-"""Finish a run: turn the pruned blocks into a checkpoint, load it back and count what is gone."""
+"""Finish a run: write the pruned blocks as a checkpoint, load it back and count what is gone."""
 
 import pathlib
 
@@ -8,11 +8,29 @@ from eval.size import measure_size
 from launch.report import removal
 from launch.run import export
 from launch.run.formats import write_formats
-from launch.run.job import Output
+from launch.run.job import Job, Output
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer, write_json
 from models.processes import run_on_primary
 from pruning.types import Outcome
+
+
+def least_bytes(job: Job, checkpoint: Checkpoint) -> int:
+    """Return the bytes that a run writes at least, as far as it is known before the work.
+
+    Args:
+      job: The run.
+      checkpoint: The dense checkpoint.
+    """
+    change = job.method.shape_change
+    share = 1.0
+    if change.narrower or change.shallower:
+        # A method that sets its own sparsity tells it only with the result.
+        share = 0.0 if job.method.sets_sparsity else 1 - job.request.sparsity
+    one = checkpoint.parameters * share * checkpoint.model.non_block.embed.dtype.itemsize
+    # The blocks of one further draw at a time lie beside those of the run.
+    copies = 1 + (job.output.format == "orbax") + (len(job.sources.calibration.seeds) > 1)
+    return int(one * copies)
 
 
 def complete(
@@ -39,9 +57,6 @@ def complete(
 
     Returns:
       The checkpoint as it loads, and the weights by linear.
-
-    Raises:
-      RuntimeError: The checkpoint does not load as it was written.
     """
     model = checkpoint.model
     form = writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)

@@ -83,7 +83,10 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "other_formats": dict(written.other_formats),
         "loads_as": written.form.label,
         "loading": _loading(written),
-        "checks": {"topiary": True, "transformers": written.transformers.result},
+        "checks": {
+            "topiary": written.topiary.result,
+            "transformers": written.transformers.result,
+        },
         "load_back": _load_back(written),
         "figures": [to_json(figure) for figure in outcome.figures],
         "details": _details(inputs, outcome),
@@ -113,7 +116,7 @@ def _warnings(job: Job, inputs: Inputs, results: Results, sparsity: Mapping[str,
 
 def _load_back(written: export.Written) -> dict[str, str]:
     """Return how the checkpoint and the GGUF file read back, in words."""
-    results = {"topiary": written.topiary, "transformers": written.transformers.message}
+    results = {"topiary": written.topiary.message, "transformers": written.transformers.message}
     gguf = written.other_formats.get("gguf")
     return results | ({"gguf": gguf["load_back"]} if gguf else {})
 

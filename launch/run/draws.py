@@ -15,6 +15,7 @@ from calibration.journal import Journal
 from calibration.runtime import Runtime
 from launch.report import console
 from launch.run.job import Job
+from launch.run.resume import BLOCKS, JOURNAL, open_journal
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
 from models.processes import run_on_primary
@@ -30,6 +31,7 @@ class Repetition(NamedTuple):
       facts: The run's fingerprint.
       directory: Directory for the draws' files.
       measure: Measures a pruned checkpoint as the run does.
+      damage: Sentences about damaged files of interrupted draws, added to as they are found.
     """
 
     job: Job
@@ -38,6 +40,7 @@ class Repetition(NamedTuple):
     facts: Mapping[str, Any]
     directory: pathlib.Path
     measure: Callable[[Checkpoint], Mapping[str, Any]]
+    damage: list[str]
 
     def directory_of(self, tokens: Tokens) -> pathlib.Path:
         """Return the directory of one draw.
@@ -89,9 +92,10 @@ def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
     # An interrupted draw may have begun to write the model; its finished blocks lie elsewhere.
     run_on_primary(functools.partial(shutil.rmtree, output, ignore_errors=True))
     job, config = repetition.job, repetition.checkpoint.config
-    writer = Writer(output, config, job.output.layout, work=directory / "blocks")
+    writer = Writer(output, config, job.output.layout, work=directory / BLOCKS)
     facts = {**repetition.facts, "draw": tokens.protocol}
-    journal = Journal(directory / "journal", facts, writer)
+    journal = open_journal(directory / JOURNAL, facts, writer, None)
+    repetition.damage.extend(f"seed {seed}: {sentence}" for sentence in journal.damage)
     with console.progress() as progress:
 
         def progress_of_draw(description: str, steps: int) -> Callable[[], None]:

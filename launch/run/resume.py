@@ -8,6 +8,7 @@ from typing import Any
 
 from calibration.digests import file_digest
 from calibration.journal import Journal, StepCache
+from launch.report import console
 from launch.run.code import code_digests
 from launch.run.inputs import Inputs
 from launch.run.job import Job
@@ -16,6 +17,7 @@ from models.checkpoint.reader import weight_files
 from models.checkpoint.writer import Writer
 
 JOURNAL = "journal"  # directory of the journal, below that of the unfinished run
+BLOCKS = "blocks"  # directory of the finished blocks, beside it
 # A journal's first step is the evaluation of the dense model. A run that has finished no more is
 # not worth keeping.
 WORTHLESS_STEPS = 1
@@ -83,7 +85,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
 def open_journal(
     directory: pathlib.Path, facts: Mapping[str, Any], writer: Writer, cache: StepCache | None
 ) -> Journal:
-    """Open the journal of a run, or begin one.
+    """Open the journal of a run, or begin one; say which of its files are damaged.
 
     Args:
       directory: The journal's directory.
@@ -93,10 +95,13 @@ def open_journal(
         in the facts of PER_TRIAL alone.
 
     Raises:
-      InputError: The directory belongs to a different run, or is damaged.
+      InputError: The directory belongs to a different run.
     """
     shared = json.dumps({name: fact for name, fact in facts.items() if name not in PER_TRIAL})
-    return Journal(directory, facts, writer, cache, shared)
+    journal = Journal(directory, facts, writer, cache, shared)
+    for sentence in journal.damage:
+        console.note(f"warning: unfinished run: {sentence}")
+    return journal
 
 
 class Attempt:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 import numpy as np
 
 from calibration.states import fits_in_memory
-from calibration.tokenizer import TextTokenizer
+from calibration.tokenizer import TextTokenizer, has_tokenizer
 from launch.generate import continuation, eos_tokens, prompt_tokens
 from models.checkpoint.reader import Checkpoint
-from models.errors import InputError
 from models.generate import generate
 
 PROMPTS = (
@@ -34,11 +33,13 @@ def samples(
     Returns:
       {"prompt", "dense", "pruned"} for each prompt. Empty if the model has no tokenizer, is too
       large to be held whole, or has too few positions.
+
+    Raises:
+      InputError: The tokenizer or the generation settings do not fit the model.
     """
-    try:
-        encoded = [prompt_tokens(tokenizer(), prompt, dense) for prompt in PROMPTS]
-    except InputError:
+    if not has_tokenizer(dense.directory):
         return []
+    encoded = [prompt_tokens(tokenizer(), prompt, dense) for prompt in PROMPTS]
     # Cut to the same number of tokens, so that one batch and one compilation serve both.
     length = min(map(len, encoded))
     prompts = np.asarray([ids[:length] for ids in encoded], np.int32)

@@ -50,11 +50,13 @@ class ShapeChange(NamedTuple):
       narrower: Groups that lose units.
       alike: True if every block loses as many units.
       biased: True if the readers of these groups get biases.
+      shallower: True if whole blocks are left out.
     """
 
     narrower: tuple[str, ...] = ()
     alike: bool = True
     biased: bool = False
+    shallower: bool = False
 
 
 class Form(NamedTuple):

@@ -16,6 +16,7 @@ from models.checkpoint.formats import open_tensors
 from models.checkpoint.tensors import WHOLE, Tensors
 from models.errors import InputError
 from models.families import hf
+from models.precision import check_single_precision
 
 # Buffers that some exporters stored beside the weights; they follow from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
@@ -142,8 +143,10 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
       Checkpoint.
 
     Raises:
-      InputError: Something is missing, surplus, of another shape, damaged or not supported.
+      InputError: Something is missing, surplus, of another shape, damaged or not supported; or JAX
+        computes in 64 bits.
     """
+    check_single_precision()
     if path.suffix == ".gguf":
         # Imported on demand: it needs an optional package.
         from models.checkpoint.gguf import open_gguf

@@ -24,7 +24,6 @@ from models.checkpoint.output_format import (
     shape_of,
     with_dtype,
 )
-from models.errors import damaged
 from models.families import hf
 from models.layers import Linear
 from models.processes import run_on_primary
@@ -71,9 +70,8 @@ class Writer:
         self._shapes: list[Shape] = []
         self._biases = set(self._arch.config.biases)
         # Kept as JSON-able values, because `mark` returns them.
-        # Of each written shard: the tensors' shapes by name, and its size in bytes.
+        # Of each written shard: the tensors' shapes by name.
         self._shards: list[dict[str, list[int]]] = []
-        self._sizes: list[int] = []
         # Biases of zeros that `finish` adds.
         self._added: set[str] = set()
         directory.mkdir(parents=True, exist_ok=True)
@@ -83,6 +81,11 @@ class Writer:
     def blocks(self) -> int:
         """Return the number of blocks that were put."""
         return len(self._shapes)
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """Return the files in `work` that hold blocks; each is written once."""
+        return [self._shard_path(k) for k in range(len(self._shards))]
 
     @property
     def parameters(self) -> int:
@@ -131,18 +134,17 @@ class Writer:
     def _flush(self) -> None:
         """Write the buffer as the next shard and empty it."""
         if self._buffer:
-            self._sizes.append(run_on_primary(self._save))
+            run_on_primary(self._save)
             self._shards.append({name: list(x.shape) for name, x in self._buffer.items()})
             self._buffer = {}
 
-    def _save(self) -> int:
-        """Write the buffer as the next shard and return its size in bytes."""
+    def _save(self) -> None:
+        """Write the buffer as the next shard."""
         path = self._shard_path(len(self._shards))
-        save_file(self._buffer, path, metadata=METADATA)
+        _save_tensors(self._buffer, path)
         # On the disk before a mark names it: a mark must survive a power cut.
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        return path.stat().st_size
 
     def mark(self) -> dict[str, Any]:
         """Write what waits and describe how far the checkpoint is.
@@ -152,32 +154,19 @@ class Writer:
         """
         self._flush()
         shapes = [list(s) for s in self._shapes]
-        return {
-            "blocks": shapes,
-            "biases": sorted(self._biases),
-            "shards": self._shards,
-            "sizes": self._sizes,
-        }
+        return {"blocks": shapes, "biases": sorted(self._biases), "shards": self._shards}
 
-    def rewind(self, mark: Mapping[str, Any]) -> None:
+    def rewind(self, mark: Mapping[str, Any] | None) -> None:
         """Go back to a mark, also of a writer that was killed.
 
         Args:
-          mark: Value of `mark`.
-
-        Raises:
-          InputError: A shard is missing or cut short.
+          mark: Value of `mark`; None for a writer without blocks.
         """
+        mark = mark or {"blocks": [], "biases": self._arch.config.biases, "shards": []}
         self._shapes = [Shape(*s) for s in mark["blocks"]]
         self._biases = set(mark["biases"])
         self._shards = list(mark["shards"])
-        self._sizes = list(mark["sizes"])
         self._buffer = {}
-        for k, size in enumerate(self._sizes):
-            path = self._shard_path(k)
-            # The size suffices: a shard is written once, then synced to the disk.
-            if not path.is_file() or path.stat().st_size != size:
-                raise damaged(path)
 
     def stored(self) -> Iterator[Block]:
         """Read back the blocks that were put, in order, after a `rewind`.
@@ -288,7 +277,17 @@ class Writer:
             if x.shape != wanted[name]:
                 padding = [(0, w - h) for h, w in zip(x.shape, wanted[name], strict=True)]
                 tensors[name] = np.pad(x, padding)
-        save_file(tensors, path, metadata=METADATA)
+        _save_tensors(tensors, path)
+
+
+def _save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
+    """Write a safetensors file that others may read as far as the umask allows."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    # The library renames a temporary file, which only its owner may read, to this name.
+    save_file(dict(tensors), path, metadata=METADATA)
+    path.chmod(mode)
 
 
 def _bias_name(spec: Any) -> str:

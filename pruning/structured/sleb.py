@@ -16,7 +16,7 @@ from pruning.structured.sleb_paths import Path, Unit
 from pruning.structured.sleb_runner import Runner, silenced
 from pruning.structured.sleb_search import SearchResult, search_units, writers_of
 from pruning.structured.sleb_trials import Trial
-from pruning.types import SAME_SHAPES, BlockSink, Outcome, Request, reject_weight_settings
+from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
 Search = Literal["greedy", "perplexity", "influence"]
@@ -167,8 +167,8 @@ class Sleb:
 
     @property
     def shape_change(self) -> ShapeChange:
-        """Return that the shapes of what stays do not change."""
-        return SAME_SHAPES
+        """Return that blocks are left out, and the shapes of what stays do not change."""
+        return ShapeChange(shallower=True)
 
     @property
     def sets_sparsity(self) -> bool:

@@ -12,24 +12,36 @@ import pytest
 
 from calibration.digests import digest
 from calibration.journal import Journal, to_serialisable
+from calibration.journal_files import read_index
 from calibration.step_cache import StepCache
 from models.errors import InputError
 from models.sharding import make_mesh, split
 
+FILES = ["000.msgpack", "journal.copy.json", "journal.json"]
 FINGERPRINT = {"--sparsity": 0.5, "weights": {"a": "b" * 64}}
 
 
 class Sink:
-    """A sink that counts blocks."""
+    """A sink whose blocks are files that hold their index."""
 
-    def __init__(self) -> None:
-        self.at = 0
+    def __init__(self, directory: Path | None = None) -> None:
+        self.directory, self.blocks = directory, 0
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.directory / f"block-{i}" for i in range(self.blocks)] if self.directory else []
+
+    def put(self) -> None:
+        self.blocks += 1
+        if self.directory:
+            self.directory.mkdir(exist_ok=True)
+            self.files[-1].write_text(f"block {self.blocks}")
 
     def mark(self) -> int:
-        return self.at
+        return self.blocks
 
-    def rewind(self, mark: int) -> None:
-        self.at = mark
+    def rewind(self, mark: int | None) -> None:
+        self.blocks = mark or 0
 
 
 def never() -> Any:
@@ -83,10 +95,10 @@ def test_an_interrupted_pass_resumes_with_the_states_it_had(
     sink = Sink()
     first = Journal(tmp_path, FINGERPRINT, sink)
     assert first.begin(like) == ([], None)
-    sink.at = 1
+    sink.put()
     first.reach(1, [{"x": 1.5}], states)
     again = Journal(tmp_path, FINGERPRINT, other := Sink())
-    assert other.at == 1 and again.finished == 1
+    assert other.blocks == 1 and again.finished == 1
     records, restored = again.begin(like)
     assert records == [{"x": 1.5}]
     for x, y in zip(restored or [], states, strict=True):
@@ -96,7 +108,7 @@ def test_an_interrupted_pass_resumes_with_the_states_it_had(
     again.complete([{"x": 1.5}, None])
     last = Journal(tmp_path, FINGERPRINT, Sink())
     assert last.begin(like) == ([{"x": 1.5}, None], None)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["000.msgpack", "journal.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == FILES
 
 
 def test_a_pass_without_states_resumes_with_its_records(tmp_path: Path) -> None:
@@ -148,21 +160,107 @@ def test_another_run_is_refused_with_the_setting_that_differs(
     assert Journal(tmp_path, FINGERPRINT, Sink()).step(never) == 1
 
 
-@pytest.mark.parametrize("name", ["journal.json", "000.msgpack", "001-001.msgpack", "001-001"])
-@pytest.mark.parametrize("damage", ["missing", "cut short"])
-def test_a_damaged_file_is_named(name: str, damage: str, tmp_path: Path) -> None:
-    journal = Journal(tmp_path, FINGERPRINT, Sink())
-    journal.step(lambda: 1)
-    journal.begin([jax.ShapeDtypeStruct((2,), np.float32)])
-    journal.reach(1, [None], [jnp.ones(2)])
-    path = tmp_path / name
-    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-        file.unlink() if damage == "missing" else file.write_bytes(file.read_bytes()[:-3])
-    with pytest.raises(
-        InputError,
-        match=rf"{name} of the unfinished run is damaged or missing: start over with noresume",
-    ):
-        Journal(tmp_path, FINGERPRINT, Sink())
+def damage(path: Path, how: str) -> None:
+    """Damage a file, or one file of a directory."""
+    file = max(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else path
+    data = bytearray(file.read_bytes())
+    if how == "missing":
+        file.unlink()
+    elif how == "cut short":
+        file.write_bytes(data[:-3])
+    else:
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+
+def run_of_three_steps(root: Path, computed: list[str], until: str = "end") -> Journal:
+    """Run a measurement, a pass that puts two blocks, and another measurement."""
+
+    def compute(name: str) -> str:
+        computed.append(name)
+        return name
+
+    journal = Journal(root / "journal", FINGERPRINT, sink := Sink(root / "blocks"))
+    assert journal.step(lambda: compute("first")) == "first"
+    records, states = journal.begin([jax.ShapeDtypeStruct((2,), np.float32)])
+    assert len(records) == sink.blocks or journal.finished == 3
+    if states is not None:
+        np.testing.assert_array_equal(np.asarray(states[0]), np.full(2, len(records)))
+    records = list(records)
+    for block in range(len(records), 2):
+        sink.put()
+        records.append(compute(f"block {block}"))
+        if block == 0:
+            journal.reach(1, records, [jnp.full(2, 1.0)])
+            if until == "block":
+                return journal
+    journal.complete(records)
+    assert journal.step(lambda: compute("last")) == "last"
+    return journal
+
+
+INTERRUPTED = {
+    "journal/journal.json": [],
+    "journal/journal.copy.json": [],
+    "journal/000.msgpack": ["first"],
+    "journal/001-001.msgpack": ["block 0"],
+    "journal/001-001": ["block 0"],
+    "blocks/block-0": ["block 0"],
+}
+ENDED = {
+    "journal/journal.json": [],
+    "journal/000.msgpack": ["first"],
+    "journal/001.msgpack": ["block 0", "block 1"],
+    "journal/002.msgpack": ["last"],
+    "blocks/block-1": ["block 0", "block 1"],
+}
+
+
+@pytest.mark.parametrize("how", ["missing", "cut short", "one bit"])
+@pytest.mark.parametrize(
+    ("until", "name"), [*(("block", n) for n in INTERRUPTED), *(("end", n) for n in ENDED)]
+)
+def test_damage_is_named_and_costs_its_step(
+    until: str, name: str, how: str, tmp_path: Path
+) -> None:
+    run_of_three_steps(tmp_path, computed := [], until)
+    want = [n for n in ["first", "block 0", "block 1", "last"] if n not in computed]
+    damage(tmp_path / name, how)
+    again = run_of_three_steps(tmp_path, computed := [])
+    cost = INTERRUPTED[name] if until == "block" else ENDED[name]
+    assert computed == sorted({*want, *cost}, key=["first", "block 0", "block 1", "last"].index)
+    (sentence,) = again.damage
+    named = name.removeprefix("journal/")
+    assert sentence.startswith(f"{named} is damaged or missing: ")
+    files = [p.read_text() for p in sorted((tmp_path / "blocks").iterdir())]
+    assert files == ["block 1", "block 2"]
+    # Nothing is computed again, and the damage is not forgotten, if the run is started once more.
+    if cost or want:
+        last = run_of_three_steps(tmp_path, computed := [])
+        assert not computed and last.damage == again.damage
+
+
+def test_every_bit_of_an_index_counts(tmp_path: Path) -> None:
+    Journal(tmp_path, FINGERPRINT, Sink()).step(lambda: 1)
+    data = (tmp_path / "journal.json").read_bytes()
+    for at in range(0, len(data), 5):
+        for bit in (1, 32):
+            flipped = bytearray(data)
+            flipped[at] ^= bit
+            (tmp_path / "journal.json").write_bytes(flipped)
+            content, damaged = read_index(tmp_path)
+            assert content and content["steps"] and damaged == ["journal.json"]
+
+
+def test_a_run_without_index_starts_over_and_says_so(tmp_path: Path) -> None:
+    Journal(tmp_path, FINGERPRINT, Sink()).step(lambda: 1)
+    for name in ("journal.json", "journal.copy.json"):
+        damage(tmp_path / name, "one bit")
+    again = Journal(tmp_path, FINGERPRINT, Sink())
+    assert again.finished == 0 and again.step(lambda: 2) == 2
+    assert again.damage == [
+        f"journal{part}.json is damaged or missing: the run starts over" for part in ("", ".copy")
+    ]
 
 
 def test_a_failed_write_leaves_the_index_before_it(
@@ -180,22 +278,18 @@ def test_a_failed_write_leaves_the_index_before_it(
             journal.step(lambda: "second")
     again = Journal(tmp_path, FINGERPRINT, Sink())
     assert again.step(never) == "first" and again.step(lambda: "new") == "new"
-    assert json.loads((tmp_path / "journal.json").read_text())["steps"] == [
-        "000.msgpack",
-        "001.msgpack",
-    ]
+    index = json.loads((tmp_path / "journal.json").read_text())["content"]
+    assert [step[0] for step in index["steps"]] == ["000.msgpack", "001.msgpack"]
 
 
-def test_a_run_killed_in_its_first_write_starts_over(tmp_path: Path) -> None:
-    """Nothing was finished yet. Any other file means that the index is missing."""
-    (tmp_path / "journal.json.new").write_text('{"finger')
-    assert Journal(tmp_path, FINGERPRINT, Sink()).finished == 0
-    (tmp_path / "journal.json").rename(tmp_path / "journal.json.new")
-    (tmp_path / "000.msgpack").write_bytes(b"")
-    with pytest.raises(
-        InputError, match=r"journal\.json of the unfinished run is damaged or missing"
-    ):
-        Journal(tmp_path, FINGERPRINT, Sink())
+@pytest.mark.parametrize("killed", ["journal.copy.json.new", "journal.copy.json"])
+def test_a_run_killed_in_its_first_write_starts_over(killed: str, tmp_path: Path) -> None:
+    """Nothing was finished yet, so nothing is damaged."""
+    Journal(tmp_path, FINGERPRINT, Sink())
+    (tmp_path / "journal.json").unlink()
+    (tmp_path / "journal.copy.json").rename(tmp_path / killed)
+    again = Journal(tmp_path, FINGERPRINT, Sink())
+    assert again.finished == 0 and not again.damage
 
 
 def test_a_value_that_another_run_computed_is_reused(tmp_path: Path) -> None:
@@ -243,7 +337,7 @@ def test_a_pass_that_another_run_finished_is_reused(tmp_path: Path) -> None:
     assert resumed.begin([jax.ShapeDtypeStruct((2,), np.float32)], "pass") == ([1, 2, 3], None)
     resumed.complete([1, 2, 3], "pass")
     assert Journal(tmp_path / "b", FINGERPRINT, Sink()).begin([]) == ([1, 2, 3], None)
-    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["000.msgpack", "journal.json"]
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == FILES
 
 
 def test_the_cache_keeps_no_more_than_its_limit() -> None:

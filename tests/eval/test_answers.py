@@ -48,6 +48,15 @@ def test_another_model_kind_or_request_is_computed(tmp_path: pathlib.Path) -> No
     assert same.asked == [1], "the group that is known is read"
 
 
+def test_a_flipped_bit_is_computed_again(tmp_path: pathlib.Path) -> None:
+    Model(tmp_path)()
+    for file in tmp_path.iterdir():
+        assert "true" in file.read_text()
+        file.write_text(file.read_text().replace("a b", "a c").replace("e f", "e g"))
+    model = Model(tmp_path)
+    assert model() == [["a b", True], ["c d", True], ["e f", True]]
+
+
 @pytest.mark.parametrize("damage", ["", "[", "{}", '[["a b", true], 1, 2]'])
 def test_a_damaged_file_is_computed_again(damage: str, tmp_path: pathlib.Path) -> None:
     Model(tmp_path)()

@@ -1,7 +1,13 @@
 """The command on small random models: its output, its messages, and its failures."""
 
+import importlib.util
 import json
+import os
 import shlex
+import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +15,12 @@ import jax
 import numpy as np
 import pytest
 
+from calibration.tokenizer import TextTokenizer
 from launch import evaluate, prune
 from launch.flags.cli import frozen, run
 from launch.run.job import RunConfig, resolve
 from models.checkpoint import orbax as pytrees
+from models.checkpoint.hub import EMBEDDED
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.checkpoint.writer import save
 from models.init import init_model
@@ -397,27 +405,140 @@ def test_a_failure_on_the_way_leaves_the_earlier_result(
         raise RuntimeError("the power went")
 
     with monkeypatch.context() as m:
-        m.setattr("launch.report.html.write_html", fail)
+        m.setattr("launch.report.files.write_durably", fail)
         with pytest.raises(RuntimeError):
             call(argv)
     assert (out / "pruning_report.json").read_bytes() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == [
-        ".out.partial",
+        ".out.unfinished",
         "out",
     ]  # what was finished waits for another attempt
     assert call(argv) == 0
     assert [f.name for f in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_checkpoint_that_reads_back_differently_is_refused(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_decorates_a_report_never_costs_the_checkpoint(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from launch.run import export
 
+    def fail(*_: Any) -> None:
+        raise TypeError("odd\nfile")
+
     monkeypatch.setattr(export.RoundTripCheck, "difference", lambda self, loaded: 0.1)
-    with pytest.raises(RuntimeError, match="other logits"):
-        call(args(inputs, "llama", tmp_path / "out", "--method=wanda", "--sparsity=0.5"))
-    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(export, "_transformers_logits", fail)
+    monkeypatch.setattr("launch.prune.samples", fail)
+    monkeypatch.setattr("launch.report.html.write_html", fail)
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5")) == 0
+    report, printed = report_of(out), capsys.readouterr().out
+    assert report["checks"]["topiary"] is False
+    expected = ["gives other logits", "no sample texts: odd", "no report.html: odd"]
+    if importlib.util.find_spec("torch"):
+        expected.append(
+            "transformers does not reproduce the logits: cannot load it (TypeError: odd"
+        )
+    for line in expected:
+        assert sum(line in warning for warning in report["warnings"]) == 1
+        assert line in printed
+    assert not (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("output_format", ["hf", "orbax"])
+def test_files_are_readable_as_the_umask_says(
+    output_format: str, inputs: Path, tmp_path: Path, no_transformers: None, no_samples: None
+) -> None:
+    before = os.umask(0o027)
+    try:
+        argv = args(inputs, "llama", tmp_path / "out", "--method=wanda", "--sparsity=0.5")
+        assert call([*argv, f"--output_format={output_format}"]) == 0
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "out").rglob("*"):
+        assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "text",
+    ["", "null", '{"eos_token_id": "</s>"}', '{"eos_token_id": [1, [2]]}'],
+    ids=["empty", "null", "text", "nested"],
+)
+def test_odd_generation_settings_are_one_warning(text: str, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(EMBEDDED / "tiny-llama", model)
+    (model / "generation_config.json").write_text(text)
+    argv = ["--method=magnitude", "--sparsity=0.5", "--calibration_samples=2"]
+    argv += ["--calibration_length=16", "--eval_length=16", "--eval_windows=2"]
+    assert call([f"--model={model}", f"--output={tmp_path / 'out'}", *argv]) == 0
+    warnings = [w for w in report_of(tmp_path / "out")["warnings"] if "generation_config" in w]
+    assert len(warnings) == 1 and warnings[0].startswith("no sample texts: "), warnings
+
+
+def test_a_tokenizer_that_cannot_encode_is_one_warning(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class PanicException(BaseException):
+        """Stands for a panic in Rust."""
+
+    def encode(text: str, special: bool) -> list[int]:
+        raise PanicException("index out of bounds")
+
+    broken = TextTokenizer(encode, lambda ids: "")
+    monkeypatch.setattr("launch.run.samples.has_tokenizer", lambda directory: True)
+    monkeypatch.setattr("launch.run.measure.load_tokenizer", lambda directory: broken)
+    out = tmp_path / "out"
+    assert call(args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5")) == 0
+    assert "no sample texts: index out of bounds" in report_of(out)["warnings"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("setting", "code", "says"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, 0, ""),
+        ({"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, 0, ""),
+        ({"JAX_ENABLE_X64": "1"}, 2, "error: JAX's 64-bit mode is on (JAX_ENABLE_X64)"),
+    ],
+    ids=["ascii", "C locale", "64 bits"],
+)
+def test_a_run_in_another_environment_ends_well(
+    setting: dict[str, str], code: int, says: str, inputs: Path, tmp_path: Path
+) -> None:
+    # In the C locale a name in other letters is not valid UTF-8.
+    out = tmp_path / ("out" if "LC_ALL" in setting else "größe")
+    argv = args(inputs, "llama", out, "--method=wanda", "--sparsity=0.5")
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch.prune", *argv],
+        cwd=root,
+        env={**os.environ, **setting},
+        capture_output=True,
+        timeout=300,
+    )
+    error = done.stderr.decode()
+    assert done.returncode == code, error
+    assert "Traceback" not in error and says in error
+    assert (out / "report.html").exists() == (code == 0)
+    if code:
+        assert len(error.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_foreseen_before_any_pruning(
+    inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("launch.run.places.shutil.disk_usage", lambda directory: usage)
+    for method, code in (("wanda", 2), ("sleb(blocks=1)", 0)):
+        argv = args(inputs, "llama", tmp_path / "out", f"--method={method}", "--sparsity=0.5")
+        assert call(argv) == code
+        assert ("MiB free, and the result takes" in capsys.readouterr().err) == bool(code)
 
 
 def test_every_flag_file_parses_and_builds() -> None:

@@ -2,8 +2,10 @@
 
 import functools
 import importlib
+import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,7 +23,7 @@ from models.checkpoint import writer
 from models.checkpoint.writer import save
 from models.init import init_model
 from pruning.methods import METHODS
-from reference.prune_runs import call, weights
+from reference.prune_runs import call, report_of, weights
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_samples")]
 
@@ -146,7 +148,7 @@ def test_a_run_killed_anywhere_gives_the_same_bytes(
 
 
 def interrupted(
-    inputs: pathlib.Path, output: pathlib.Path, n: int = 14, method: str = "wanda"
+    inputs: pathlib.Path, output: pathlib.Path, n: int = 22, method: str = "wanda"
 ) -> list[str]:
     """Kill a run in the middle; return its command."""
     args = [*argv(inputs, output, *RUNS["wanda"]), f"--method={method}"]
@@ -154,9 +156,7 @@ def interrupted(
         guard_writes(Fuse(n), m)
         with pytest.raises(Killed):
             call(args)
-    assert (
-        output.parent / f".{output.name}.partial" / "unfinished" / "journal" / "journal.json"
-    ).is_file()
+    assert (output.parent / f".{output.name}.unfinished" / "journal" / "journal.json").is_file()
     return args
 
 
@@ -265,25 +265,71 @@ def test_another_model_and_other_tokens_are_refused(
         shutil.rmtree(tmp_path / "mine")
 
 
-@pytest.mark.parametrize("how", ["gone", "cut short"])
-@pytest.mark.parametrize("name", ["blocks/shard-0.safetensors", "journal/journal.json"])
-def test_damage_is_one_line_and_leaves_the_other_files(
-    name: str,
-    how: str,
-    inputs: pathlib.Path,
-    tmp_path: pathlib.Path,
-    capsys: pytest.CaptureFixture[str],
+def test_a_flipped_bit_is_named_and_costs_its_step(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """In every file that an interrupted run goes on from."""
+    assert call(argv(inputs, tmp_path / "whole", *RUNS["wanda"])) == 0
+    want = {p.name: p.read_bytes() for p in (tmp_path / "whole").iterdir()}
+    want = {name: data for name, data in want.items() if "report" not in name}
     args = interrupted(inputs, tmp_path / "out")
-    work = tmp_path / ".out.partial" / "unfinished"
-    file = work / name
-    file.unlink() if how == "gone" else file.write_bytes(file.read_bytes()[:-5])
-    before = sorted(p for p in work.rglob("*"))
-    assert call(args) == 2
-    last = capsys.readouterr().err.strip().splitlines()[-1]
-    assert last.startswith("error: ") and "damaged or missing: start over with --noresume" in last
-    assert sorted(p for p in work.rglob("*")) == before
-    assert call([*args, "--noresume"]) == 0
+    work = tmp_path / ".out.unfinished"
+    shutil.copytree(work, tmp_path / "kept")
+    files = sorted(p.relative_to(work) for p in work.rglob("*") if p.is_file())
+    index = json.loads((work / "journal" / "journal.json").read_text())["content"]
+    counted = [work / "journal" / key for key in index["sha256"]]
+    for file in files:
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        shutil.rmtree(work, ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", work)
+        data = bytearray((work / file).read_bytes())
+        data[len(data) // 2] ^= 4
+        (work / file).write_bytes(data)
+        assert call(args) == 0
+        named = [os.path.relpath(c, work / "journal") for c in counted if _holds(c, work / file)]
+        if file.name.startswith("journal."):
+            named = [file.name]
+        if not named:
+            continue  # written after the last commit, and written again
+        err, report = capsys.readouterr().err, report_of(tmp_path / "out")
+        sentence = f"{named[0].removeprefix('../')} is damaged or missing"
+        assert f"warning: unfinished run: {sentence}" in err, file
+        assert any(sentence in warning for warning in report["warnings"]), file
+        for name, content in want.items():
+            assert (tmp_path / "out" / name).read_bytes() == content, (file, name)
+    assert len(files) >= 6
+
+
+def _holds(counted: pathlib.Path, file: pathlib.Path) -> bool:
+    """Return whether a file that counts is this one, or the directory that it lies in."""
+    return pathlib.Path(os.path.normpath(counted)) in (file, *file.parents)
+
+
+def test_sleb_with_several_draws_resumes_between_them(
+    inputs: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All blocks are put before the second draw, and come again from the finished search."""
+    text = ["--calibration=embedded", "--calibration_samples=2", "--calibration_length=16"]
+    args = [
+        "--model=embedded:tiny-llama",
+        f"--output={tmp_path / 'out'}",
+        *text,
+        *[
+            "--eval_length=16",
+            "--eval_windows=1",
+            "--calibration_draws=2",
+            "--method=sleb(blocks=1)",
+        ],
+    ]
+
+    def killed(*_: Any) -> None:
+        raise Killed
+
+    with monkeypatch.context() as m:
+        m.setattr("launch.run.draws.record", killed)
+        with pytest.raises(Killed):
+            call(args)
+    assert call(args) == 0
 
 
 def test_a_run_resumes_after_a_full_disk(
@@ -309,6 +355,48 @@ def test_a_run_resumes_after_a_full_disk(
     assert "no space left" in capsys.readouterr().err
     assert call(args) == 0
     assert "blocks are finished" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("limit", [1500, 12000, 30000])
+def test_a_limit_on_the_size_of_files_is_an_error_and_the_run_goes_on(
+    limit: int, inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The journal, a block's file or the whole model's is too large."""
+    args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
+    # Compiled programs go to files as well, so all of them are made before.
+    assert call(argv(inputs, tmp_path / "whole", *RUNS["wanda"])) == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert call(args) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "a file is larger than the file system or" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert call(args) == 0
+    model = "model.safetensors"
+    assert (tmp_path / "out" / model).read_bytes() == (tmp_path / "whole" / model).read_bytes()
+
+
+@pytest.mark.parametrize("place", ["mount", "mount/out"])
+def test_a_disk_that_fills_is_an_error_and_the_run_goes_on(
+    place: str, inputs: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mount = tmp_path / "mount"
+    mount.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=90k", "tmpfs", str(mount)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    try:
+        args = argv(inputs, tmp_path / place, *RUNS["wanda"])
+        assert call(args) == 2
+        assert "no space left" in capsys.readouterr().err
+        subprocess.run(["mount", "-o", "remount,size=9m", str(mount)], check=True)
+        assert call(args) == 0
+        assert (tmp_path / place / "report.html").is_file()
+        assert [p.name for p in mount.glob(".*")] == []
+    finally:
+        subprocess.run(["umount", str(mount)], check=True)
 
 
 def test_two_runs_do_not_write_one_place(
