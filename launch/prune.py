@@ -30,6 +30,7 @@ from launch.flags.common import (
     offload_for,
     output_path,
 )
+from launch.flags.dtypes import stored_dtype
 from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
@@ -63,7 +64,7 @@ TRIAL = (
 def options() -> Flags:
     """Define the flags of `launch.prune`."""
     f = Flags("launch.prune", __doc__ or "")
-    model_flags(f)
+    model_flags(f, writes=True)
     f.string("output", None, "directory to write the pruned model and its report to")
     f.string(
         "push_to_hub", "", "owner/name on the hub to upload the output to; a new one is private"
@@ -133,7 +134,7 @@ def _prune_into(
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
     work, checkpoint, mesh = directory / UNFINISHED, inputs.checkpoint, job.runtime.mesh
-    writer = Writer(directory, checkpoint.config, job.output.layout, work=work / "blocks")
+    writer = _writer(directory, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     journal = open_journal(work / JOURNAL, facts, writer, cache)
@@ -161,7 +162,9 @@ def _prune_into(
     clock.record("export")
     pruned = measure(written.loaded)
     clock.record("eval")
-    results = Results(outcome, written, counts, writer.parameters, dense, pruned, further)
+    results = Results(
+        outcome, written, counts, writer.parameters, dense, pruned, further, writer.remarks
+    )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
     # After the peak memory was read: samples hold whole models.
@@ -169,6 +172,17 @@ def _prune_into(
     result["samples"] = run_on_primary(texts)
     clock.record("eval")
     return result
+
+
+def _writer(directory: pathlib.Path, job: Job, checkpoint: Checkpoint) -> Writer:
+    """Return the writer of the pruned checkpoint."""
+    return Writer(
+        directory,
+        checkpoint.config,
+        job.output.layout,
+        work=directory / UNFINISHED / "blocks",
+        dtype=stored_dtype(job.sources.dtype, checkpoint),
+    )
 
 
 def _remarks(resumed: bool, is_trial: bool) -> list[str]:

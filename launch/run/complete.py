@@ -2,13 +2,14 @@
 
 import pathlib
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eval.size import measure_size
 from launch.report import removal
 from launch.run import export
 from models.checkpoint import orbax as pytrees
-from models.checkpoint.reader import Checkpoint
+from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer, write_json
 from models.processes import run_on_primary
 from pruning.types import Outcome
@@ -45,7 +46,9 @@ def complete(
     dtype = model.non_block.embed.dtype
     written = export.load_back(directory, form, check, dtype, writer.parameters)
     if output_format == "orbax":
-        pytrees.save(directory, written.loaded.model, mesh)
+        # The type that config.json names, in which they are read back.
+        stored = jnp.dtype(written.loaded.config["dtype"])
+        pytrees.save(directory, open_checkpoint(directory, stored).model, mesh)
     counts = removal.count_removed(
         checkpoint, measure_size(written.loaded.model), outcome.kept_blocks
     )

@@ -13,6 +13,7 @@ import numpy as np
 from calibration.data import Tokens
 from calibration.journal import Journal
 from calibration.runtime import Runtime
+from launch.flags.dtypes import stored_dtype
 from launch.report import console
 from launch.run.job import Job
 from models.checkpoint.reader import Checkpoint, open_checkpoint
@@ -89,7 +90,8 @@ def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
     # An interrupted draw may have begun to write the model; its finished blocks lie elsewhere.
     run_on_primary(functools.partial(shutil.rmtree, output, ignore_errors=True))
     job, config = repetition.job, repetition.checkpoint.config
-    writer = Writer(output, config, job.output.layout, work=directory / "blocks")
+    dtype = stored_dtype(job.sources.dtype, repetition.checkpoint)
+    writer = Writer(output, config, job.output.layout, work=directory / "blocks", dtype=dtype)
     facts = {**repetition.facts, "draw": tokens.protocol}
     journal = Journal(directory / "journal", facts, writer)
     with console.progress() as progress:
