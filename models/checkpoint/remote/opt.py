@@ -9,7 +9,7 @@ from transformers import OPTConfig, OPTForCausalLM
 from transformers.utils.versions import require_version
 
 # Earlier ones take the width of attention from the configuration, for all blocks alike.
-require_version("transformers>=4.52")
+require_version("transformers>=4.48")
 
 
 class PrunedConfig(OPTConfig):
