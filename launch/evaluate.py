@@ -13,6 +13,7 @@ from rich.text import Text
 from launch.flags.cli import Flags, run
 from launch.flags.common import evaluation_flags, mesh_of, model_flags, open_model
 from launch.flags.protocols import protocol_flag, stamp
+from launch.report import console as terminal
 from launch.report import summary
 from launch.run.measure import (
     Clock,
@@ -47,6 +48,8 @@ def main(values: dict[str, Any]) -> None:
     start(values)
     clock, mesh = Clock("load", "eval"), mesh_of(values["mesh"], values["eval_batch"])
     checkpoint = open_model(values["model"], values["dtype"], values["revision"])
+    for remark in checkpoint.remarks:
+        terminal.note(f"warning: {remark}")
     tokenizer = tokenizer_of(checkpoint)
     data = read_evaluation(
         values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer

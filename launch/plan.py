@@ -24,7 +24,8 @@ from calibration.states import Offload, available_memory
 from eval.peak import flops_per_second
 from launch import prune
 from launch.flags.cli import Flags, frozen, run
-from launch.flags.common import DTYPES, offload_for, window_length
+from launch.flags.common import offload_for, window_length
+from launch.flags.dtypes import compute_dtype
 from launch.report import summary
 from launch.run.job import RunConfig, resolve
 from launch.run.measure import model_origin, write_report
@@ -223,7 +224,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     mesh = make_mesh(config.mesh, runtime.batch, devices)
     model_config, origin = config_of(job.sources.model)
     arch, non_block, blocks = hf.specs(model_config)
-    dtype = DTYPES[config.dtype]
+    dtype = compute_dtype(config.dtype)
     shapes = abstract(arch, non_block, blocks, dtype)
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
     method.check(model, request)

@@ -29,6 +29,7 @@ from launch.flags.common import (
     offload_for,
     output_path,
 )
+from launch.flags.dtypes import stored_dtype
 from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
@@ -64,7 +65,7 @@ TRIAL = (
 def options() -> Flags:
     """Define the flags of `launch.prune`."""
     f = Flags("launch.prune", __doc__ or "")
-    model_flags(f)
+    model_flags(f, writes=True)
     f.string("output", None, "directory to write the pruned model and its report to")
     f.string(
         "push_to_hub", "", "owner/name on the hub to upload the output to; a new one is private"
@@ -136,7 +137,7 @@ def _prune_into(
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
     checkpoint, mesh = inputs.checkpoint, job.runtime.mesh
-    writer = Writer(directory, checkpoint.config, job.output.layout, work=work / BLOCKS)
+    writer = _writer(stage, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     journal = open_journal(work / JOURNAL, facts, writer, cache)
@@ -164,7 +165,9 @@ def _prune_into(
     clock.record("export")
     pruned = measure(written.loaded)
     clock.record("eval")
-    results = Results(outcome, written, counts, writer.parameters, dense, pruned, further)
+    results = Results(
+        outcome, written, counts, writer.parameters, dense, pruned, further, writer.remarks
+    )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
     damage = [*journal.damage, *repetition.damage]
@@ -175,6 +178,17 @@ def _prune_into(
     result["warnings"] += missed
     clock.record("eval")
     return result
+
+
+def _writer(stage: Stage, job: Job, checkpoint: Checkpoint) -> Writer:
+    """Return the writer of the pruned checkpoint."""
+    return Writer(
+        stage.result,
+        checkpoint.config,
+        job.output.layout,
+        work=stage.work / BLOCKS,
+        dtype=stored_dtype(job.sources.dtype, checkpoint),
+    )
 
 
 def _remarks(resumed: bool, is_trial: bool) -> list[str]:

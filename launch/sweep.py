@@ -52,7 +52,7 @@ AXES = ("method", "sparsity", "allocation", "refine", "seed")
 def options() -> cli.Flags:
     """Define the flags: those of `launch.prune`, with lists for what trials differ in."""
     f = cli.Flags("launch.sweep", __doc__ or "")
-    model_flags(f)
+    model_flags(f, writes=True)
     f.string("output", None, "directory of the sweep; the same command resumes it")
     layout_flag(f)
     f.group("Grid")

@@ -4,6 +4,7 @@ A method describes a figure as data and the report draws it, so the report knows
 method knows no plotting library.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -49,16 +50,17 @@ class KeptMap(NamedTuple):
     Attributes:
       title: Title of the figure.
       unit: Name of a unit in the plural, such as "heads".
-      units: Number of units in a block of the dense model.
+      units: Number of units in the widest block of the model that came in.
       kept: One row per block: fraction of the units kept in each cell. A cell is one unit, or
-        several neighbours if there are more than MAX_CELLS units.
+        several neighbours if there are more than MAX_CELLS units; None behind the last unit of a
+        narrower block.
       caption: How to read the figure.
     """
 
     title: str
     unit: str
     units: int
-    kept: Sequence[Sequence[float]]
+    kept: Sequence[Sequence[float | None]]
     caption: str = ""
 
 
@@ -109,18 +111,22 @@ def kept_map(unit: str, masks: Sequence[np.ndarray]) -> KeptMap:
 
     Args:
       unit: Name of a unit in the plural, such as "heads".
-      masks: One keep mask per block, bool [units], True where the unit stays.
+      masks: One keep mask per block, bool [units of the block], True where the unit stays.
     """
-    mask = np.asarray(masks, dtype=np.float64)
-    blocks, units = mask.shape
-    starts = np.linspace(0, units, min(units, MAX_CELLS) + 1).astype(int)[:-1]
-    cell_sizes = np.diff([*starts, units])
-    shares = np.add.reduceat(mask, starts, axis=1) / cell_sizes if units else mask
-    left = int(mask.sum())
+    widest = max(map(len, masks))
+    edges = np.linspace(0, widest, min(widest, MAX_CELLS) + 1).astype(int)
+
+    def share(mask: np.ndarray, start: int, end: int) -> float | None:
+        return round(float(mask[start:end].mean()), 6) if start < len(mask) else None
+
+    left, total = sum(int(mask.sum()) for mask in masks), sum(map(len, masks))
+    caption = f"Coloured: kept; empty: removed. {left:,} of {total:,} {unit} are left."
+    if any(len(mask) < widest for mask in masks):
+        caption += " Grey: not in the model that came in, whose blocks differ in width."
     return KeptMap(
         title=f"Kept {unit}",
         unit=unit,
-        units=units,
-        kept=[[round(float(share), 6) for share in row] for row in shares],
-        caption=f"Coloured: kept; empty: removed. {left:,} of {units * blocks:,} {unit} are left.",
+        units=widest,
+        kept=[[share(mask, *cell) for cell in itertools.pairwise(edges)] for mask in masks],
+        caption=caption,
     )

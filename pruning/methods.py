@@ -33,7 +33,7 @@ def magnitude(scope: Literal["matrix", "row"] = "matrix") -> PerLinear:
         return Pruner(None, score_solver(scores.magnitude, pattern.keep))
 
     # Wanda's repository also removes the entry at the threshold and its ties: 0.5001 for 0.5 on
-    # weights from float16.
+    # weights from float16. So do we, unless the ties are many.
     return PerLinear(pruner, patterns.per_matrix if scope == "matrix" else patterns.per_row)
 
 

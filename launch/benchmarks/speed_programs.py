@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.size import count_entries
-from launch.flags.common import DTYPES
+from launch.flags.dtypes import DTYPES
 from models.checkpoint.reader import in_memory, open_checkpoint
 
 # Our names of XLA's costs of a compiled program.

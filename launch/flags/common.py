@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags import calls
 from launch.flags.cli import Flags
+from launch.flags.dtypes import compute_dtype, dtype_flag
 from models.checkpoint import hub
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.errors import InputError
@@ -18,15 +18,15 @@ from models.processes import is_multiprocess
 from models.sharding import make_mesh
 from pruning.methods import REFINEMENTS
 
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
 
 
-def model_flags(f: Flags) -> None:
+def model_flags(f: Flags, writes: bool = False) -> None:
     """Define --model, --revision, --dtype and --mesh.
 
     Args:
       f: The command's flags.
+      writes: Whether the command writes a model, whose type may be that of the source.
     """
     f.group("Model")
     f.string(
@@ -39,12 +39,7 @@ def model_flags(f: Flags) -> None:
         "",
         "commit, tag or branch of a hub id, as in --model=owner/name@REVISION",
     )
-    f.choice(
-        "dtype",
-        "float32",
-        list(DTYPES),
-        "type of the model in memory and in the output; statistics are always float32",
-    )
+    dtype_flag(f, writes)
     f.string(
         "mesh",
         "",
@@ -155,7 +150,7 @@ def open_model(name: str | None, dtype: str, revision: str = "") -> Checkpoint:
 
     Args:
       name: A directory, file or hub id; None if the flag is not given.
-      dtype: A key of DTYPES.
+      dtype: Value of --dtype.
       revision: A commit, tag or branch of a hub id; empty: as the name says.
 
     Raises:
@@ -167,7 +162,7 @@ def open_model(name: str | None, dtype: str, revision: str = "") -> Checkpoint:
             "give a directory, a hub id, a .gguf file or embedded:tiny-llama",
             field="model",
         )
-    return open_checkpoint(hub.resolve(hub.at_revision(name, revision)), DTYPES[dtype])
+    return open_checkpoint(hub.resolve(hub.at_revision(name, revision)), compute_dtype(dtype))
 
 
 def mesh_of(spec: str, batch: int) -> Mesh | None:

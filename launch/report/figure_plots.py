@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 UNIT_COLOURS = {"heads": BLUE, "neurons": ORANGE}  # other units are teal
 _PEAK = 5  # a cut axis ends at this many times the spread of the lower half of the values
 _LOG_RANGE = 100  # a larger ratio of positive values takes a log axis
+_ABSENT = 0.15  # opacity of units that a narrower block never had
 
 
 def line_series(figure: LineSeries) -> str:
@@ -129,10 +130,12 @@ def kept_map(figure: KeptMap) -> str:
         from matplotlib.ticker import MaxNLocator
 
         (ax,) = axes
-        share = np.asarray(figure.kept, np.float64)
-        colour = np.broadcast_to(to_rgb(UNIT_COLOURS.get(figure.unit, TEAL)), (*share.shape, 3))
+        share = np.asarray(figure.kept, np.float64)  # None, which becomes NaN: no such unit
+        absent = np.isnan(share)[..., None]
+        colour = np.where(absent, to_rgb(INK), to_rgb(UNIT_COLOURS.get(figure.unit, TEAL)))
+        opacity = np.where(absent, _ABSENT, share[..., None])
         ax.imshow(
-            np.concatenate([colour, share[..., None]], axis=2),
+            np.concatenate([colour, opacity], axis=2),
             aspect="auto",
             interpolation="none",
             extent=(-0.5, units - 0.5, blocks - 0.5, -0.5),

@@ -81,12 +81,13 @@ def expectation(report: Mapping[str, Any]) -> str:
     """Explain what the sparsity saves: zeros stored in place save neither space nor time.
 
     Args:
-      report: The report; its `bytes` tell whether weights were taken out.
+      report: The report; its `parameters` tell whether weights were taken out.
     """
-    sizes, sparsity = report.get("bytes", {}), report["sparsity"]
+    # Not the bytes: those also change with the stored type.
+    counts, sparsity = report.get("parameters", {}), report["sparsity"]
     if not sparsity.get("total"):
         return "Nothing was removed: the pruned model is the dense one."
-    if sizes and sizes["pruned"] < 0.999 * sizes["dense"]:
+    if counts and counts["pruned"] < 0.999 * counts["dense"]:
         return (
             "The removed weights are no longer stored: the model needs less disk, less memory and "
             "fewer operations, without special kernels. The speed-up depends on the hardware."

@@ -74,6 +74,58 @@ def sparsity(
     }
 
 
+def linear_warnings(
+    outcome: Outcome, counts: LinearCounts, checkpoint: Checkpoint
+) -> Iterator[str]:
+    """Yield which linears lost another share than was asked of them, and which hold zeros alone.
+
+    Args:
+      outcome: Result of the method.
+      counts: Weights by linear, dense and removed.
+      checkpoint: The dense checkpoint.
+    """
+    # Methods of units and blocks meet their budget over the model, not in every linear.
+    if not outcome.removed and outcome.kept_blocks is None:
+        yield from _missed(outcome, counts, checkpoint)
+    if outcome.kept_blocks is not None:
+        return  # what blocks leave behind is as it was, or zeroed on purpose
+    empty = [name for name, n in counts.removed.items() if n == counts.dense[name]]
+    if empty:
+        yield (
+            f"{len(empty)} of {len(counts.dense)} linears hold zeros alone ({_some(empty)}): all "
+            "their scores were equal or zero, or all their units were removed"
+        )
+
+
+def _missed(outcome: Outcome, counts: LinearCounts, checkpoint: Checkpoint) -> Iterator[str]:
+    """Yield a sentence where linears missed their share by more than rounding."""
+    asked = export.by_linear(checkpoint.specs, outcome.asked)
+    slots = [s.name for s in checkpoint.model.arch.slots]
+    inputs = export.by_linear(
+        checkpoint.specs,
+        tuple({s: getattr(block, s).w.shape[1] for s in slots} for block in checkpoint.specs),
+    )
+    shares = {name: counts.removed[name] / counts.dense[name] for name in asked}
+    gaps = {name: abs(shares[name] - asked[name]) for name in asked}
+    # Rows are rounded to whole entries.
+    missed = [name for name, gap in gaps.items() if gap > max(TOLERANCE, 1 / inputs[name])]
+    if missed:
+        missed.sort(key=lambda name: -gaps[name])
+        examples = [
+            f"{name} {summary.percent(shares[name])} for {summary.percent(asked[name])}"
+            for name in missed
+        ]
+        yield (
+            f"{len(missed)} of {len(asked)} linears lost another share than was asked "
+            f"({_some(examples)}): equal scores went together, or zeros were there before"
+        )
+
+
+def _some(texts: Sequence[str]) -> str:
+    """Return the first three texts, and how many more there are."""
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
+
+
 def score_quantiles(checkpoint: Checkpoint, outcome: Outcome) -> dict[str, Any]:
     """Return the report's `scores`: minimum, quartiles and maximum of the scores by linear."""
     levels = [0, 0.25, 0.5, 0.75, 1]

@@ -2,9 +2,11 @@
 
 import pathlib
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eval.size import measure_size
+from launch.flags.dtypes import stored_dtype
 from launch.report import removal
 from launch.run import export
 from launch.run.formats import write_formats
@@ -27,7 +29,8 @@ def least_bytes(job: Job, checkpoint: Checkpoint) -> int:
     if change.narrower or change.shallower:
         # A method that sets its own sparsity tells it only with the result.
         share = 0.0 if job.method.sets_sparsity else 1 - job.request.sparsity
-    one = checkpoint.parameters * share * checkpoint.model.non_block.embed.dtype.itemsize
+    stored = jnp.dtype(stored_dtype(job.sources.dtype, checkpoint))
+    one = checkpoint.parameters * share * stored.itemsize
     # The blocks of one further draw at a time lie beside those of the run.
     copies = 1 + (job.output.format == "orbax") + (len(job.sources.calibration.seeds) > 1)
     return int(one * copies)

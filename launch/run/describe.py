@@ -2,21 +2,26 @@
 
 import dataclasses
 import datetime
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from eval.size import peak_memory
-from launch.flags.common import DTYPES
+from launch.flags.dtypes import compute_dtype
 from launch.flags.protocols import stamp
-from launch.report import removal
+from launch.report import removal, summary
 from launch.run import draws, export, formats
 from launch.run.inputs import Inputs
 from launch.run.job import Job
 from launch.run.measure import model_origin, protocol
+from models.checkpoint.reader import Checkpoint
 from pruning.figures import to_json
 from pruning.types import Outcome
+
+# An output with this many times the source's bytes for each parameter has a wider type.
+WIDER = 1.2
 
 
 class Results(NamedTuple):
@@ -30,6 +35,7 @@ class Results(NamedTuple):
       dense: Measurements of the dense model: "perplexity" by data set, "tasks" by task.
       pruned: The same of the pruned model.
       further_draws: `draws.record` of each draw but the first.
+      remarks: Sentences about the files of the checkpoint that its reader must see.
     """
 
     outcome: Outcome
@@ -39,6 +45,7 @@ class Results(NamedTuple):
     dense: Mapping[str, Any]
     pruned: Mapping[str, Any]
     further_draws: list[dict[str, Any]]
+    remarks: Sequence[str] = ()
 
 
 def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[str, Any]:
@@ -54,6 +61,12 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     target = _target(job, outcome)
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
+    types = _types(job, inputs, results)
+    warnings = [
+        *_type_warnings(types, checkpoint, written),
+        *formats.warnings(written.other_formats, written.loaded.config, types["stored"]),
+        *_warnings(inputs, results, sparsity),
+    ]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": job.config.model,
@@ -66,10 +79,8 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         | protocol(inputs.data, inputs.zero_shot),
         "sparsity": sparsity,
         "parameters": {"dense": checkpoint.parameters, "pruned": results.parameters},
-        "bytes": {
-            "dense": checkpoint.parameters * DTYPES[job.config.dtype].dtype.itemsize,
-            "pruned": written.loaded.stored_bytes,
-        },
+        "bytes": {"dense": checkpoint.stored_bytes, "pruned": written.loaded.stored_bytes},
+        "dtype": types,
         "perplexity": _perplexity(results),
         "tasks": {
             name: {"dense": results.dense["tasks"][name], "pruned": metrics}
@@ -78,7 +89,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         **_draws(inputs, results),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
-        "warnings": _warnings(job, inputs, results, sparsity),
+        "warnings": warnings,
         "notes": list(removal.notes(written)),
         "other_formats": dict(written.other_formats),
         "loads_as": written.form.label,
@@ -104,16 +115,6 @@ def _loading(written: export.Written) -> dict[str, Any]:
     }
 
 
-def _warnings(job: Job, inputs: Inputs, results: Results, sparsity: Mapping[str, Any]) -> list[str]:
-    """Return what a reader of the report must know."""
-    written, window = results.written, inputs.calibration.ids.shape[1]
-    return [
-        *removal.warnings(sparsity, written, inputs.checkpoint, window),
-        *formats.warnings(written.other_formats, written.loaded.config, job.config.dtype),
-        *results.outcome.warnings,
-    ]
-
-
 def _load_back(written: export.Written) -> dict[str, str]:
     """Return how the checkpoint and the GGUF file read back, in words."""
     results = {"topiary": written.topiary.message, "transformers": written.transformers.message}
@@ -127,6 +128,45 @@ def _target(job: Job, outcome: Outcome) -> float:
         # The method's arguments give all linears the same fraction.
         return next(iter(outcome.asked[0].values()))
     return job.request.sparsity
+
+
+def _types(job: Job, inputs: Inputs, results: Results) -> dict[str, str]:
+    """Return the report's `dtype`: type of the source, of the computation and of the output."""
+    return {
+        "source": inputs.checkpoint.dtype,
+        "computed": str(jnp.dtype(compute_dtype(job.config.dtype))),
+        "stored": results.written.loaded.config["dtype"],
+    }
+
+
+def _warnings(inputs: Inputs, results: Results, sparsity: Mapping[str, Any]) -> list[str]:
+    """Return what a reader must know of the files, of what was removed, and of the method."""
+    checkpoint, outcome = inputs.checkpoint, results.outcome
+    window = inputs.calibration.ids.shape[1]
+    return [
+        *checkpoint.remarks,
+        *results.remarks,
+        *removal.warnings(sparsity, results.written, checkpoint, window),
+        *removal.linear_warnings(outcome, results.counts, checkpoint),
+        *outcome.warnings,
+    ]
+
+
+def _type_warnings(
+    types: Mapping[str, str], checkpoint: Checkpoint, written: export.Written
+) -> Iterator[str]:
+    """Yield what to know where the output takes more bytes for a parameter than the source."""
+    # Of the numbers alone: the headers of small files would count as a wider type.
+    whole = jnp.dtype(types["stored"]).itemsize * checkpoint.parameters
+    if whole <= WIDER * checkpoint.stored_bytes:
+        return
+    kept = f"; --dtype=auto keeps {types['source']}" if types["source"] != types["stored"] else ""
+    yield (
+        f"the output stores {types['stored']}, {whole / checkpoint.stored_bytes:.1f} times the "
+        f"source's bytes for each parameter: its files take "
+        f"{summary.size(written.loaded.stored_bytes)}, the source's "
+        f"{summary.size(checkpoint.stored_bytes)}{kept}"
+    )
 
 
 def _perplexity(results: Results) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from calibration.data import Tokens
 from calibration.journal import Journal
 from calibration.runtime import Runtime
+from launch.flags.dtypes import stored_dtype
 from launch.report import console
 from launch.run.job import Job
 from launch.run.resume import BLOCKS, JOURNAL, open_journal
@@ -92,7 +93,8 @@ def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
     # An interrupted draw may have begun to write the model; its finished blocks lie elsewhere.
     run_on_primary(functools.partial(shutil.rmtree, output, ignore_errors=True))
     job, config = repetition.job, repetition.checkpoint.config
-    writer = Writer(output, config, job.output.layout, work=directory / BLOCKS)
+    dtype = stored_dtype(job.sources.dtype, repetition.checkpoint)
+    writer = Writer(output, config, job.output.layout, work=directory / BLOCKS, dtype=dtype)
     facts = {**repetition.facts, "draw": tokens.protocol}
     journal = open_journal(directory / JOURNAL, facts, writer, None)
     repetition.damage.extend(f"seed {seed}: {sentence}" for sentence in journal.damage)

@@ -15,6 +15,7 @@ from calibration.states import fits_in_memory
 from models.arch import Block, Model, apply_block, embed
 from models.checkpoint.output_format import Form
 from models.checkpoint.reader import Checkpoint, open_checkpoint, weight_files
+from models.checkpoint.stored import rounded
 from models.checkpoint.writer import Writer
 from models.families import hf
 from models.processes import run_on_primary
@@ -40,6 +41,7 @@ class RoundTripCheck:
 
     Attributes:
       tokens: The batch, int32 [1 time].
+      dtype: Type that the run computes in.
     """
 
     def __init__(self, model: Model, writer: Writer, length: int = 32) -> None:
@@ -51,7 +53,10 @@ class RoundTripCheck:
         tokens = np.arange(length) * PRIME % arch.config.vocab
         self.tokens = jnp.asarray(tokens, jnp.int32)[None, :]
         self._x = embed(arch, model.non_block, self.tokens)
+        self.dtype = self._x.dtype
         for block in writer.stored():
+            # Files may hold a narrower type than the run computes in.
+            block = jax.tree.map(lambda x: x.astype(self.dtype), block)
             self._x = apply_block(arch, block, self._x)
 
     def put(self, i: int, block: Block) -> None:
@@ -65,7 +70,7 @@ class RoundTripCheck:
             return  # a method whose search is finished gives all blocks again
         block = local(block)
         self._writer.put(i, block)
-        self._x = apply_block(self._model.arch, block, self._x)
+        self._x = apply_block(self._model.arch, rounded(block, self._writer.dtype), self._x)
 
     def logits(self) -> jax.Array:
         """Return the logits [1 time vocab] of the batch."""
@@ -182,7 +187,9 @@ def _by_transformers(directory: pathlib.Path, check: RoundTripCheck, tolerance: 
         reason = "transformers needs accelerate for a model of this size (pip install accelerate)"
         return Check(True, f"not checked: {reason}", made=False)
     try:
-        logits = _transformers_logits(directory, np.asarray(check.tokens, np.int64), offload)
+        # That of the run: in the stored type both would differ by rounding.
+        dtype = str(check.dtype)
+        logits = _transformers_logits(directory, np.asarray(check.tokens, np.int64), dtype, offload)
         return _compared(largest_difference(check.logits(), logits), tolerance)
     except Exception as e:
         # transformers has versions of its own: its failure is reported and does not end the run.
@@ -190,12 +197,15 @@ def _by_transformers(directory: pathlib.Path, check: RoundTripCheck, tolerance: 
         return Check(False, f"cannot load it ({type(e).__name__}: {message})")
 
 
-def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray, offload: bool) -> np.ndarray:
+def _transformers_logits(
+    directory: pathlib.Path, tokens: np.ndarray, dtype: str, offload: bool
+) -> np.ndarray:
     """Return transformers' logits, float32 [batch time vocab].
 
     Args:
       directory: The checkpoint.
       tokens: The batch, int64 [batch time].
+      dtype: Name of the type to compute in.
       offload: Whether weights stay in their files until they are needed.
     """
     import torch
@@ -207,7 +217,7 @@ def _transformers_logits(directory: pathlib.Path, tokens: np.ndarray, offload: b
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         options = {"device_map": {"": "disk"}, "offload_folder": folder} if offload else {}
         model = AutoModelForCausalLM.from_pretrained(
-            directory, trust_remote_code=True, dtype="auto", **options
+            directory, trust_remote_code=True, dtype=getattr(torch, dtype), **options
         ).eval()
         return model(torch.tensor(tokens)).logits.float().numpy()
 

@@ -58,8 +58,10 @@ def write_formats(
       RuntimeError: A format does not read back as it was written.
     """
     if output.format == "orbax":
-        # Each process writes what its devices hold.
-        pytrees.save(directory, written.loaded.model, mesh)
+        # The type that config.json names, in which they are read back. Each process writes what
+        # its devices hold.
+        stored = jnp.dtype(written.loaded.config["dtype"])
+        pytrees.save(directory, open_checkpoint(directory, stored).model, mesh)
     formats = {}
     if output.format == "gguf":
         dtype = written.loaded.model.non_block.embed.dtype

@@ -102,7 +102,7 @@ class Sources(NamedTuple):
 
     Attributes:
       model: Checkpoint to prune, with its revision; None if it is not given.
-      dtype: Type of the model in memory and in the output.
+      dtype: Type of the model in memory and in the output, or "auto".
       calibration: Calibration windows.
       evaluation: Evaluation windows.
       tasks: Zero-shot tasks.

@@ -48,11 +48,13 @@ class _Leaf(NamedTuple):
       start: Offset of its first byte.
       end: Offset after its last byte.
       shape: Shape of the array.
+      dtype: Name of its type.
     """
 
     start: int
     end: int
     shape: tuple[int, ...]
+    dtype: str
 
 
 def msgpack_entries(path: pathlib.Path) -> dict[str, Entry]:
@@ -87,7 +89,8 @@ def msgpack_entries(path: pathlib.Path) -> dict[str, Entry]:
     if wrong is not None or not leaves:
         raise corrupt(path, f"{wrong or 'it'} is not an array")
     return {
-        name: Entry(leaf.shape, partial(_load, path, name, leaf)) for name, leaf in leaves.items()
+        name: Entry(leaf.shape, partial(_load, path, name, leaf), dtype=leaf.dtype)
+        for name, leaf in leaves.items()
     }
 
 
@@ -115,7 +118,8 @@ def _node(data: mmap.mmap, at: int, depth: int) -> tuple[Any, int]:
     if _CHUNKED in children:
         # An array above 1 GiB: the leaf spans the whole map, which msgpack_restore joins.
         shape = children["shape"]
-        return _Leaf(start, at, tuple(shape[str(i)] for i in range(len(shape)))), at
+        dtype = next(iter(children["chunks"].values())).dtype
+        return _Leaf(start, at, tuple(shape[str(i)] for i in range(len(shape))), dtype), at
     return children, at
 
 
@@ -131,7 +135,8 @@ def _array(data: mmap.mmap, at: int) -> tuple[_Leaf, int]:
     unpacker.feed(data[start + 1 : start + 1 + _WINDOW])
     if data[start] != 1 or unpacker.read_array_header() != 3:
         raise ValueError(f"no array at byte {at}")
-    return _Leaf(at, end, tuple(unpacker.unpack())), end
+    shape, dtype = tuple(unpacker.unpack()), unpacker.unpack()
+    return _Leaf(at, end, shape, dtype.decode() if isinstance(dtype, bytes) else str(dtype)), end
 
 
 def _load(path: pathlib.Path, name: str, leaf: _Leaf) -> np.ndarray:
@@ -186,4 +191,4 @@ def as_torch(entries: Mapping[str, Entry], where: pathlib.Path) -> dict[str, Ent
 
 
 def _transposed(entry: Entry) -> Entry:
-    return Entry(entry.shape[::-1], lambda: entry.load().T)
+    return Entry(entry.shape[::-1], lambda: entry.load().T, dtype=entry.dtype)

@@ -24,8 +24,8 @@ from models.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-_SAFETENSORS_FLOATS = ("F64", "F32", "F16", "BF16")
-_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_SAFETENSORS_FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_FLOATS = tuple(_SAFETENSORS_FLOATS.values())
 
 
 def open_tensors(directory: pathlib.Path) -> Tensors:
@@ -113,11 +113,13 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
 
 def _safetensors(path: pathlib.Path) -> dict[str, Entry]:
     with _opened(path) as file:
-        shapes = {n: tuple(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+        slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
+        kinds = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
     entries = {}
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in kinds.items():
         load = partial(load_tensor, path, name)
-        entries[name] = Entry(shape, load, load)
+        # Other types are refused when they are read: nothing may need them.
+        entries[name] = Entry(shape, load, load, _SAFETENSORS_FLOATS.get(dtype, dtype))
     return entries
 
 
@@ -168,7 +170,11 @@ def _torch(path: pathlib.Path) -> dict[str, Entry]:
             "save the model's state_dict, or convert it to safetensors",
         )
     return {
-        name: Entry(tuple(tensor.shape), partial(_load_torch, path, name, tensor))
+        name: Entry(
+            tuple(tensor.shape),
+            partial(_load_torch, path, name, tensor),
+            dtype=str(tensor.dtype).removeprefix("torch."),
+        )
         for name, tensor in state.items()
     }
 

@@ -125,7 +125,7 @@ def _unpermuted(entry: Entry, head_dim: int, where: str) -> Entry:
         pairs = stored.reshape(-1, head_dim // 2, 2, *stored.shape[1:])  # [heads, d/2, 2, ...]
         return pairs.swapaxes(1, 2).reshape(stored.shape)
 
-    return Entry(entry.shape, load)
+    return Entry(entry.shape, load, dtype=entry.dtype)
 
 
 def _field(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:

@@ -229,7 +229,8 @@ def lazy(path: pathlib.Path, name: str, stored: Stored) -> Entry:
     Returns:
       Entry of its own dtype if that is a float of 16 bits or more, else float32.
     """
-    return Entry(stored.shape, partial(_load, path, name, stored))
+    dtype = np.dtype(_PLAIN.get(stored.dtype, np.float32)).name
+    return Entry(stored.shape, partial(_load, path, name, stored), dtype=dtype)
 
 
 def _load(path: pathlib.Path, name: str, stored: Stored) -> np.ndarray:

@@ -27,6 +27,8 @@ CLASS_PREFIX = {
     "granite": "Granite",
     "opt": "OPT",
 }
+# Version of transformers whose layout of config.json we write, beside that of transformers 4.
+LAYOUT_OF = "5.0.0"
 # File of the class that ships with a checkpoint of our own type.
 CODE = "modeling_pruned.py"
 
@@ -98,7 +100,7 @@ def shape_of(arch: Arch, block: Block) -> Shape:
 
 
 def _without_own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in config.items() if k not in ("auto_map", "widths", "biases")}
+    return {k: v for k, v in config.items() if k not in ("widths", "biases")}
 
 
 def _stock_llama(config: Mapping[str, Any], kind: str, target: Any) -> dict[str, Any] | None:
@@ -195,6 +197,26 @@ def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequen
     return Form(new, code)
 
 
+def _travels(field: str) -> bool:
+    """Return whether a field of the source's configuration holds for a pruned model.
+
+    Fields that name code do not: the code stays behind, and some would fetch it from the hub.
+    """
+    return field not in ("auto_map", "custom_pipelines") and "_implementation" not in field
+
+
+def _portable(form: Form, source: Mapping[str, Any]) -> Form:
+    """Leave out of a form what the source says of its own code and of who wrote it."""
+    new = dict(form.config)
+    # transformers mends tokenizers of mistral models that a version before 5 wrote, which ours are
+    # not. A mistral model keeps what it says: its tokenizer is the one that may need it.
+    if kind_of(source) != "mistral" or new["model_type"] != "mistral":
+        new.pop("transformers_version", None)
+        if new["model_type"] == "mistral":
+            new["transformers_version"] = LAYOUT_OF
+    return form._replace(config=new)
+
+
 def choose_form(
     config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str], layout: Layout
 ) -> Form:
@@ -213,6 +235,7 @@ def choose_form(
     Raises:
       InputError: The layout is "padded" and no stock architecture has these biases.
     """
+    source, config = config, {k: v for k, v in config.items() if _travels(k)}
     # A stock form has one width for all blocks: that of the widest.
     widest = Shape(max(s.heads for s in shapes), max(s.neurons for s in shapes))
     if layout == "padded" and hf.family(config) is hf.OPT:
@@ -228,7 +251,7 @@ def choose_form(
             field="layout",
             value="padded",
         )
-    return stock or _own_form(config, shapes, biases)
+    return _portable(stock or _own_form(config, shapes, biases), source)
 
 
 def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> str:
@@ -250,15 +273,16 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
     biases = tuple({*arch.config.biases, *readers})
     shapes = [shape_of(arch, b) for b in blocks]
     # The final widths are not known yet; the dense ones stand for any that are all alike.
-    label = choose_form(config, shapes, biases, layout).label
-    fewer_heads = "heads" in change.narrower
-    if layout == "padded" or not change.narrower or (change.alike and not fewer_heads):
-        return label
+    form = choose_form(config, shapes, biases, layout)
+    keeps_heads = change.alike and "heads" not in change.narrower
+    # Blocks that differ before the run differ after it.
+    if layout == "padded" or not change.narrower or keeps_heads or form.code is not None:
+        return form.label
     if not change.alike or hf.family(config) is hf.OPT:
         return _own_form(config, shapes, biases).label
     return (
-        f"{label}, or another stock type of the same function where the heads left do not divide "
-        "the hidden size"
+        f"{form.label}, or another stock type of the same function where the heads left do not "
+        "divide the hidden size"
     )
 
 

@@ -8,18 +8,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.blocks import LazyBlocks, fetch, put_on_devices
 from models.checkpoint.formats import open_tensors
-from models.checkpoint.tensors import WHOLE, Tensors
+from models.checkpoint.stored import HEAD, exact_dtype, settle_head, with_prefix
+from models.checkpoint.tensors import Tensors
 from models.errors import InputError
 from models.families import hf
 from models.precision import check_single_precision
 
 # Buffers that some exporters stored beside the weights; they follow from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+# Beginnings of the names of a language model's own tensors.
+OWN_MODULES = ("model.", "lm_head.")
 
 
 class Checkpoint(NamedTuple):
@@ -32,6 +34,8 @@ class Checkpoint(NamedTuple):
       directory: Checkpoint directory or `.gguf` file, where the tokenizer is.
       parameters: Number of entries of the model's arrays.
       stored_bytes: Size of the weight files in bytes.
+      dtype: Narrowest type that holds every stored parameter exactly.
+      remarks: Sentences that the report's reader must see.
     """
 
     model: Model
@@ -40,24 +44,8 @@ class Checkpoint(NamedTuple):
     directory: pathlib.Path
     parameters: int
     stored_bytes: int
-
-
-class _DecoderTensors:
-    """Tensors of a checkpoint of the bare decoder, whose names lack the leading `model.`."""
-
-    def __init__(self, tensors: Tensors):
-        self._tensors = tensors
-        # The head lies beside the decoder, so its name never had the prefix.
-        self._stored_names = {
-            n if n.startswith("lm_head.") else f"model.{n}": n for n in tensors.shapes
-        }
-        self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tensors.shapes[stored] for name, stored in self._stored_names.items()
-        }
-
-    def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
-        """Read a tensor or some of its rows, see `Tensors.read`."""
-        return self._tensors.read(self._stored_names[name], rows)
+    dtype: str = "float32"
+    remarks: tuple[str, ...] = ()
 
 
 def _first_names(names: Sequence[str]) -> str:
@@ -65,7 +53,7 @@ def _first_names(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def check(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+def check(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], tied: bool) -> tuple[str, ...]:
     """Check that a checkpoint has the tensors of its configuration.
 
     Args:
@@ -73,8 +61,11 @@ def check(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], tied: bool) -
       wanted: Shape of each tensor that the configuration calls for.
       tied: True if the embedding serves as the head.
 
+    Returns:
+      Remarks about tensors that are left out.
+
     Raises:
-      InputError: A tensor is missing, surplus or of another shape.
+      InputError: A tensor of the model is missing, surplus or of another shape.
     """
     missing = [n for n in wanted if n not in tensors.shapes]
     if missing:
@@ -90,17 +81,25 @@ def check(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], tied: bool) -
                 "they belong to different models",
             )
     # A tied head that is stored too is a copy of the embedding.
-    ignored = {"lm_head.weight"} if tied else set()
+    ignored = {HEAD} if tied else set()
     surplus = [
         n
         for n in tensors.shapes
         if n not in wanted and n not in ignored and not n.endswith(IGNORED_SUFFIXES)
     ]
-    if surplus:
+    own = [n for n in surplus if n.startswith(OWN_MODULES)]
+    if own:
         raise InputError(
-            f"the checkpoint holds {_first_names(surplus)}, which config.json does not account for",
+            f"the checkpoint holds {_first_names(own)}, which config.json does not account for",
             "they belong to different models",
         )
+    if not surplus:
+        return ()
+    # Trainers store heads of their own beside the model; transformers leaves them out too.
+    return (
+        f"{_first_names(surplus)} of the checkpoint are no part of a language model: they were "
+        "left out",
+    )
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:
@@ -158,16 +157,31 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
     arch, non_block, blocks = hf.specs(config)
     tensors = open_tensors(directory) if tensors is None else tensors
     # Some OPT and LLaMA checkpoints hold the bare decoder.
-    if not any(n.startswith("model.") for n in tensors.shapes):
-        tensors = _DecoderTensors(tensors)
-    leaves = jax.tree.leaves((non_block, blocks), is_leaf=hf.is_spec)
+    tensors = with_prefix(tensors, [s.name for s in _leaves((non_block, blocks))])
+    remarks: tuple[str, ...] = ()
+    if arch.config.tied:
+        config, tensors, remarks = settle_head(config, tensors, non_block.embed.name)
+        arch, non_block, blocks = hf.specs(config)
+    leaves = _leaves((non_block, blocks))
     # Before any data is read, so that a wrong checkpoint fails at once.
-    check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
+    remarks += check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
     model = Model(
         arch, put_on_devices(fetch(tensors, non_block), dtype), LazyBlocks(tensors, blocks, dtype)
     )
-    size = sum(f.stat().st_size for f in weight_files(path))
-    return Checkpoint(model, config, blocks, path, sum(math.prod(s.shape) for s in leaves), size)
+    return Checkpoint(
+        model,
+        config,
+        blocks,
+        path,
+        parameters=sum(math.prod(s.shape) for s in leaves),
+        stored_bytes=sum(f.stat().st_size for f in weight_files(path)),
+        dtype=exact_dtype(tensors, [s.name for s in leaves]),
+        remarks=remarks,
+    )
+
+
+def _leaves(specs: Any) -> list[hf.Spec]:
+    return jax.tree.leaves(specs, is_leaf=hf.is_spec)
 
 
 def weight_files(path: pathlib.Path) -> list[pathlib.Path]:

@@ -19,9 +19,11 @@ class Tensors(Protocol):
     Attributes:
       shapes: Shape of each tensor by its Hugging Face (PyTorch) name, linears [out in], known
         without reading data.
+      dtypes: Name of the type that each tensor is read in, such as "float16".
     """
 
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
 
     def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
         """Read a tensor, or some of its rows, and keep nothing of it.
@@ -46,11 +48,13 @@ class Entry(NamedTuple):
       shape: Shape of the tensor.
       load: Function that reads it.
       part: Function that reads some of its rows; None where the format cannot.
+      dtype: Name of the type that it is read in.
     """
 
     shape: tuple[int, ...]
     load: Callable[[], np.ndarray]
     part: Callable[[slice], np.ndarray] | None = None
+    dtype: str = "float32"
 
 
 class LazyTensors:
@@ -66,6 +70,9 @@ class LazyTensors:
         self._where = where
         self.shapes: Mapping[str, tuple[int, ...]] = {
             name: entry.shape for name, entry in self._entries.items()
+        }
+        self.dtypes: Mapping[str, str] = {
+            name: entry.dtype for name, entry in self._entries.items()
         }
 
     def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:

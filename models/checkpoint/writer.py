@@ -24,6 +24,7 @@ from models.checkpoint.output_format import (
     shape_of,
     with_dtype,
 )
+from models.checkpoint.stored import narrowed
 from models.families import hf
 from models.layers import Linear
 from models.processes import run_on_primary
@@ -49,6 +50,11 @@ class Writer:
       layout: "auto" or "padded", see `models.checkpoint.output_format.choose_form`.
       shard_bytes: Largest size of a weight file.
       work: Directory that outlives the process, for a `rewind`; None for one that `finish` removes.
+      dtype: Name of the type to store, such as "float16"; None for that of the parameters.
+
+    Attributes:
+      dtype: Type to store; None for that of the parameters.
+      remarks: After `finish`: sentences that the report's reader must see.
     """
 
     def __init__(
@@ -58,7 +64,10 @@ class Writer:
         layout: Layout = "auto",
         shard_bytes: int = SHARD_BYTES,
         work: pathlib.Path | None = None,
+        dtype: str | None = None,
     ):
+        self.remarks: tuple[str, ...] = ()
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
         self._directory = directory
         self._config = dict(config)
         self._layout = layout
@@ -121,7 +130,7 @@ class Writer:
         leaves, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
         for spec, array in zip(leaves, arrays, strict=True):
             # safetensors writes the memory as it lies, so views must be made contiguous.
-            value = np.ascontiguousarray(to_host(array))
+            value = np.ascontiguousarray(narrowed(spec.name, to_host(array), self.dtype))
             buffered = sum(x.nbytes for x in self._buffer.values())
             # Half of a shard, because saving takes as much memory again.
             if self._buffer and buffered + value.nbytes > self._shard_bytes // 2:
@@ -209,7 +218,7 @@ class Writer:
         self._add(self._non_block_specs, non_block)
         config = self._config if kept is None else hf.shallower(self._config, kept)
         form = choose_form(config, self._shapes, sorted(self._biases), self._layout)
-        dtype = jax.tree.leaves(non_block)[0].dtype
+        dtype = self.dtype or jax.tree.leaves(non_block)[0].dtype
         config = with_dtype(form.config, str(dtype))
         wanted = {
             s.name: s.shape for s in jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
@@ -220,17 +229,21 @@ class Writer:
         self._buffer |= {name: np.zeros(wanted[name], dtype) for name in sorted(self._added)}
         self._flush()
 
-        def complete() -> None:
+        def complete() -> list[str]:
             # The weights first: a directory with config.json counts as a checkpoint.
             self._make_files(wanted, dtype.itemsize)
             write_json(self._directory / "config.json", config)
+            # safetensors lets the owner alone read its files; the umask decides about all others.
+            for file in self._directory.glob("model*.safetensors"):
+                shutil.copymode(self._directory / "config.json", file)
             if form.code is not None:
                 (self._directory / CODE).write_text(form.code, encoding="utf-8")
-            copy_companions(companions, self._directory, config)
+            remarks = copy_companions(companions, self._directory, config)
             if self._remove_work:
                 shutil.rmtree(self._work)
+            return remarks
 
-        run_on_primary(complete)
+        self.remarks = tuple(run_on_primary(complete))
         return form
 
     def _make_files(self, wanted: Mapping[str, tuple[int, ...]], itemsize: int) -> None:

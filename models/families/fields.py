@@ -151,10 +151,21 @@ def read_rope(f: Fields) -> Rope:
       Rotary settings.
 
     Raises:
-      InputError: The kind of scaling is not supported, or a field is wrong.
+      InputError: The kind of scaling is not supported, a field is wrong, or both spellings are
+        there and say different things.
     """
-    # A file with both spellings repeats itself; the newer one wins.
-    parameters = {**f.section("rope_scaling"), **f.section("rope_parameters")}
+    spellings = [f.section(name) for name in ("rope_parameters", "rope_scaling")]
+    given = [_rope(f, section) for section in spellings if section]
+    if len(set(given)) > 1:
+        raise InputError(
+            "config.json: rope_parameters and rope_scaling disagree",
+            "leave out the one that is wrong: versions of transformers read one or the other",
+        )
+    return given[0] if given else _rope(f, {})
+
+
+def _rope(f: Fields, parameters: Mapping[str, Any]) -> Rope:
+    """Read the rotary settings of one spelling; see `read_rope`."""
     g = Fields(parameters)
     # Older files call it `type`.
     kind = parameters.get("rope_type", parameters.get("type")) or "default"

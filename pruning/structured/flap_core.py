@@ -185,12 +185,13 @@ def select_official(
     if structure == "UL-MM":
         h, n = squared.sums(), neurons.sums()
         per_block = heads_removed // len(h)
-        total = len(h[0]) * heads.cost + len(n[0]) * neurons.cost
-        # The heads alone may exceed the budget, hence the maximum with 0.
-        count = int((ratio * total - heads.cost * per_block) / neurons.cost)
-        return Kept(
-            [drop_lowest(s, per_block) for s in h], [drop_lowest(s, max(0, count)) for s in n]
-        )
+        keep_neurons = []
+        for block_heads, s in zip(h, n, strict=True):
+            total = len(block_heads) * heads.cost + len(s) * neurons.cost
+            # The heads alone may exceed the budget, hence the maximum with 0.
+            count = int((ratio * total - heads.cost * per_block) / neurons.cost)
+            keep_neurons.append(drop_lowest(s, max(0, count)))
+        return Kept([drop_lowest(s, per_block) for s in h], keep_neurons)
     h, n = squared.standardised_means(), neurons.standardised_means()
     if structure == "AL-MM":
         total = _count(h) * heads.cost + _count(n) * neurons.cost

@@ -232,8 +232,8 @@ def removed_outcome(
       scores_label: Name of the scores.
 
     Returns:
-      Outcome whose details hold the kept indices of each group by block, and the number of units of
-      each group in a dense block.
+      Outcome whose details hold, for each group and by block, the kept indices, and under "units"
+      the number of units of the model that came in.
     """
     removed = []
     for keep in keeps:
@@ -251,7 +251,8 @@ def removed_outcome(
         f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps]
         for name in keeps[0]
     }
-    units = {name: len(stays) for name, stays in keeps[0].items()}
+    # By block: a model that was pruned before may have blocks of different widths.
+    units = {name: [len(keep[name]) for keep in keeps] for name in keeps[0]}
     return Outcome(
         asked=tuple(dict.fromkeys(linears, request.sparsity) for linears in removed),
         removed=tuple(removed),

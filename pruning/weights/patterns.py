@@ -7,9 +7,9 @@ import numpy as np
 from models.errors import InputError
 from pruning.weights.patterns_core import (
     Pattern,
+    keep_budget_per_matrix,
     keep_in_column_block,
     keep_n_of_m,
-    keep_per_matrix,
     keep_per_row,
 )
 
@@ -51,7 +51,7 @@ def _counts_per_column_block(
     return _truncate(1, np.diff(ends, prepend=0) * shape[0] * np.float64(fraction))
 
 
-per_matrix = Pattern(_counts_per_matrix, keep_per_matrix, by_row=False)
+per_matrix = Pattern(_counts_per_matrix, keep_budget_per_matrix, by_row=False)
 per_row = Pattern(_counts_per_row, keep_per_row)
 
 

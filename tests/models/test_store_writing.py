@@ -232,7 +232,7 @@ def test_tokenizer_and_generation_files_are_copied(tmp_path: pathlib.Path) -> No
         "model.safetensors.index.json",
         "training_args.bin",
     ]:
-        (source / name).write_text(name)
+        (source / name).write_text(json.dumps({"name": name}))
     (source / "tokenizer_files").mkdir()
     save(tmp_path / "out", model, tiny.GQA, source)
     assert {f.name for f in (tmp_path / "out").iterdir()} == {
@@ -240,7 +240,8 @@ def test_tokenizer_and_generation_files_are_copied(tmp_path: pathlib.Path) -> No
         "config.json",
         "model.safetensors",
     }
-    assert all((tmp_path / "out" / name).read_text() == name for name in copied)
+    for name in copied:
+        assert json.loads((tmp_path / "out" / name).read_text()) == {"name": name}
 
 
 def test_generation_settings_are_made_where_there_are_none(tmp_path: pathlib.Path) -> None:

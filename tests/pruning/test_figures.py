@@ -28,6 +28,16 @@ def test_a_cell_is_the_fraction_that_is_kept() -> None:
     assert "2 of 6 heads are left" in figure.caption
 
 
+def test_blocks_of_different_widths_have_cells_of_their_own_units_alone() -> None:
+    masks = [np.array([True, False]), np.array([False, True, True, True])]
+    figure = figures.kept_map("heads", masks)
+    assert figure.kept == [[1, 0, None, None], [0, 1, 1, 1]] and figure.units == 4
+    assert "4 of 6 heads are left" in figure.caption and "differ in width" in figure.caption
+    many = figures.kept_map("neurons", [np.ones(300, bool), np.ones(1000, bool)]).kept
+    assert [cell is None for cell in many[0]].count(False) == pytest.approx(300 * 256 / 1000, abs=1)
+    assert len(many[0]) == len(many[1]) == figures.MAX_CELLS
+
+
 def test_cells_of_many_units_add_up_to_the_units_kept() -> None:
     figure = figures.kept_map("neurons", [np.arange(1000) % 2 == 0])
     many = np.array(figure.kept)

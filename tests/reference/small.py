@@ -36,15 +36,38 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
+# Models that were pruned before: blocks of different widths, the first one not the widest.
+RAGGED: Mapping[str, Mapping[str, Any]] = {
+    "llama": CONFIGS["llama"]
+    | {
+        "model_type": "topiary_llama",
+        "widths": {"heads": [2, 4, 3], "neurons": [12, 24, 18]},
+        "biases": [],
+    },
+    "llama-gqa": CONFIGS["llama-gqa"]
+    | {
+        "model_type": "topiary_llama",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "widths": {"heads": [2, 4, 3], "neurons": [12, 24, 18]},
+        "biases": ["mlp.down_proj"],
+    },
+    "opt": CONFIGS["opt"]
+    | {
+        "model_type": "topiary_opt",
+        "widths": {"heads": [2, 4, 3], "neurons": [12, 24, 18]},
+        "biases": ["self_attn.out_proj", "fc2"],
+    },
+}
 
 
 @functools.cache
-def model(family: str, seed: int = 0, dtype: str = "float32") -> Model:
+def model(family: str, seed: int = 0, dtype: str = "float32", ragged: bool = False) -> Model:
     """Return the random model, drawn on the host.
 
     Norms and biases are random too, so that forgetting one of them shows.
     """
-    arch, non_block, blocks = hf.specs(CONFIGS[family])
+    arch, non_block, blocks = hf.specs((RAGGED if ragged else CONFIGS)[family])
     rng = np.random.default_rng(seed)
 
     def draw(spec: hf.Spec) -> jax.Array:

@@ -6,6 +6,10 @@ that have one. Everything else is transformers' own. Written by Topiary.
 
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils.versions import require_version
+
+# Earlier ones take the number of heads from the configuration, for all blocks alike.
+require_version("transformers>=4.48")
 
 
 class PrunedConfig(LlamaConfig):

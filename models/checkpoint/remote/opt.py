@@ -6,6 +6,10 @@ one. Everything else is transformers' own. Written by Topiary.
 
 from torch import nn
 from transformers import OPTConfig, OPTForCausalLM
+from transformers.utils.versions import require_version
+
+# Earlier ones take the width of attention from the configuration, for all blocks alike.
+require_version("transformers>=4.48")
 
 
 class PrunedConfig(OPTConfig):

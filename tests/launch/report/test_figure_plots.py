@@ -76,6 +76,20 @@ def test_a_map_has_the_colour_of_the_unit_where_units_are_kept() -> None:
     }
 
 
+def test_units_that_a_block_never_had_are_paler_than_units_that_are_kept() -> None:
+    from PIL import Image
+
+    masks = [np.array([True, False]), np.array([True, True, False, True])]
+    png = re.search(
+        r'href="data:image/png;base64,([^"]+)"', kept_map(figures.kept_map("heads", masks))
+    )
+    assert png
+    alpha = np.asarray(Image.open(io.BytesIO(base64.b64decode("".join(png[1].split())))))[..., 3]
+    cells = np.asarray(Image.fromarray(alpha).resize((4, 2), Image.Resampling.NEAREST))
+    assert cells[0, 0] == 255 and cells[0, 1] == 0, "kept, removed"
+    assert 0 < cells[0, 2] == cells[0, 3] < 64, "never there"
+
+
 def test_a_map_is_on_the_page_with_its_caption() -> None:
     figure = figures.to_json(figures.kept_map("heads", [np.array([False, True])]))
     report = {"model": "m", "method": "sleb", "sparsity": {"per_linear": {}}, "figures": [figure]}

@@ -303,10 +303,10 @@ def test_nested_settings_become_dotted_names() -> None:
     ]
 
 
-def test_the_expected_saving_follows_the_bytes() -> None:
+def test_the_expected_saving_follows_the_parameters() -> None:
     report = make_report(1)
     assert "no longer stored" in expectation(report)
-    report["bytes"]["pruned"] = report["bytes"]["dense"]
+    report["parameters"]["pruned"] = report["parameters"]["dense"]
     assert "stored as zeros" in expectation(report) and "pattern" not in expectation(report)
     report["settings"]["pattern"] = "2:4"
     assert "pattern 2:4" in expectation(report)

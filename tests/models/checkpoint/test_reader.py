@@ -81,6 +81,7 @@ class Counting:
     def __init__(self, state: State):
         self._state = state
         self.shapes = {n: x.shape for n, x in state.items()}
+        self.dtypes = {n: x.dtype.name for n, x in state.items()}
         self.reads: list[str] = []
         self.given: list[weakref.ref[np.ndarray]] = []
 

@@ -146,6 +146,25 @@ def test_rotary_settings_are_read_in_both_spellings() -> None:
     ].config.rope == Rope(10000.0, "dynamic", 2.0, 64)
 
 
+def test_rotary_settings_that_disagree_are_refused() -> None:
+    """transformers 4 would read one of them and transformers 5 the other."""
+    linear = {"rope_type": "linear", "factor": 2.0}
+    agreed = {
+        "rope_theta": 500.0,
+        "rope_scaling": {"type": "linear", "factor": 2.0},
+        "rope_parameters": {"rope_theta": 500.0, **linear},
+    }
+    assert hf.specs({**tiny.GQA, **agreed})[0].config.rope == Rope(500.0, "linear", 2.0, 64)
+    for change in (
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+        {"rope_parameters": {"rope_theta": 500.0, "rope_type": "default"}},
+        {"rope_theta": 1000.0},
+    ):
+        with pytest.raises(InputError, match="rope_parameters and rope_scaling disagree"):
+            hf.specs({**tiny.GQA, **agreed, **change})
+
+
 def test_linears_have_their_checkpoint_names() -> None:
     blocks = {k: hf.specs(c)[2][1] for k, c in tiny.FAMILIES.items()}
     assert hf.linear_name(blocks["llama"], "up") == "model.layers.1.mlp.up_proj"

@@ -72,11 +72,38 @@ def test_per_row_takes_a_fraction_for_every_row(name: str) -> None:
     assert np.array_equal(removed(per_row, SCORES[name], fractions), want)
 
 
+# A large matrix of which few entries tie, as weights from float16 do.
+HALF = np.random.default_rng(6).standard_normal((64, 96)).astype(np.float16).astype(np.float32)
+
+
 @pytest.mark.parametrize("fraction", FRACTIONS[1:])
-@pytest.mark.parametrize("name", SCORES)
-def test_per_matrix_removes_up_to_a_threshold(name: str, fraction: float) -> None:
-    got = removed(per_matrix, SCORES[name], fraction)
-    assert np.array_equal(got, reference.removed_per_matrix(SCORES[name], fraction))
+@pytest.mark.parametrize("score", [CONTINUOUS, np.abs(HALF)], ids=["continuous", "few ties"])
+def test_per_matrix_removes_up_to_a_threshold(score: np.ndarray, fraction: float) -> None:
+    got = removed(per_matrix, score, fraction)
+    assert np.array_equal(got, reference.removed_per_matrix(score, fraction))
+
+
+@pytest.mark.parametrize("fraction", FRACTIONS[1:])
+@pytest.mark.parametrize("name", SCORES.keys() - {"continuous"})
+def test_per_matrix_meets_its_budget_where_many_scores_are_equal(
+    name: str, fraction: float
+) -> None:
+    score, count = SCORES[name], int(SCORES[name].size * fraction)
+    got = removed(per_matrix, score, fraction)
+    # One more where the tie is the threshold's alone, as in the authors' code.
+    assert count <= got.sum() <= count + 1
+    threshold = np.sort(score.ravel())[count]
+    assert got[score < threshold].all() and not got[score > threshold].any()
+    if (score == threshold).all():
+        assert np.ptp(got.sum(axis=1)) <= 1, "no row gives more than its share"
+
+
+def test_per_matrix_breaks_the_ties_of_a_wide_matrix_evenly() -> None:
+    score = np.where(np.random.default_rng(7).random((200, 300)) < 0.1, 2, 1).astype(np.float32)
+    got = removed(per_matrix, score, 0.37)
+    assert got.sum() == int(score.size * 0.37) and not got[score == 2].any()
+    shares = got.sum(axis=1) / (score == 1).sum(axis=1)
+    assert np.ptp(shares) < 2 / 200
 
 
 @pytest.mark.parametrize("name", SCORES)
