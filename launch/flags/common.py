@@ -14,12 +14,15 @@ from launch.flags.cli import Flags
 from models.checkpoint import hub
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.errors import InputError
+from models.families.fields import longest_text
 from models.processes import is_multiprocess
 from models.sharding import make_mesh
+from models.untrusted import user_path
 from pruning.methods import REFINEMENTS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
+MOST_DRAWS = 1000
 
 
 def model_flags(f: Flags) -> None:
@@ -105,7 +108,7 @@ def calibration_flags(f: Flags) -> None:
     f.string(
         "calibration",
         "embedded",
-        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
+        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file",
     )
     f.integer("calibration_samples", 128, "number of windows", 1)
     f.integer(
@@ -120,6 +123,7 @@ def calibration_flags(f: Flags) -> None:
         "repeat the run on windows of seed, seed+1, ... and report the spread; the first model is "
         "written",
         1,
+        MOST_DRAWS,
     )
     f.choice(
         "activations",
@@ -140,7 +144,8 @@ def evaluation_flags(f: Flags) -> None:
     f.string(
         "eval_data",
         "embedded",
-        "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .parquet files",
+        "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .json, .parquet "
+        "files",
     )
     f.integer(
         "eval_length",
@@ -218,8 +223,7 @@ def window_length(length: int, config: Mapping[str, Any]) -> int:
       length: The flag's value; 0 for the model's own length.
       config: The model's `config.json`.
     """
-    own = int(config.get("max_position_embeddings", LONGEST_DEFAULT))
-    return length or min(LONGEST_DEFAULT, own)
+    return length or min(LONGEST_DEFAULT, longest_text(config, LONGEST_DEFAULT))
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -333,4 +337,4 @@ def output_path(text: str | None) -> pathlib.Path:
     """
     if not text:
         raise InputError("is missing", "give the directory to write", field="output")
-    return pathlib.Path(text).expanduser()
+    return user_path(text, "output")

@@ -111,6 +111,7 @@ def _warnings(job: Job, inputs: Inputs, results: Results, sparsity: Mapping[str,
         *removal.warnings(sparsity, written, inputs.checkpoint, window),
         *formats.warnings(written.other_formats, written.loaded.config, job.config.dtype),
         *results.outcome.warnings,
+        *inputs.calibration.warnings,
     ]
 
 

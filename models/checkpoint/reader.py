@@ -1,8 +1,9 @@
 """Checkpoints read block by block, so that no more than the requested block is in memory."""
 
-import json
 import math
+import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,14 +13,16 @@ import numpy as np
 
 from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.blocks import LazyBlocks, fetch, put_on_devices
-from models.checkpoint.formats import open_tensors
+from models.checkpoint.formats import open_tensors, weight_files
 from models.checkpoint.tensors import WHOLE, Tensors
 from models.errors import InputError
 from models.families import hf
 from models.precision import check_single_precision
+from models.untrusted import UserFile
 
 # Buffers that some exporters stored beside the weights; they follow from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
+_BLOCK_NAME = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Checkpoint(NamedTuple):
@@ -63,6 +66,25 @@ class _DecoderTensors:
 def _first_names(names: Sequence[str]) -> str:
     """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_blocks(tensors: Tensors, blocks: int) -> None:
+    """Check that a checkpoint has as many blocks as its configuration names.
+
+    Args:
+      tensors: Tensors of the checkpoint.
+      blocks: Number of blocks in the configuration.
+
+    Raises:
+      InputError: It has fewer; `check` finds surplus ones.
+    """
+    matches = (_BLOCK_NAME.search(name) for name in tensors.shapes)
+    stored = {match[1] for match in matches if match}
+    if blocks > len(stored):
+        raise InputError(
+            f"config.json: num_hidden_layers={blocks}, but the weights hold {len(stored)} blocks",
+            "they belong to different models",
+        )
 
 
 def check(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], tied: bool) -> None:
@@ -113,22 +135,16 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       Contents of `config.json`.
 
     Raises:
-      InputError: The file is missing or no JSON object.
+      InputError: The file is missing, cannot be read or is no JSON object.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(path) and os.access(directory, os.X_OK):
         # The usual cause is a path one level too high or too low.
         raise InputError(
             f"{directory} has no config.json",
             "`model` must name a Hugging Face checkpoint directory",
-        ) from None
-    # JSON that is nested too deeply ends in a RecursionError.
-    except (ValueError, OSError, RecursionError) as e:
-        raise InputError(f"{path} cannot be read ({e})", "fetch the checkpoint again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object", "fetch the checkpoint again")
+        )
+    config: dict[str, Any] = UserFile(path).read_json()
     return config
 
 
@@ -160,6 +176,7 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
     # Some OPT and LLaMA checkpoints hold the bare decoder.
     if not any(n.startswith("model.") for n in tensors.shapes):
         tensors = _DecoderTensors(tensors)
+    check_blocks(tensors, len(blocks))
     leaves = jax.tree.leaves((non_block, blocks), is_leaf=hf.is_spec)
     # Before any data is read, so that a wrong checkpoint fails at once.
     check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
@@ -168,29 +185,6 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
     )
     size = sum(f.stat().st_size for f in weight_files(path))
     return Checkpoint(model, config, blocks, path, sum(math.prod(s.shape) for s in leaves), size)
-
-
-def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """List the files that hold a checkpoint's weights.
-
-    Args:
-      path: Checkpoint directory or `.gguf` file.
-
-    Returns:
-      Files of the first format that is there; empty if there is none.
-    """
-    if path.is_file():
-        return [path]
-    # In the order in which `open_tensors` looks for them; only one format is read.
-    patterns = (
-        *("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin"),
-        "packed*.safetensors",
-    )
-    for pattern in patterns:
-        files = sorted(path.glob(pattern))
-        if files:
-            return files
-    return []
 
 
 def in_memory(model: Model) -> Model:
