@@ -2,22 +2,28 @@
 
 import fnmatch
 import itertools
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+from calibration.text_files import (
+    SUFFIXES,
+    read_documents,
+    read_text,
+    text_suffix,
+    wikitext_rows,
+)
 from models.checkpoint.hub_client import relative_files, snapshot
 from models.checkpoint.hub_errors import Repository
-from models.errors import InputError, first_line
+from models.errors import first_line
+from models.untrusted import UserFile, user_path
 
 Purpose = Literal["calibration", "evaluation"]
 SETTINGS: dict[Purpose, str] = {  # the setting that names a source, for error messages
     "calibration": "calibration",
     "evaluation": "eval_data",
 }
-SUFFIXES = (".txt", ".raw", ".jsonl", ".parquet")
-COLUMN = "text"  # field of a .jsonl line and column of a .parquet table that hold the documents
+BLANK_LINE = "\n\n"
 
 
 class Corpus(NamedTuple):
@@ -31,6 +37,7 @@ class Corpus(NamedTuple):
         windows of the stream.
       special_tokens: True to tokenize with the tokenizer's own BOS and EOS.
       max_windows: Most windows that the protocol evaluates; 0 for all.
+      joins_short: True to draw windows of the stream where no text is as long as a window.
     """
 
     texts: Sequence[str]
@@ -39,6 +46,7 @@ class Corpus(NamedTuple):
     by_document: bool = False
     special_tokens: bool = False
     max_windows: int = 0
+    joins_short: bool = False
 
 
 class HubPart(NamedTuple):
@@ -118,17 +126,6 @@ HUB = {
 }
 
 
-class _File(NamedTuple):
-    """A local file, and the setting that names it."""
-
-    path: pathlib.Path
-    setting: str
-
-    def error(self, reason: str, remedy: str) -> InputError:
-        """Return the error for a file that cannot be used."""
-        return InputError(reason, remedy, field=self.setting, value=self.path)
-
-
 def load_corpus(source: str, purpose: Purpose) -> Corpus:
     """Load the texts of a source.
 
@@ -144,7 +141,7 @@ def load_corpus(source: str, purpose: Purpose) -> Corpus:
     """
     if source in HUB:
         return load_hub(source, purpose)
-    return load_file(pathlib.Path(source).expanduser(), purpose)
+    return load_file(user_path(source, SETTINGS[purpose]), purpose)
 
 
 def load_hub(name: str, purpose: Purpose) -> Corpus:
@@ -223,8 +220,12 @@ def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
 
     - `.txt`: One text, unchanged.
     - `.raw`: WikiText's own format, split into the rows of `wikitext2` and joined as these are.
-    - `.jsonl` (field `text`) and `.parquet` (column `text`): Documents. Calibration draws from
-      them as from C4; evaluation joins them by a blank line.
+    - `.jsonl`, `.json` (field `text`) and `.parquet` (column `text`): Documents. Calibration draws
+      from them as from C4; evaluation joins them by a blank line. Where no document is as long as a
+      window, calibration draws from all of them, joined by blank lines. A `.json` file is an array
+      of objects, or lines like those of `.jsonl`.
+
+    All but `.parquet` may be packed as `.gz`. Text is UTF-8, or what a byte-order mark says.
 
     Args:
       path: The file.
@@ -236,80 +237,18 @@ def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
     Raises:
       InputError: The file does not exist, has another suffix, or cannot be read.
     """
-    file = _File(path, SETTINGS[purpose])
-    if path.suffix not in SUFFIXES:
+    file = UserFile(path, SETTINGS[purpose], "check the file")
+    suffix = text_suffix(path)
+    if suffix is None:
         names = ", ".join(["embedded", *HUB])
         suffixes = ", ".join([".npy", *SUFFIXES])
         raise file.error("is no known data source", f"give one of {names}, or a file {suffixes}")
-    if not path.is_file():
-        raise file.error("does not exist", "check the path")
+    file.check()
     stamp = {"dataset": path.name}
-    match path.suffix:
-        case ".txt":
-            return Corpus([_read_text(file)], "", stamp)
-        case ".raw":
-            join = " " if purpose == "calibration" else "\n\n"
-            return Corpus(_wikitext_rows(_read_text(file)), join, stamp)
-        case ".jsonl":
-            return Corpus(_read_jsonl(file), "\n\n", stamp, by_document=True)
-        case _:
-            return Corpus(_read_parquet(file), "\n\n", stamp, by_document=True)
-
-
-def _read_text(file: _File) -> str:
-    """Read a UTF-8 file."""
-    try:
-        # Not read_text, which would turn \r\n into \n.
-        return file.path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as e:
-        raise file.error(f"is not UTF-8 text (byte {e.start})", "convert it to UTF-8") from e
-
-
-def _wikitext_rows(text: str) -> list[str]:
-    """Split WikiText into the hub's rows: lines with their newline, blank lines as empty text."""
-    # Not splitlines, which also splits at U+2028 and others.
-    lines = text.removesuffix("\n").split("\n")
-    return [f"{line}\n" if line.strip() else "" for line in lines]
-
-
-def _read_jsonl(file: _File) -> list[str]:
-    """Read the documents of a `.jsonl` file."""
-    texts = []
-    wanted = f'write every line as {{"{COLUMN}": "..."}}'
-    for number, line in enumerate(_read_text(file).split("\n"), start=1):
-        if not line.strip():  # such as behind the last newline
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise file.error(f"is not JSON in line {number} ({e.msg})", wanted) from e
-        if not isinstance(row, dict) or not isinstance(row.get(COLUMN), str):
-            raise file.error(f"has no string in field {COLUMN!r} of line {number}", wanted)
-        texts.append(row[COLUMN])
-    return texts
-
-
-def _read_parquet(file: _File) -> list[str]:
-    """Read the documents of a `.parquet` file."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(file.path) as table:
-            # One column alone: the others of a crawl can be larger than the text.
-            names = table.schema_arrow.names
-            column = table.read(columns=[COLUMN])[COLUMN] if COLUMN in names else None
-    except (pa.ArrowException, OSError) as e:
-        raise file.error(f"cannot be read as parquet ({first_line(e)})", "write it again") from e
-    if column is None:
-        raise file.error(
-            f"has no column {COLUMN!r} (it has {', '.join(names)})",
-            "rename the column that holds the documents",
-        )
-    texts = column.to_pylist()
-    if not all(isinstance(text, str) for text in texts):
-        raise file.error(
-            f"has a row without a string in column {COLUMN!r}",
-            "fill or remove that row",
-        )
-    return texts
+    if suffix == ".txt":
+        return Corpus([read_text(file)], "", stamp)
+    if suffix == ".raw":
+        join = " " if purpose == "calibration" else BLANK_LINE
+        return Corpus(wikitext_rows(read_text(file)), join, stamp)
+    texts = read_documents(file, suffix)
+    return Corpus(texts, BLANK_LINE, stamp, by_document=True, joins_short=True)

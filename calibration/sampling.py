@@ -1,8 +1,9 @@
 """Cut windows of tokens from text, in the three ways of the published protocols.
 
-Windows are int32 [samples length]. The draws are those of `get_loaders` in the official code of
+Windows are int64 [samples length]. The draws are those of `get_loaders` in the official code of
 SparseGPT (Frantar and Alistarh 2023, `datautils.py`) and Wanda (Sun et al. 2024, `lib/data.py`),
 call for call: `random.Random(seed)` draws what the module `random` draws after `random.seed(seed)`.
+Ids are not in int32 yet: the caller first checks that they are in the vocabulary.
 """
 
 import random
@@ -13,6 +14,10 @@ import numpy as np
 from models.errors import InputError
 
 Encode = Callable[[str], Sequence[int]]  # text -> its token ids
+
+
+class ShortDocuments(InputError):
+    """No document has more tokens than a window."""
 
 
 def random_windows(
@@ -28,7 +33,7 @@ def random_windows(
       source: Name of the stream, for error messages.
 
     Returns:
-      Windows int32 [samples length].
+      Windows int64 [samples length].
 
     Raises:
       InputError: The stream has at most `length` tokens.
@@ -42,18 +47,18 @@ def random_windows(
             value=source,
         )
     draw = random.Random(seed)
-    stream = np.asarray(ids, np.int32)
+    stream = np.asarray(ids, np.int64)
     starts = [draw.randint(0, last_start) for _ in range(samples)]
     return np.stack([stream[start : start + length] for start in starts])
 
 
 def document_windows(
     documents: Sequence[str], encode: Encode, samples: int, length: int, seed: int, source: str
-) -> np.ndarray:
+) -> tuple[np.ndarray, int]:
     """Cut each window at a random place of a random document that is long enough, as for C4.
 
     Documents are drawn until one has more than `length` tokens, so only drawn documents are
-    tokenized.
+    tokenized, and each of them once.
 
     Args:
       documents: Texts to draw from.
@@ -64,20 +69,21 @@ def document_windows(
       source: Name of the documents, for error messages.
 
     Returns:
-      Windows int32 [samples length].
+      Windows int64 [samples length], and the number of documents that they come from.
 
     Raises:
-      InputError: No document has more than `length` tokens.
+      ShortDocuments: No document has more than `length` tokens.
     """
     draw = random.Random(seed)
-    lengths_of_short: dict[int, int] = {}  # document -> its tokens; a short one is encoded once
+    lengths_of_short: dict[int, int] = {}  # document -> its tokens
+    long: dict[int, np.ndarray] = {}  # document -> its token ids
     windows = []
     # Document and place are drawn in turn, as in the official loop: the order decides the windows.
     for _ in range(samples):
-        ids = _draw_document(documents, encode, length, draw, lengths_of_short, source)
+        ids = _draw_document(documents, encode, length, draw, lengths_of_short, long, source)
         start = draw.randint(0, len(ids) - length - 1)
         windows.append(ids[start : start + length])
-    return np.array(windows, np.int32)
+    return np.stack(windows), len(long)
 
 
 def _draw_document(
@@ -86,21 +92,25 @@ def _draw_document(
     length: int,
     draw: random.Random,
     lengths_of_short: dict[int, int],
+    long: dict[int, np.ndarray],
     source: str,
-) -> Sequence[int]:
+) -> np.ndarray:
     """Draw documents until one has more than `length` tokens, and return its tokens."""
     while len(lengths_of_short) < len(documents):
         i = draw.randint(0, len(documents) - 1)
+        if i in long:
+            return long[i]
         if i in lengths_of_short:
             continue
         ids = encode(documents[i])
         # SparseGPT also takes a document of exactly `length` tokens, and then fails on it. Wanda
         # asks for more.
         if len(ids) > length:
-            return ids
+            long[i] = np.asarray(ids, np.int64)
+            return long[i]
         lengths_of_short[i] = len(ids)
     longest = max(lengths_of_short.values(), default=0)
-    raise InputError(
+    raise ShortDocuments(
         f"has {len(documents)} documents, none of more than {length} tokens "
         f"(the longest has {longest})",
         "give longer documents or lower `calibration_length`",
@@ -121,7 +131,7 @@ def consecutive_windows(
       source: Name of the stream, for error messages.
 
     Returns:
-      Windows int32 [samples length].
+      Windows int64 [samples length].
 
     Raises:
       InputError: The stream has fewer than `length` tokens.
@@ -135,4 +145,4 @@ def consecutive_windows(
             value=source,
         )
     count = min(count, max_windows) if max_windows else count
-    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
+    return np.asarray(ids[: count * length], np.int64).reshape(count, length)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from models.checkpoint.gguf import gguf_tokenizer
 from models.errors import InputError, first_line
+from models.untrusted import panics_as_errors
 
 if TYPE_CHECKING:
     import tokenizers
@@ -19,6 +20,7 @@ OLDER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
+COPY_AGAIN = "copy it again from the original model"
 
 
 class Tokenizer(Protocol):
@@ -94,7 +96,7 @@ def load_tokenizer(model: pathlib.Path) -> TextTokenizer:
       InputError: The checkpoint has no tokenizer, or one that cannot be read.
     """
     if model.is_file():
-        return _from_backend(gguf_tokenizer(model))
+        return _from_backend(gguf_tokenizer(model), model)
     # The `tokenizers` library imports in under 0.1 s, transformers takes seconds: older formats
     # alone need it.
     if (model / "tokenizer.json").is_file():
@@ -112,24 +114,26 @@ def _from_json(file: pathlib.Path) -> TextTokenizer:
     import tokenizers
 
     try:
-        backend = tokenizers.Tokenizer.from_file(str(file))
+        with panics_as_errors():
+            backend = tokenizers.Tokenizer.from_file(str(file))
     except Exception as e:  # the library raises bare Exception
         raise InputError(
-            f"{file} cannot be read as a tokenizer ({first_line(e)})",
-            "copy it again from the original model",
+            f"{file} cannot be read as a tokenizer ({first_line(e)})", COPY_AGAIN
         ) from e
-    return _from_backend(backend)
+    return _from_backend(backend, file)
 
 
-def _from_backend(backend: "tokenizers.Tokenizer") -> TextTokenizer:
-    """Wrap a tokenizer of the `tokenizers` library."""
+def _from_backend(backend: "tokenizers.Tokenizer", file: pathlib.Path) -> TextTokenizer:
+    """Wrap a tokenizer of the `tokenizers` library, read from a file."""
     # Stored limits would cut the long texts that windows are taken from; transformers ignores them.
     backend.no_truncation()
     backend.no_padding()
-    return TextTokenizer(
-        lambda text, special: backend.encode(text, add_special_tokens=special).ids,
-        lambda ids: backend.decode(list(ids), skip_special_tokens=True),
-    )
+
+    def encode(text: str, special: bool) -> list[int]:
+        # The fast form leaves out the tokens' places in the text: half the time and memory.
+        return backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
+
+    return _checked(encode, lambda ids: backend.decode(list(ids), skip_special_tokens=True), file)
 
 
 def _from_transformers(directory: pathlib.Path) -> TextTokenizer:
@@ -137,17 +141,43 @@ def _from_transformers(directory: pathlib.Path) -> TextTokenizer:
     import transformers
 
     try:
-        backend: Any = transformers.AutoTokenizer.from_pretrained(directory, local_files_only=True)
+        with panics_as_errors():
+            # Code of a checkpoint is never run, and nobody is asked for leave.
+            backend: Any = transformers.AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
     except Exception as e:  # OSError, ValueError, ImportError, KeyError and others, by format
         raise InputError(
             f"transformers cannot read the tokenizer in {directory} ({first_line(e)})",
             "put the model's tokenizer.json there, or pip install sentencepiece",
         ) from e
 
-    return TextTokenizer(
+    return _checked(
         # Not verbose: a text may be longer than the context, windows are cut from it.
         lambda text, special: backend(text, add_special_tokens=special, verbose=False)["input_ids"],
         lambda ids: backend.decode(
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         ),
+        directory,
+    )
+
+
+def _checked(
+    encode: Callable[[str, bool], list[int]],
+    decode: Callable[[Sequence[int]], str],
+    file: pathlib.Path,
+) -> TextTokenizer:
+    """Return a tokenizer whose failures name its file; damaged ones load and then cannot work."""
+
+    def checked(work: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            with panics_as_errors():
+                return work(*arguments)
+        except Exception as e:  # the libraries raise bare Exceptions
+            raise InputError(
+                f"the tokenizer of {file} does not work ({first_line(e)})", COPY_AGAIN
+            ) from e
+
+    return TextTokenizer(
+        lambda text, special: checked(encode, text, special), lambda ids: checked(decode, ids)
     )

@@ -16,7 +16,8 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from eval.answers import digest
 from eval.harness import HarnessModel
-from models.errors import InputError
+from models.errors import InputError, first_line
+from models.untrusted import user_path
 
 # Seed of the examples in a prompt, lm-eval's own.
 SEED = 1234
@@ -73,7 +74,7 @@ def _is_path(name: str) -> bool:
 
 def _files(name: str) -> list[pathlib.Path]:
     """Return the YAML files of a path, which is a file or a directory."""
-    path = pathlib.Path(name).expanduser()
+    path = user_path(name, "tasks")
     if path.is_dir():
         # By lm-eval's custom a leading underscore marks a file that others include.
         files = sorted(
@@ -139,16 +140,35 @@ def _load(name: str, catalogue: TaskManager) -> Mapping[str, Any]:
         raise
     except Exception as e:
         # YAML, templates, data sets and the network raise exceptions of every kind.
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         raise InputError(
-            f"cannot be opened ({reason})",
+            f"cannot be opened ({first_line(e)})",
             "check its data, and the network if they are on the hub",
             field="tasks",
             value=name,
         ) from e
 
 
-def open_tasks(names: Sequence[str], *, limit: int = 0, num_fewshot: int = -1) -> Tasks:
+def _check_trust(names: Sequence[str]) -> None:
+    """Refuse names of files."""
+    # lm-eval runs what `!function` names, and fills its templates by Jinja without a sandbox, from
+    # which a template reaches every module. Reading a file without either cannot be told apart.
+    file = next(filter(_is_path, names), None)
+    if file is not None:
+        raise InputError(
+            "names task files, and these can run code, in their templates too",
+            "read them, then add `trust_task_files`",
+            field="tasks",
+            value=file,
+        )
+
+
+def open_tasks(
+    names: Sequence[str],
+    *,
+    limit: int = 0,
+    num_fewshot: int = -1,
+    trust_task_files: bool = False,
+) -> Tasks:
     """Open tasks with all their documents, and build every request once.
 
     Args:
@@ -156,13 +176,17 @@ def open_tasks(names: Sequence[str], *, limit: int = 0, num_fewshot: int = -1) -
         directories of them. A path has .yaml or a slash in it.
       limit: Most documents of a task, counted from the first; 0 for all.
       num_fewshot: Examples in a prompt; -1 for the task's own number, or none.
+      trust_task_files: True to open paths: such files can run any code.
 
     Returns:
       Tasks, ready to run.
 
     Raises:
-      InputError: lm-eval does not know or cannot open a task, or a task needs more than text.
+      InputError: lm-eval does not know or cannot open a task, a task needs more than text, or a
+        path is not trusted.
     """
+    if not trust_task_files:
+        _check_trust(names)
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     with _quiet():
         catalogue = TaskManager(include_defaults=not all(map(_is_path, names)))

@@ -55,7 +55,12 @@ def main(values: dict[str, Any]) -> None:
         values["eval_data"], values["eval_length"], values["eval_windows"], checkpoint, tokenizer
     )
     zero_shot = read_tasks(
-        values["tasks"], values["limit"], values["num_fewshot"], checkpoint, tokenizer
+        values["tasks"],
+        values["limit"],
+        values["num_fewshot"],
+        values["trust_task_files"],
+        checkpoint,
+        tokenizer,
     )
     clock.record("load")
     scores = evaluate(checkpoint.model, data, values["eval_batch"], mesh)

@@ -10,7 +10,6 @@ python -m launch.plan --model=llama-2-70b --method=sparsegpt --sparsity=0.5 --dt
 import dataclasses
 import math
 import os
-import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -20,6 +19,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from calibration.data import check_windows, is_token_file, token_shape
 from calibration.states import Offload, available_memory
 from eval.peak import flops_per_second
 from launch import prune
@@ -134,11 +134,11 @@ def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
       config: Settings of the run; a token file has its own shape.
       model: Configuration of the model, for the default length.
     """
-    path = pathlib.Path(config.calibration).expanduser()
-    if path.suffix == ".npy" and path.is_file():
-        samples, length = np.load(path, mmap_mode="r").shape
-        return samples, length
-    return config.calibration_samples, window_length(config.calibration_length, model)
+    if is_token_file(config.calibration):
+        return token_shape(config.calibration, "calibration")
+    samples, length = config.calibration_samples, window_length(config.calibration_length, model)
+    check_windows(samples, length)
+    return samples, length
 
 
 def _bytes(tree: Any) -> int:

@@ -7,14 +7,23 @@ import ast
 import inspect
 import re
 import typing
+import warnings
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
 from models.errors import InputError
+from models.untrusted import LARGEST, MOST, is_count
 
 # Python's parser raises these for text that is no expression, or is nested too deeply.
-_PARSE_ERRORS = (SyntaxError, ValueError, TypeError, RecursionError, MemoryError)
+_PARSE_ERRORS = (
+    SyntaxError,
+    ValueError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+    MemoryError,
+)
 _TYPE_NAMES = {
     float: "a number",
     int: "an integer",
@@ -22,6 +31,13 @@ _TYPE_NAMES = {
     str: "a text",
     type(None): "None",
 }
+
+
+def _parse(text: str) -> ast.expr:
+    """Parse an expression without a word about what may be odd in it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(text, mode="eval").body
 
 
 def parse_call(text: str) -> tuple[str, dict[str, Any]]:
@@ -37,7 +53,7 @@ def parse_call(text: str) -> tuple[str, dict[str, Any]]:
       InputError: The text is neither.
     """
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        node = _parse(text.strip())
         if isinstance(node, ast.Name):
             return node.id, {}
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.args:
@@ -78,7 +94,7 @@ def parse_method_spec(text: str) -> MethodSpec:
     """
     text = text.strip()
     try:
-        node: ast.expr = ast.parse(text, mode="eval").body
+        node = _parse(text)
         modifiers, sparsity = [], None
         while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
             modifiers.append(str(ast.get_source_segment(text, node.right)))
@@ -135,6 +151,10 @@ def build(field: str, text: str, makers: Mapping[str, Callable[..., Any]]) -> An
                 field=field,
                 value=text,
             )
+        if not _is_bounded(value):
+            raise InputError(
+                f"has a {key} without bounds", "give a smaller number", field=field, value=text
+            )
         if not matches_type(value, hints[key]):
             raise InputError(
                 f"has a wrong {key}", f"give {describe_type(hints[key])}", field=field, value=text
@@ -146,6 +166,13 @@ def build(field: str, text: str, makers: Mapping[str, Callable[..., Any]]) -> An
             "is incomplete", f"{name} needs {', '.join(missing)}", field=field, value=text
         )
     return maker(**arguments)
+
+
+def _is_bounded(value: Any) -> bool:
+    """Return False for a number that is infinite in float32, or an integer beyond 32 bits."""
+    if type(value) is int:
+        return is_count(value, -MOST)
+    return not isinstance(value, float) or abs(value) < LARGEST
 
 
 def _options(hint: Any) -> tuple[Any, ...]:

@@ -13,11 +13,15 @@ from typing import Any
 
 from absl import flags
 
+from launch.flags.flagfiles import FileFlagValues
 from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
 from models.errors import InputError
 from models.precision import check_single_precision
+from models.untrusted import MOST, has_surrogates
 
+OUT_OF_MEMORY = "out of memory: give fewer or shorter windows, a smaller batch, or a smaller model"
+LONGEST_MESSAGE = 1500  # characters of an error; a damaged file can make it quote anything
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
 
@@ -37,7 +41,7 @@ class Flags:
     def __init__(self, command: str, doc: str, names: str = "") -> None:
         self.command = command
         self.doc = doc
-        self.values = flags.FlagValues()
+        self.values = FileFlagValues()
         self.groups: dict[str, list[str]] = {}
         self._positional = names
         self._preset_flag = ""
@@ -73,7 +77,7 @@ class Flags:
         """
         self._define(flags.DEFINE_string, name, default, text)
 
-    def integer(self, name: str, default: int, text: str, least: int = 0) -> None:
+    def integer(self, name: str, default: int, text: str, least: int = 0, most: int = MOST) -> None:
         """Define an integer flag.
 
         Args:
@@ -81,8 +85,9 @@ class Flags:
           default: Value if the flag is not given.
           text: The help.
           least: Least value that is allowed.
+          most: Greatest value that is allowed.
         """
-        self._define(flags.DEFINE_integer, name, default, text, lower_bound=least)
+        self._define(flags.DEFINE_integer, name, default, text, lower_bound=least, upper_bound=most)
 
     def number(self, name: str, default: float | None, text: str) -> None:
         """Define a floating-point flag.
@@ -156,7 +161,8 @@ class Flags:
         Args:
           name: The setting; with the prefix "no" if a boolean one is to be switched off.
         """
-        is_flag = name in self.values or name.removeprefix("no") in self.values
+        names = (name, name.removeprefix("no"))
+        is_flag = name == "flagfile" or any(n in self.values for n in names)
         return f"--{name}" if is_flag else name
 
     def parse(self, argv: Sequence[str]) -> dict[str, Any]:
@@ -174,11 +180,14 @@ class Flags:
         hint = f"python -m {self.command} --help lists the flags"
         try:
             rest = self.values([self.command, *argv])
-        except (flags.Error, OSError) as e:
+        except InputError:
+            raise
+        except (flags.Error, ValueError) as e:  # ValueError: --noflag=value
             raise InputError(f"{str(e).splitlines()[0]} ({hint})") from None
         if len(rest) > 1 and not self._positional:
             raise InputError(f"{rest[1]!r} is not a flag", f"write --name=value ({hint})")
         given = {n: self.values[n].value for n in self._names() if self.values[n].present}
+        _check_text([*given.values(), *rest])
         values = self._defaults(given) | given
         if self._positional:
             values[self._positional] = rest[1:]
@@ -213,6 +222,13 @@ class Flags:
             lines.append("")
         lines.append("--flagfile=FILE reads flags from a file, one a line; later flags win.")
         return "\n".join(lines)
+
+
+def _check_text(values: Iterable[Any]) -> None:
+    """Check that texts can be written: the system passes on bytes that are no UTF-8 as halves."""
+    wrong = next((v for v in values if isinstance(v, str) and has_surrogates(v)), None)
+    if wrong is not None:
+        raise InputError(f"{wrong!a} is not UTF-8 text", "give names in UTF-8")
 
 
 def frozen(kind: Any, values: Mapping[str, Any]) -> Any:
@@ -287,7 +303,14 @@ def run(
         # Read from the arguments: the flags themselves may be what is wrong.
         if any(argument in ("--debug", "--debug=true") for argument in argv):
             traceback.print_exc()
-        print(f"error: {' '.join(e.message(options.shown).split())}", file=sys.stderr)
+        print(f"error: {_one_line(e.message(options.shown))}", file=sys.stderr)
+        return 2
+    except Exception as e:
+        if not _is_out_of_memory(e):
+            raise
+        if any(argument in ("--debug", "--debug=true") for argument in argv):
+            traceback.print_exc()
+        print(f"error: {OUT_OF_MEMORY}", file=sys.stderr)
         return 2
     except Terminated:
         print("error: stopped by SIGTERM", file=sys.stderr)
@@ -295,3 +318,16 @@ def run(
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _one_line(message: str) -> str:
+    """Return a message on one line of bounded length, without a terminal's control characters."""
+    text = " ".join(message.split())
+    if len(text) > LONGEST_MESSAGE:
+        text = f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 2 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return True if the host's or a device's memory did not suffice."""
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -14,11 +14,14 @@ from launch.flags.dtypes import compute_dtype, dtype_flag
 from models.checkpoint import hub
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.errors import InputError
+from models.families.fields import longest_text
 from models.processes import is_multiprocess
 from models.sharding import make_mesh
+from models.untrusted import user_path
 from pruning.methods import REFINEMENTS
 
 LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
+MOST_DRAWS = 1000
 
 
 def model_flags(f: Flags, writes: bool = False) -> None:
@@ -100,7 +103,7 @@ def calibration_flags(f: Flags) -> None:
     f.string(
         "calibration",
         "embedded",
-        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
+        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file",
     )
     f.integer("calibration_samples", 128, "number of windows", 1)
     f.integer(
@@ -115,6 +118,7 @@ def calibration_flags(f: Flags) -> None:
         "repeat the run on windows of seed, seed+1, ... and report the spread; the first model is "
         "written",
         1,
+        MOST_DRAWS,
     )
     f.choice(
         "activations",
@@ -135,7 +139,8 @@ def evaluation_flags(f: Flags) -> None:
     f.string(
         "eval_data",
         "embedded",
-        "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .parquet files",
+        "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .json, .parquet "
+        "files",
     )
     f.integer(
         "eval_length",
@@ -213,8 +218,7 @@ def window_length(length: int, config: Mapping[str, Any]) -> int:
       length: The flag's value; 0 for the model's own length.
       config: The model's `config.json`.
     """
-    own = int(config.get("max_position_embeddings", LONGEST_DEFAULT))
-    return length or min(LONGEST_DEFAULT, own)
+    return length or min(LONGEST_DEFAULT, longest_text(config, LONGEST_DEFAULT))
 
 
 def check_sparsity(sparsity: float) -> None:
@@ -328,4 +332,4 @@ def output_path(text: str | None) -> pathlib.Path:
     """
     if not text:
         raise InputError("is missing", "give the directory to write", field="output")
-    return pathlib.Path(text).expanduser()
+    return user_path(text, "output")

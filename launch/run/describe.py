@@ -149,6 +149,7 @@ def _warnings(inputs: Inputs, results: Results, sparsity: Mapping[str, Any]) -> 
         *removal.warnings(sparsity, results.written, checkpoint, window),
         *removal.linear_warnings(outcome, results.counts, checkpoint),
         *outcome.warnings,
+        *inputs.calibration.warnings,
     ]
 
 

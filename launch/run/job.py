@@ -49,6 +49,7 @@ class RunConfig:
     tasks: str
     limit: int
     num_fewshot: int
+    trust_task_files: bool
     task_cache: bool
     track: str
 
@@ -90,11 +91,13 @@ class TaskSource(NamedTuple):
       names: Tasks and files, separated by commas.
       limit: Most documents of a task; 0: all.
       num_fewshot: Examples in a prompt; -1: the task's own number.
+      trust_files: Whether to open YAML files, which can run code.
     """
 
     names: str
     limit: int
     num_fewshot: int
+    trust_files: bool
 
 
 class Sources(NamedTuple):
@@ -209,7 +212,7 @@ def _sources(config: RunConfig) -> Sources:
             config.calibration, config.calibration_samples, config.calibration_length, seeds
         ),
         EvaluationSource(config.eval_data, config.eval_length, config.eval_windows),
-        TaskSource(config.tasks, config.limit, config.num_fewshot),
+        TaskSource(config.tasks, config.limit, config.num_fewshot, config.trust_task_files),
     )
 
 

@@ -16,12 +16,14 @@ from calibration.tokenizer import TextTokenizer, Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
 from launch.flags.common import check_length, dataset_list, window_length
+from launch.report import console
 from launch.run.tasks import ZeroShot, evaluate_tasks
 from models.arch import Model
 from models.checkpoint.hub_client import source_of
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import write_json
 from models.errors import InputError
+from models.untrusted import user_path
 
 PACKAGES = (
     "jax",
@@ -98,6 +100,8 @@ def read_calibration(
         seed=seed,
         vocab=checkpoint.model.arch.config.vocab,
     )
+    for warning in tokens.warnings:
+        console.note(f"warning: {warning}")
     check_length("calibration", tokens.ids.shape[1], checkpoint)
     return tokens
 
@@ -229,7 +233,7 @@ def write_report(path: str, report: Mapping[str, Any]) -> None:
       InputError: The file cannot be written.
     """
     try:
-        write_json(pathlib.Path(path), report)
+        write_json(user_path(path, "json"), report)
     except OSError as e:
         raise InputError(
             f"cannot be written ({e.strerror})", "choose another place", field="json", value=path

@@ -1,7 +1,6 @@
 """Open zero-shot tasks of lm-evaluation-harness and run them on models."""
 
 import importlib.metadata
-import json
 import pathlib
 import platform
 import sys
@@ -23,7 +22,9 @@ from launch.report import console
 from models.checkpoint.gguf import gguf_tokenizer_config
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.errors import InputError
+from models.families.fields import longest_text
 from models.processes import is_multiprocess
+from models.untrusted import UserFile, is_count
 
 if TYPE_CHECKING:
     from eval.harness import Vocabulary
@@ -33,7 +34,7 @@ Results = dict[str, dict[str, Any]]  # {task: {metric: value}}
 
 
 def task_flags(f: Flags) -> None:
-    """Define --tasks, --limit, --num_fewshot and --task_cache.
+    """Define --tasks, --trust_task_files, --limit, --num_fewshot and --task_cache.
 
     Args:
       f: The command's flags.
@@ -43,6 +44,11 @@ def task_flags(f: Flags) -> None:
         "tasks",
         "",
         "comma-separated tasks of lm-eval, such as hellaswag,piqa, or YAML files or directories",
+    )
+    f.boolean(
+        "trust_task_files",
+        False,
+        "open YAML files of tasks; they can run code, so read them first",
     )
     f.integer("limit", 0, "most documents of a task; 0: all")
     f.integer("num_fewshot", -1, "examples in a prompt; -1: as the task says, or none", -1)
@@ -75,6 +81,7 @@ def read_tasks(
     names: str,
     limit: int,
     num_fewshot: int,
+    trust_task_files: bool,
     checkpoint: Checkpoint,
     tokenizer: Callable[[], TextTokenizer],
 ) -> ZeroShot | None:
@@ -84,6 +91,7 @@ def read_tasks(
       names: Tasks and files, separated by commas.
       limit: Most documents of a task; 0: all.
       num_fewshot: Examples in a prompt; -1: the task's own number.
+      trust_task_files: Whether to open YAML files, which can run code.
       checkpoint: The model.
       tokenizer: Returns the model's tokenizer.
 
@@ -105,7 +113,10 @@ def read_tasks(
             "needs lm-evaluation-harness", "pip install lm-eval", field="tasks"
         ) from None
     vocabulary = vocabulary_of(checkpoint, tokenizer())
-    return ZeroShot(open_tasks(listed, limit=limit, num_fewshot=num_fewshot), vocabulary)
+    tasks = open_tasks(
+        listed, limit=limit, num_fewshot=num_fewshot, trust_task_files=trust_task_files
+    )
+    return ZeroShot(tasks, vocabulary)
 
 
 def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabulary":
@@ -127,19 +138,20 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabula
     for key in ("bos_token", "eos_token"):
         token = config.get(key)
         # Older files have the text alone, newer ones its properties too.
-        text = token["content"] if isinstance(token, Mapping) else token
-        if not text:
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if not isinstance(text, str) or not text:
             continue
         ids = tokenizer.encode(text, False)
         if len(ids) == 1:
             return Vocabulary(tokenizer, ids[0], text, eos)
     bos = checkpoint.config.get("bos_token_id")
-    if bos is None and not eos:
+    start = next((i for i in (bos, *eos) if is_count(i, 0)), None)
+    if start is None:
         raise InputError(
             f"{checkpoint.directory} names no token that begins or ends a text",
             "add bos_token to tokenizer_config.json",
         )
-    return Vocabulary(tokenizer, eos[0] if bos is None else int(bos), "", eos)
+    return Vocabulary(tokenizer, start, "", eos)
 
 
 def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
@@ -147,7 +159,7 @@ def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
     if model.is_file():
         return gguf_tokenizer_config(model)
     file = model / "tokenizer_config.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return UserFile(file).read_json() if file.is_file() else {}
 
 
 def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
@@ -200,7 +212,7 @@ def evaluate_tasks(
     answers = None
     if cache and not is_multiprocess():
         answers = AnswerCache(cache_directory(), identity(checkpoint, zero_shot))
-    longest = int(checkpoint.config.get("max_position_embeddings", LONGEST_DEFAULT))
+    longest = longest_text(checkpoint.config, LONGEST_DEFAULT)
     # The stream as it is now: what the harness itself writes to standard error is held back.
     with console.progress(Console(file=sys.stderr)) as progress:
         model = HarnessModel(

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from models.checkpoint.tensors import Entry, corrupt, not_floating
 from models.errors import InputError
+from models.untrusted import is_count, shown
 
 # Code of an extension object whose length takes 1, 2 or 4 bytes -> struct format of that length.
 _EXTENSIONS = {0xC7: ">B", 0xC8: ">H", 0xC9: ">I"}
@@ -74,15 +75,7 @@ def msgpack_entries(path: pathlib.Path) -> dict[str, Entry]:
             tree, end = _node(data, 0, 0)
             if end != len(data):
                 raise ValueError(f"it has {len(data)} bytes, its arrays end at byte {end}")
-    except (
-        ValueError,
-        TypeError,
-        IndexError,
-        KeyError,
-        OSError,
-        struct.error,
-        msgpack.UnpackException,
-    ) as e:
+    except Exception as e:  # a damaged file raises any of a dozen types
         raise corrupt(path, e) from e
     leaves = flatten_dict(tree, sep=".") if isinstance(tree, dict) else {}
     wrong = next((name for name, leaf in leaves.items() if not isinstance(leaf, _Leaf)), None)
@@ -117,9 +110,12 @@ def _node(data: mmap.mmap, at: int, depth: int) -> tuple[Any, int]:
         children[str(key)], at = _node(data, at, depth + 1)
     if _CHUNKED in children:
         # An array above 1 GiB: the leaf spans the whole map, which msgpack_restore joins.
-        shape = children["shape"]
+        sizes = children["shape"]
+        shape = tuple(sizes[str(i)] for i in range(len(sizes)))
+        if not all(is_count(size, 0) for size in shape):
+            raise ValueError(f"an array of shape {shown(shape)} at byte {start}")
         dtype = next(iter(children["chunks"].values())).dtype
-        return _Leaf(start, at, tuple(shape[str(i)] for i in range(len(shape))), dtype), at
+        return _Leaf(start, at, shape, dtype), at
     return children, at
 
 
@@ -136,6 +132,8 @@ def _array(data: mmap.mmap, at: int) -> tuple[_Leaf, int]:
     if data[start] != 1 or unpacker.read_array_header() != 3:
         raise ValueError(f"no array at byte {at}")
     shape, dtype = tuple(unpacker.unpack()), unpacker.unpack()
+    if not all(is_count(size, 0) for size in shape):
+        raise ValueError(f"an array of shape {shown(shape)} at byte {at}")
     return _Leaf(at, end, shape, dtype.decode() if isinstance(dtype, bytes) else str(dtype)), end
 
 
@@ -144,7 +142,10 @@ def _load(path: pathlib.Path, name: str, leaf: _Leaf) -> np.ndarray:
         with path.open("rb") as file:
             file.seek(leaf.start)
             array = msgpack_restore(file.read(leaf.end - leaf.start))
-    except (ValueError, TypeError, OSError, msgpack.UnpackException) as e:
+        # The opening of an array may say another shape than its data have.
+        if array.shape != leaf.shape:
+            raise ValueError(f"{name} has shape {list(array.shape)}, not {list(leaf.shape)}")
+    except Exception as e:  # flax, msgpack and numpy each raise their own
         raise corrupt(path, e) from e
     # Integers would be cast without a word later.
     if array.dtype not in _FLOATS:

@@ -1,11 +1,11 @@
 """Checkpoint directories under Hugging Face names: safetensors, Flax msgpack, PyTorch, packed.
 
-Each format may be sharded. Opening reads headers only and checks that the files exist, are whole
-and agree with their index. Data is read tensor by tensor.
+Each format may be sharded. Opening reads headers only and checks that the files exist and are
+whole. Data is read tensor by tensor.
 """
 
 import contextlib
-import json
+import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -20,6 +20,7 @@ from models.checkpoint.flax_msgpack import as_torch, is_flax, msgpack_entries
 from models.checkpoint.pack_formats import PACKINGS
 from models.checkpoint.tensors import WHOLE, Entry, LazyTensors, Tensors, corrupt, not_floating
 from models.errors import InputError
+from models.untrusted import UserFile, parse_json, shown, shown_text
 
 if TYPE_CHECKING:
     import torch
@@ -41,60 +42,91 @@ def open_tensors(directory: pathlib.Path) -> Tensors:
       Tensors under Hugging Face names.
 
     Raises:
-      InputError: There are no weights, a file is damaged or missing, or an index disagrees with its
-        files.
+      InputError: There are no weights, or a file is damaged or missing.
     """
-    for name, reader in _READERS.items():
-        single, index = directory / name, directory / f"{name}.index.json"
-        if single.is_file() or index.is_file():
-            entries = reader(single) if single.is_file() else _sharded(index, reader)
-            return LazyTensors(
-                as_torch(entries, directory) if is_flax(entries) else entries, directory
-            )
-    raise InputError(
-        f"{directory} holds no weights",
-        f"give a directory with {', '.join(_READERS)}, or with shards and their .index.json",
-    )
+    name = _format_of(directory)
+    if name is None:
+        raise InputError(
+            f"{directory} holds no weights",
+            f"give a directory with {', '.join(_READERS)}, or with shards and their .index.json",
+        )
+    single, reader = directory / name, _READERS[name]
+    entries = reader(single) if single.is_file() else _sharded(_index_of(single), reader)
+    return LazyTensors(as_torch(entries, directory) if is_flax(entries) else entries, directory)
+
+
+def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
+    """List the files that hold a checkpoint's weights.
+
+    Args:
+      path: Checkpoint directory or `.gguf` file.
+
+    Returns:
+      Files that `open_tensors` reads; empty if there are none.
+
+    Raises:
+      InputError: An index is damaged.
+    """
+    if path.is_file():
+        return [path]
+    name = _format_of(path)
+    if name is None:
+        return []
+    if (path / name).is_file():
+        return [path / name]
+    return [path / shard for shard in sorted(set(_weight_map(_index_of(path / name)).values()))]
+
+
+def _index_of(single: pathlib.Path) -> pathlib.Path:
+    return single.with_name(f"{single.name}.index.json")
+
+
+def _format_of(directory: pathlib.Path) -> str | None:
+    """Return the single file's name of the first format that a directory has."""
+    for name in _READERS:
+        if (directory / name).is_file() or _index_of(directory / name).is_file():
+            return name
+    return None
 
 
 def _sharded(
     index: pathlib.Path, reader: Callable[[pathlib.Path], dict[str, Entry]]
 ) -> dict[str, Entry]:
-    """Return the entries of all shards of an index, checked against it."""
+    """Return the entries of all shards that an index names.
+
+    As in transformers, the shards say what there is. Indices of real checkpoints name buffers and
+    tied heads that no shard has, and leave out others; `models.checkpoint.reader.check` finds what
+    matters. Of a tensor in two shards the index says which one counts.
+    """
     weight_map = _weight_map(index)
     entries: dict[str, Entry] = {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
-        if not shard.is_file():
+        # Not Path.is_file, which raises for a name that is too long.
+        if not os.path.isfile(shard):
             raise InputError(
-                f"{shard} is missing, but {index.name} names it",
+                f"{shard.parent / shown_text(shard.name)} is missing, but {index.name} names it",
                 "download the checkpoint again, all of it",
             )
-        shard_entries = reader(shard)
-        listed = {tensor for tensor, file in weight_map.items() if file == name}
-        disagreed = shard_entries.keys() ^ listed
-        if disagreed:
-            raise InputError(
-                f"{index} and {name} disagree about {min(disagreed)}",
-                "download the checkpoint again, all of it",
-            )
-        entries |= shard_entries
+        for tensor, entry in reader(shard).items():
+            if tensor not in entries or weight_map.get(tensor) == name:
+                entries[tensor] = entry
     return entries
 
 
 def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Read an index; return the shard file of each tensor."""
+    """Read an index; return the shard file of each tensor, relative to the index's directory."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parse_json(UserFile(index).read_text())["weight_map"]
         pairs = weight_map.items()
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        reason = e if isinstance(e, ValueError | OSError) else "it has no weight_map"
-        raise corrupt(index, reason) from e
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise corrupt(index, e if isinstance(e, ValueError) else "it has no weight_map") from e
     for file in weight_map.values():
         # An index from elsewhere must not make us read files outside its directory.
-        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & set("/\\\0"):
+        parts = file.split("/") if isinstance(file, str) else [""]
+        if set(parts) & {"", ".", ".."} or set(file) & set("\\\0"):
             raise InputError(
-                f"{index} names the shard {file!r}, which is no file of its own directory",
+                f"{index} names the shard {shown(file)}, which is no file of its own directory",
                 "download the checkpoint again",
             )
     # Flax's indices separate the parts of a name with slashes.
@@ -169,6 +201,11 @@ def _torch(path: pathlib.Path) -> dict[str, Entry]:
             f"{path} is not a mapping of names to tensors",
             "save the model's state_dict, or convert it to safetensors",
         )
+    for name, tensor in state.items():
+        # Only plain tensors can be seen as NumPy arrays.
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            kind = "meta" if tensor.is_meta else tensor.dtype if tensor.is_quantized else "sparse"
+            raise not_floating(path, name, kind)
     return {
         name: Entry(
             tuple(tensor.shape),
@@ -182,12 +219,13 @@ def _torch(path: pathlib.Path) -> dict[str, Entry]:
 def _load_torch(path: pathlib.Path, name: str, tensor: "torch.Tensor") -> np.ndarray:
     import torch
 
+    if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise not_floating(path, name, tensor.dtype)
+    plain = tensor.detach().resolve_neg()
     if tensor.dtype == torch.bfloat16:
         # PyTorch does not convert this type to NumPy, so its bits go over as int16.
-        return tensor.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
-    if tensor.dtype not in (torch.float64, torch.float32, torch.float16):
-        raise not_floating(path, name, tensor.dtype)
-    return tensor.detach().numpy().copy()
+        return plain.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16).copy()
+    return plain.numpy().copy()
 
 
 def packed_entries(path: pathlib.Path) -> dict[str, Entry]:
@@ -208,7 +246,7 @@ def packed_entries(path: pathlib.Path) -> dict[str, Entry]:
     entries = {}
     try:
         packing = PACKINGS[header["packing"]]
-        for name, (rows, columns) in json.loads(header["shapes"]).items():
+        for name, (rows, columns) in parse_json(header["shapes"]).items():
             shape = int(rows), int(columns)
             parts = [name.removesuffix(".weight") + part for part in packing.parts]
             for part in parts:

@@ -27,6 +27,7 @@ from models.checkpoint.gguf_names import BLOCK, NON_BLOCK, RAGGED, ROPE_FACTORS,
 from models.checkpoint.gguf_vocab import build_tokenizer, tokenizer_config
 from models.checkpoint.tensors import Entry, LazyTensors, Tensors
 from models.errors import InputError
+from models.untrusted import LARGEST, is_count, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -131,9 +132,9 @@ def _unpermuted(entry: Entry, head_dim: int, where: str) -> Entry:
 def _field(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
     """Return a metadata value of the given type; InputError if it is absent or of another type."""
     value = file.metadata.get(key, default)
-    if not isinstance(value, kind):
+    if type(value) is not kind:
         raise InputError(
-            f"{file.path}: metadata {key} is {value!r}, not one {kind.__name__}", REMEDY
+            f"{file.path}: metadata {key} is {shown(value)}, not one {kind.__name__}", REMEDY
         )
     return value
 
@@ -143,7 +144,7 @@ def _architecture(file: GgufFile) -> str:
     kind = _field(file, "general.architecture", str)
     if kind not in _ARCHITECTURES:
         raise InputError(
-            f"{file.path}: architecture {kind!r} is not read from GGUF, only "
+            f"{file.path}: architecture {shown(kind)} is not read from GGUF, only "
             f"{', '.join(_ARCHITECTURES)}",
             REMEDY,
         )
@@ -156,13 +157,25 @@ def _architecture(file: GgufFile) -> str:
 
 
 def _count(file: GgufFile, key: str, default: int | None = None) -> int:
-    """Return a positive integer of the metadata; InputError if it is none."""
+    """Return a positive count of the metadata; InputError if it is none."""
     value = _field(file, key, int, default)
-    if value < 1:
+    if not is_count(value):
+        raise InputError(
+            f"{file.path}: metadata {key} is {value}, not a positive number of 32 bits",
+            "download it again",
+        )
+    return value
+
+
+def _number(file: GgufFile, key: str, default: float | None = None, least: float = 1e-30) -> float:
+    """Return a number of the metadata, in the shortest decimal of the same float32."""
+    value = _field(file, key, float, default)
+    if not least <= value <= LARGEST:
         raise InputError(
             f"{file.path}: metadata {key} is {value}, not a positive number", "download it again"
         )
-    return value
+    # 1e-05, not 9.999999747378752e-06.
+    return float(str(np.float32(value)))
 
 
 def _head_dim(file: GgufFile, kind: str, default: int) -> int:
@@ -208,7 +221,7 @@ def _config(
         "num_hidden_layers": _count(file, f"{kind}.block_count"),
         "head_dim": head_dim,
         "max_position_embeddings": _count(file, f"{kind}.context_length"),
-        "rms_norm_eps": _short(_field(file, f"{kind}.attention.layer_norm_rms_epsilon", float)),
+        "rms_norm_eps": _number(file, f"{kind}.attention.layer_norm_rms_epsilon"),
         "rope_parameters": _rope(file, kind, head_dim),
         # A head that equals the embedding is left out of the file.
         "tie_word_embeddings": "output.weight" not in file.tensors,
@@ -220,46 +233,40 @@ def _config(
         config |= bias_fields(entries)
     for name, key in TOKENS.items():
         token = file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None:
+        # As in llama.cpp, an id that is none counts as absent.
+        if is_count(token, 0):
             config[f"{name}_token_id"] = token
     return config
 
 
-def _short(value: float) -> float:
-    """Return the shortest decimal of the same float32: 1e-05, not 9.999999747378752e-06."""
-    return float(str(np.float32(value)))
-
-
 def _rope(file: GgufFile, kind: str, rotated: int) -> dict[str, Any]:
     """Return transformers' `rope_parameters` for heads of `rotated` dimensions."""
-    theta = _short(_field(file, f"{kind}.rope.freq_base", float, 10000.0))
+    theta = _number(file, f"{kind}.rope.freq_base", 10000.0)
     scaling = file.metadata.get(f"{kind}.rope.scaling.type", "linear")
     # Older files say scale_linear instead of scaling.factor.
-    factor = _field(
-        file,
-        f"{kind}.rope.scaling.factor",
-        float,
-        file.metadata.get(f"{kind}.rope.scale_linear", 0.0),
-    )
+    older = _number(file, f"{kind}.rope.scale_linear", 0.0, least=0.0)
+    factor = _number(file, f"{kind}.rope.scaling.factor", older, least=0.0)
     # llama.cpp reads a factor of 0 as unscaled.
     is_linear = scaling == "linear" and factor not in (0.0, 1.0)
     stored = file.tensors.get(ROPE_FACTORS)
     if scaling not in ("none", "linear") or (is_linear and stored is not None):
         raise InputError(
-            f"{file.path}: rotary scaling {scaling!r} is not read from GGUF, only linear or "
+            f"{file.path}: rotary scaling {shown(scaling)} is not read from GGUF, only linear or "
             "LLaMA 3's",
             REMEDY,
         )
     if stored is not None:
         factors = lazy(file.path, ROPE_FACTORS, stored).load().astype(np.float64)
         # Stored in float32, a factor of 1 may be a little below.
-        plausible = factors.shape == (rotated // 2,) and (factors > 0.999).all()
+        plausible = (
+            factors.shape == (rotated // 2,) and 0.999 < factors.min() <= factors.max() < 1e9
+        )
         scaled = _llama3(factors, theta) if plausible else None
         if scaled is None:
             raise InputError(f"{file.path}: {ROPE_FACTORS} is not LLaMA 3's rotary scaling", REMEDY)
         return {"rope_theta": theta, **scaled}
     if is_linear:
-        return {"rope_theta": theta, "rope_type": "linear", "factor": _short(factor)}
+        return {"rope_theta": theta, "rope_type": "linear", "factor": factor}
     return {"rope_theta": theta, "rope_type": "default"}
 
 
@@ -290,7 +297,8 @@ def _llama3(factors: np.ndarray, theta: float) -> dict[str, Any] | None:
         # Two points are needed to find the line.
         return None
     slope, intercept = np.polyfit(inverse_waves[inner], smooth[inner], 1)
-    if slope <= 0 or intercept >= 0:
+    # An intercept next to 0 would stand for frequencies without bound.
+    if slope <= 0 or intercept >= -1e-6:
         return None
     high = round(1 - 1 / intercept, 2)
     length = round(slope * (high - 1))

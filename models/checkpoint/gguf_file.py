@@ -19,6 +19,7 @@ import numpy as np
 
 from models.checkpoint.tensors import Entry, corrupt, not_floating
 from models.errors import InputError
+from models.untrusted import is_count, shown, shown_text
 
 # The format's codes of scalar types, as NumPy types.
 _SCALARS = {
@@ -160,12 +161,12 @@ def read_gguf(path: pathlib.Path) -> GgufFile:
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             metadata, tensors = _parse(_Cursor(data), len(data))
-    except (ValueError, OSError) as e:
+    except (ValueError, KeyError, OverflowError, OSError) as e:
         raise corrupt(path, e) from e
     # A shard alone lacks tensors.
     if metadata.get("split.count", 1) not in (0, 1):
         raise InputError(
-            f"{path} is one of {metadata['split.count']} shards",
+            f"{path} is one of {shown(metadata['split.count'])} shards",
             "join them first, with the merge option of llama-gguf-split",
         )
     return GgufFile(path, metadata, tensors)
@@ -186,7 +187,7 @@ def _parse(cursor: _Cursor, length: int) -> tuple[dict[str, Any], dict[str, Stor
     infos = [_tensor_info(cursor) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
-        raise ValueError(f"alignment {alignment!r}")
+        raise ValueError(f"alignment {shown(alignment)}")
     # Tensor data begins at the next multiple of the alignment; offsets count from there.
     start = -(-cursor.at // alignment) * alignment
     tensors = {name: stored._replace(offset=start + stored.offset) for name, stored in infos}
@@ -194,7 +195,7 @@ def _parse(cursor: _Cursor, length: int) -> tuple[dict[str, Any], dict[str, Stor
     for name, stored in tensors.items():
         if stored.offset + stored.size > length:
             raise ValueError(
-                f"tensor {name} ends at byte {stored.offset + stored.size} of {length}"
+                f"tensor {shown_text(name)} ends at byte {stored.offset + stored.size} of {length}"
             )
     return metadata, tensors
 
@@ -209,9 +210,10 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, Stored]:
     kind = GGMLQuantizationType(cursor.integer("<I"))
     # A quantised type stores whole blocks of values along the innermost axis.
     block, block_bytes = GGML_QUANT_SIZES[kind]
-    if not shape or 0 in shape or shape[-1] % block:
+    if not shape or not all(map(is_count, shape)) or shape[-1] % block:
         raise ValueError(
-            f"tensor {name} of shape {list(shape)} is not one of whole blocks of {block}"
+            f"tensor {shown_text(name)} of shape {shown(list(shape))} is not one of whole blocks "
+            f"of {block}"
         )
     return name, Stored(
         shape, kind.name, cursor.integer("<Q"), math.prod(shape) // block * block_bytes
@@ -248,5 +250,5 @@ def _load(path: pathlib.Path, name: str, stored: Stored) -> np.ndarray:
         return raw.view(_PLAIN[stored.dtype]).reshape(stored.shape)
     try:
         return dequantize(raw.reshape(*stored.shape[:-1], -1), GGMLQuantizationType[stored.dtype])
-    except NotImplementedError as e:
+    except (NotImplementedError, KeyError) as e:
         raise not_floating(path, name, stored.dtype) from e

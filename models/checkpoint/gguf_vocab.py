@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from models.errors import InputError
+from models.untrusted import is_count, panics_as_errors, shown
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -43,6 +44,7 @@ WORDS: dict[str, tuple[str, ...]] = {
 WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral", "tekken")
 _SPACE = "▁"  # SentencePiece's sign for a space
 _REMEDY = "use the original checkpoint"
+_LONGEST_TOKEN = 1024  # characters; every split of a token is looked up
 
 
 def build_tokenizer(metadata: Mapping[str, Any], path: pathlib.Path) -> "Tokenizer":
@@ -66,17 +68,20 @@ def build_tokenizer(metadata: Mapping[str, Any], path: pathlib.Path) -> "Tokeniz
     }
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind, words = fields.get("model"), fields.get("pre", "default")
-    if kind not in builders:
+    # Metadata may be lists, which have no hash.
+    if not isinstance(kind, str) or kind not in builders:
         raise InputError(
-            f"{path}: tokenizer kind {kind!r} is not known, only {', '.join(builders)}", _REMEDY
+            f"{path}: tokenizer kind {shown(kind)} is not known, only {', '.join(builders)}",
+            _REMEDY,
         )
-    if kind == "gpt2" and words not in WORDS:
+    if kind == "gpt2" and (not isinstance(words, str) or words not in WORDS):
         raise InputError(
-            f"{path}: pre-tokenizer {words!r} is not known, only {', '.join(WORDS)}", _REMEDY
+            f"{path}: pre-tokenizer {shown(words)} is not known, only {', '.join(WORDS)}", _REMEDY
         )
     try:
-        tokenizer = builders[kind](fields)
-        _add_special_tokens(tokenizer, fields)
+        with panics_as_errors():
+            tokenizer = builders[kind](fields)
+            _add_special_tokens(tokenizer, fields)
     except Exception as e:  # tokenizers raises bare Exceptions
         reason = f"{type(e).__name__}: {e}".splitlines()[0]
         raise InputError(f"{path}: its tokenizer contradicts itself ({reason})", _REMEDY) from e
@@ -127,8 +132,11 @@ def _sentencepiece(fields: Mapping[str, Any]) -> "Tokenizer":
 
 
 def _vocabulary(fields: Mapping[str, Any]) -> dict[str, int]:
-    """Return the id of each token; ValueError if a token occurs twice."""
+    """Return the id of each token; ValueError if one occurs twice or is too long."""
     vocabulary = {token: i for i, token in enumerate(fields["tokens"])}
+    longest = max(map(len, vocabulary), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise ValueError(f"a token has {longest} characters")
     # Two ids of one token could not both be encoded.
     if len(vocabulary) != len(fields["tokens"]):
         raise ValueError("a token occurs twice")
@@ -198,8 +206,8 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     tokens = metadata.get("tokenizer.ggml.tokens", [])
     for role, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
         token = metadata.get(f"tokenizer.ggml.{key}_token_id")
-        if token is not None and token < len(tokens):
+        if is_count(token, 0, len(tokens) - 1):
             config[f"{role}_token"] = tokens[token]
-    if "tokenizer.chat_template" in metadata:
+    if isinstance(metadata.get("tokenizer.chat_template"), str):
         config["chat_template"] = metadata["tokenizer.chat_template"]
     return config

@@ -11,6 +11,7 @@ from typing import TypeVar
 from models.checkpoint.hub_client import snapshot
 from models.checkpoint.hub_errors import Repository
 from models.errors import InputError
+from models.untrusted import user_path
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
 # Small files beside the weights: settings, tokenizer, what the licence asks to keep, the card.
@@ -44,7 +45,7 @@ def resolve(name: str, weights: bool = True) -> pathlib.Path:
                 "is no embedded model", f"there are {', '.join(known)}", field="model", value=name
             )
         return known[name]
-    path = pathlib.Path(os.path.expanduser(name))
+    path = user_path(name, "model")
     if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
         return path
     if path.exists():
@@ -94,7 +95,7 @@ def at_revision(name: Name, revision: str) -> Name:
     if not revision or name is None:
         return name
     match = HUB_ID.fullmatch(name)
-    if not match or name.startswith(".") or pathlib.Path(os.path.expanduser(name)).exists():
+    if not match or name.startswith(".") or os.path.exists(os.path.expanduser(name)):
         raise InputError(
             "names a revision of the hub, and `model` is not on the hub",
             "leave it out",

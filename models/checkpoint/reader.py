@@ -1,8 +1,9 @@
 """Checkpoints read block by block, so that no more than the requested block is in memory."""
 
-import json
 import math
+import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,17 +12,19 @@ import jax.numpy as jnp
 
 from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.blocks import LazyBlocks, fetch, put_on_devices
-from models.checkpoint.formats import open_tensors
+from models.checkpoint.formats import open_tensors, weight_files
 from models.checkpoint.stored import HEAD, exact_dtype, settle_head, with_prefix
 from models.checkpoint.tensors import Tensors
 from models.errors import InputError
 from models.families import hf
 from models.precision import check_single_precision
+from models.untrusted import UserFile
 
 # Buffers that some exporters stored beside the weights; they follow from the configuration.
 IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.bias", ".masked_bias")
 # Beginnings of the names of a language model's own tensors.
 OWN_MODULES = ("model.", "lm_head.")
+_BLOCK_NAME = re.compile(r"\blayers\.(\d+)\.")
 
 
 class Checkpoint(NamedTuple):
@@ -51,6 +54,25 @@ class Checkpoint(NamedTuple):
 def _first_names(names: Sequence[str]) -> str:
     """Return the first three names, and how many more there are."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def check_blocks(tensors: Tensors, blocks: int) -> None:
+    """Check that a checkpoint has as many blocks as its configuration names.
+
+    Args:
+      tensors: Tensors of the checkpoint.
+      blocks: Number of blocks in the configuration.
+
+    Raises:
+      InputError: It has fewer; `check` finds surplus ones.
+    """
+    matches = (_BLOCK_NAME.search(name) for name in tensors.shapes)
+    stored = {match[1] for match in matches if match}
+    if blocks > len(stored):
+        raise InputError(
+            f"config.json: num_hidden_layers={blocks}, but the weights hold {len(stored)} blocks",
+            "they belong to different models",
+        )
 
 
 def check(tensors: Tensors, wanted: Mapping[str, tuple[int, ...]], tied: bool) -> tuple[str, ...]:
@@ -112,22 +134,16 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       Contents of `config.json`.
 
     Raises:
-      InputError: The file is missing or no JSON object.
+      InputError: The file is missing, cannot be read or is no JSON object.
     """
     path = directory / "config.json"
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not os.path.exists(path) and os.access(directory, os.X_OK):
         # The usual cause is a path one level too high or too low.
         raise InputError(
             f"{directory} has no config.json",
             "`model` must name a Hugging Face checkpoint directory",
-        ) from None
-    # JSON that is nested too deeply ends in a RecursionError.
-    except (ValueError, OSError, RecursionError) as e:
-        raise InputError(f"{path} cannot be read ({e})", "fetch the checkpoint again") from None
-    if not isinstance(config, dict):
-        raise InputError(f"{path} is not a JSON object", "fetch the checkpoint again")
+        )
+    config: dict[str, Any] = UserFile(path).read_json()
     return config
 
 
@@ -158,6 +174,7 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
     tensors = open_tensors(directory) if tensors is None else tensors
     # Some OPT and LLaMA checkpoints hold the bare decoder.
     tensors = with_prefix(tensors, [s.name for s in _leaves((non_block, blocks))])
+    check_blocks(tensors, len(blocks))
     remarks: tuple[str, ...] = ()
     if arch.config.tied:
         config, tensors, remarks = settle_head(config, tensors, non_block.embed.name)
@@ -182,29 +199,6 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
 
 def _leaves(specs: Any) -> list[hf.Spec]:
     return jax.tree.leaves(specs, is_leaf=hf.is_spec)
-
-
-def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
-    """List the files that hold a checkpoint's weights.
-
-    Args:
-      path: Checkpoint directory or `.gguf` file.
-
-    Returns:
-      Files of the first format that is there; empty if there is none.
-    """
-    if path.is_file():
-        return [path]
-    # In the order in which `open_tensors` looks for them; only one format is read.
-    patterns = (
-        *("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin"),
-        "packed*.safetensors",
-    )
-    for pattern in patterns:
-        files = sorted(path.glob(pattern))
-        if files:
-            return files
-    return []
 
 
 def in_memory(model: Model) -> Model:

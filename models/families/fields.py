@@ -1,11 +1,11 @@
 """Checked reading of `config.json`: every error names the field that is wrong."""
 
-import math
 from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from models.errors import InputError
 from models.layers import ACTIVATIONS, Rope
+from models.untrusted import LARGEST, MOST, MOST_BLOCKS, is_count, shown
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -14,6 +14,8 @@ DEFAULT_WINDOW = 4096
 # Prefix of the model_type of a checkpoint whose blocks differ in width; its stock type follows.
 OWN = "topiary_"
 REPAIR = "mend the file or fetch the checkpoint again"
+# Counts that something is built for, one for each, before the weights are looked at.
+_MOST = {"num_hidden_layers": MOST_BLOCKS}
 
 
 class Fields:
@@ -38,19 +40,20 @@ class Fields:
           Value of the field.
 
         Raises:
-          InputError: The field is required and absent, no integer, or too small.
+          InputError: The field is required and absent, no integer, too small or too large.
         """
-        value = self.config.get(name)
+        value, most = self.config.get(name), _MOST.get(name, MOST)
         value = default if value is None else value
-        # JSON's true is a bool, which Python counts as an int.
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        if value is None or not is_count(value, least, most):
             raise InputError(
-                f"config.json: {name} must be an integer of {least} or more, not {value!r}", REPAIR
+                f"config.json: {name} must be an integer from {least} to {most}, not "
+                f"{shown(value)}",
+                REPAIR,
             )
         return value
 
     def number(self, name: str, default: float) -> float:
-        """Read a positive, finite number.
+        """Read a positive number that is finite in float32.
 
         Args:
           name: Field.
@@ -64,9 +67,9 @@ class Fields:
         """
         value = self.config.get(name, default)
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not is_number or not 0 < value < math.inf:
+        if not is_number or not 0 < value <= LARGEST:
             raise InputError(
-                f"config.json: {name} must be a positive number, not {value!r}", REPAIR
+                f"config.json: {name} must be a positive number, not {shown(value)}", REPAIR
             )
         return float(value)
 
@@ -87,7 +90,9 @@ class Fields:
         value = default if value is None else value
         # 0 and 1 are refused: they hint at a damaged or hand-written file.
         if not isinstance(value, bool):
-            raise InputError(f"config.json: {name} must be true or false, not {value!r}", REPAIR)
+            raise InputError(
+                f"config.json: {name} must be true or false, not {shown(value)}", REPAIR
+            )
         return value
 
     def act(self, name: str, default: str) -> str:
@@ -107,7 +112,7 @@ class Fields:
         if not isinstance(value, str) or value not in ACTIVATIONS:
             known = ", ".join(sorted(ACTIVATIONS))
             raise InputError(
-                f"config.json: {name}={value!r} is not supported", f"it must be one of {known}"
+                f"config.json: {name}={shown(value)} is not supported", f"it must be one of {known}"
             )
         return value
 
@@ -125,8 +130,26 @@ class Fields:
         """
         value = self.config.get(name) or {}
         if not isinstance(value, Mapping):
-            raise InputError(f"config.json: {name} must be an object, not {value!r}", REPAIR)
+            raise InputError(f"config.json: {name} must be an object, not {shown(value)}", REPAIR)
         return value
+
+
+def longest_text(config: Mapping[str, Any], default: int) -> int:
+    """Return the most tokens of a text that a model is made for.
+
+    Args:
+      config: Contents of `config.json`.
+      default: Value of an absent field.
+
+    Raises:
+      InputError: The field is no positive integer; transformers takes no null there either.
+    """
+    if config.get("max_position_embeddings", default) is None:
+        raise InputError(
+            "config.json: max_position_embeddings is null",
+            "give the longest text that the model is made for, or leave the field out",
+        )
+    return Fields(config).count("max_position_embeddings", default)
 
 
 def kind_of(config: Mapping[str, Any]) -> str:
@@ -171,7 +194,7 @@ def _rope(f: Fields, parameters: Mapping[str, Any]) -> Rope:
     kind = parameters.get("rope_type", parameters.get("type")) or "default"
     if kind not in ROPE_KINDS:
         raise InputError(
-            f"config.json: rope type {kind!r} is not supported",
+            f"config.json: rope type {shown(kind)} is not supported",
             f"it must be one of {', '.join(ROPE_KINDS)}",
         )
     if g.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0)) != 1.0:
@@ -238,8 +261,7 @@ def _are_widths(value: Any, blocks: int) -> TypeGuard[list[int]]:
     """Return True for a list of one positive integer for each block."""
     if not isinstance(value, list) or len(value) != blocks:
         return False
-    # `type` rather than isinstance: True is an int too.
-    return all(type(n) is int and n > 0 for n in value)
+    return all(is_count(n) for n in value)
 
 
 def read_widths(f: Fields) -> tuple[tuple[int, int], ...]:
@@ -283,10 +305,11 @@ def read_biases(f: Fields, linears: Mapping[str, str], stock: tuple[str, ...]) -
     """
     if not _has_own_type(f):
         return stock
-    listed = f.config.get("biases")
-    if not isinstance(listed, list) or not set(listed) <= set(linears.values()):
+    listed, known = f.config.get("biases"), tuple(linears.values())
+    # A tuple rather than a set: not every JSON value can be hashed.
+    if not isinstance(listed, list) or not all(name in known for name in listed):
         raise InputError(
-            f"config.json: biases must be a list of words out of {', '.join(linears.values())}",
+            f"config.json: biases must be a list of words out of {', '.join(known)}",
             REPAIR,
         )
     return tuple(slot for slot, name in linears.items() if name in listed)

@@ -1,6 +1,7 @@
 """Patterns: one threshold a matrix, the lowest of each row or column block, n of every m inputs."""
 
 import functools
+import re
 
 import numpy as np
 
@@ -104,9 +105,10 @@ def parse_pattern(text: str) -> tuple[int, int] | None:
     """
     if text == "unstructured":
         return None
-    n, colon, m = text.partition(":")
-    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+    match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", text)
+    n, m = map(int, match.groups()) if match else (0, 0)
+    if not 0 < n < m:
         raise InputError(
             "must be unstructured, or N:M with 0 < N < M such as 2:4", field="pattern", value=text
         )
-    return int(n), int(m)
+    return n, m

@@ -1,5 +1,6 @@
 """Text from the hub and from files: the papers' sampling, every format, every error."""
 
+import gzip
 import hashlib
 import json
 import pathlib
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import transformers
 
+from calibration import text_files
 from calibration.corpora import HUB
 from calibration.data import calibration_tokens, evaluation_tokens
 from calibration.tokenizer import load_tokenizer
@@ -282,7 +284,7 @@ def test_document_files_are_read_as_c4(
         evaluate(path).ids, paper_windows(tokenize("\n\n".join(documents)), 32)
     )
     write(path, documents[:0])
-    with pytest.raises(InputError, match="has 0 documents, none of more"):
+    with pytest.raises(InputError, match="has 0 tokens, and drawing a window of 32 needs 33"):
         calibrate(path)
     with pytest.raises(InputError, match="has 0 tokens"):
         evaluate(path)
@@ -299,6 +301,8 @@ def test_document_files_are_read_as_c4(
         ('{"text": 3}\n', "has no string in field 'text' of line 1"),
         ('["text"]\n', "has no string in field 'text' of line 1"),
         ('{"text": null}\n', "has no string in field 'text' of line 1"),
+        ("[" * 100_000, r"is not JSON in line 1 \(nested too deeply\)"),
+        ('{"n": ' + "1" * 5000 + "}", r"has no string .* \(it has n\)"),
     ],
 )
 def test_malformed_jsonl_names_the_line(tmp_path: pathlib.Path, content: str, message: str) -> None:
@@ -321,6 +325,122 @@ def test_malformed_parquet_is_refused(tmp_path: pathlib.Path) -> None:
         pq.write_table(pa.table({"text": column}), path)
         with pytest.raises(InputError, match="has a row without a string in column 'text'"):
             calibrate(path)
+
+
+def test_fields_that_are_there_are_named_where_text_is_not(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"instruction": "a", "output": "b"}\n')
+    with pytest.raises(InputError, match=r"of line 1 \(it has instruction, output\)"):
+        calibrate(path)
+
+
+DOCUMENTS = texts(30, 60)
+LINES = "".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS).encode()
+FORMS: dict[str, tuple[str, bytes]] = {
+    "a byte-order mark": ("x.jsonl", b"\xef\xbb\xbf" + LINES),
+    "CRLF and empty lines": ("x.jsonl", LINES.replace(b"\n", b"\r\n\r\n")),
+    "gzip": ("x.jsonl.gz", gzip.compress(LINES)),
+    "lines named json": ("x.json", LINES),
+    "an array": ("x.json", json.dumps([{"text": d} for d in DOCUMENTS]).encode()),
+    "an array in gzip": (
+        "x.json.gz",
+        gzip.compress(json.dumps([{"text": d, "n": 10**30} for d in DOCUMENTS]).encode()),
+    ),
+    "UTF-16": ("x.jsonl", LINES.decode().encode("utf-16")),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_documents_are_read_in_every_form_they_come_in(form: str, tmp_path: pathlib.Path) -> None:
+    name, content = FORMS[form]
+    (tmp_path / "plain.jsonl").write_bytes(LINES)
+    (tmp_path / name).write_bytes(content)
+    want = calibrate(tmp_path / "plain.jsonl", samples=9).ids
+    np.testing.assert_array_equal(calibrate(tmp_path / name, samples=9).ids, want)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_text_may_begin_with_a_byte_order_mark(encoding: str, tmp_path: pathlib.Path) -> None:
+    text = " ".join(DOCUMENTS)
+    (tmp_path / "plain.txt").write_bytes(text.encode())
+    (tmp_path / "marked.txt").write_bytes(text.encode(encoding))
+    np.testing.assert_array_equal(
+        evaluate(tmp_path / "marked.txt").ids, evaluate(tmp_path / "plain.txt").ids
+    )
+
+
+def test_half_of_a_surrogate_pair_names_its_line(tmp_path: pathlib.Path) -> None:
+    lines = LINES.decode().splitlines()
+    lines[7] = lines[7].replace('{"text": "', '{"text": "\\ud83d')
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=r"half of a surrogate pair in line 8: put U\+FFFD"):
+        calibrate(tmp_path / "x.jsonl")
+
+
+def test_documents_shorter_than_a_window_are_joined_and_the_record_says_so(
+    tmp_path: pathlib.Path,
+) -> None:
+    short = [f"Turn {i}." for i in range(300)]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"text": t}) + "\n" for t in ["", *short, "   "]))
+    tokens = calibrate(path, samples=9, seed=3)
+    stream = tokenize("\n\n".join(["", *short, "   "]))
+    np.testing.assert_array_equal(tokens.ids, paper_stream(stream, 9, 3, 32))
+    (warning,) = tokens.warnings
+    assert "none of more than 32 tokens" in warning and "go across documents" in warning
+    assert tokens.protocol["join"] == "\n\n"
+
+
+def test_many_windows_of_one_document_are_warned_of(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.jsonl"
+    write_jsonl(path, ["short"] * 50 + ["long " * 100])
+    (warning,) = calibrate(path, samples=128).warnings
+    assert "all 128 windows" in warning and "come from 1 of its 51 documents" in warning
+    write_jsonl(path, texts(200, 60))
+    assert calibrate(path, samples=128).warnings == ()
+
+
+def test_a_document_is_tokenized_once_however_many_windows_come_from_it(
+    tmp_path: pathlib.Path,
+) -> None:
+    write_jsonl(tmp_path / "x.jsonl", ["long " * 100, "short"])
+    seen: list[str] = []
+
+    def counting(text: str, special: bool = False) -> list[int]:
+        seen.append(text)
+        return tokenize(text, special)
+
+    calibration_tokens(
+        str(tmp_path / "x.jsonl"), lambda: counting, samples=128, length=32, seed=0, vocab=VOCAB
+    )
+    assert sorted(map(len, seen)) in ([500], [5, 500])
+
+
+def test_gzip_that_expands_without_end_is_refused(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_files, "MOST_UNPACKED", 1 << 20)
+    (tmp_path / "bomb.txt.gz").write_bytes(gzip.compress(bytes(2 << 20)))
+    with pytest.raises(InputError, match="holds more than 1 MiB of text"):
+        evaluate(tmp_path / "bomb.txt.gz")
+    for content in (b"", b"not gzip", gzip.compress(LINES)[:50]):
+        (tmp_path / "bad.txt.gz").write_bytes(content)
+        with pytest.raises(InputError, match=r"cannot be unpacked|has 0 tokens"):
+            evaluate(tmp_path / "bad.txt.gz")
+
+
+def test_parquet_with_two_text_columns_or_no_valid_text_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "x.parquet"
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(table, path)
+    with pytest.raises(InputError, match="has 2 columns 'text': rename all but one"):
+        calibrate(path)
+    text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
+    )
+    pq.write_table(pa.table({"text": text}), path)
+    with pytest.raises(InputError, match="cannot be read as parquet"):
+        calibrate(path)
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".raw", ".jsonl"])

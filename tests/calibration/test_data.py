@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from calibration.data import Tokens, calibration_tokens, evaluation_tokens
+from calibration.data import Tokens, calibration_tokens, evaluation_tokens, token_shape
 from calibration.stories import generator as stories
 from calibration.tokenizer import Tokenizer
 from models.errors import InputError
@@ -88,7 +88,7 @@ def test_a_token_file_is_used_unchanged(tmp_path: pathlib.Path, dtype: str) -> N
         # It would be 5 in int32.
         (np.array([[2**32 + 5]] * 2).reshape(1, 2), f"token id {2**32 + 5} outside"),
         (np.array([[2**64 - 1, 0]], np.uint64), f"token id {2**64 - 1} outside"),
-        (np.array([[{}, {}]], object), r"is not a readable \.npy file"),
+        (np.array([[{}, {}]], object), "holds object, and tokens are integers"),
     ],
 )
 def test_a_token_file_of_the_wrong_kind_is_refused(
@@ -231,3 +231,34 @@ def test_sizes_below_the_least_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=f"^{message} is too small"):
         read("embedded", **setting)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"samples": 2**31 - 1}, "calibration_samples=2147483647 is too large: give 1048576 or"),
+        ({"length": 2**31 - 1}, "calibration_length=2147483647 is too large"),
+        ({"samples": 2**20, "length": 1024}, "calibration_samples=1048576 asks for 1073741824 tok"),
+    ],
+)
+def test_windows_without_end_are_refused_before_any_is_made(
+    settings: dict[str, int], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        calibrate("embedded", **settings)
+
+
+def test_a_tokenizer_that_gives_no_tokens_is_refused() -> None:
+    with pytest.raises(InputError, match="gives no tokens for a text"):
+        calibration_tokens(
+            "embedded", lambda: lambda text, special=False: [], samples=1, length=8, seed=0, vocab=9
+        )
+
+
+def test_the_shape_of_a_token_file_is_read_without_its_tokens(tmp_path: pathlib.Path) -> None:
+    np.save(tmp_path / "tokens.npy", np.zeros((3, 7), np.uint16))
+    assert token_shape(str(tmp_path / "tokens.npy"), "calibration") == (3, 7)
+    for wrong in (np.zeros(8, int), np.zeros((2, 2, 2), int), np.zeros((0, 4), int), np.array(3)):
+        np.save(tmp_path / "tokens.npy", wrong)
+        with pytest.raises(InputError, match=r"tokens are \[samples, length\]"):
+            token_shape(str(tmp_path / "tokens.npy"), "calibration")

@@ -170,3 +170,27 @@ def test_a_broken_older_format_is_one_line(tmp_path: pathlib.Path) -> None:
     with pytest.raises(InputError, match="transformers cannot read the tokenizer") as caught:
         load_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_loads_but_cannot_encode_is_one_line(tmp_path: pathlib.Path) -> None:
+    model = tokenizers.models.WordLevel({"a": 0}, unk_token="[UNK]")
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer\.json does not work .*UNK") as caught:
+        load_tokenizer(tmp_path)("b")
+    assert "\n" not in str(caught.value)
+
+
+def test_half_of_a_surrogate_pair_is_one_line(tmp_path: pathlib.Path) -> None:
+    save_words(tmp_path)
+    with pytest.raises(InputError, match=r"tokenizer\.json does not work"):
+        load_tokenizer(tmp_path)("a \ud83d b")
+
+
+def test_code_beside_a_tokenizer_is_not_run_and_nobody_is_asked(tmp_path: pathlib.Path) -> None:
+    (tmp_path / "vocab.json").write_text("{}")
+    (tmp_path / "own.py").write_text("raise AssertionError('ran')")
+    (tmp_path / "config.json").write_text('{"model_type": "own"}')
+    settings = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="transformers cannot read the tokenizer"):
+        load_tokenizer(tmp_path)

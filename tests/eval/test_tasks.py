@@ -3,6 +3,8 @@
 Those for the published data sets are lm-eval's own, word for word.
 """
 
+import contextlib
+import functools
 import json
 import logging
 import os
@@ -19,8 +21,9 @@ import lm_eval
 from lm_eval.api.model import LM
 from lm_eval.tasks._yaml_loader import load_yaml
 
+from eval import tasks as task_files
 from eval.harness import HarnessModel
-from eval.tasks import open_tasks, run_tasks
+from eval.tasks import run_tasks
 from launch.run.measure import tokenizer_of
 from launch.run.tasks import vocabulary_of
 from models.checkpoint.reader import open_checkpoint
@@ -32,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 
+open_tasks = functools.partial(task_files.open_tasks, trust_task_files=True)
 YAMLS = pathlib.Path(__file__).parent / "tasks"
 DOCUMENTS = int(
     os.environ.get("TOPIARY_TASK_DOCUMENTS", "4")
@@ -147,6 +151,20 @@ def test_the_digest_depends_on_content_not_on_place(tmp_path: pathlib.Path) -> N
     first = sha(write_task(tmp_path / "a"))
     assert sha(write_task(tmp_path / "b", "renamed")) == first
     assert sha(write_task(tmp_path / "c", documents=8)) != first
+
+
+def test_a_file_that_is_not_trusted_runs_nothing(tmp_path: pathlib.Path) -> None:
+    """A template reaches every module, `!function` names one: both need no more than opening."""
+    target = tmp_path / "ran"
+    attack = f"{{{{ cycler.__init__.__globals__.os.system('touch {target}') }}}}"
+    file = write_task(tmp_path, more=f'doc_to_target: "{attack}"\n')
+    for name in (file, f"{tmp_path}/"):
+        with pytest.raises(InputError, match=r"can run code.*then add trust_task_files"):
+            task_files.open_tasks(["piqa", str(name)])
+    assert not target.exists()
+    with contextlib.suppress(InputError):
+        open_tasks([str(file)])
+    assert target.exists(), "the reason for the refusal is gone"
 
 
 BAD = {

@@ -197,3 +197,26 @@ def test_what_the_run_would_refuse_the_plan_does(
     argv = [f"--model={shapes_only}", "--method=wanda", "--sparsity=0.5", *flags]
     assert run(plan.options(), plan.main, argv) == 2
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 2, 8), (0, 8), (8, 0), ()])
+def test_a_token_file_of_a_wrong_shape_is_refused(
+    shape: tuple[int, ...], shapes_only: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(shapes_only / "flat.npy", np.zeros(shape, int))
+    argv = [f"--model={shapes_only}", "--sparsity=0.5"]
+    argv += [f"--calibration={shapes_only / 'flat.npy'}", "--method=wanda"]
+    assert run(plan.options(), plan.main, argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: --calibration=") and "tokens are [samples, length]" in err
+
+
+def test_null_where_the_longest_text_is_meant_is_refused(
+    shapes_only: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shapes_only / "config.json").write_text(
+        json.dumps(tiny.LLAMA | {"max_position_embeddings": None})
+    )
+    argv = [f"--model={shapes_only}", "--sparsity=0.5", "--method=wanda"]
+    assert run(plan.options(), plan.main, argv) == 2
+    assert "max_position_embeddings is null: give the longest" in capsys.readouterr().err

@@ -48,6 +48,11 @@ def test_a_call_is_a_name_with_literal_arguments(text: str, parsed: tuple) -> No
         "f(",
         "f(a=1)(b=2)",
         "(" * 500,
+        "f(a={[]: 1})",
+        "f(a=" + "1" * 5000 + ")",
+        "f(a=" + "-" * 5000 + "1)",
+        "f(a=1if 2else 3)",
+        "f(a='\\d', a=1)",
     ],
 )
 def test_anything_else_is_refused(text: str) -> None:
@@ -75,6 +80,11 @@ def test_build_calls_with_the_arguments() -> None:
         ('maker(share="x")', "a number"),
         ("maker(on=1)", "True or False"),
         ("maker(count=1.5)", "an integer or None"),
+        ("maker(share=1e999)", "a share without bounds"),
+        ("maker(share=-1e300)", "a share without bounds"),
+        ("maker(count=10000000000)", "a count without bounds"),
+        ("maker(kind=[1])", "'a', 'b'"),
+        ("maker(kind={'a': 1})", "'a', 'b'"),
         ("with_required", "needs name"),
     ],
 )
@@ -93,6 +103,11 @@ def test_an_error_lists_what_is_allowed(text: str, message: str) -> None:
 )
 def test_a_method_brings_its_sparsity_and_modifiers(text: str, spec: tuple) -> None:
     assert parse_method_spec(text) == spec
+
+
+def test_a_sparsity_beyond_floats_is_refused() -> None:
+    with pytest.raises(InputError):
+        parse_method_spec("wanda@" + "1" * 400)
 
 
 def test_commas_in_parentheses_do_not_split_a_list() -> None:

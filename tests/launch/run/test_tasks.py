@@ -57,7 +57,15 @@ def test_the_report_has_tasks_of_both_models_and_the_cache_repeats_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    argv = [MODEL, *DATA, *METHOD, f"--output={out}", f"--tasks={task}", "--limit=4"]
+    argv = [
+        MODEL,
+        *DATA,
+        *METHOD,
+        f"--output={out}",
+        f"--tasks={task}",
+        "--trust_task_files",
+        "--limit=4",
+    ]
     assert call(argv) == 0
     r = report_of(out)
     figures = r["tasks"]["stories"]
@@ -90,6 +98,7 @@ def test_the_report_has_tasks_of_both_models_and_the_cache_repeats_them(
             "--eval_windows=2",
             f"--json={file}",
             f"--tasks={task}",
+            "--trust_task_files",
             "--limit=4",
         ]
         assert run(evaluate.options(), evaluate.main, flags) == 0
@@ -114,6 +123,7 @@ def test_an_interrupted_run_does_not_ask_the_dense_model_again(
         *METHOD,
         f"--output={tmp_path / 'out'}",
         f"--tasks={task}",
+        "--trust_task_files",
         "--notask_cache",
     ]
     asked: list[object] = []
@@ -155,13 +165,21 @@ def test_errors_come_before_any_work(
             monkeypatch.delitem(sys.modules, module)
         monkeypatch.setattr(sys, "meta_path", [Absent(), *sys.meta_path])
     monkeypatch.setattr(measure, "evaluate", fail)
-    assert (
-        call([MODEL, *DATA, *METHOD, f"--output={tmp_path / 'out'}", f"--tasks={name or 'piqa'}"])
-        == 2
-    )
+    tasks = [f"--tasks={name or 'piqa'}", "--trust_task_files"]
+    assert call([MODEL, *DATA, *METHOD, f"--output={tmp_path / 'out'}", *tasks]) == 2
     err = capsys.readouterr().err.strip().splitlines()
     assert err[-1].startswith("error: --tasks") and said in err[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_task_files_need_trust(
+    task: pathlib.Path, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [MODEL, *DATA, *METHOD, f"--output={tmp_path / 'out'}", f"--tasks={task}"]
+    assert call(argv) == 2
+    err = capsys.readouterr().err.strip().splitlines()[-1]
+    assert err.startswith(f"error: --tasks={task} names task files, and these can run code")
+    assert err.endswith("read them, then add --trust_task_files")
 
 
 class Absent:

@@ -14,6 +14,7 @@ from gguf.quants import dequantize, quantize
 
 from models.checkpoint.gguf import open_gguf
 from models.checkpoint.gguf_file import lazy, read_gguf
+from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 
 HEADS, KV_HEADS, HEAD_DIM, HIDDEN, VOCAB, BLOCKS = 4, 2, 16, 96, 40, 2
@@ -365,3 +366,28 @@ def test_the_missing_package_is_named(
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(InputError, match="needs the gguf package: pip install gguf"):
         open_gguf(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("block_count", 2**31, "not a positive number of 32 bits"),
+        ("embedding_length", 2**32 - 1, "not a positive number of 32 bits"),
+        ("attention.layer_norm_rms_epsilon", float("nan"), "not a positive number"),
+        ("attention.layer_norm_rms_epsilon", float("inf"), "not a positive number"),
+        ("rope.freq_base", -1.0, "not a positive number"),
+        ("attention.head_count", True, "not one int"),
+        ("context_length", "x" * 5000, "not one int"),
+    ],
+)
+def test_odd_metadata_is_refused(key: str, value: Any, says: str, tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "m.gguf", random_state(), **{key: value})
+    with pytest.raises(InputError, match=says) as caught:
+        open_gguf(path)
+    assert len(str(caught.value)) < 400
+
+
+def test_more_blocks_than_the_file_has_are_refused(tmp_path: pathlib.Path) -> None:
+    path = write(tmp_path / "m.gguf", random_state(), block_count=9000)
+    with pytest.raises(InputError, match="num_hidden_layers=9000, but the weights hold 2 blocks"):
+        open_checkpoint(path)

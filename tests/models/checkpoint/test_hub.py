@@ -54,12 +54,24 @@ def test_an_unknown_embedded_model_is_refused(name: str, embedded: pathlib.Path)
         "../x",
         "/no/such/directory",
         "a/b/c",
-        "~nobody-here/x",
         "owner/na me",
     ],
 )
 def test_a_path_that_does_not_exist_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="no such directory or file, and not a hub id"):
+        hub.resolve(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("~nobody-here/x", "names a home directory that does not exist"),
+        ("x" * 300, "cannot be opened .File name too long"),
+        ("a\0b", "cannot be opened"),
+    ],
+)
+def test_a_path_that_cannot_be_looked_up_is_refused(name: str, says: str) -> None:
+    with pytest.raises(InputError, match=says):
         hub.resolve(name)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints are read block by block; every error is one line."""
 
 import gc
+import json
 import pathlib
 import time
 import weakref
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from models.checkpoint import reader as store
 from models.checkpoint.blocks import LazyBlocks, prefetch
@@ -281,3 +283,44 @@ def test_large_numbers_are_finite(dtype: Any, tmp_path: pathlib.Path) -> None:
     largest = np.full((40, 32), ml_dtypes.finfo(dtype).max, dtype)
     model = open_checkpoint(tiny.write(tmp_path, {**random_state(), UP: largest})).model
     np.testing.assert_array_equal(model.blocks[1].up.w, largest.astype(np.float32))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("num_hidden_layers", 2 * 10**9, "num_hidden_layers must be an integer from 1 to 10000"),
+        ("num_hidden_layers", 9000, "num_hidden_layers=9000, but the weights hold 2 blocks"),
+        ("num_hidden_layers", 3, "num_hidden_layers=3, but the weights hold 2 blocks"),
+        ("hidden_size", 2**31, "hidden_size must be an integer from 1 to 2147483647"),
+        ("rms_norm_eps", 10**400, "an integer of 401 digits"),
+        ("rms_norm_eps", 1e300, "rms_norm_eps must be a positive number"),
+        ("rms_norm_eps", None, "rms_norm_eps must be a positive number, not None"),
+        ("hidden_act", "y" * 5000, "is not supported"),
+        ("torch_dtype", "\ud800", "half of a surrogate pair"),
+    ],
+)
+def test_numbers_without_bounds_are_refused_before_anything_is_built(
+    field: str, value: Any, says: str, tmp_path: pathlib.Path
+) -> None:
+    tiny.write(tmp_path, random_state())
+    config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    begun = time.monotonic()
+    one_line(tmp_path, says)
+    assert time.monotonic() - begun < 5
+
+
+ROTARY = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+
+
+@pytest.mark.parametrize("listed", [True, False], ids=["the index lists", "a shard holds"])
+def test_shards_and_index_may_disagree_about_buffers(listed: bool, tmp_path: pathlib.Path) -> None:
+    state = random_state()
+    want = open_checkpoint(tiny.write(tmp_path / "whole", state)).model.blocks[0].up.w
+    tiny.write(tmp_path, state)
+    (tmp_path / "model.safetensors").unlink()
+    shard = "model-00001-of-00001.safetensors"
+    save_file(state | ({} if listed else ROTARY), tmp_path / shard, metadata={"format": "pt"})
+    weight_map = dict.fromkeys([*state, *(ROTARY if listed else ())], shard)
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    np.testing.assert_array_equal(open_checkpoint(tmp_path).model.blocks[0].up.w, want)

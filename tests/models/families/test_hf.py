@@ -171,6 +171,7 @@ def test_linears_have_their_checkpoint_names() -> None:
     assert hf.linear_name(blocks["opt"], "o") == "model.decoder.layers.1.self_attn.out_proj"
 
 
+WIDTHS = {"heads": [1, 1], "neurons": [1, 1]}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None}, "model_type None is not supported"),
     ({"model_type": "gpt2"}, "granite, llama, mistral, opt, qwen2"),
@@ -194,6 +195,13 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"rms_norm_eps": 0}, "rms_norm_eps"),
     ({"rms_norm_eps": math.nan}, "rms_norm_eps"),
     ({"rms_norm_eps": math.inf}, "rms_norm_eps"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    ({"rms_norm_eps": 1e300}, "rms_norm_eps"),
+    ({"rms_norm_eps": None}, "rms_norm_eps"),
+    ({"hidden_size": 2**31}, "hidden_size must be an integer from 1 to 2147483647"),
+    ({"num_hidden_layers": 10**30}, "num_hidden_layers must be an integer from 1 to 10000"),
+    ({"model_type": "topiary_llama", "widths": WIDTHS, "biases": [[1]]}, "biases must be a list"),
+    ({"model_type": "topiary_llama", "widths": {"heads": [True]}, "biases": []}, "widths must"),
     ({"hidden_act": "swiglu"}, "hidden_act='swiglu' is not supported"),
     ({"hidden_act": ["silu"]}, "hidden_act"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
