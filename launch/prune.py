@@ -136,7 +136,7 @@ def _prune_into(
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
-    checkpoint, mesh = inputs.checkpoint, job.runtime.mesh
+    checkpoint = inputs.checkpoint
     writer = _writer(stage, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
@@ -170,8 +170,7 @@ def _prune_into(
     )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
-    damage = [*journal.damage, *repetition.damage]
-    result["warnings"] += [f"unfinished run: {sentence}" for sentence in damage]
+    result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer)
     result["samples"], missed = run_on_primary(lambda: optional("no sample texts", texts, []))
