@@ -161,6 +161,7 @@ def _prune_into(
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
     if further:
         clock.record("draws")
+    mesh = job.runtime.mesh
     written, counts = complete(directory, checkpoint, writer, check, outcome, job.output, mesh)
     clock.record("export")
     pruned = measure(written.loaded)
