@@ -22,6 +22,7 @@ from calibration.step_cache import StepCache
 from launch.flags import calls, cli
 from launch.flags.common import (
     calibration_flags,
+    check_sparsity,
     evaluation_flags,
     layout_flag,
     mask_flags,
@@ -61,13 +62,21 @@ def options() -> cli.Flags:
         "wanda",
         f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}; '
         "flap@0.2 sets its own sparsity, wanda+owl or wanda+dsnot its allocation or refinement",
+        names=METHODS,
+        several=True,
     )
     f.string(
         "sparsities",
         "",
         "comma-separated fractions to remove; empty if a pattern or the methods set the sparsity",
     )
-    f.string("allocations", "uniform", f"comma-separated: {', '.join(ALLOCATIONS)}")
+    f.string(
+        "allocations",
+        "uniform",
+        f"comma-separated: {', '.join(ALLOCATIONS)}",
+        names=ALLOCATIONS,
+        several=True,
+    )
     f.string("seeds", "0", "comma-separated seeds of the calibration windows and the methods")
     f.group("Method")
     mask_flags(f)
@@ -151,9 +160,11 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
             "sparsities",
             values["sparsities"],
             float,
-            lambda v: 0 <= v < 1,
+            lambda v: True,
             "fractions from 0 to below 1",
         )
+        for sparsity in sparsities:
+            check_sparsity(sparsity, "sparsities")
     methods, allocations = (
         calls.split_list(values["methods"]),
         calls.split_list(values["allocations"]),

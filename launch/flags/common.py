@@ -7,6 +7,7 @@ from typing import Any, cast
 import jax
 from jax.sharding import Mesh
 
+from calibration.corpora import HUB
 from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags import calls
 from launch.flags.cli import Flags
@@ -22,6 +23,7 @@ from pruning.methods import REFINEMENTS
 
 LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
 MOST_DRAWS = 1000
+TEXTS = ("embedded", *HUB)  # sources of texts that have a name
 
 
 def model_flags(f: Flags, writes: bool = False) -> None:
@@ -36,6 +38,8 @@ def model_flags(f: Flags, writes: bool = False) -> None:
         "model",
         None,
         "Hugging Face directory, hub id, .gguf file, embedded:tiny-llama or embedded:tiny-opt",
+        names=hub.embedded_models(),
+        files=True,
     )
     f.string(
         "revision",
@@ -88,9 +92,17 @@ def mask_flags(f: Flags) -> None:
       f: The command's flags.
     """
     f.string(
-        "pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs"
+        "pattern",
+        "unstructured",
+        "unstructured, or N:M for N zeros in every M consecutive inputs",
+        names=("unstructured", "2:4", "4:8", "16:32"),
     )
-    f.string("refine", "none", f"improves finished masks: {', '.join(REFINEMENTS)}")
+    f.string(
+        "refine",
+        "none",
+        f"improves finished masks: {', '.join(REFINEMENTS)}",
+        names=REFINEMENTS,
+    )
 
 
 def calibration_flags(f: Flags) -> None:
@@ -102,8 +114,11 @@ def calibration_flags(f: Flags) -> None:
     f.group("Calibration")
     f.string(
         "calibration",
-        "embedded",
-        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file",
+        "",
+        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file; empty: "
+        "embedded for an embedded model, wikitext2 for any other",
+        names=TEXTS,
+        files=True,
     )
     f.integer("calibration_samples", 128, "number of windows", 1)
     f.integer(
@@ -141,6 +156,9 @@ def evaluation_flags(f: Flags) -> None:
         "embedded",
         "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .json, .parquet "
         "files",
+        names=TEXTS,
+        files=True,
+        several=True,
     )
     f.integer(
         "eval_length",
@@ -221,21 +239,22 @@ def window_length(length: int, config: Mapping[str, Any]) -> int:
     return length or min(LONGEST_DEFAULT, longest_text(config, LONGEST_DEFAULT))
 
 
-def check_sparsity(sparsity: float) -> None:
+def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
     """Check that a sparsity is at least 0 and below 1.
 
     Args:
       sparsity: Fraction to remove.
+      field: Name of the setting, for errors.
 
     Raises:
       InputError: It is not.
     """
     if not 0 <= sparsity < 1:  # also refuses NaN
+        remedy = "give the fraction to remove, such as 0.3"
+        if 1 < sparsity < 100:  # a percentage
+            remedy = f"did you mean {sparsity / 100:g}? {remedy}"
         raise InputError(
-            "must be at least 0 and less than 1",
-            "give the fraction to remove, such as 0.3",
-            field="sparsity",
-            value=sparsity,
+            "must be at least 0 and less than 1", remedy, field=field, value=f"{sparsity:g}"
         )
 
 

@@ -568,7 +568,7 @@ def test_a_number_of_blocks_needs_no_sparsity(inputs: Path, tmp_path: Path) -> N
 
 
 MISTAKES = {
-    "sparsity of 2": (["--sparsity=2"], "--sparsity=2.0", "give the fraction to remove"),
+    "sparsity of 2": (["--sparsity=2"], "--sparsity=2 must", "give the fraction to remove"),
     "no sparsity": ([], "--sparsity", "give the fraction to remove"),
     "unknown method": (["--method=zebra"], "--method=zebra", "there are flap, llmrank"),
     "unknown parameter": (
