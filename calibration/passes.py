@@ -142,9 +142,7 @@ def visit_blocks(
     if journal:
         shapes = _state_shapes(model, tokens, runtime.batch, mesh, runtime.offload)
         records, saved = journal.begin(shapes, key)
-    advance = runtime.progress(
-        name, depth, unit="blocks", tokens=tokens.size, done=len(records)
-    )
+    advance = runtime.progress(name, depth, unit="blocks", tokens=tokens.size, done=len(records))
     xs = States([], runtime.offload, mesh)
     if saved is not None:
         for x in saved:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from launch import __version__
+from launch.flags import cli, completion
 from launch.flags.suggest import closest
 
 HELP = """Prune large language models after training.
@@ -17,8 +18,6 @@ HELP = """Prune large language models after training.
 
 Commands:
 """
-COMPLETION = "completion"
-COMPLETION_TEXT = "Print a script that completes commands, flags and values: bash, zsh or fish."
 
 
 def commands() -> dict[str, str]:
@@ -36,7 +35,7 @@ def commands() -> dict[str, str]:
 
 def help_text() -> str:
     """Return the help, with every command on a line."""
-    lines = commands() | {COMPLETION: COMPLETION_TEXT}
+    lines = commands() | {completion.NAME: completion.SUMMARY}
     return HELP + "\n".join(f"  {name:<12} {text}" for name, text in lines.items())
 
 
@@ -58,17 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"topiary {__version__}")
         return 0
     known = commands()
-    if name == COMPLETION:
-        from launch.flags import completion
-
+    if name == completion.NAME:
         return completion.main(rest, known)
     if name not in known:
-        match = closest(name, [*known, COMPLETION])
+        match = closest(name, [*known, completion.NAME])
         hint = f"did you mean {match}? " if match else ""
         print(f"error: {name!r} is no command: {hint}topiary --help lists them", file=sys.stderr)
         return 2
-    from launch.flags import cli
-
     module = importlib.import_module(f"launch.{name}")
     options = module.options()
     options.program = f"topiary {name}"

@@ -37,7 +37,7 @@ class _NumberParser(flags.FloatParser):  # type: ignore[misc]
         except ValueError:
             text = str(argument).strip()
             if text.endswith("%") and text[:-1].strip().isdecimal():
-                raise ValueError(f"write a fraction: {int(text[:-1]) / 100:g}") from None
+                raise ValueError(f"did you mean {int(text[:-1]) / 100:g}?") from None
             raise
 
 

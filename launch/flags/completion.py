@@ -10,8 +10,8 @@ from typing import NamedTuple
 from launch.flags.cli import Flags, Values
 from launch.flags.suggest import one_of
 
-COMPLETION = "completion"  # the command that prints a script
-COMPLETION_TEXT = "Print a script that completes commands, flags and values: bash, zsh or fish."
+NAME = "completion"  # the command that prints a script
+SUMMARY = "Print a script that completes commands, flags and values: bash, zsh or fish."
 
 
 class Flag(NamedTuple):
@@ -79,8 +79,9 @@ def bash(commands: Commands) -> str:
             taken["-"] = Values(files=True)
         for flag, own in taken.items():
             words = " ".join([*own.names, *["/"] * own.files, *[","] * own.several])
-            values.append(f"        {name}:{flag}) echo {shlex.quote(words)} ;;")
-    names = " ".join([*commands, COMPLETION])
+            if words:
+                values.append(f"        {name}:{flag}) echo {shlex.quote(words)} ;;")
+    names = " ".join([*commands, NAME])
     return _script("bash", flags="\n".join(flags), values="\n".join(values), commands=names)
 
 
@@ -90,7 +91,7 @@ def zsh(commands: Commands) -> str:
     Args:
       commands: The commands by name.
     """
-    summaries = {name: c.text for name, c in commands.items()} | {COMPLETION: COMPLETION_TEXT}
+    summaries = {name: c.text for name, c in commands.items()} | {NAME: SUMMARY}
     lines = [
         f"        {shlex.quote(f'{name}:{_colons(text)}')}" for name, text in summaries.items()
     ]
@@ -101,7 +102,7 @@ def zsh(commands: Commands) -> str:
             specs.append("*:path:_files")
         words = " \\\n            ".join(map(shlex.quote, specs))
         cases.append(f"        {name}) _arguments \\\n            {words} ;;")
-    cases.append(f"        {COMPLETION}) compadd -- {' '.join(SHELLS)} ;;")
+    cases.append(f"        {NAME}) compadd -- {' '.join(SHELLS)} ;;")
     return _script("zsh", commands="\n".join(lines), cases="\n".join(cases))
 
 
@@ -129,7 +130,7 @@ def fish(commands: Commands) -> str:
     """
     lines = ["# Completion of topiary for fish: topiary completion fish | source", ""]
     lines.append("complete -c topiary -f")
-    summaries = {name: c.text for name, c in commands.items()} | {COMPLETION: COMPLETION_TEXT}
+    summaries = {name: c.text for name, c in commands.items()} | {NAME: SUMMARY}
     for name, text in summaries.items():
         lines.append(_fish("__fish_use_subcommand", "-a", name, "-d", text))
     for name, command in commands.items():
@@ -142,7 +143,7 @@ def fish(commands: Commands) -> str:
                 words += ["-r", "-F" if flag.values.files else "-f"]
                 words += ["-a", " ".join(flag.values.names)] if flag.values.names else []
             lines.append(_fish(condition, *words))
-    lines.append(_fish(f"__fish_seen_subcommand_from {COMPLETION}", "-a", " ".join(SHELLS)))
+    lines.append(_fish(f"__fish_seen_subcommand_from {NAME}", "-a", " ".join(SHELLS)))
     return "\n".join(lines) + "\n"
 
 
@@ -161,6 +162,18 @@ def _script(shell: str, **parts: str) -> str:
     return text
 
 
+def all_commands(summaries: Mapping[str, str]) -> Commands:
+    """Return what a shell can complete of every command.
+
+    Args:
+      summaries: Every command with its summary.
+    """
+    return {
+        name: describe(importlib.import_module(f"launch.{name}").options(), text)
+        for name, text in summaries.items()
+    }
+
+
 SHELLS: dict[str, Callable[[Commands], str]] = {"bash": bash, "zsh": zsh, "fish": fish}
 
 
@@ -176,10 +189,7 @@ def main(argv: Sequence[str], summaries: Mapping[str, str]) -> int:
     """
     if len(argv) != 1 or argv[0] not in SHELLS:
         name = argv[0] if argv else ""
-        print(f"error: {COMPLETION} needs a shell: {one_of(name, SHELLS)}", file=sys.stderr)
+        print(f"error: {NAME} needs a shell: {one_of(name, SHELLS)}", file=sys.stderr)
         return 2
-    commands = {}
-    for name, text in summaries.items():
-        commands[name] = describe(importlib.import_module(f"launch.{name}").options(), text)
-    print(SHELLS[argv[0]](commands), end="")
+    print(SHELLS[argv[0]](all_commands(summaries)), end="")
     return 0

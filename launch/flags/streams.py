@@ -5,7 +5,7 @@ import os
 import sys
 
 # What characters of our own output become where a terminal lacks them.
-PLAIN = {"±": "+-", "—": "-", "–": "-", "…": "...", "×": "x", "→": "->", "·": "-"}
+PLAIN = {"±": "+-", "—": "-", "…": "..."}
 ERRORS = "topiary"
 
 

@@ -141,9 +141,7 @@ class _Log:
         if stage.finished:
             if stage.stepped - stage.began >= LEAST_SECONDS:
                 self._print(stage, stage.ending())
-        elif seconds >= MOST_SECONDS or (
-            seconds >= LEAST_SECONDS and steps * PARTS >= stage.total
-        ):
+        elif seconds >= MOST_SECONDS or (seconds >= LEAST_SECONDS and steps * PARTS >= stage.total):
             figures = ", ".join(filter(None, (stage.position(), stage.rate(), stage.time())))
             self._print(stage, f"{stage.description}: {figures}")
 
@@ -218,10 +216,11 @@ def status_line(stage: Stage, width: int) -> Table:
     bar = min(GREATEST_BAR, room - cell_len(description) - 1)
     if bar >= LEAST_BAR:
         cells.append(ProgressBar(stage.total, stage.done, width=bar))
+    cells.append(Text(figures))
     line = Table.grid(padding=(0, 1))
-    for cell in (*cells, Text(figures)):
+    for _ in cells:
         line.add_column(no_wrap=True, overflow="crop")
-    line.add_row(*cells, Text(figures))
+    line.add_row(*cells)
     return line
 
 

@@ -30,7 +30,7 @@ _topiary() {
         flag=${word%%=*} start=${word%%=*}= value=${word#*=}
     elif [[ $last == --* && " $(_topiary_flags "$command") " == *" $last= "* ]]; then
         flag=$last value=$word
-    elif [[ $word == -* ]]; then
+    elif [[ $word == -* || -z $word$(_topiary_values "$command" -) ]]; then
         found=($(compgen -W "$(_topiary_flags "$command")" -- "$word"))
         [[ ${#found[@]} -eq 1 && ${found[0]} == *= ]] && compopt -o nospace 2> /dev/null
     else
