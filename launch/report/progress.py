@@ -175,7 +175,7 @@ class _Line:
                 redirect_stdout=to_terminal,
                 transient=True,
             )
-            self._live.start()
+            self._live.start(refresh=True)
 
     def stepped(self, stage: Stage) -> None:
         """Show a stage, or its ending."""

@@ -27,7 +27,7 @@ CASES: dict[str, set[str]] = {
     "topiary prune --model=embedded:tiny-o": {"embedded:tiny-opt"},
     "topiary prune --calibration=te": {"text.jsonl"},
     "topiary prune --calibration=wi": {"wikitext2"},
-    "topiary prune --model=x --outp": {"--output"},
+    "topiary prune --model=x --refi": {"--refine"},
     "topiary compare out": {"out-a", "out-b"},
     "topiary completion z": {"zsh"},
     "topiary prune --seed=1": set(),
@@ -148,10 +148,17 @@ def test_zsh(scripts: Path) -> None:
 
 def _typed_in_zsh(scripts: Path, lines: Mapping[str, set[str]]) -> dict[str, str]:
     """Type lines with a tab behind each in zsh; return the screens that lack the completion."""
-    program, (pid, terminal) = shell("zsh"), pty.fork()
-    if pid == 0:
-        os.chdir(scripts / "files")
-        os.execve(program, ["zsh", "-f", "-i"], os.environ | {"TERM": "xterm", "PS1": "> "})
+    terminal, side = pty.openpty()
+    process = subprocess.Popen(
+        [shell("zsh"), "-f", "-i"],
+        cwd=scripts / "files",
+        env=os.environ | {"TERM": "xterm", "PS1": "> "},
+        stdin=side,
+        stdout=side,
+        stderr=side,
+        start_new_session=True,
+    )
+    os.close(side)
 
     def screen(wanted: str) -> str:
         seen, end = "", time.monotonic() + 20
@@ -162,9 +169,8 @@ def _typed_in_zsh(scripts: Path, lines: Mapping[str, set[str]]) -> dict[str, str
 
     wrong = {}
     script = scripts / "topiary.zsh"
-    os.write(
-        terminal, f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n".encode()
-    )
+    load = f"autoload -U compinit; compinit -u -D; source {script}; echo re''ady\n"
+    os.write(terminal, load.encode())
     screen("ready")
     for line, (word,) in lines.items():
         os.write(terminal, f"{line}\t".encode())
@@ -174,6 +180,6 @@ def _typed_in_zsh(scripts: Path, lines: Mapping[str, set[str]]) -> dict[str, str
             wrong[line] = seen
         os.write(terminal, b"\x15")  # clears the line
     os.write(terminal, b"exit\n")
+    process.wait(20)
     os.close(terminal)
-    os.waitpid(pid, 0)
     return wrong
