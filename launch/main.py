@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from launch import __version__
-from launch.flags import cli, completion
+from launch.flags import completion
 from launch.flags.suggest import closest
 
 HELP = """Prune large language models after training.
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint = f"did you mean {match}? " if match else ""
         print(f"error: {name!r} is no command: {hint}topiary --help lists them", file=sys.stderr)
         return 2
+    from launch.flags import cli  # here, so that the help need not wait for JAX
+
     module = importlib.import_module(f"launch.{name}")
     options = module.options()
     options.program = f"topiary {name}"

@@ -27,7 +27,7 @@ LONGEST_MESSAGE = 1500  # characters of an error; a damaged file can make it quo
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
 
 
-class _NumberParser(flags.FloatParser):  # type: ignore[misc]
+class _NumberParser(flags.FloatParser):
     """absl's parser of numbers, with an answer to percentages."""
 
     def convert(self, argument: Any) -> Any:

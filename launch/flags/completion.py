@@ -5,13 +5,29 @@ import pathlib
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from launch.flags.cli import Flags, Values
 from launch.flags.suggest import one_of
+
+if TYPE_CHECKING:
+    from launch.flags.cli import Flags
 
 NAME = "completion"  # the command that prints a script
 SUMMARY = "Print a script that completes commands, flags and values: bash, zsh or fish."
+
+
+class Values(NamedTuple):
+    """Values of a flag that a shell can complete.
+
+    Attributes:
+      names: Values that have a name.
+      files: Whether the value may be a path.
+      several: Whether the value is a list separated by commas.
+    """
+
+    names: tuple[str, ...] = ()
+    files: bool = False
+    several: bool = False
 
 
 class Flag(NamedTuple):
@@ -45,7 +61,7 @@ class Command(NamedTuple):
 Commands = Mapping[str, Command]
 
 
-def describe(options: Flags, text: str) -> Command:
+def describe(options: "Flags", text: str) -> Command:
     """Return what a shell can complete of a command.
 
     Args:
