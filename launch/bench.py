@@ -37,7 +37,8 @@ from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
 from launch.flags.cli import Flags, run
-from launch.flags.common import TEXTS, check_sparsity, mesh_of, model_flags, open_model
+from launch.flags.common import TEXTS, mesh_of, model_flags, open_model
+from launch.flags.numbers import check_sparsity
 from launch.report import summary
 from launch.run.measure import model_origin, protocol, read_calibration, tokenizer_of, write_report
 from models.checkpoint.reader import Checkpoint, in_memory

@@ -20,7 +20,8 @@ import optax
 from rich.console import Console
 
 from launch.flags import calls, cli
-from launch.flags.common import check_once, numbers, output_path, seeds
+from launch.flags.common import output_path
+from launch.flags.numbers import check_once, numbers, seeds
 from launch.mlp import images, report
 from launch.mlp.report import DENSE, Row
 from launch.report.progress import progress

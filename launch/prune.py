@@ -182,8 +182,7 @@ def _prune_into(
     )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
-    damage = [*journal.damage, *repetition.damage]
-    result["warnings"] += [f"unfinished run: {sentence}" for sentence in damage]
+    result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer, shown)
     result["samples"], missed = run_on_primary(lambda: optional("no sample texts", texts, []))

@@ -22,16 +22,14 @@ from calibration.step_cache import StepCache
 from launch.flags import calls, cli
 from launch.flags.common import (
     calibration_flags,
-    check_sparsity,
     evaluation_flags,
     layout_flag,
     mask_flags,
     model_flags,
-    numbers,
     open_model,
     output_path,
-    seeds,
 )
+from launch.flags.numbers import check_sparsity, numbers, seeds
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
 from launch.run import tracking

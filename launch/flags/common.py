@@ -1,7 +1,7 @@
 """Flags that several commands share, and the conversion of their values."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -9,7 +9,6 @@ from jax.sharding import Mesh
 
 from calibration.corpora import HUB
 from calibration.states import OFFLOADS, Offload, choose_offload
-from launch.flags import calls
 from launch.flags.cli import Flags
 from launch.flags.dtypes import compute_dtype, dtype_flag
 from models.checkpoint import hub
@@ -239,25 +238,6 @@ def window_length(length: int, config: Mapping[str, Any]) -> int:
     return length or min(LONGEST_DEFAULT, longest_text(config, LONGEST_DEFAULT))
 
 
-def check_sparsity(sparsity: float, field: str = "sparsity") -> None:
-    """Check that a sparsity is at least 0 and below 1.
-
-    Args:
-      sparsity: Fraction to remove.
-      field: Name of the setting, for errors.
-
-    Raises:
-      InputError: It is not.
-    """
-    if not 0 <= sparsity < 1:  # also refuses NaN
-        remedy = "give the fraction to remove, such as 0.3"
-        if 1 < sparsity < 100:  # a percentage
-            remedy = f"did you mean {sparsity / 100:g}? {remedy}"
-        raise InputError(
-            "must be at least 0 and less than 1", remedy, field=field, value=f"{sparsity:g}"
-        )
-
-
 def check_length(field: str, length: int, checkpoint: Checkpoint) -> None:
     """Check that windows are not longer than a model with learned positions allows.
 
@@ -275,58 +255,6 @@ def check_length(field: str, length: int, checkpoint: Checkpoint) -> None:
             f"has windows of {length} tokens, the model has {positions} positions",
             "give a shorter length",
             field=field,
-        )
-
-
-def numbers(
-    field: str, text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str
-) -> tuple[Any, ...]:
-    """Parse a comma-separated list of numbers.
-
-    Args:
-      field: Name of the setting, for errors.
-      text: The list.
-      kind: Converts an item, such as `int`.
-      allowed: Returns True for values that are allowed.
-      wanted: Description of the allowed values, for errors.
-
-    Raises:
-      InputError: The list is empty, or an item is not allowed.
-    """
-    try:
-        values = tuple(kind(item) for item in calls.split_list(text))
-    except ValueError:
-        values = ()
-    if not values or not all(map(allowed, values)):
-        raise InputError(f"must be {wanted}, separated by commas", field=field, value=text)
-    return values
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """Parse --seeds.
-
-    Args:
-      text: The flag's value.
-
-    Raises:
-      InputError: The value is no list of integers of at least 0.
-    """
-    return numbers("seeds", text, int, lambda v: 0 <= v < 2**31, "integers from 0 on")
-
-
-def check_once(field: str, items: Sequence[Any]) -> None:
-    """Check that no item of a list stands in it twice.
-
-    Args:
-      field: Name of the setting, for errors.
-      items: The list.
-
-    Raises:
-      InputError: An item stands in it twice.
-    """
-    if len(set(items)) < len(items):
-        raise InputError(
-            "has an item twice", "give each once", field=field, value=",".join(map(str, items))
         )
 
 

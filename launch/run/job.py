@@ -6,7 +6,8 @@ from typing import NamedTuple
 from calibration.data import is_token_file
 from calibration.runtime import Runtime
 from launch.flags import calls
-from launch.flags.common import check_sparsity, mesh_of
+from launch.flags.common import mesh_of
+from launch.flags.numbers import check_sparsity
 from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError

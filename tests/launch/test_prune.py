@@ -428,7 +428,7 @@ def test_what_decorates_a_report_never_costs_the_checkpoint(
     def fail(*_: Any) -> None:
         raise TypeError("odd\nfile")
 
-    monkeypatch.setattr(export.RoundTripCheck, "difference", lambda self, loaded: 0.1)
+    monkeypatch.setattr(export.RoundTripCheck, "difference", lambda *_, **__: 0.1)
     monkeypatch.setattr(export, "_transformers_logits", fail)
     monkeypatch.setattr("launch.prune.samples", fail)
     monkeypatch.setattr("launch.report.html.write_html", fail)

@@ -4,7 +4,7 @@ import pytest
 
 from launch.flags.calls import build
 from launch.flags.cli import Flags
-from launch.flags.common import check_sparsity
+from launch.flags.numbers import check_sparsity
 from launch.flags.suggest import closest, one_of
 from launch.prune import options
 from models.errors import InputError
