@@ -1,13 +1,11 @@
 """Parse flags in groups, print a short help, and show errors as one line with exit code 2."""
 
-import contextlib
 import dataclasses
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -16,6 +14,7 @@ from launch.flags import streams
 from launch.flags.completion import Values
 from launch.flags.flagfiles import FileFlagValues
 from launch.flags.suggest import closest, one_of
+from launch.flags.termination import Terminated, raise_on_termination
 from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
 from models.errors import InputError
@@ -282,37 +281,6 @@ def frozen(kind: Any, values: Mapping[str, Any]) -> Any:
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
 
 
-class Terminated(BaseException):
-    """Raised on SIGTERM, which comes before a machine is taken away, to unwind the run."""
-
-
-def _raise_terminated(number: int, frame: object) -> None:
-    """Handle SIGTERM."""
-    raise Terminated
-
-
-@contextlib.contextmanager
-def termination_deferred() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, instead of raising `Terminated`.
-
-    For callers of libraries whose code must not be interrupted by an exception.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    try:
-        yield stop
-    finally:
-        _raise_on_termination()
-
-
-def _raise_on_termination() -> None:
-    """Let SIGTERM raise `Terminated`."""
-    # Python allows signal handlers to be set from the main thread alone.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _raise_terminated)
-
-
 def run(
     options: Flags, main: Callable[[dict[str, Any]], int | None], argv: Sequence[str] | None = None
 ) -> int:
@@ -328,7 +296,7 @@ def run(
     """
     argv = sys.argv[1:] if argv is None else argv
     streams.prepare()
-    _raise_on_termination()
+    raise_on_termination()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if any(argument in _HELP for argument in argv):
