@@ -136,15 +136,13 @@ def visit_blocks(
     """
     depth, mesh = len(model.blocks), runtime.mesh
     journal = runtime.journal if durable else None
-    advance = runtime.progress(name, depth)
     non_block = place(model.non_block, mesh)
     records: list[Any] = []
     saved = None
     if journal:
         shapes = _state_shapes(model, tokens, runtime.batch, mesh, runtime.offload)
         records, saved = journal.begin(shapes, key)
-    for _ in records:
-        advance()
+    advance = runtime.progress(name, depth, unit="blocks", tokens=tokens.size, done=len(records))
     xs = States([], runtime.offload, mesh)
     if saved is not None:
         for x in saved:

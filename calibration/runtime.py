@@ -8,14 +8,7 @@ from jax.sharding import Mesh
 
 from calibration.journal import Journal, to_serialisable
 from calibration.states import Offload
-
-# (description, number of steps) -> function to call after each step
-Progress = Callable[[str, int], Callable[[], None]]
-
-
-def no_progress(description: str, steps: int) -> Callable[[], None]:
-    """Return a function that reports nothing after each step."""
-    return lambda: None
+from models.progress import Progress, no_progress
 
 
 @dataclasses.dataclass(frozen=True)

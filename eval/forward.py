@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from models.arch import Model, NonBlockParams, apply_block, embed
 from models.checkpoint.blocks import prefetch
+from models.progress import Advance, no_advance
 from models.sharding import split
 
 # Bytes of hidden states that pass through the blocks together; more batches read the blocks again.
@@ -16,7 +17,11 @@ ACTIVATION_BYTES = 1 << 30
 
 
 def last_states(
-    model: Model, non_block: NonBlockParams, batches: Sequence[np.ndarray], mesh: Mesh | None
+    model: Model,
+    non_block: NonBlockParams,
+    batches: Sequence[np.ndarray],
+    mesh: Mesh | None,
+    advance: Advance = no_advance,
 ) -> Iterator[tuple[jax.Array, jax.Array]]:
     """Yield the hidden states after the last block for each batch, in order.
 
@@ -26,6 +31,7 @@ def last_states(
       non_block: `model.non_block`, placed on `mesh`.
       batches: Token ids, each int [b t]. They may differ in shape; each shape is compiled once.
       mesh: Mesh, batches are split over its `data` axis; None for one device.
+      advance: Called with a batch's number of tokens after each block that it has passed.
 
     Yields:
       Token ids on the mesh, int [b t], and hidden states after the last block, [b t d].
@@ -41,7 +47,11 @@ def last_states(
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
         xs = [embed(model.arch, non_block, t) for t in tokens]
         for block in prefetch(model.blocks, mesh=mesh):
-            # Wait: calls that are queued but have not run would keep several blocks in memory.
-            xs = jax.block_until_ready([apply_block(model.arch, block, x) for x in xs])
+            xs = [apply_block(model.arch, block, x) for x in xs]
+            # Wait: calls that are queued but have not run would keep several blocks in memory. All
+            # are queued before the first wait, so that the device is never idle.
+            for t, x in zip(tokens, xs, strict=True):
+                x.block_until_ready()
+                advance(t.size)
         yield from zip(tokens, xs, strict=True)
         first = end

@@ -3,7 +3,6 @@
 It needs the package lm-eval (pip install lm-eval), not torch.
 """
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,12 +23,11 @@ from eval.scoring import SHORTEST, Score, bucket, log_likelihoods
 from models.arch import Model
 from models.errors import InputError
 from models.generate import generate
+from models.progress import Progress, no_progress
 from models.sharding import place, split
 
 # Tokens of a generated answer whose task does not say, as with lm-eval's own models.
 NEW_TOKENS = 256
-# (description, number of steps) -> function that is called after each step.
-Stage = Callable[[str, int], Callable[[], None]]
 
 
 class Tokenizer(Protocol):
@@ -73,7 +71,7 @@ class HarnessModel(TemplateLM):
       batch: Requests in one micro-batch, which the `data` axis of `mesh` divides.
       mesh: Mesh; None for one device.
       answers: Cache of answers; None to keep none.
-      stage: Function that shows progress.
+      progress: Shows the progress.
     """
 
     def __init__(
@@ -85,7 +83,7 @@ class HarnessModel(TemplateLM):
         batch: int = 8,
         mesh: Mesh | None = None,
         answers: AnswerCache | None = None,
-        stage: Stage = lambda description, steps: lambda: None,
+        progress: Progress = no_progress,
     ):
         super().__init__()
         self._model = model
@@ -93,7 +91,7 @@ class HarnessModel(TemplateLM):
         self._longest = longest
         self._batch = batch
         self._mesh = mesh
-        self._stage = stage
+        self._progress = progress
         self._answers = answers or AnswerCache(None, {})
 
     @property
@@ -155,7 +153,7 @@ class HarnessModel(TemplateLM):
 
         Args:
           requests: Requests of lm-eval.
-          disable_tqdm: Without effect; `stage` shows progress.
+          disable_tqdm: Without effect; `progress` shows progress.
 
         Returns:
           Log-likelihood in nats, and True if greedy decoding gives the continuation.
@@ -173,14 +171,13 @@ class HarnessModel(TemplateLM):
         return self._scores([(context, continuation) for _, context, continuation in requests])
 
     def _scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[Score]:
-        stage = functools.partial(self._stage, "log-likelihoods")
         return log_likelihoods(
             self._model,
             pairs,
             longest=self._longest,
             batch=self._batch,
             mesh=self._mesh,
-            stage=stage,
+            progress=self._progress,
         )
 
     def loglikelihood_rolling(
@@ -192,7 +189,7 @@ class HarnessModel(TemplateLM):
 
         Args:
           requests: Requests of lm-eval.
-          disable_tqdm: Without effect; `stage` shows progress.
+          disable_tqdm: Without effect; `progress` shows progress.
 
         Returns:
           Log-likelihood of each text in nats.
@@ -217,7 +214,7 @@ class HarnessModel(TemplateLM):
 
         Args:
           requests: Requests of lm-eval.
-          disable_tqdm: Without effect; `stage` shows progress.
+          disable_tqdm: Without effect; `progress` shows progress.
 
         Returns:
           Text of each request.
@@ -248,13 +245,13 @@ class HarnessModel(TemplateLM):
             prompts = {i: self._prompt(requests[i].args[0])[-prompt_room:] for i in indices}
             # The longest first: a batch is padded to its longest prompt.
             order = sorted(indices, key=lambda i: (-len(prompts[i]), prompts[i]))
-            advance = self._stage("texts", len(order))
+            advance = self._progress("texts", len(order), unit="texts")
             for n in range(0, len(order), self._batch):
                 batch = order[n : n + self._batch]
                 continuations = self._continue(model, [prompts[i] for i in batch], settings, n)
                 for i, text in zip(batch, continuations, strict=True):
                     texts[i] = text
-                    advance()
+                advance(len(batch))
         return texts
 
     def _prompt(self, context: str) -> list[int]:

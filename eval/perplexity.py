@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from eval.forward import last_states
 from models.arch import Model, cross_entropy
+from models.progress import Progress, no_progress
 from models.sharding import place, to_host
 
 
@@ -41,7 +42,13 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(
-    model: Model, windows: np.ndarray, *, batch: int = 8, mesh: Mesh | None = None
+    model: Model,
+    windows: np.ndarray,
+    *,
+    batch: int = 8,
+    mesh: Mesh | None = None,
+    progress: Progress = no_progress,
+    name: str = "evaluating",
 ) -> Perplexity:
     """Compute the perplexity of a model over token windows.
 
@@ -50,17 +57,24 @@ def perplexity(
       windows: Token ids, int [windows length], length at least 2.
       batch: Windows in one micro-batch.
       mesh: Mesh, windows are split over its `data` axis; None for one device.
+      progress: Shows the progress.
+      name: What it says.
 
     Returns:
       Perplexity, inf or nan where the model's own output is.
     """
     non_block = place(model.non_block, mesh)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
-    # float64 from here on: the mean over many windows must not depend on their order.
-    per_batch = [
-        to_host(cross_entropy(model.arch, non_block, x, t)).astype(np.float64)
-        for t, x in last_states(model, non_block, batches, mesh)
-    ]
+    # The head is as much work as so many blocks: it has vocab * d weights, a block about 12 * d^2.
+    vocab, d = non_block.embed.shape
+    head_blocks = max(1, round(vocab / (12 * d)))
+    steps = windows.size * (len(model.blocks) + head_blocks)
+    advance = progress(name, steps, tokens=windows.size)
+    per_batch = []
+    for t, x in last_states(model, non_block, batches, mesh, advance):
+        # float64 from here on: the mean over many windows must not depend on their order.
+        per_batch.append(to_host(cross_entropy(model.arch, non_block, x, t)).astype(np.float64))
+        advance(t.size * head_blocks)
     ce = np.concatenate(per_batch)
     with np.errstate(over="ignore"):
         value = float(np.exp(np.mean(ce)))

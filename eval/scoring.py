@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from eval.forward import last_states
 from models.arch import Model, NonBlockParams
 from models.errors import InputError
+from models.progress import Progress, no_progress
 from models.sharding import place, to_host
 
 # Positions whose logits are computed together.
@@ -98,7 +99,7 @@ def log_likelihoods(
     longest: int,
     batch: int = 8,
     mesh: Mesh | None = None,
-    stage: Callable[[int], Callable[[], None]] = lambda steps: lambda: None,
+    progress: Progress = no_progress,
 ) -> list[Score]:
     """Score each continuation after its context.
 
@@ -111,7 +112,7 @@ def log_likelihoods(
       longest: Tokens that the model reads; a longer text loses its beginning.
       batch: Texts in one micro-batch, which the `data` axis of `mesh` divides.
       mesh: Mesh, texts are split over its `data` axis; None for one device.
-      stage: Function from the number of micro-batches to a function that is called after each.
+      progress: Shows the progress.
 
     Returns:
       For each pair, in order: the log-probability of the continuation in nats, and True if every
@@ -131,13 +132,14 @@ def log_likelihoods(
         batches.append(tokens)
     non_block = place(model.non_block, mesh)
     scores = [(0.0, True)] * len(pairs)
-    advance = stage(len(batches))
-    for group, (_, x) in zip(groups, last_states(model, non_block, batches, mesh), strict=True):
+    tokens_read = sum(tokens.size for tokens in batches)
+    advance = progress("log-likelihoods", tokens_read * len(model.blocks), tokens=tokens_read)
+    states = last_states(model, non_block, batches, mesh, advance)
+    for group, (_, x) in zip(groups, states, strict=True):
         row_and_pair = [(r, i) for r, text in enumerate(group) for i in pairs_of[text]]
         batch_scores = _batch_scores(model, non_block, x, group, row_and_pair, pairs)
         for (_, i), score in zip(row_and_pair, batch_scores, strict=True):
             scores[i] = score
-        advance()
     return scores
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Model
+from models.progress import Advance, no_advance
 
 
 class Size(NamedTuple):
@@ -42,11 +43,12 @@ def count_entries(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def measure_size(model: Model) -> Size:
+def measure_size(model: Model, advance: Advance = no_advance) -> Size:
     """Count a model's entries and the non-zero weights of its linears, reading each block once.
 
     Args:
       model: Model.
+      advance: Called after each block.
 
     Returns:
       Size.
@@ -56,6 +58,7 @@ def measure_size(model: Model) -> Size:
         total += count_entries(block)
         counts = {s.name: _nonzero_by_row(getattr(block, s.name).w) for s in model.arch.slots}
         nonzero.append({name: int(np.asarray(rows).sum()) for name, rows in counts.items()})
+        advance()
     return Size(total, tuple(nonzero))
 
 

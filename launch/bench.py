@@ -37,7 +37,8 @@ from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
 from launch.flags.cli import Flags, run
-from launch.flags.common import check_sparsity, mesh_of, model_flags, open_model
+from launch.flags.common import TEXTS, mesh_of, model_flags, open_model
+from launch.flags.numbers import check_sparsity
 from launch.report import summary
 from launch.run.measure import model_origin, protocol, read_calibration, tokenizer_of, write_report
 from models.checkpoint.reader import Checkpoint, in_memory
@@ -53,6 +54,8 @@ def options() -> Flags:
         "calibration",
         "embedded",
         "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
+        names=TEXTS,
+        files=True,
     )
     f.integer("calibration_samples", 12, "number of windows", 1)
     f.integer("calibration_length", 512, "tokens in a window; 0: the model's own length", 0)

@@ -15,6 +15,7 @@ from launch.flags.common import evaluation_flags, mesh_of, model_flags, open_mod
 from launch.flags.protocols import protocol_flag, stamp
 from launch.report import console as terminal
 from launch.report import summary
+from launch.report.progress import progress
 from launch.run.measure import (
     Clock,
     evaluate,
@@ -63,10 +64,11 @@ def main(values: dict[str, Any]) -> None:
         tokenizer,
     )
     clock.record("load")
-    scores = evaluate(checkpoint.model, data, values["eval_batch"], mesh)
-    results = evaluate_tasks(
-        zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"]
-    )
+    with progress() as shown:
+        scores = evaluate(checkpoint.model, data, values["eval_batch"], mesh, shown)
+        results = evaluate_tasks(
+            zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"], shown
+        )
     clock.record("eval")
     if not is_primary():
         return

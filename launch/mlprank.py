@@ -20,10 +20,11 @@ import optax
 from rich.console import Console
 
 from launch.flags import calls, cli
-from launch.flags.common import check_once, numbers, output_path, seeds
+from launch.flags.common import output_path
+from launch.flags.numbers import check_once, numbers, seeds
 from launch.mlp import images, report
 from launch.mlp.report import DENSE, Row
-from launch.report.console import progress
+from launch.report.progress import progress
 from launch.run.places import check_free
 from models import mlp
 from models.errors import InputError
@@ -61,6 +62,8 @@ def options() -> cli.Flags:
         "scorers",
         ",".join(SCORERS),
         'scorers to compare; with parameters: "wpr(gamma=0.5,theta=1),mpr(zeroed=0.3)"',
+        names=SCORERS,
+        several=True,
     )
     f.string("ratios", "0.1,0.2,0.3,0.4,0.5,0.6,0.7", "fractions of the hidden units to remove")
     f.choice(
@@ -266,7 +269,7 @@ def compare(s: Settings, output: Path) -> list[Row]:
             )
     rows: list[Row] = []
     with progress() as stage:
-        advance = stage("networks", len(s.seeds))
+        advance = stage("training and pruning", len(s.seeds), unit="networks")
         for seed in s.seeds:
             rows += evaluate_seed(s, data, seed)
             advance()

@@ -303,7 +303,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     console.print(f"peak of one device {summary.size(total['device_bytes'])}: {verdict}")
     work = f"work: {total['flops'] / 1e12:,.3g} TFLOP"
     if "seconds_at_peak" in total:
-        work += f", {total['seconds_at_peak']:,.0f} s at the measured peak"
+        work += f", {summary.duration(total['seconds_at_peak'])} at the measured peak"
     console.print(f"{work}; each device moves {summary.size(int(total['bytes_moved']))}")
 
 

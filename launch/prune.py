@@ -33,6 +33,7 @@ from launch.flags.dtypes import stored_dtype
 from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
+from launch.report.progress import prefixed, progress
 from launch.run import draws, export, tracking
 from launch.run.card import write_card
 from launch.run.complete import complete, least_bytes
@@ -52,9 +53,11 @@ from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer
 from models.processes import check_agreement, is_primary, run_on_primary
+from models.progress import Progress
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import BlockSink, Outcome
 
+RESUMING = "resuming an interrupted run: {} blocks are finished (--noresume starts over)"
 RESUMED = "the run was interrupted: its seconds count from its last start"
 TRIAL = (
     "a trial of a sweep: its seconds leave out work shared with earlier trials, and its peak "
@@ -74,7 +77,10 @@ def options() -> Flags:
     f.boolean("resume", True, "continue an interrupted run behind its last finished block")
     f.group("Method")
     f.string(
-        "method", "llmrank", f'name or call such as llmrank(scorer="mpr"): {", ".join(METHODS)}'
+        "method",
+        "llmrank",
+        f'name or call such as llmrank(scorer="mpr"): {", ".join(METHODS)}',
+        names=METHODS,
     )
     f.number(
         "sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters that the method covers"
@@ -83,6 +89,7 @@ def options() -> Flags:
         "allocation",
         "uniform",
         f"spreads the sparsity over blocks and linears: {', '.join(ALLOCATIONS)}",
+        names=ALLOCATIONS,
     )
     mask_flags(f)
     protocol_flag(f)
@@ -116,7 +123,11 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
     run_on_primary(lambda: check_free(output, export.REPORT))
     inputs = read_inputs(job, cache or StepCache(0))
     attempt = Attempt()
-    with staged(output, export.REPORT, job.output.resume, attempt.keeps) as stage:
+    with (
+        progress() as shown,
+        staged(output, export.REPORT, job.output.resume, attempt.keeps) as stage,
+    ):
+        job = dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, progress=shown))
         result = _prune_into(stage, job, inputs, attempt, clock, cache)
         result["seconds"] = clock.seconds
         result["warnings"] += run_on_primary(lambda: write_reports(stage.result, result))
@@ -136,7 +147,7 @@ def _prune_into(
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
-    checkpoint = inputs.checkpoint
+    checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
     writer = _writer(stage, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
@@ -145,13 +156,10 @@ def _prune_into(
     run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
     remarks = _remarks(attempt.resumed, cache is not None)
     if attempt.resumed:
-        console.note(
-            f"resuming an interrupted run: {writer.blocks} blocks are finished "
-            "(--noresume starts over)"
-        )
+        console.note(RESUMING.format(writer.blocks))
     clock.record("load")
     measure = _measure(job, inputs)
-    dense = journal.step(lambda: measure(checkpoint), "dense")
+    dense = journal.step(lambda: measure(checkpoint, prefixed(shown, "dense model: ")), "dense")
     clock.record("eval")
     check = export.RoundTripCheck(checkpoint.model, writer)
     runtime = _with_offload(job, inputs)
@@ -161,10 +169,11 @@ def _prune_into(
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
     if further:
         clock.record("draws")
-    mesh = job.runtime.mesh
-    written, counts = complete(directory, checkpoint, writer, check, outcome, job.output, mesh)
+    written, counts = complete(
+        directory, checkpoint, writer, check, outcome, job.output, mesh, shown
+    )
     clock.record("export")
-    pruned = measure(written.loaded)
+    pruned = measure(written.loaded, prefixed(shown, "pruned model: "))
     clock.record("eval")
     results = Results(
         outcome, written, counts, writer.parameters, dense, pruned, further, writer.remarks
@@ -173,7 +182,7 @@ def _prune_into(
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
-    texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer)
+    texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer, shown)
     result["samples"], missed = run_on_primary(lambda: optional("no sample texts", texts, []))
     result["warnings"] += missed
     clock.record("eval")
@@ -201,16 +210,22 @@ def _remarks(resumed: bool, is_trial: bool) -> list[str]:
     return remarks
 
 
-def _measure(job: Job, inputs: Inputs) -> Callable[[Checkpoint], dict[str, Any]]:
+def _measure(job: Job, inputs: Inputs) -> Callable[[Checkpoint, Progress], dict[str, Any]]:
     """Return the function that measures the dense and the pruned model alike."""
-    return functools.partial(
-        measure_checkpoint,
-        data=inputs.data,
-        zero_shot=inputs.zero_shot,
-        batch=job.runtime.batch,
-        mesh=job.runtime.mesh,
-        task_cache=job.config.task_cache,
-    )
+    runtime = job.runtime
+
+    def measure(checkpoint: Checkpoint, shown: Progress) -> dict[str, Any]:
+        return measure_checkpoint(
+            checkpoint,
+            inputs.data,
+            inputs.zero_shot,
+            runtime.batch,
+            runtime.mesh,
+            job.config.task_cache,
+            shown,
+        )
+
+    return measure
 
 
 def _with_offload(job: Job, inputs: Inputs) -> Runtime:
@@ -224,11 +239,10 @@ def _with_offload(job: Job, inputs: Inputs) -> Runtime:
 def _run_method(
     job: Job, inputs: Inputs, runtime: Runtime, journal: Journal, sink: BlockSink
 ) -> Outcome:
-    """Run the method with a progress bar and the journal."""
-    with console.progress() as progress:
-        runtime = dataclasses.replace(runtime, progress=progress, journal=journal)
-        model, ids = inputs.checkpoint.model, inputs.calibration.ids
-        return job.method.run(model, ids, job.request, runtime, sink)
+    """Run the method with the journal."""
+    runtime = dataclasses.replace(runtime, journal=journal)
+    model, ids = inputs.checkpoint.model, inputs.calibration.ids
+    return job.method.run(model, ids, job.request, runtime, sink)
 
 
 def command(config: RunConfig) -> str:

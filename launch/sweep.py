@@ -26,11 +26,10 @@ from launch.flags.common import (
     layout_flag,
     mask_flags,
     model_flags,
-    numbers,
     open_model,
     output_path,
-    seeds,
 )
+from launch.flags.numbers import check_sparsity, numbers, seeds
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
 from launch.run import tracking
@@ -55,20 +54,7 @@ def options() -> cli.Flags:
     model_flags(f, writes=True)
     f.string("output", None, "directory of the sweep; the same command resumes it")
     layout_flag(f)
-    f.group("Grid")
-    f.string(
-        "methods",
-        "wanda",
-        f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}; '
-        "flap@0.2 sets its own sparsity, wanda+owl or wanda+dsnot its allocation or refinement",
-    )
-    f.string(
-        "sparsities",
-        "",
-        "comma-separated fractions to remove; empty if a pattern or the methods set the sparsity",
-    )
-    f.string("allocations", "uniform", f"comma-separated: {', '.join(ALLOCATIONS)}")
-    f.string("seeds", "0", "comma-separated seeds of the calibration windows and the methods")
+    _grid_flags(f)
     f.group("Method")
     mask_flags(f)
     protocol_flag(f)
@@ -76,6 +62,38 @@ def options() -> cli.Flags:
     evaluation_flags(f)
     task_flags(f)
     track_flag(f)
+    _execution_flags(f)
+    return f
+
+
+def _grid_flags(f: cli.Flags) -> None:
+    """Define the flags of what trials differ in."""
+    f.group("Grid")
+    f.string(
+        "methods",
+        "wanda",
+        f'comma-separated names or calls such as llmrank(scorer="mpr"): {", ".join(METHODS)}; '
+        "flap@0.2 sets its own sparsity, wanda+owl or wanda+dsnot its allocation or refinement",
+        names=METHODS,
+        several=True,
+    )
+    f.string(
+        "sparsities",
+        "",
+        "comma-separated fractions to remove; empty if a pattern or the methods set the sparsity",
+    )
+    f.string(
+        "allocations",
+        "uniform",
+        f"comma-separated: {', '.join(ALLOCATIONS)}",
+        names=ALLOCATIONS,
+        several=True,
+    )
+    f.string("seeds", "0", "comma-separated seeds of the calibration windows and the methods")
+
+
+def _execution_flags(f: cli.Flags) -> None:
+    """Define the flags of where trials run."""
     f.group("Execution")
     f.choice(
         "backend",
@@ -94,7 +112,6 @@ def options() -> cli.Flags:
         "resources of a trial; ray: CPU=8,TPU=4 (empty: a whole host); "
         "slurm: partition=gpu,timeout_min=600,...",
     )
-    return f
 
 
 def _settings(
@@ -151,9 +168,11 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
             "sparsities",
             values["sparsities"],
             float,
-            lambda v: 0 <= v < 1,
+            lambda v: True,
             "fractions from 0 to below 1",
         )
+        for sparsity in sparsities:
+            check_sparsity(sparsity, "sparsities")
     methods, allocations = (
         calls.split_list(values["methods"]),
         calls.split_list(values["allocations"]),

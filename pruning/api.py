@@ -17,7 +17,7 @@ from calibration.tokenizer import TextTokenizer, load_tokenizer
 from eval.perplexity import perplexity as window_perplexity
 from eval.size import measure_size
 from models.arch import Model
-from models.checkpoint.hub import resolve
+from models.checkpoint.hub import is_embedded, resolve
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
 from models.errors import InputError
@@ -78,7 +78,7 @@ def _tokens(model: LanguageModel, source: Any, read: Callable[..., Any], **optio
 def prune(
     model: LanguageModel,
     method: str | Method,
-    calibration: str | np.ndarray = "embedded",
+    calibration: str | np.ndarray | None = None,
     *,
     sparsity: float = 0.0,
     pattern: tuple[int, int] | None = None,
@@ -96,7 +96,7 @@ def prune(
       method: Name of a method with its default settings, or a method such as
         `pruning.flap(structure="AL-AM")`.
       calibration: Source of the calibration text, as `--calibration` names it, or int windows
-        [samples length].
+        [samples length]; None: the stories that an embedded model knows, `wikitext2` for any other.
       sparsity: Fraction to remove, 0 <= s < 1; a pattern sets its own.
       pattern: (n, m) for n zeros in every m consecutive inputs.
       allocation: Spreads the sparsity over the model, such as `pruning.owl()`.
@@ -125,6 +125,8 @@ def prune(
         sparsity = pattern[0] / pattern[1]
     if not 0 <= sparsity < 1:
         raise InputError("must be at least 0 and below 1", field="sparsity", value=sparsity)
+    if calibration is None:
+        calibration = "embedded" if is_embedded(model.checkpoint.directory) else "wikitext2"
     windows = _tokens(
         model, calibration, calibration_tokens, samples=samples, length=length, seed=seed
     )

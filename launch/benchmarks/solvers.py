@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eval.size import peak_memory
+from models.progress import Advance, no_advance
 
 
 class Run(NamedTuple):
@@ -88,11 +89,11 @@ def time_search(task: Task, allocation: str) -> float:
     model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
     start, seconds = time.perf_counter(), 0.0
 
-    def stage(description: str, steps: int) -> Callable[[], None]:
+    def stage(description: str, steps: int, **_: Any) -> Advance:
         # Wanda's own stage begins last, when the search has ended.
         nonlocal seconds
         seconds = time.perf_counter() - start
-        return lambda: None
+        return no_advance
 
     request = Request(task.sparsity, allocation=calls.build("allocation", allocation, ALLOCATIONS))
     runtime = Runtime(task.batch, progress=stage)

@@ -17,7 +17,7 @@ from rich.text import Text
 from launch.benchmarks.speed_programs import Facts, Program, Task, matmul_peak, pytorch, topiary
 from launch.benchmarks.speed_workers import measure
 from launch.flags.cli import Flags
-from launch.report import speed_plot, summary
+from launch.report import console, speed_plot, summary
 from launch.report.files import read_report, write_reports
 from launch.run.measure import model_origin, protocol, write_report
 from models.checkpoint import hub
@@ -35,7 +35,12 @@ def flags(f: Flags) -> None:
       f: Flags of `launch.bench`.
     """
     f.group("Speed (--what=speed)")
-    f.string("pruned", "", "comma-separated checkpoints to compare with --model, the dense one")
+    f.string(
+        "pruned",
+        "",
+        "comma-separated checkpoints to compare with --model, the dense one",
+        several=True,
+    )
     f.integer("prompt_length", 2048, "tokens of a prompt, cut to the models' positions", 1)
     f.integer("new_tokens", 128, "tokens generated after each prompt", 2)
     f.string("batch_sizes", "1", "comma-separated numbers of prompts at a time")
@@ -115,6 +120,22 @@ def tables(batch: str, rows: Mapping[str, Facts]) -> list[Table]:
             f"{moved / 1e6:.4g}" if moved else summary.ABSENT,
         )
     return [speed, work]
+
+
+def doubtful(results: Mapping[str, Mapping[str, Facts]]) -> list[str]:
+    """Return a warning for every program that was faster than the measured peak of the device.
+
+    Args:
+      results: Output of `summarise` by batch size.
+    """
+    return [
+        f"{name}, batch {batch}, {part}: {summary.percent(share)} of the measured peak cannot be: "
+        "the machine was slower when the peak was measured; do not trust this share, run again"
+        for batch, rows in results.items()
+        for name, row in rows.items()
+        for part, share in row.get("share_of_peak", {}).items()
+        if share > 1
+    ]
 
 
 def prompt_length(prompt: int, new_tokens: int, configs: Sequence[Mapping[str, Any]]) -> int:
@@ -266,6 +287,9 @@ def run(values: Mapping[str, Any]) -> None:
     for name, report in reports.items():
         report["speed"] = work | speed_of(results, dense, name)
         write_reports(directories[name], report)
+    doubts = doubtful(results)
+    for doubt in doubts:
+        console.note(f"warning: {doubt}")
     if values["json"]:
         report = {
             "model": values["model"],
@@ -274,6 +298,7 @@ def run(values: Mapping[str, Any]) -> None:
             "peak_flops_per_second": peak,
             "protocol": origins(directories) | protocol({}),
             "figures": results,
+            "warnings": doubts,
         }
         write_report(values["json"], report)
     if values["plot"]:

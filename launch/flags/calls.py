@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
+from launch.flags.suggest import one_of
 from models.errors import InputError
 from models.untrusted import LARGEST, MOST, is_count
 
@@ -137,20 +138,14 @@ def build(field: str, text: str, makers: Mapping[str, Callable[..., Any]]) -> An
     """
     name, arguments = parse_call(text)
     if name not in makers:
-        raise InputError(
-            "is unknown", f"there are {', '.join(sorted(makers))}", field=field, value=text
-        )
+        raise InputError("is unknown", one_of(name, sorted(makers)), field=field, value=text)
     maker = makers[name]
     hints = typing.get_type_hints(maker)
     parameters = inspect.signature(maker).parameters
     for key, value in arguments.items():
         if key not in parameters:
-            raise InputError(
-                f"has no parameter {key!r}",
-                f"it has {', '.join(parameters) or 'none'}",
-                field=field,
-                value=text,
-            )
+            has = one_of(key, parameters) if parameters else "it has none"
+            raise InputError(f"has no parameter {key!r}", has, field=field, value=text)
         if not _is_bounded(value):
             raise InputError(
                 f"has a {key} without bounds", "give a smaller number", field=field, value=text

@@ -1,19 +1,20 @@
 """Parse flags in groups, print a short help, and show errors as one line with exit code 2."""
 
-import contextlib
 import dataclasses
-import io
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 
+from launch.flags import streams
+from launch.flags.completion import Values
 from launch.flags.flagfiles import FileFlagValues
+from launch.flags.suggest import closest, one_of
+from launch.flags.termination import Terminated, raise_on_termination
 from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
 from models.errors import InputError
@@ -23,6 +24,20 @@ from models.untrusted import MOST, has_surrogates
 OUT_OF_MEMORY = "out of memory: give fewer or shorter windows, a smaller batch, or a smaller model"
 LONGEST_MESSAGE = 1500  # characters of an error; a damaged file can make it quote anything
 _HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort")
+
+
+class _NumberParser(flags.FloatParser):
+    """absl's parser of numbers, with an answer to percentages."""
+
+    def convert(self, argument: Any) -> Any:
+        """Convert an argument to a number, as absl calls it."""
+        try:
+            return super().convert(argument)
+        except ValueError:
+            text = str(argument).strip()
+            if text.endswith("%") and text[:-1].strip().isdecimal():
+                raise ValueError(f"did you mean {int(text[:-1]) / 100:g}?") from None
+            raise
 
 
 class Flags:
@@ -36,14 +51,21 @@ class Flags:
       doc: Description for the help.
       names: Key under which `parse` returns arguments that are not flags; empty if the command
         takes none.
+
+    Attributes:
+      program: The command as the user called it; empty for `python -m` and the module.
+      completions: What a shell can complete, by flag.
+      positional: Key of the arguments that are not flags; empty if the command takes none.
     """
 
     def __init__(self, command: str, doc: str, names: str = "") -> None:
         self.command = command
         self.doc = doc
         self.values = FileFlagValues()
+        self.program = ""
         self.groups: dict[str, list[str]] = {}
-        self._positional = names
+        self.completions: dict[str, Values] = {}
+        self.positional = names
         self._preset_flag = ""
         self._presets: Mapping[str, Mapping[str, Any]] = {}
         self._group = ""
@@ -67,15 +89,28 @@ class Flags:
         define(name=name, default=default, help=text, flag_values=self.values, **options)
         self.groups[self._group].append(name)
 
-    def string(self, name: str, default: str | None, text: str) -> None:
+    def string(
+        self,
+        name: str,
+        default: str | None,
+        text: str,
+        *,
+        names: Collection[str] = (),
+        files: bool = False,
+        several: bool = False,
+    ) -> None:
         """Define a text flag.
 
         Args:
           name: The flag's name.
           default: Value if the flag is not given.
           text: The help.
+          names: Values that a shell completes.
+          files: Whether a shell completes paths too; without names it does.
+          several: Whether the value is a list separated by commas.
         """
         self._define(flags.DEFINE_string, name, default, text)
+        self.completions[name] = Values(tuple(names), files or not names, several)
 
     def integer(self, name: str, default: int, text: str, least: int = 0, most: int = MOST) -> None:
         """Define an integer flag.
@@ -97,7 +132,7 @@ class Flags:
           default: Value if the flag is not given.
           text: The help.
         """
-        self._define(flags.DEFINE_float, name, default, text)
+        self._define(flags.DEFINE, name, default, text, parser=_NumberParser())
 
     def boolean(self, name: str, default: bool, text: str) -> None:
         """Define a flag that is on, or off in its `--no` form.
@@ -119,6 +154,7 @@ class Flags:
           text: The help.
         """
         self._define(flags.DEFINE_enum, name, default, text, enum_values=list(choices))
+        self.completions[name] = Values(tuple(choices))
 
     def presets(self, name: str, presets: Mapping[str, Mapping[str, Any]], text: str) -> None:
         """Define the flag whose value sets the defaults of other flags; a command has at most one.
@@ -131,7 +167,7 @@ class Flags:
           presets: Values of the other flags, by preset and flag.
           text: The help.
         """
-        self.string(name, "", text)
+        self.string(name, "", text, names=presets)
         self._preset_flag = name
         self._presets = presets
 
@@ -148,7 +184,7 @@ class Flags:
             if chosen not in self._presets:
                 raise InputError(
                     "is unknown",
-                    f"there are {', '.join(self._presets)}",
+                    one_of(chosen, self._presets),
                     field=self._preset_flag,
                     value=chosen,
                 )
@@ -177,20 +213,24 @@ class Flags:
         Raises:
           InputError: A flag is unknown, a value is wrong, or an argument is not a flag.
         """
-        hint = f"python -m {self.command} --help lists the flags"
+        hint = f"{self.program or f'python -m {self.command}'} --help lists the flags"
         try:
             rest = self.values([self.command, *argv])
         except InputError:
             raise
+        except flags.UnrecognizedFlagError as e:
+            match = closest(e.flagname, self._names())
+            remedy = f"did you mean --{match}? ({hint})" if match else hint
+            raise InputError(f"--{e.flagname} is no flag", remedy) from None
         except (flags.Error, ValueError) as e:  # ValueError: --noflag=value
             raise InputError(f"{str(e).splitlines()[0]} ({hint})") from None
-        if len(rest) > 1 and not self._positional:
+        if len(rest) > 1 and not self.positional:
             raise InputError(f"{rest[1]!r} is not a flag", f"write --name=value ({hint})")
         given = {n: self.values[n].value for n in self._names() if self.values[n].present}
         _check_text([*given.values(), *rest])
         values = self._defaults(given) | given
-        if self._positional:
-            values[self._positional] = rest[1:]
+        if self.positional:
+            values[self.positional] = rest[1:]
         return values
 
     def given(self, values: Mapping[str, Any]) -> list[str]:
@@ -241,37 +281,6 @@ def frozen(kind: Any, values: Mapping[str, Any]) -> Any:
     return kind(**{f.name: values[f.name] for f in dataclasses.fields(kind)})
 
 
-class Terminated(BaseException):
-    """Raised on SIGTERM, which comes before a machine is taken away, to unwind the run."""
-
-
-def _raise_terminated(number: int, frame: object) -> None:
-    """Handle SIGTERM."""
-    raise Terminated
-
-
-@contextlib.contextmanager
-def termination_deferred() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets, instead of raising `Terminated`.
-
-    For callers of libraries whose code must not be interrupted by an exception.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, frame: stop.set())
-    try:
-        yield stop
-    finally:
-        _raise_on_termination()
-
-
-def _raise_on_termination() -> None:
-    """Let SIGTERM raise `Terminated`."""
-    # Python allows signal handlers to be set from the main thread alone.
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _raise_terminated)
-
-
 def run(
     options: Flags, main: Callable[[dict[str, Any]], int | None], argv: Sequence[str] | None = None
 ) -> int:
@@ -286,25 +295,30 @@ def run(
       argv: Arguments; None: those of the process.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal without some letter must not fail a finished run.
-        sys.stdout.reconfigure(errors="replace")
-    _raise_on_termination()
+    streams.prepare()
+    raise_on_termination()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if any(argument in _HELP for argument in argv):
             print(options.help())
-            return 0
-        values = options.parse(argv)
-        check_single_precision()
-        with reporting(download):
-            return main(values) or 0
+            code = 0
+        else:
+            values = options.parse(argv)
+            check_single_precision()
+            with reporting(download):
+                code = main(values) or 0
+        sys.stdout.flush()
+        return code
     except InputError as e:
         # Read from the arguments: the flags themselves may be what is wrong.
         if any(argument in ("--debug", "--debug=true") for argument in argv):
             traceback.print_exc()
         print(f"error: {_one_line(e.message(options.shown))}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        if not streams.reader_left():
+            raise
+        return 128 + signal.SIGPIPE
     except Exception as e:
         if not _is_out_of_memory(e):
             raise

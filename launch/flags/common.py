@@ -1,14 +1,14 @@
 """Flags that several commands share, and the conversion of their values."""
 
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
 from jax.sharding import Mesh
 
+from calibration.corpora import HUB
 from calibration.states import OFFLOADS, Offload, choose_offload
-from launch.flags import calls
 from launch.flags.cli import Flags
 from launch.flags.dtypes import compute_dtype, dtype_flag
 from models.checkpoint import hub
@@ -22,6 +22,7 @@ from pruning.methods import REFINEMENTS
 
 LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
 MOST_DRAWS = 1000
+TEXTS = ("embedded", *HUB)  # sources of texts that have a name
 
 
 def model_flags(f: Flags, writes: bool = False) -> None:
@@ -36,6 +37,8 @@ def model_flags(f: Flags, writes: bool = False) -> None:
         "model",
         None,
         "Hugging Face directory, hub id, .gguf file, embedded:tiny-llama or embedded:tiny-opt",
+        names=hub.embedded_models(),
+        files=True,
     )
     f.string(
         "revision",
@@ -88,9 +91,17 @@ def mask_flags(f: Flags) -> None:
       f: The command's flags.
     """
     f.string(
-        "pattern", "unstructured", "unstructured, or N:M for N zeros in every M consecutive inputs"
+        "pattern",
+        "unstructured",
+        "unstructured, or N:M for N zeros in every M consecutive inputs",
+        names=("unstructured", "2:4", "4:8", "16:32"),
     )
-    f.string("refine", "none", f"improves finished masks: {', '.join(REFINEMENTS)}")
+    f.string(
+        "refine",
+        "none",
+        f"improves finished masks: {', '.join(REFINEMENTS)}",
+        names=REFINEMENTS,
+    )
 
 
 def calibration_flags(f: Flags) -> None:
@@ -102,8 +113,11 @@ def calibration_flags(f: Flags) -> None:
     f.group("Calibration")
     f.string(
         "calibration",
-        "embedded",
-        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file",
+        "",
+        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file; empty: "
+        "embedded for an embedded model, wikitext2 for any other",
+        names=TEXTS,
+        files=True,
     )
     f.integer("calibration_samples", 128, "number of windows", 1)
     f.integer(
@@ -141,6 +155,9 @@ def evaluation_flags(f: Flags) -> None:
         "embedded",
         "comma-separated: embedded, wikitext2, c4, ptb, or .npy, .txt, .jsonl, .json, .parquet "
         "files",
+        names=TEXTS,
+        files=True,
+        several=True,
     )
     f.integer(
         "eval_length",
@@ -221,24 +238,6 @@ def window_length(length: int, config: Mapping[str, Any]) -> int:
     return length or min(LONGEST_DEFAULT, longest_text(config, LONGEST_DEFAULT))
 
 
-def check_sparsity(sparsity: float) -> None:
-    """Check that a sparsity is at least 0 and below 1.
-
-    Args:
-      sparsity: Fraction to remove.
-
-    Raises:
-      InputError: It is not.
-    """
-    if not 0 <= sparsity < 1:  # also refuses NaN
-        raise InputError(
-            "must be at least 0 and less than 1",
-            "give the fraction to remove, such as 0.3",
-            field="sparsity",
-            value=sparsity,
-        )
-
-
 def check_length(field: str, length: int, checkpoint: Checkpoint) -> None:
     """Check that windows are not longer than a model with learned positions allows.
 
@@ -256,58 +255,6 @@ def check_length(field: str, length: int, checkpoint: Checkpoint) -> None:
             f"has windows of {length} tokens, the model has {positions} positions",
             "give a shorter length",
             field=field,
-        )
-
-
-def numbers(
-    field: str, text: str, kind: Callable[[str], Any], allowed: Callable[[Any], bool], wanted: str
-) -> tuple[Any, ...]:
-    """Parse a comma-separated list of numbers.
-
-    Args:
-      field: Name of the setting, for errors.
-      text: The list.
-      kind: Converts an item, such as `int`.
-      allowed: Returns True for values that are allowed.
-      wanted: Description of the allowed values, for errors.
-
-    Raises:
-      InputError: The list is empty, or an item is not allowed.
-    """
-    try:
-        values = tuple(kind(item) for item in calls.split_list(text))
-    except ValueError:
-        values = ()
-    if not values or not all(map(allowed, values)):
-        raise InputError(f"must be {wanted}, separated by commas", field=field, value=text)
-    return values
-
-
-def seeds(text: str) -> tuple[int, ...]:
-    """Parse --seeds.
-
-    Args:
-      text: The flag's value.
-
-    Raises:
-      InputError: The value is no list of integers of at least 0.
-    """
-    return numbers("seeds", text, int, lambda v: 0 <= v < 2**31, "integers from 0 on")
-
-
-def check_once(field: str, items: Sequence[Any]) -> None:
-    """Check that no item of a list stands in it twice.
-
-    Args:
-      field: Name of the setting, for errors.
-      items: The list.
-
-    Raises:
-      InputError: An item stands in it twice.
-    """
-    if len(set(items)) < len(items):
-        raise InputError(
-            "has an item twice", "give each once", field=field, value=",".join(map(str, items))
         )
 
 

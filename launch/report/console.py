@@ -1,28 +1,20 @@
-"""Print tables, notes and progress on the terminal, from the primary process only."""
+"""Print tables and notes on the terminal, from the primary process only."""
 
 import contextlib
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TextIO, cast
 
 from rich.cells import cell_len
 from rich.console import Console, JustifyMethod
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 from rich.text import Text
 
 from launch.report import summary
 from models.processes import is_primary
 
-_LINES = 10  # most progress lines per stage in a log
 _MARGIN = 3  # characters of a column beside its cells: a space on both sides and a rule
 
 
@@ -120,6 +112,61 @@ def _column_widths(rows: Sequence[Sequence[str]], width: int, labels: int) -> li
     return widths
 
 
+class BestEffortStream:
+    """A text stream whose writes never fail: a closed pipe or terminal must not end a run.
+
+    Args:
+      stream: The stream to write to; None, as Python has it for a closed one, to drop everything.
+    """
+
+    def __init__(self, stream: TextIO | None) -> None:
+        self._stream = stream
+        self.encoding = getattr(stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        """Write a text, or drop it if nobody can read it.
+
+        Args:
+          text: The text.
+        """
+        if self._stream is not None:
+            try:
+                self._stream.write(text)
+            except (OSError, ValueError):  # the latter from a stream that is closed
+                self._drop()
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream."""
+        if self._stream is not None:
+            try:
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._drop()
+
+    def _drop(self) -> None:
+        """Drop everything from here on."""
+        # What the stream has buffered would fail again when Python exits, and change its exit code.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), cast(TextIO, self._stream).fileno())
+        self._stream = None
+
+    def isatty(self) -> bool:
+        """Return True if the stream is a terminal."""
+        return self._stream is not None and self._stream.isatty()
+
+
+def error_console() -> Console:
+    """Return a console on standard error for what a run can do without.
+
+    It is interactive only on a terminal that can be redrawn.
+    """
+    stream = BestEffortStream(sys.stderr)
+    # FORCE_COLOR may ask for colours in a log, which still cannot be redrawn.
+    interactive = None if stream.isatty() else False
+    return Console(file=cast(IO[str], stream), force_interactive=interactive)
+
+
 def note(text: str, console: Console | None = None) -> None:
     """Print one line from the primary process.
 
@@ -128,68 +175,4 @@ def note(text: str, console: Console | None = None) -> None:
       console: Where to print; standard error by default.
     """
     if is_primary():
-        (console or Console(stderr=True)).print(Text(text), soft_wrap=True)
-
-
-# (description, number of steps) -> a function to call after each step.
-Stage = Callable[[str, int], Callable[[], None]]
-
-
-@contextlib.contextmanager
-def progress(console: Console | None = None) -> Iterator[Stage]:
-    """Show the progress of work in stages, from the primary process.
-
-    A terminal gets one bar per stage with the time left. Anything else gets at most ten plain
-    lines per stage, without control characters.
-
-    Args:
-      console: Where to print; standard error by default.
-
-    Yields:
-      `stage(description, steps)`, which returns a function to call after each step.
-    """
-    console = console or Console(stderr=True)
-    if not is_primary():
-        yield lambda description, steps: lambda: None
-    elif console.is_interactive:
-        with _bar(console) as bar:
-
-            def stage(description: str, steps: int) -> Callable[[], None]:
-                task = bar.add_task(description, total=steps)
-                return lambda: bar.advance(task)
-
-            yield stage
-    else:
-        yield lambda description, steps: _lines(steps, description, console)
-
-
-def _bar(console: Console) -> Progress:
-    """Return a progress display: description, bar, steps, time elapsed, time left."""
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(compact=True),
-    )
-    # Average the speed over the whole stage: within rich's default of 30 s a block of a large
-    # model may not finish, and then no time left would be shown.
-    return Progress(*columns, console=console, speed_estimate_period=float("inf"))
-
-
-def _lines(total: int, description: str, console: Console) -> Callable[[], None]:
-    """Return an `advance` that prints a progress line after about every tenth of the steps."""
-    start, done = time.monotonic(), 0
-
-    def advance() -> None:
-        nonlocal done
-        done += 1
-        if done * _LINES // total > (done - 1) * _LINES // total:
-            elapsed = time.monotonic() - start
-            left = summary.duration(elapsed / done * (total - done))
-            spent = summary.duration(elapsed)
-            line = f"{description}: {done} of {total}, {spent} elapsed, {left} left"
-            console.print(Text(line), soft_wrap=True)
-
-    return advance
+        (console or error_console()).print(Text(text), soft_wrap=True)

@@ -1,27 +1,14 @@
-"""Show downloads as they arrive: a bar on a terminal, a few lines in a log."""
+"""Show downloads as they arrive, in bytes."""
 
 import contextlib
 import threading
-import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-from rich.text import Text
 
-from launch.report import summary
+from launch.report.progress import BYTES, progress
 from models.checkpoint import hub_client
-from models.processes import is_primary
-
-LINES = 10  # most lines of a download in a log
-PAUSE = 5.0  # least seconds between two of them, so that a quick download has its last line alone
+from models.progress import Advance
 
 
 @contextlib.contextmanager
@@ -36,51 +23,18 @@ def download(description: str, console: Console | None = None) -> Iterator[hub_c
       A function to call with the bytes that have arrived and those that are wanted; threads may
       share it.
     """
-    console = console or Console(stderr=True)
-    if not is_primary():
-        yield lambda done, total: None
-    elif console.is_interactive:
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=console) as bars:
-            task = bars.add_task(description, total=None)
-            yield lambda done, total: bars.update(task, completed=done, total=total)
-    else:
-        lines = _Lines(description, console)
-        yield lines
-        lines.finish()
+    lock, arrived = threading.Lock(), 0
+    advance: Advance | None = None
+    with progress(console) as begin:
 
+        def report(done: int, total: int) -> None:
+            nonlocal arrived, advance
+            with lock:
+                if advance is None:
+                    advance = begin(description, total, unit=BYTES)
+                # A part that is sent again does not count twice.
+                if done > arrived:
+                    advance(done - arrived)
+                    arrived = done
 
-class _Lines:
-    """Prints a line after about every tenth of a download, and one at its end."""
-
-    def __init__(self, description: str, console: Console) -> None:
-        self._description, self._console = description, console
-        self._start = self._last = time.monotonic()
-        self._done = self._total = self._shown = 0
-        self._lock = threading.Lock()
-
-    def __call__(self, done: int, total: int) -> None:
-        with self._lock:
-            self._done, self._total = done, total
-            now, step = time.monotonic(), done * LINES // max(total, 1)
-            if step > self._shown and now - self._last >= PAUSE and done < total:
-                self._shown, self._last = step, now
-                elapsed = now - self._start
-                left = summary.duration(elapsed / done * (total - done))
-                size = f"{summary.size(done)} of {summary.size(total)}"
-                self._print(f"{size}, {summary.duration(elapsed)} elapsed, {left} left")
-
-    def finish(self) -> None:
-        """Print the last line."""
-        if self._done:
-            seconds = summary.duration(time.monotonic() - self._start)
-            self._print(f"{summary.size(self._done)} in {seconds}")
-
-    def _print(self, text: str) -> None:
-        self._console.print(Text(f"{self._description}: {text}"), soft_wrap=True)
+        yield report

@@ -81,7 +81,7 @@ def size(byte_count: int | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Format seconds for a reader: 0.42 s, 12.3 s, 4 min 05 s, 2 h 05 min."""
+    """Format seconds for a reader: 0.42 s, 12.3 s, 4 min 05 s, 2 h 05 min, 3.3 days."""
     if seconds is None:
         return ABSENT
     if seconds < 59.95:
@@ -89,7 +89,9 @@ def duration(seconds: float | None) -> str:
     minutes, rest = divmod(round(seconds), 60)
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
+    if minutes < 24 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes / (24 * 60):,.1f} days"
 
 
 def ratio(dense: float | None, pruned: float | None) -> str:

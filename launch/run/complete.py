@@ -14,6 +14,7 @@ from launch.run.job import Job, Output
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer, write_json
 from models.processes import run_on_primary
+from models.progress import Progress
 from pruning.types import Outcome
 
 
@@ -44,6 +45,7 @@ def complete(
     outcome: Outcome,
     output: Output,
     mesh: Mesh | None,
+    progress: Progress,
 ) -> tuple[export.Written, removal.LinearCounts]:
     """Write the checkpoint and `pruning.json`, load the checkpoint back and count its weights.
 
@@ -57,18 +59,20 @@ def complete(
       outcome: Result of the method.
       output: Formats to write.
       mesh: Devices of the run; None: one.
+      progress: Shows the progress.
 
     Returns:
       The checkpoint as it loads, and the weights by linear.
     """
     model = checkpoint.model
-    form = writer.finish(model.non_block, checkpoint.directory, outcome.kept_blocks)
+    kept = outcome.kept_blocks
+    form = writer.finish(model.non_block, checkpoint.directory, kept, progress)
     dtype = model.non_block.embed.dtype
-    written = export.load_back(directory, form, check, dtype, writer.parameters)
+    written = export.load_back(directory, form, check, dtype, writer.parameters, progress)
     written = written._replace(other_formats=write_formats(directory, output, written, check, mesh))
-    counts = removal.count_removed(
-        checkpoint, measure_size(written.loaded.model), outcome.kept_blocks
-    )
+    pruned = written.loaded.model
+    advance = progress("counting zeros", len(pruned.blocks), unit="blocks")
+    counts = removal.count_removed(checkpoint, measure_size(pruned, advance), kept)
     record = export.pruning_record(checkpoint, outcome, counts.removed)
     run_on_primary(lambda: write_json(directory / "pruning.json", record))
     return written, counts

@@ -74,7 +74,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "settings": settings,
         "command": command,
         "protocol": stamp(job.config.protocol, settings)
-        | {"calibration": inputs.calibration.protocol}
+        | {"calibration": _calibration(job, inputs)}
         | model_origin(checkpoint.directory)
         | protocol(inputs.data, inputs.zero_shot),
         "sparsity": sparsity,
@@ -120,6 +120,12 @@ def _load_back(written: export.Written) -> dict[str, str]:
     results = {"topiary": written.topiary.message, "transformers": written.transformers.message}
     gguf = written.other_formats.get("gguf")
     return results | ({"gguf": gguf["load_back"]} if gguf else {})
+
+
+def _calibration(job: Job, inputs: Inputs) -> dict[str, Any]:
+    """Return what the report's `protocol` says about calibration."""
+    reason = job.sources.calibration.reason
+    return inputs.calibration.protocol | ({"chosen": reason} if reason else {})
 
 
 def _target(job: Job, outcome: Outcome) -> float:

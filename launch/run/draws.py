@@ -14,12 +14,13 @@ from calibration.data import Tokens
 from calibration.journal import Journal
 from calibration.runtime import Runtime
 from launch.flags.dtypes import stored_dtype
-from launch.report import console
+from launch.report.progress import prefixed
 from launch.run.job import Job
 from launch.run.resume import BLOCKS, JOURNAL, open_journal
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.checkpoint.writer import Writer
 from models.processes import run_on_primary
+from models.progress import Progress
 
 
 class Repetition(NamedTuple):
@@ -31,7 +32,7 @@ class Repetition(NamedTuple):
       runtime: How the run executes.
       facts: The run's fingerprint.
       directory: Directory for the draws' files.
-      measure: Measures a pruned checkpoint as the run does.
+      measure: Measures a checkpoint as the run does, and shows its progress.
       damage: Sentences about damaged files of interrupted draws, added to as they are found.
     """
 
@@ -40,7 +41,7 @@ class Repetition(NamedTuple):
     runtime: Runtime
     facts: Mapping[str, Any]
     directory: pathlib.Path
-    measure: Callable[[Checkpoint], Mapping[str, Any]]
+    measure: Callable[[Checkpoint, Progress], Mapping[str, Any]]
     damage: list[str]
 
     def directory_of(self, tokens: Tokens) -> pathlib.Path:
@@ -98,19 +99,13 @@ def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
     facts = {**repetition.facts, "draw": tokens.protocol}
     journal = open_journal(directory / JOURNAL, facts, writer, None)
     repetition.damage.extend(f"seed {seed}: {sentence}" for sentence in journal.damage)
-    with console.progress() as progress:
-
-        def progress_of_draw(description: str, steps: int) -> Callable[[], None]:
-            return progress(f"seed {seed}: {description}", steps)
-
-        runtime = dataclasses.replace(
-            repetition.runtime, journal=journal, progress=progress_of_draw
-        )
-        request = dataclasses.replace(job.request, seed=seed)
-        outcome = job.method.run(model, tokens.ids, request, runtime, writer.put)
+    progress = prefixed(repetition.runtime.progress, f"seed {seed}: ")
+    runtime = dataclasses.replace(repetition.runtime, journal=journal, progress=progress)
+    request = dataclasses.replace(job.request, seed=seed)
+    outcome = job.method.run(model, tokens.ids, request, runtime, writer.put)
     writer.finish(model.non_block, repetition.checkpoint.directory, outcome.kept_blocks)
     pruned = open_checkpoint(output, jnp.dtype(model.non_block.embed.dtype))
-    return record(tokens, repetition.measure(pruned))
+    return record(tokens, repetition.measure(pruned, progress))
 
 
 def record(tokens: Tokens, pruned: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from models.checkpoint.stored import rounded
 from models.checkpoint.writer import Writer
 from models.families import hf
 from models.processes import run_on_primary
+from models.progress import Advance, Progress, no_advance, no_progress
 from models.sharding import local
 from pruning.types import Outcome
 
@@ -76,16 +77,20 @@ class RoundTripCheck:
         """Return the logits [1 time vocab] of the batch."""
         return self._model.arch.head(self._model.non_block, self._x)
 
-    def difference(self, loaded: Model, positions: int | None = None) -> float:
+    def difference(
+        self, loaded: Model, positions: int | None = None, advance: Advance = no_advance
+    ) -> float:
         """Return the largest absolute difference to the logits of another model.
 
         Args:
           loaded: The model that was loaded back.
           positions: Number of leading positions to compare; None for all.
+          advance: Called after each block.
         """
         x = embed(loaded.arch, loaded.non_block, self.tokens)
         for block in loaded.blocks:
             x = apply_block(loaded.arch, block, x)
+            advance()
         logits = loaded.arch.head(loaded.non_block, x)
         return largest_difference(self.logits()[:, :positions], logits[:, :positions])
 
@@ -146,7 +151,12 @@ class Written(NamedTuple):
 
 
 def load_back(
-    directory: pathlib.Path, form: Form, check: RoundTripCheck, dtype: jnp.dtype, parameters: int
+    directory: pathlib.Path,
+    form: Form,
+    check: RoundTripCheck,
+    dtype: jnp.dtype,
+    parameters: int,
+    progress: Progress = no_progress,
 ) -> Written:
     """Load the written checkpoint as a user would, and compare logits.
 
@@ -159,11 +169,15 @@ def load_back(
       check: Check that has seen all pruned blocks.
       dtype: Type of the model.
       parameters: Number of parameters that were written, padding not counted.
+      progress: Shows the progress.
     """
     loaded = open_checkpoint(directory, dtype)
     tolerance = TOLERANCE if dtype == jnp.float32 else TOLERANCE_LOW_PRECISION
-    by_topiary = _compared(check.difference(loaded.model), tolerance)
+    advance = progress("loading the checkpoint back", len(loaded.model.blocks), unit="blocks")
+    by_topiary = _compared(check.difference(loaded.model, advance=advance), tolerance)
+    advance = progress("loading it in transformers", 1)
     by_transformers = run_on_primary(lambda: _by_transformers(directory, check, tolerance))
+    advance()
     # Through JSON where there are several processes, which makes a list of the check.
     padding = loaded.parameters - parameters
     return Written(loaded, form, by_topiary, Check(*by_transformers), padding)

@@ -78,6 +78,10 @@ def read_tokens(
       InputError: A source cannot be read, or two draws are equal.
     """
     calibration, evaluation = job.sources.calibration, job.sources.evaluation
+    if calibration.reason:
+        console.note(
+            f"calibrating on {calibration.name}, {calibration.reason} (--calibration names another)"
+        )
     draws = []
     for seed in calibration.seeds:
         source = (calibration.name, calibration.samples, calibration.length, seed)

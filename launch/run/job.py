@@ -6,7 +6,8 @@ from typing import NamedTuple
 from calibration.data import is_token_file
 from calibration.runtime import Runtime
 from launch.flags import calls
-from launch.flags.common import check_sparsity, mesh_of
+from launch.flags.common import mesh_of
+from launch.flags.numbers import check_sparsity
 from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
@@ -62,12 +63,14 @@ class CalibrationSource(NamedTuple):
       samples: Number of windows.
       length: Tokens in a window; 0: the model's own length.
       seeds: Seed of each draw.
+      reason: Why the source was chosen; empty if the user named it.
     """
 
     name: str
     samples: int
     length: int
     seeds: tuple[int, ...]
+    reason: str
 
 
 class EvaluationSource(NamedTuple):
@@ -173,14 +176,14 @@ def resolve(config: RunConfig) -> Job:
     refine = calls.build("refine", config.refine, REFINEMENTS)
     pattern = parse_pattern(config.pattern)
     sparsity = _sparsity(config, pattern, method)
-    _check_draws(config.calibration_draws, config.calibration)
+    sources = _sources(config)
+    _check_draws(config.calibration_draws, sources.calibration.name)
     # Even budgets need no allocator.
     allocator = None if config.allocation == "uniform" else allocation
     request = Request(sparsity, pattern, allocator, refine, config.seed)
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
-    output = _output(config)
-    return Job(config, method, request, runtime, _sources(config), output)
+    return Job(config, method, request, runtime, sources, _output(config))
 
 
 def _output(config: RunConfig) -> Output:
@@ -204,15 +207,27 @@ def _output(config: RunConfig) -> Output:
 
 def _sources(config: RunConfig) -> Sources:
     """Collect what the run reads."""
-    seeds = tuple(config.seed + k for k in range(config.calibration_draws))
     return Sources(
         at_revision(config.model, config.revision),
         config.dtype,
-        CalibrationSource(
-            config.calibration, config.calibration_samples, config.calibration_length, seeds
-        ),
+        _calibration_source(config),
         EvaluationSource(config.eval_data, config.eval_length, config.eval_windows),
         TaskSource(config.tasks, config.limit, config.num_fewshot, config.trust_task_files),
+    )
+
+
+def _calibration_source(config: RunConfig) -> CalibrationSource:
+    """Return the calibration source, chosen by the model if the user named none."""
+    name, reason = config.calibration, ""
+    if not name:
+        # Stories for small children suit the models that were trained on them, and no others.
+        if (config.model or "").startswith("embedded:"):
+            name, reason = "embedded", "the default for an embedded model"
+        else:
+            name, reason = "wikitext2", "the default for a model that is not embedded"
+    seeds = tuple(config.seed + k for k in range(config.calibration_draws))
+    return CalibrationSource(
+        name, config.calibration_samples, config.calibration_length, seeds, reason
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from calibration.data import Tokens, calibration_tokens, evaluation_tokens
+from calibration.data import Tokens, calibration_tokens, evaluation_tokens, is_token_file
 from calibration.tokenizer import TextTokenizer, Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
@@ -19,10 +19,12 @@ from launch.flags.common import check_length, dataset_list, window_length
 from launch.report import console
 from launch.run.tasks import ZeroShot, evaluate_tasks
 from models.arch import Model
+from models.checkpoint import hub
 from models.checkpoint.hub_client import source_of
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import write_json
 from models.errors import InputError
+from models.progress import Progress, no_progress
 from models.untrusted import user_path
 
 PACKAGES = (
@@ -92,6 +94,7 @@ def read_calibration(
     Raises:
       InputError: The source cannot be read, or has longer windows than the model has positions.
     """
+    _note_reading("calibration", name)
     tokens = calibration_tokens(
         name,
         tokenizer,
@@ -129,7 +132,13 @@ def read_evaluation(
       InputError: A source cannot be read, or has longer windows than the model has positions.
     """
     data = {}
+    if "embedded" in dataset_list(names) and not hub.is_embedded(checkpoint.directory):
+        console.note(
+            "the embedded evaluation text is generated stories: --eval_data=wikitext2 or a file "
+            "gives a perplexity to compare with others"
+        )
     for name in dataset_list(names):
+        _note_reading("evaluation", name)
         tokens = evaluation_tokens(
             name,
             tokenizer,
@@ -142,8 +151,18 @@ def read_evaluation(
     return data
 
 
+def _note_reading(purpose: str, name: str) -> None:
+    """Print that texts are read, which takes minutes where they are downloaded and tokenized."""
+    if not is_token_file(name):
+        console.note(f"reading texts for {purpose}: {name}")
+
+
 def evaluate(
-    model: Model, data: Mapping[str, Tokens], batch: int, mesh: Mesh | None
+    model: Model,
+    data: Mapping[str, Tokens],
+    batch: int,
+    mesh: Mesh | None,
+    progress: Progress = no_progress,
 ) -> dict[str, dict[str, Any]]:
     """Measure perplexity on each data set.
 
@@ -152,13 +171,15 @@ def evaluate(
       data: Windows by data set.
       batch: Windows at a time.
       mesh: Devices; None: one.
+      progress: Shows the progress.
 
     Returns:
       By data set: "perplexity", its standard error over windows as "error", and "tokens".
     """
     results = {}
     for name, tokens in data.items():
-        p = perplexity(model, tokens.ids, batch=batch, mesh=mesh)
+        what = f"perplexity on {name}"
+        p = perplexity(model, tokens.ids, batch=batch, mesh=mesh, progress=progress, name=what)
         results[name] = {"perplexity": p.value, "error": p.error, "tokens": p.tokens}
     return results
 
@@ -170,6 +191,7 @@ def measure_checkpoint(
     batch: int,
     mesh: Mesh | None,
     task_cache: bool,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Measure perplexity and zero-shot tasks of a checkpoint.
 
@@ -180,12 +202,14 @@ def measure_checkpoint(
       batch: Windows, or requests of a task, at a time.
       mesh: Devices; None: one.
       task_cache: Whether to use and keep the model's answers to tasks.
+      progress: Shows the progress.
 
     Returns:
       "perplexity" as `evaluate` returns it, and "tasks" as `evaluate_tasks` does.
     """
-    tasks = evaluate_tasks(zero_shot, checkpoint, batch, mesh, task_cache)
-    return {"perplexity": evaluate(checkpoint.model, data, batch, mesh), "tasks": tasks}
+    tasks = evaluate_tasks(zero_shot, checkpoint, batch, mesh, task_cache, progress)
+    scores = evaluate(checkpoint.model, data, batch, mesh, progress)
+    return {"perplexity": scores, "tasks": tasks}
 
 
 def protocol(data: Mapping[str, Tokens], zero_shot: ZeroShot | None = None) -> dict[str, Any]:

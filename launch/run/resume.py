@@ -68,9 +68,14 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
     compared = {f"--{name}": v for name, v in settings.items() if name not in NOT_COMPARED}
     used = protocol({}, inputs.zero_shot)
     weights = weight_files(inputs.checkpoint.directory)
+    advance = job.runtime.progress("hashing the weights", len(weights), unit="files")
+    digests = {}
+    for path in weights:
+        digests[path.name] = file_digest(path)
+        advance()
     return {
         "model configuration": inputs.checkpoint.config,
-        "weights": {path.name: file_digest(path) for path in weights},
+        "weights": digests,
         "--calibration tokens": inputs.calibration.protocol["sha256"],
         "further draws": [tokens.protocol["sha256"] for tokens in inputs.further_draws],
         "--eval_data tokens": {name: t.protocol["sha256"] for name, t in inputs.data.items()},

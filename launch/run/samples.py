@@ -12,6 +12,7 @@ from calibration.tokenizer import TextTokenizer, has_tokenizer
 from launch.generate import continuation, eos_tokens, prompt_tokens
 from models.checkpoint.reader import Checkpoint
 from models.generate import generate
+from models.progress import Progress, no_progress
 
 PROMPTS = (
     "Once there was a kind girl named Lucy, who lived near the sea. One day",
@@ -21,7 +22,10 @@ NEW_TOKENS = 32
 
 
 def samples(
-    dense: Checkpoint, pruned: Checkpoint, tokenizer: Callable[[], TextTokenizer]
+    dense: Checkpoint,
+    pruned: Checkpoint,
+    tokenizer: Callable[[], TextTokenizer],
+    progress: Progress = no_progress,
 ) -> list[dict[str, str]]:
     """Continue the prompts greedily with both models.
 
@@ -29,6 +33,7 @@ def samples(
       dense: The dense model.
       pruned: The pruned model.
       tokenizer: Returns the model's tokenizer.
+      progress: Shows the progress.
 
     Returns:
       {"prompt", "dense", "pruned"} for each prompt. Empty if the model has no tokenizer, is too
@@ -50,8 +55,11 @@ def samples(
     if not fits_in_memory(dense.parameters * itemsize):
         return []
     eos = eos_tokens(dense)
+    advance = progress("generating samples", 2, unit="models")
     dense_ids = generate(dense.model, prompts, NEW_TOKENS, eos=eos)
+    advance()
     pruned_ids = generate(pruned.model, prompts, NEW_TOKENS, eos=eos)
+    advance()
     result = []
     for i, ids in enumerate(prompts.tolist()):
         result.append(

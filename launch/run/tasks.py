@@ -3,13 +3,11 @@
 import importlib.metadata
 import pathlib
 import platform
-import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
-from rich.console import Console
 
 from calibration.digests import file_digest
 from calibration.tokenizer import TextTokenizer
@@ -18,12 +16,12 @@ from launch import __version__
 from launch.flags.cli import Flags
 from launch.flags.common import LONGEST_DEFAULT, dataset_list
 from launch.generate import eos_tokens
-from launch.report import console
 from models.checkpoint.gguf import gguf_tokenizer_config
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.errors import InputError
 from models.families.fields import longest_text
 from models.processes import is_multiprocess
+from models.progress import Progress, no_progress
 from models.untrusted import UserFile, is_count
 
 if TYPE_CHECKING:
@@ -44,6 +42,7 @@ def task_flags(f: Flags) -> None:
         "tasks",
         "",
         "comma-separated tasks of lm-eval, such as hellaswag,piqa, or YAML files or directories",
+        several=True,
     )
     f.boolean(
         "trust_task_files",
@@ -189,7 +188,12 @@ def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
 
 
 def evaluate_tasks(
-    zero_shot: ZeroShot | None, checkpoint: Checkpoint, batch: int, mesh: Mesh | None, cache: bool
+    zero_shot: ZeroShot | None,
+    checkpoint: Checkpoint,
+    batch: int,
+    mesh: Mesh | None,
+    cache: bool,
+    progress: Progress = no_progress,
 ) -> Results:
     """Run zero-shot tasks on a model.
 
@@ -199,6 +203,7 @@ def evaluate_tasks(
       batch: Requests at a time.
       mesh: Devices; None: one.
       cache: Whether to reuse answers of a model with equal weights, and to keep new ones.
+      progress: Shows the progress.
 
     Returns:
       {task: {metric: value}}, with the standard error, or None, under "metric_stderr".
@@ -213,15 +218,13 @@ def evaluate_tasks(
     if cache and not is_multiprocess():
         answers = AnswerCache(cache_directory(), identity(checkpoint, zero_shot))
     longest = longest_text(checkpoint.config, LONGEST_DEFAULT)
-    # The stream as it is now: what the harness itself writes to standard error is held back.
-    with console.progress(Console(file=sys.stderr)) as progress:
-        model = HarnessModel(
-            checkpoint.model,
-            zero_shot.vocabulary,
-            longest=longest,
-            batch=batch,
-            mesh=mesh,
-            answers=answers,
-            stage=progress,
-        )
-        return run_tasks(zero_shot.tasks, model)
+    model = HarnessModel(
+        checkpoint.model,
+        zero_shot.vocabulary,
+        longest=longest,
+        batch=batch,
+        mesh=mesh,
+        answers=answers,
+        progress=progress,
+    )
+    return run_tasks(zero_shot.tasks, model)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from calibration.step_cache import StepCache
-from launch.flags import calls, cli
+from launch.flags import calls, termination
 from launch.trials.trial import Job, Trial, Worker
 from models.errors import InputError
 
@@ -185,7 +185,7 @@ def run_on_ray(trials: Sequence[Trial], execution: Execution) -> Ended:
                 value=",".join(f"{kind}={amount:g}" for kind, amount in need.items()),
             )
         # Ray replaces our handler of SIGTERM by its own, and no handler may raise through it.
-        with cli.termination_deferred() as stop:
+        with termination.termination_deferred() as stop:
             yield from _distribute(ray, trials, lambda: _start_actor(ray, need), count, stop)
 
 
@@ -226,7 +226,7 @@ def _distribute(
         while running:
             ended, _ = ray.wait(list(running), timeout=POLL)
             if stop.is_set():
-                raise cli.Terminated
+                raise termination.Terminated
             for reference in ended:
                 actor, trial = running.pop(reference)
                 try:

@@ -28,6 +28,7 @@ from models.checkpoint.stored import narrowed
 from models.families import hf
 from models.layers import Linear
 from models.processes import run_on_primary
+from models.progress import Progress, no_progress
 from models.sharding import to_host
 
 SHARD_BYTES = 1 << 30  # a shard waits in host memory, and saving it takes as much again
@@ -199,7 +200,11 @@ class Writer:
             yield jax.tree.map(load, specs.replace(**linears), is_leaf=hf.is_spec)
 
     def finish(
-        self, non_block: NonBlockParams, companions: pathlib.Path, kept: Sequence[int] | None = None
+        self,
+        non_block: NonBlockParams,
+        companions: pathlib.Path,
+        kept: Sequence[int] | None = None,
+        progress: Progress = no_progress,
     ) -> Form:
         """Complete the checkpoint.
 
@@ -210,6 +215,7 @@ class Writer:
           non_block: Parameters outside the blocks.
           companions: Checkpoint whose tokenizer and generation files are copied.
           kept: Original index of every block that was put, where some were left out; None for all.
+          progress: Shows the progress.
 
         Returns:
           Form that was chosen. Where it has one shape for all blocks, narrower ones are padded with
@@ -231,7 +237,7 @@ class Writer:
 
         def complete() -> list[str]:
             # The weights first: a directory with config.json counts as a checkpoint.
-            self._make_files(wanted, dtype.itemsize)
+            self._make_files(wanted, dtype.itemsize, progress)
             write_json(self._directory / "config.json", config)
             # safetensors lets the owner alone read its files; the umask decides about all others.
             for file in self._directory.glob("model*.safetensors"):
@@ -246,13 +252,16 @@ class Writer:
         self.remarks = tuple(run_on_primary(complete))
         return form
 
-    def _make_files(self, wanted: Mapping[str, tuple[int, ...]], itemsize: int) -> None:
+    def _make_files(
+        self, wanted: Mapping[str, tuple[int, ...]], itemsize: int, progress: Progress
+    ) -> None:
         """Make the weight files: one if `shard_bytes` allow it, else one from each shard."""
         size = sum(math.prod(wanted[name]) for shard in self._shards for name in shard) * itemsize
         shards = list(range(len(self._shards)))
         # Shards in `work` are half as large, so a small model may have several.
         groups = [shards] if size <= self._shard_bytes else [[k] for k in shards]
         total = len(groups)
+        advance = progress("writing the checkpoint", total, unit="files")
         weight_map: dict[str, str] = {}
         for g, members in enumerate(groups):
             name = f"model-{g + 1:05d}-of-{total:05d}.safetensors"
@@ -261,6 +270,7 @@ class Writer:
             for k in members:
                 weight_map |= dict.fromkeys(self._shards[k], name)
             self._make_file(self._directory / name, members, wanted)
+            advance()
         if total > 1:
             index = {
                 "metadata": {"total_size": size},

@@ -70,7 +70,7 @@ def _measure_influence(
     writers = writers_of(runner.arch)
 
     def compute() -> dict[int, float]:
-        advance = runtime.progress("measuring influence", len(batches))
+        advance = runtime.progress("measuring influence", len(batches), unit="batches")
         by_batch = []
         for m in batches:
             by_batch.append(runner.influences(m, path, units, writers))
@@ -137,7 +137,7 @@ def _search_by_loss(
         influence = _measure_influence(runner, units, range(1), runtime)
         order = sorted(order, key=lambda u: (influence[u], u))
     steps = sum(len(order) - phase for phase in range(rounds))
-    advance = runtime.progress("trying removals", steps)
+    advance = runtime.progress("trying removals", steps, unit="trials")
     result = SearchResult(path, [], [], influence, [], [])
     for _ in range(rounds):
         # One unit in each of n phases, or all n after the only one.

@@ -134,8 +134,9 @@ def test_every_block_is_read_once_in_order_and_progress_is_told_after_each(propa
         events.append(i)
         return block, None
 
-    def progress(name: str, steps: int) -> Callable[[], None]:
+    def progress(name: str, steps: int, **more: Any) -> Callable[[], None]:
         assert (name, steps) == ("visiting", 3)
+        assert more == {"unit": "blocks", "tokens": 0, "done": 0}  # nothing is watched
         return lambda: events.append("advance")
 
     calibrate_blocks(

@@ -17,6 +17,7 @@ from models.checkpoint.reader import open_checkpoint
 from models.sharding import make_mesh
 from models.surgery import cut
 from reference import tiny
+from reference.told import Told
 
 WINDOWS = tiny.tokens(batch=8)
 
@@ -145,3 +146,13 @@ def test_perplexity_of_smollm2_equals_the_official_codes_figure(
     assert perplexity(open_checkpoint(smollm2).model, windows, batch=4).value == pytest.approx(
         run["ppl_first4_windows"], rel=1e-4
     )
+
+
+@pytest.mark.parametrize("batch", [3, 8])
+def test_progress_takes_the_steps_it_announces_and_names_the_tokens(batch: int) -> None:
+    """Every token passes every block, and a head that is as much work as one or more blocks."""
+    told, model = Told(), tiny.random_model(tiny.GQA)
+    perplexity(model, WINDOWS, batch=batch, progress=told, name="dense")
+    steps, taken, more = told.stages["dense"]
+    assert steps == taken >= WINDOWS.size * (len(model.blocks) + 1)
+    assert more == {"tokens": WINDOWS.size}

@@ -13,6 +13,7 @@ from models.errors import InputError
 from models.sharding import make_mesh
 from models.surgery import cut
 from reference import tiny
+from reference.told import Told
 
 pytestmark = pytest.mark.slow
 
@@ -95,20 +96,18 @@ def test_order_batches_passes_and_meshes_do_not_matter(
 
 
 def test_equal_texts_are_read_once() -> None:
-    steps: list[int] = []
-
-    def stage(count: int) -> None:
-        steps.append(count)
-        return lambda: None
-
+    told, model = Told(), tiny.random_model(tiny.GQA)
     log_likelihoods(
-        tiny.random_model(tiny.GQA),
+        model,
         [([1, 2, 3], [token]) for token in range(96)],
         longest=LONGEST,
         batch=2,
-        stage=stage,
+        progress=told,
     )
-    assert steps == [1]
+    # One batch of two rows, the shortest that is compiled, through every block.
+    steps, taken, more = told.stages["log-likelihoods"]
+    assert more["tokens"] == 2 * SHORTEST
+    assert steps == taken == 2 * SHORTEST * len(model.blocks)
 
 
 def test_no_pairs_give_no_scores() -> None:

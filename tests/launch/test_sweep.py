@@ -11,7 +11,8 @@ import pytest
 
 from calibration.step_cache import StepCache
 from launch import prune, sweep
-from launch.flags.cli import Terminated, run
+from launch.flags.cli import run
+from launch.flags.termination import Terminated
 from launch.report.files import read_report
 from launch.run import export
 from launch.trials import trial as trials

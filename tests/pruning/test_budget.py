@@ -352,7 +352,7 @@ def test_the_search_does_not_hang_on_how_trials_are_grouped(
 def test_searches_say_how_far_they_are() -> None:
     told: list[str] = []
 
-    def stage(what: str, steps: int) -> Any:
+    def stage(what: str, steps: int, **_: Any) -> Any:
         count = itertools.count(1)
         return lambda: told.append(f"{what} {next(count)}/{steps}")
 

@@ -310,7 +310,7 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
     """One for each block, in every walk over the blocks; in searches one for each trial."""
     told: dict[str, list[int]] = {}
 
-    def progress(what: str, steps: int) -> Callable[[], None]:
+    def progress(what: str, steps: int, **_: Any) -> Callable[[], None]:
         told[what] = [steps, 0]
 
         def advance() -> None:

@@ -1,10 +1,9 @@
-"""Logs are plain text, terminals have bars, and only the primary process prints."""
+"""Tables and notes: plain text in logs, styled on terminals, whole at every width."""
 
 import io
 import re
 from typing import Any
 
-import jax
 import pytest
 from rich.console import Console
 
@@ -87,84 +86,6 @@ def test_warnings_and_output_may_be_missing() -> None:
     console = log()
     shown.show(REPORT | {"warnings": [], "settings": {}}, console)
     assert "warning" not in text_of(console) and "pruned model" not in text_of(console)
-
-
-@pytest.mark.parametrize(("total", "lines"), [(1, 1), (4, 4), (10, 10), (32, 10), (80, 10)])
-def test_progress_in_a_log_is_few_plain_lines(total: int, lines: int) -> None:
-    console = log()
-    with shown.progress(console) as stage:
-        advance = stage("pruning [b]locks", total)
-        for _ in range(total):
-            advance()
-    text = text_of(console)
-    assert is_plain(text)
-    assert len(text.splitlines()) == lines
-    assert all(
-        line.startswith("pruning [b]locks: ") and line.endswith(" left")
-        for line in text.splitlines()
-    )
-    assert f"{total} of {total}" in text.splitlines()[-1]
-
-
-def test_progress_in_a_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    console, clock = log(), iter([0.0, 60.0, 120.0])
-    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
-    with shown.progress(console) as stage:
-        advance = stage("blocks", 3)
-        advance()
-        advance()
-    assert text_of(console).splitlines() == [
-        "blocks: 1 of 3, 1 min 00 s elapsed, 2 min 00 s left",
-        "blocks: 2 of 3, 2 min 00 s elapsed, 1 min 00 s left",
-    ]
-
-
-def test_progress_on_a_terminal_is_a_bar() -> None:
-    console = terminal()
-    with shown.progress(console) as stage:
-        advance = stage("pruning [b]locks", 3)
-        for _ in range(3):
-            advance()
-    text = text_of(console)
-    assert "━" in text and "3/3" in text and "pruning [b]locks" in text
-    assert text.rstrip().endswith("\x1b[?25h"), "the cursor must be shown again"
-
-
-def test_progress_on_a_terminal_has_the_time_left_of_slow_steps() -> None:
-    console, now = terminal(), [0.0]
-    console.get_time = lambda: now[0]
-    with shown.progress(console) as stage:
-        advance = stage("blocks", 4)
-        for _ in range(3):
-            now[0] += 100.0
-            advance()
-    assert "01:40" in text_of(console)
-
-
-def test_progress_goes_to_standard_error(capfd: pytest.CaptureFixture[str]) -> None:
-    with shown.progress() as stage:
-        advance = stage("blocks", 1)
-        advance()
-    captured = capfd.readouterr()
-    assert "1 of 1" in captured.err and not captured.out
-
-
-def test_only_the_primary_process_shows_progress(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "process_index", lambda: 1)
-    for console in (log(), terminal()):
-        with shown.progress(console) as stage:
-            advance = stage("blocks", 2)
-            advance()
-        assert text_of(console) == ""
-
-
-def test_an_error_inside_ends_the_bar_and_passes_through() -> None:
-    console = terminal()
-    with pytest.raises(RuntimeError, match="inside"), shown.progress(console) as stage:
-        advance = stage("blocks", 2)
-        advance()
-        raise RuntimeError("inside")
-    assert "\x1b[?25h" in text_of(console)
 
 
 @pytest.mark.parametrize("labels", [1, 2])

@@ -56,10 +56,12 @@ def test_bytes_are_in_a_binary_unit(value: int | None, text: str) -> None:
         (59.97, "1 min 00 s"),
         (245.2, "4 min 05 s"),
         (7500, "2 h 05 min"),
+        (285_120, "3.3 days"),
+        (3e8, "3,472.2 days"),
         (None, "—"),
     ],
 )
-def test_seconds_become_minutes_and_hours(value: float | None, text: str) -> None:
+def test_seconds_become_minutes_hours_and_days(value: float | None, text: str) -> None:
     assert summary.duration(value) == text
 
 

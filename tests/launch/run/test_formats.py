@@ -134,7 +134,7 @@ def test_smollm2_in_llama_cpp_predicts_what_ours_does(
     """The perplexity of a text, and the most likely tokens, forced and free."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
     model = pruning.open_model(str(smollm2))
-    pruned = pruning.prune(model, method, sparsity=sparsity, samples=2, length=32)
+    pruned = pruning.prune(model, method, "embedded", sparsity=sparsity, samples=2, length=32)
     directory = pruning.save(pruned, tmp_path / "out")
     path = write_gguf(directory).path
     loaded = llama_cpp.Llama(str(path), n_ctx=256, logits_all=True, verbose=False)

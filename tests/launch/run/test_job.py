@@ -48,3 +48,21 @@ def test_a_sparsity_that_is_missing_or_out_of_range_is_refused(flags: list[str])
     with pytest.raises(InputError) as error:
         job("--method=wanda", *flags)
     assert error.value.field == "sparsity" and error.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "name", "reason"),
+    [
+        ("embedded:tiny-llama", "", "embedded", "the default for an embedded model"),
+        ("owner/name", "", "wikitext2", "the default for a model that is not embedded"),
+        ("a/directory", "", "wikitext2", "the default for a model that is not embedded"),
+        ("owner/name", "embedded", "embedded", ""),
+        ("embedded:tiny-opt", "ptb", "ptb", ""),
+    ],
+)
+def test_the_calibration_text_follows_the_model_where_none_is_named(
+    model: str, given: str, name: str, reason: str
+) -> None:
+    flags = (f"--model={model}", f"--calibration={given}")
+    source = job("--sparsity=0.5", *flags).sources.calibration
+    assert (source.name, source.reason) == (name, reason)

@@ -13,7 +13,8 @@ import pytest
 
 from calibration.step_cache import StepCache
 from launch import sweep
-from launch.flags.cli import Terminated, run, termination_deferred
+from launch.flags.cli import run
+from launch.flags.termination import Terminated, termination_deferred
 from launch.run import export
 from launch.trials import backends
 from launch.trials import trial as trials
