@@ -235,6 +235,8 @@ def test_a_mesh_changes_no_statistic() -> None:
 
 
 class Sink:
+    blocks, files = 0, ()
+
     def mark(self) -> None: ...
     def rewind(self, mark: Any) -> None: ...
 

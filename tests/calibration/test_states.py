@@ -20,6 +20,8 @@ from reference.small import model, tokens
 class Sink:
     """Keeps nothing."""
 
+    blocks, files = 0, ()
+
     def mark(self) -> None: ...
     def rewind(self, mark: None) -> None: ...
 

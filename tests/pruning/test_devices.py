@@ -163,8 +163,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 MESHES = [
     *((case, "llama-gqa", "data=4,model=2") for case in CASES),
-    ("wanda", "opt", "data=8"),
-    ("magnitude", "opt", "data=8"),
+    pytest.param("wanda", "opt", "data=8", marks=pytest.mark.slow),
+    pytest.param("magnitude", "opt", "data=8", marks=pytest.mark.slow),
 ]
 
 

@@ -168,9 +168,8 @@ def test_every_report_names_the_protocol(
     assert (
         page.count(said) == 1 and page.count(said.replace("protocol", "Protocol", 1)) == 1
     )  # the heading, the plot of perplexity
-    assert compare.rows(compare.read([str(tmp_path / "out")], None))[2][-1] == said.removeprefix(
-        "protocol "
-    )
+    runs = compare.read([str(tmp_path / "out")], None)
+    assert compare.rows(runs, compare.marks_of(runs))[2][-1] == said.removeprefix("protocol ")
     again = prune.options().parse(shlex.split(result["command"])[3:])
     assert again == values
     capsys.readouterr()

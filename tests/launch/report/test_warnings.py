@@ -13,6 +13,7 @@ def written(padding: int = 0, blocks: int = 4, code: str | None = None) -> Any:
         padding=padding,
         loaded=SimpleNamespace(parameters=10_000, specs=[None] * blocks),
         form=SimpleNamespace(code=code, label="topiary_llama, a class"),
+        topiary=SimpleNamespace(ok=True),
         transformers=SimpleNamespace(ok=True),
     )
 

@@ -81,7 +81,9 @@ def quadratic(w: np.ndarray, new: np.ndarray, h: np.ndarray) -> float:
 
 @pytest.mark.parametrize("fraction", [0.3, 0.7])
 @pytest.mark.parametrize("dead", [None, 5])
-@pytest.mark.parametrize("inputs", [40, 128, 200, 300])
+@pytest.mark.parametrize(
+    "inputs", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 200)), 300]
+)
 def test_unstructured_is_algorithm_1(inputs: int, dead: int | None, fraction: float) -> None:
     """Less than a block of columns, one block, and blocks with a shorter last one."""
     h, ws = hessian(inputs, dead), matrices(inputs)
@@ -92,13 +94,11 @@ def test_unstructured_is_algorithm_1(inputs: int, dead: int | None, fraction: fl
     ("inputs", "n", "m"),
     [
         (40, 2, 4),
-        (128, 2, 4),
-        (300, 2, 4),
-        (40, 4, 8),
-        (200, 4, 8),
-        (42, 3, 6),
-        (126, 3, 6),
         (300, 3, 6),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [(128, 2, 4), (300, 2, 4), (40, 4, 8), (200, 4, 8), (42, 3, 6), (126, 3, 6)]
+        ),
     ],
 )
 @pytest.mark.parametrize("dead", [None, 9])
