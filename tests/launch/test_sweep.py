@@ -152,7 +152,7 @@ BAD = {
         ["--methods=wanda", "--sparsities=0.5", "--allocations=uniform,zebra"],
         "zebra",
     ),
-    "sparsity 1": (["--sparsities=0.5,1"], "fractions from 0 to below 1"),
+    "sparsity 1": (["--sparsities=0.5,1"], "--sparsities=1 must be at least 0 and less than 1"),
     "no sparsity": (["--methods=wanda"], "--sparsity is missing"),
     "twice": (["--methods=wanda,wanda()", "--sparsities=0.5"], "give each once"),
     "sparsity twice": (["--sparsities=0.5,0.50"], "give each once"),
