@@ -223,12 +223,24 @@ def _calibration_source(config: RunConfig) -> CalibrationSource:
         # Stories for small children suit the models that were trained on them, and no others.
         if (config.model or "").startswith("embedded:"):
             name, reason = "embedded", "the default for an embedded model"
+        elif _reads_weights_alone(config):
+            name, reason = (
+                "embedded",
+                "the method reads no activations: any text does",
+            )
         else:
             name, reason = "wikitext2", "the default for a model that is not embedded"
     seeds = tuple(config.seed + k for k in range(config.calibration_draws))
     return CalibrationSource(
         name, config.calibration_samples, config.calibration_length, seeds, reason
     )
+
+
+def _reads_weights_alone(config: RunConfig) -> bool:
+    """Return whether the masks follow from the weights, whatever the calibration text."""
+    names = (text.partition("(")[0] for text in (config.method, config.allocation, config.refine))
+    method, allocation, refine = names
+    return method == "magnitude" and allocation in ("uniform", "alpha") and refine == "none"
 
 
 def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method) -> float:

@@ -66,3 +66,19 @@ def test_the_calibration_text_follows_the_model_where_none_is_named(
     flags = (f"--model={model}", f"--calibration={given}")
     source = job("--sparsity=0.5", *flags).sources.calibration
     assert (source.name, source.reason) == (name, reason)
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ((), "embedded"),
+        (("--allocation=alpha",), "embedded"),
+        (("--allocation=owl",), "wikitext2"),
+        (("--refine=dsnot",), "wikitext2"),
+    ],
+)
+def test_masks_that_follow_from_the_weights_need_no_text_of_the_hub(
+    flags: tuple[str, ...], name: str
+) -> None:
+    values = ["--model=a/directory", "--method=magnitude", "--sparsity=0.5", *flags]
+    assert job(*values).sources.calibration.name == name
