@@ -2,6 +2,7 @@
 
 import codecs
 import os
+import select
 import sys
 
 # What characters of our own output become where a terminal lacks them.
@@ -39,10 +40,11 @@ def prepare() -> None:
 
 def reader_left() -> bool:
     """Return True if nobody reads the standard output any more, as after `| head`."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Python flushes again when it exits, which would fail again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    number = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(number, 0)  # errors are reported without being asked for
+    if not any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+        return False
+    # Python flushes standard output when it exits, which would fail again.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
