@@ -65,11 +65,13 @@ def copy_tree(source: Path, target: Path) -> None:
     first: dict[int, str] = {}
 
     def copy(a: str, b: str) -> str:
-        inode = os.stat(a).st_ino
-        if inode in first:
-            os.link(first[inode], b)
-        else:
-            first[inode] = shutil.copy2(a, b)
+        # Orbax's threads remove their lock files meanwhile, so one may be gone.
+        with contextlib.suppress(FileNotFoundError):
+            inode = os.stat(a).st_ino
+            if inode in first:
+                os.link(first[inode], b)
+            else:
+                first[inode] = shutil.copy2(a, b)
         return b
 
     shutil.copytree(source, target, symlinks=True, copy_function=copy)

@@ -104,7 +104,8 @@ def test_every_report_shows_the_spread(inputs: Path, tmp_path: Path) -> None:
         said in terminal.file.getvalue() and "over 2 calibration draws" in terminal.file.getvalue()
     )  # type: ignore[attr-defined]
     assert report.render(got).count(said) == 2  # beside the headline, in the table
-    table = compare.rows(compare.read([str(tmp_path / "out")], None))
+    runs = compare.read([str(tmp_path / "out")], None)
+    table = compare.rows(runs, compare.marks_of(runs))
     assert f"({said} over 2 draws)" in table[2][4] and "draws" not in table[1][4]
 
 
