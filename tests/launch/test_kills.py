@@ -1,5 +1,6 @@
 """A run killed before any act on the disk is completed by the same command, to the same bytes."""
 
+import json
 import os
 import shutil
 import signal
