@@ -74,7 +74,7 @@ def weight_files(path: pathlib.Path) -> list[pathlib.Path]:
         return []
     if (path / name).is_file():
         return [path / name]
-    return [path / shard for shard in sorted(set(_weight_map(_index_of(path / name)).values()))]
+    return [path / shard for shard in sorted(set(read_weight_map(_index_of(path / name)).values()))]
 
 
 def _index_of(single: pathlib.Path) -> pathlib.Path:
@@ -98,7 +98,7 @@ def _sharded(
     tied heads that no shard has, and leave out others; `models.checkpoint.reader.check` finds what
     matters. Of a tensor in two shards the index says which one counts.
     """
-    weight_map = _weight_map(index)
+    weight_map = read_weight_map(index)
     entries: dict[str, Entry] = {}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
@@ -114,8 +114,18 @@ def _sharded(
     return entries
 
 
-def _weight_map(index: pathlib.Path) -> dict[str, str]:
-    """Read an index; return the shard file of each tensor, relative to the index's directory."""
+def read_weight_map(index: pathlib.Path) -> dict[str, str]:
+    """Read an index of shards.
+
+    Args:
+      index: The index.
+
+    Returns:
+      The shard file of each tensor, relative to the index's directory.
+
+    Raises:
+      InputError: The index is damaged, or names a file outside its directory.
+    """
     try:
         weight_map = parse_json(UserFile(index).read_text())["weight_map"]
         pairs = weight_map.items()

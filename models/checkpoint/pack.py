@@ -13,20 +13,21 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from models.checkpoint.companions import copy_companions, write_json
-from models.checkpoint.formats import packed_entries
+from models.checkpoint.formats import packed_entries, read_weight_map
 from models.checkpoint.output_format import CODE
 from models.checkpoint.pack_formats import PACKINGS, Packing
 from models.checkpoint.reader import read_config
+from models.checkpoint.tensors import save_tensors
 from models.errors import InputError
 from models.families import hf
+from models.untrusted import UserFile
 
 FOLDER = "packed"
 # Stems of the weight files, dense and packed; shards' numbers and the index follow.
 DENSE, PACKED = "model", "packed"
-_DENSE_METADATA = {"format": "pt"}  # transformers refuses safetensors files without it
 
 
 class PackSizes(NamedTuple):
@@ -83,7 +84,7 @@ def pack(directory: str | os.PathLike[str], packing: str) -> PackSizes:
                 matrices[1] += sum(x.nbytes for x in parts.values())
             stored |= parts or {tensor: value}
         header = {"packing": packing, "shapes": json.dumps(shapes)}
-        save_file(stored, target / _renamed(file.name, DENSE, PACKED), metadata=header)
+        save_tensors(stored, target / _renamed(file.name, DENSE, PACKED), header)
     _copy_rest(directory, target, config, (DENSE, PACKED))
     packed = sum(f.stat().st_size for f in _weight_files(target, PACKED))
     return PackSizes(sum(f.stat().st_size for f in files), packed, *matrices)
@@ -121,8 +122,8 @@ def _copy_rest(
     copy_companions(source, target, config)
     old, new = (f"{stem}.safetensors.index.json" for stem in stems)
     if (source / old).is_file():
-        index = json.loads((source / old).read_text(encoding="utf-8"))
-        files = index["weight_map"].items()
+        index = UserFile(source / old).read_json()
+        files = read_weight_map(source / old).items()
         index["weight_map"] = {tensor: _renamed(file, *stems) for tensor, file in files}
         write_json(target / new, index)
 
@@ -142,6 +143,5 @@ def unpack(source: str | os.PathLike[str], target: str | os.PathLike[str]) -> No
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
         tensors = {name: entry.load() for name, entry in packed_entries(file).items()}
-        dense = target / _renamed(file.name, PACKED, DENSE)
-        save_file(tensors, dense, metadata=_DENSE_METADATA)
+        save_tensors(tensors, target / _renamed(file.name, PACKED, DENSE))
     _copy_rest(source, target, config, (PACKED, DENSE))

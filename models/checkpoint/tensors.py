@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
+from safetensors.numpy import save_file
 
 from models.errors import InputError
 
+# transformers refuses safetensors files without it.
+METADATA = {"format": "pt"}
 # All rows of a tensor.
 WHOLE = slice(None)
 LFS_POINTER = b"version https://git-lfs"  # how every pointer file begins
@@ -143,3 +146,21 @@ def not_floating(path: pathlib.Path, name: str, dtype: object) -> InputError:
         f"{path}: tensor {name} is stored as {dtype}, not as a float of 16 bits or more",
         "dequantise the checkpoint first",
     )
+
+
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], path: pathlib.Path, metadata: Mapping[str, str] = METADATA
+) -> None:
+    """Write a safetensors file that others may read as far as the umask allows.
+
+    Args:
+      tensors: Contiguous arrays by name.
+      path: The file, replaced if it is there.
+      metadata: Facts for the file's header.
+    """
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode
+    # The library renames a temporary file, which only its owner may read, to this name.
+    save_file(dict(tensors), path, metadata=dict(metadata))
+    path.chmod(mode)

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from models.arch import Block, Model, NonBlockParams, Slot
 from models.checkpoint.companions import copy_companions, write_json
@@ -25,6 +25,7 @@ from models.checkpoint.output_format import (
     with_dtype,
 )
 from models.checkpoint.stored import narrowed
+from models.checkpoint.tensors import save_tensors
 from models.families import hf
 from models.layers import Linear
 from models.processes import run_on_primary
@@ -32,8 +33,6 @@ from models.progress import Progress, no_progress
 from models.sharding import to_host
 
 SHARD_BYTES = 1 << 30  # a shard waits in host memory, and saving it takes as much again
-# transformers refuses safetensors files without it.
-METADATA = {"format": "pt"}
 
 
 class Writer:
@@ -151,7 +150,7 @@ class Writer:
     def _save(self) -> None:
         """Write the buffer as the next shard."""
         path = self._shard_path(len(self._shards))
-        _save_tensors(self._buffer, path)
+        save_tensors(self._buffer, path)
         # On the disk before a mark names it: a mark must survive a power cut.
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -239,9 +238,6 @@ class Writer:
             # The weights first: a directory with config.json counts as a checkpoint.
             self._make_files(wanted, dtype.itemsize, progress)
             write_json(self._directory / "config.json", config)
-            # safetensors lets the owner alone read its files; the umask decides about all others.
-            for file in self._directory.glob("model*.safetensors"):
-                shutil.copymode(self._directory / "config.json", file)
             if form.code is not None:
                 (self._directory / CODE).write_text(form.code, encoding="utf-8")
             remarks = copy_companions(companions, self._directory, config)
@@ -300,17 +296,7 @@ class Writer:
             if x.shape != wanted[name]:
                 padding = [(0, w - h) for h, w in zip(x.shape, wanted[name], strict=True)]
                 tensors[name] = np.pad(x, padding)
-        _save_tensors(tensors, path)
-
-
-def _save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
-    """Write a safetensors file that others may read as far as the umask allows."""
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode
-    # The library renames a temporary file, which only its owner may read, to this name.
-    save_file(dict(tensors), path, metadata=METADATA)
-    path.chmod(mode)
+        save_tensors(tensors, path)
 
 
 def _bias_name(spec: Any) -> str:

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from launch.run import code
-from models.checkpoint import writer
+from models.checkpoint import tensors, writer
 from models.checkpoint.writer import save
 from models.init import init_model
 from pruning.methods import METHODS
@@ -111,8 +111,8 @@ def guard_writes(fuse: Fuse, m: pytest.MonkeyPatch) -> None:
     """Guard the functions that write to the disk, or run just before or after it."""
     m.setattr("calibration.journal.os.replace", fuse.guard(os.replace))
     m.setattr("calibration.journal.shutil", types.SimpleNamespace(rmtree=fuse.guard(shutil.rmtree)))
-    for name in ("save_file", "write_json"):
-        m.setattr(writer, name, fuse.guard(getattr(writer, name)))
+    for module, name in ((tensors, "save_file"), (writer, "write_json")):
+        m.setattr(module, name, fuse.guard(getattr(module, name)))
     for name in ("put", "mark"):
         m.setattr(writer.Writer, name, fuse.guard(getattr(writer.Writer, name)))
     m.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)  # save after every block
@@ -338,7 +338,7 @@ def test_a_run_resumes_after_a_full_disk(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    calls, save_file = 0, writer.save_file
+    calls, save_file = 0, tensors.save_file
 
     def full(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
@@ -349,7 +349,7 @@ def test_a_run_resumes_after_a_full_disk(
 
     args = argv(inputs, tmp_path / "out", *RUNS["wanda"])
     with monkeypatch.context() as m:
-        m.setattr("models.checkpoint.writer.save_file", full)
+        m.setattr("models.checkpoint.tensors.save_file", full)
         m.setattr("calibration.journal.SAVE_TIME_FRACTION", 1e9)
         assert call(args) == 2
     assert "no space left" in capsys.readouterr().err

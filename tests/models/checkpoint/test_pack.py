@@ -66,6 +66,8 @@ def test_a_pack_reads_and_unpacks_to_the_bit(
     files = {f.name: f.read_bytes() for f in directory.iterdir() if f.is_file()}
     again = {f.name: f.read_bytes() for f in (tmp_path / "again").iterdir()}
     assert again == files and any(n.endswith("index.json") for n in files) == (shard_bytes == SHARD)
+    written_files = [*(directory / "packed").iterdir(), *(tmp_path / "again").iterdir()]
+    assert {f.stat().st_mode for f in written_files} == {(directory / "config.json").stat().st_mode}
 
 
 def test_a_pack_has_what_macko_s_script_expects(tmp_path: pathlib.Path) -> None:
