@@ -5,7 +5,6 @@ python -m launch.compare out/* --speed=speed.json --markdown=table.md --latex=ta
   --plot=pareto.svg
 """
 
-import json
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from launch.report.compare_plot import DENSE, OTHER, WEIGHTS, Axis, Point, speed
 from launch.report.compare_table import PARTS, Marks, Run, data_sets, marks_of, rows
 from launch.run import export
 from models.errors import InputError
+from models.untrusted import UserFile, user_path
 
 
 def options() -> Flags:
@@ -63,14 +63,13 @@ def read(directories: Sequence[str], speed: str | None) -> list[Run]:
 
 def _read_report(directory: str) -> dict[str, Any]:
     """Read the report of one directory and check the parts that the comparison needs."""
-    path = pathlib.Path(directory).expanduser() / export.REPORT
     try:
-        report = json.loads(path.read_text(encoding="utf-8"))
+        report = UserFile(user_path(directory, "directories") / export.REPORT).read_json()
         for key in ("settings", "sparsity", "parameters", "bytes", "perplexity", "seconds"):
             report[key].items()
         report["method"], report["sparsity"]["total"], report["parameters"]["dense"]
         return report
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (InputError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{directory} has no readable {export.REPORT}",
             "give output directories of launch.prune",
@@ -80,13 +79,13 @@ def _read_report(directory: str) -> dict[str, Any]:
 def _speedups(file: str) -> dict[str, dict[str, float]]:
     """Return {directory: {part: speed-up}} at the first batch size of a speed benchmark."""
     try:
-        by_batch = json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["figures"]
+        by_batch = UserFile(user_path(file, "speed")).read_json()["figures"]
         rows = next(iter(by_batch.values()))
         return {
             str(pathlib.Path(name)): {part: float(row["speedup"][part]) for part in PARTS}
             for name, row in rows.items()
         }
-    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
         raise InputError(
             "is not output of launch.bench --what=speed --json", field="speed", value=file
         ) from None

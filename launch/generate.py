@@ -3,7 +3,6 @@
 python -m launch.generate --model=DIR --prompt="Once there was" --new_tokens=64
 """
 
-import json
 import sys
 from typing import Any
 
@@ -20,6 +19,7 @@ from models.checkpoint.reader import Checkpoint
 from models.errors import InputError
 from models.generate import generate
 from models.sharding import place
+from models.untrusted import UserFile
 
 
 def options() -> Flags:
@@ -46,10 +46,7 @@ def eos_tokens(checkpoint: Checkpoint) -> list[int]:
     """
     file = checkpoint.directory / "generation_config.json"
     again = "copy it again from the original model"
-    try:
-        settings = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-    except (OSError, ValueError, TypeError, RecursionError):
-        raise InputError(f"{file} is not a JSON object", again) from None
+    settings = UserFile(file, remedy=again).read_json() if file.is_file() else {}
     eos = settings.get("eos_token_id", checkpoint.config.get("eos_token_id"))
     tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):

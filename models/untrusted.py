@@ -12,7 +12,7 @@ import os
 import pathlib
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from models.errors import InputError, first_line
@@ -117,11 +117,23 @@ class UserFile(NamedTuple):
         Raises:
           InputError: The file cannot be read, is no JSON, or its content is of another type.
         """
+        return self._read_json(kind, parse_json)
+
+    def read_fields(self) -> dict[str, Any]:
+        """Return a JSON object of which single fields are used; see `parse_row`.
+
+        Raises:
+          InputError: The file cannot be read or is no JSON object.
+        """
+        return self._read_json(dict, parse_row)
+
+    def _read_json(self, kind: type, parse: Callable[[str], Any]) -> Any:
+        """Read JSON of a type with one of the parsers."""
         content = self.read_bytes()
         try:
             if len(content) > MOST_JSON_BYTES:
                 raise ValueError(f"it has {len(content)} bytes")
-            value = parse_json(decode(content))
+            value = parse(decode(content))
         except UnicodeDecodeError as e:
             raise self.error(f"cannot be read (byte {e.start} is not UTF-8 text)") from None
         except ValueError as e:
@@ -220,7 +232,10 @@ def _integer(digits: str) -> int:
     """Convert the digits of an integer of JSON."""
     if len(digits) > LONGEST_INTEGER:
         raise ValueError(f"it has an integer of {len(digits)} digits")
-    return int(digits)
+    value = int(digits)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"its integer {digits} is beyond 64 bits")
+    return value
 
 
 def parse_row(text: str) -> Any:
@@ -279,13 +294,22 @@ def shown_text(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}…"
 
 
+def is_panic(error: BaseException) -> bool:
+    """Return True for a panic of a Rust library, which is no `Exception`.
+
+    Args:
+      error: Any exception.
+    """
+    # The class is made by each library for itself, so its name is all that they share.
+    return type(error).__name__ == "PanicException"
+
+
 @contextlib.contextmanager
 def panics_as_errors() -> Iterator[None]:
     """Raise a panic of a Rust library, which is no `Exception`, as a ValueError."""
     try:
         yield
     except BaseException as e:
-        # The class is made by each library for itself, so its name is all that they share.
-        if type(e).__name__ != "PanicException":
+        if not is_panic(e):
             raise
         raise ValueError(str(e)) from e

@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from launch.run.write_errors import disk_error
 from models.errors import first_line
+from models.untrusted import is_panic
 
 T = TypeVar("T")
 
@@ -26,8 +27,7 @@ def optional(without: str, compute: Callable[[], T], otherwise: T) -> tuple[T, l
     try:
         return compute(), []
     except BaseException as e:
-        # Libraries in Rust end a panic in an exception that is no Exception.
-        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+        if not isinstance(e, Exception) and not is_panic(e):
             raise
         if disk_error(e):
             raise

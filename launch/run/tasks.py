@@ -16,13 +16,14 @@ from launch import __version__
 from launch.flags.cli import Flags
 from launch.flags.common import LONGEST_DEFAULT, dataset_list
 from launch.generate import eos_tokens
+from models.checkpoint.companions import tokenizer_config
 from models.checkpoint.gguf import gguf_tokenizer_config
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.errors import InputError
 from models.families.fields import longest_text
 from models.processes import is_multiprocess
 from models.progress import Progress, no_progress
-from models.untrusted import UserFile, is_count
+from models.untrusted import is_count
 
 if TYPE_CHECKING:
     from eval.harness import Vocabulary
@@ -155,10 +156,7 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer: TextTokenizer) -> "Vocabula
 
 def _tokenizer_config(model: pathlib.Path) -> dict[str, Any]:
     """Read the tokenizer's configuration; empty if the checkpoint has none."""
-    if model.is_file():
-        return gguf_tokenizer_config(model)
-    file = model / "tokenizer_config.json"
-    return UserFile(file).read_json() if file.is_file() else {}
+    return gguf_tokenizer_config(model) if model.is_file() else tokenizer_config(model)
 
 
 def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from launch.report import console, summary
 from launch.report.block_plots import block_and_kind
 from models.errors import InputError
 from models.processes import is_primary
+from models.untrusted import user_path
 from pruning.figures import LineSeries, from_json
 
 PROJECT = "topiary"  # project of Weights & Biases, and experiment of MLflow
@@ -95,7 +96,7 @@ def parse_tracker(text: str) -> Tracker | None:
             field="track",
             value=text,
         )
-    directory = pathlib.Path(name).expanduser()
+    directory = user_path(name, "track")
     if directory.exists() and not directory.is_dir():
         raise InputError(
             "names a file, not a directory", "choose another DIR", field="track", value=text

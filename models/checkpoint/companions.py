@@ -11,6 +11,8 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from models.untrusted import UserFile
+
 TOKENIZER_CONFIG = "tokenizer_config.json"
 # Names by transformers, of data alone; licences by their usual names.
 COPIED = (
@@ -44,6 +46,24 @@ def write_json(path: pathlib.Path, value: Any) -> None:
       value: JSON-able value; infinities and NaN are written as Python's json does.
     """
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def tokenizer_config(directory: pathlib.Path) -> dict[str, Any]:
+    """Read the tokenizer's configuration of a checkpoint.
+
+    Its integers become floats: `model_max_length` of many models is 10**30, which means none.
+
+    Args:
+      directory: The checkpoint.
+
+    Returns:
+      The fields; empty if the checkpoint has no such file.
+
+    Raises:
+      InputError: The file cannot be read.
+    """
+    file = directory / TOKENIZER_CONFIG
+    return UserFile(file).read_fields() if file.is_file() else {}
 
 
 def copy_companions(
@@ -80,9 +100,10 @@ def copy_companions(
 
 def _copy_files(source: pathlib.Path, target: pathlib.Path) -> Iterator[str]:
     """Copy the files that are data; yield remarks about those that cannot be."""
-    files = [file for file in sorted(source.iterdir()) if _is_copied(file.name)]
-    files += sorted((source / TEMPLATES).glob("*.jinja"))
+    files = [*sorted(source.iterdir()), *sorted((source / TEMPLATES).glob("*.jinja"))]
     for file in files:
+        if not is_companion(file.relative_to(source).as_posix()):
+            continue
         if not file.is_file():
             continue
         data = _read(file, source)
@@ -104,7 +125,15 @@ def _read(file: pathlib.Path, source: pathlib.Path) -> bytes | str:
         return f"{file.name} cannot be read ({e.strerror}): it was not copied"
 
 
-def _is_copied(name: str) -> bool:
+def is_companion(name: str) -> bool:
+    """Return True for a file that travels with a pruned model.
+
+    Args:
+      name: Its path in the checkpoint's directory, with slashes.
+    """
+    # Other folders hold other formats.
+    if "/" in name:
+        return fnmatch.fnmatchcase(name, f"{TEMPLATES}/*.jinja")
     if pathlib.PurePath(name).suffix.lower() in TEXTS:
         upper = name.upper()
         if any(fnmatch.fnmatchcase(upper, pattern) for pattern in LICENCES):

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from models.checkpoint.companions import tokenizer_config
 from models.checkpoint.gguf_names import TOKENS
 from models.checkpoint.gguf_vocab import (
     BYTE,
@@ -118,7 +119,7 @@ def _special(
     directory: pathlib.Path, backend: "Tokenizer", config: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the ids of special tokens, and which of them open or close every text."""
-    named = _json(directory / "tokenizer_config.json")
+    named = tokenizer_config(directory)
     fields: dict[str, Any] = {}
     for role, key in {**TOKENS, "unk": "unknown"}.items():
         token = named.get(f"{role}_token")
@@ -187,23 +188,10 @@ def _words(tokenizer: "Tokenizer") -> list[Any]:
 def _chat_template(directory: pathlib.Path) -> dict[str, str]:
     """Return the chat template of a checkpoint, from its own file or the tokenizer's settings."""
     file = directory / "chat_template.jinja"
-    template = _json(directory / "tokenizer_config.json").get("chat_template")
+    template = tokenizer_config(directory).get("chat_template")
     if file.is_file():
         template = file.read_text(encoding="utf-8")
     return {"tokenizer.chat_template": template} if isinstance(template, str) else {}
-
-
-def _json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as e:
-        raise InputError(
-            f"{path} cannot be read ({first_line(e)})", "fetch the checkpoint again"
-        ) from None
-    return value if isinstance(value, dict) else {}
 
 
 def load_backend(directory: pathlib.Path) -> "Tokenizer":

@@ -8,14 +8,15 @@ import re
 from collections.abc import Sequence
 from typing import TypeVar
 
+from models.checkpoint.companions import is_companion
 from models.checkpoint.hub_client import snapshot
 from models.checkpoint.hub_errors import Repository
 from models.errors import InputError
 from models.untrusted import user_path
 
 EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
-# Small files beside the weights: settings, tokenizer, what the licence asks to keep, the card.
-FILES = ("*.json", "*.model", "*.txt", "*.jinja", "LICEN[CS]E*", "NOTICE*", "COPYING*", "README.md")
+# Small files beside the weights, besides those that travel: settings, tokenizers, the card.
+FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 # Patterns of weights by preference; only one format is downloaded.
 WEIGHTS = ("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
 
@@ -125,7 +126,7 @@ def _choose(name: str, weights: bool, files: Sequence[str]) -> list[str]:
         found = fnmatch.filter(names, pattern)
         if found:
             small = [n for n in names if any(fnmatch.fnmatchcase(n, kind) for kind in FILES)]
-            return list(dict.fromkeys([*small, *found]))
+            return list(dict.fromkeys([*small, *filter(is_companion, files), *found]))
     raise InputError(
         f"has no weights in a known format ({', '.join(WEIGHTS)})",
         "choose another, or convert it",

@@ -15,6 +15,7 @@ FAULTS: dict[str, tuple[bytes, str]] = {
     "UTF-16 cut short": (b"\xff\xfe\x00", "is not UTF-8 text"),
     "400 digits": (b'{"a": ' + b"1" * 400 + b"}", "an integer of 400 digits"),
     "5000 digits": (b'{"a": -' + b"1" * 5000 + b"}", "an integer of 5001 digits"),
+    "65 bits": (b'{"a": 18446744073709551616}', "is beyond 64 bits"),
     "1000 deep": (b"[" * 1000 + b"]" * 1000, "nested deeper than 64 levels"),
     "100 deep": (b'{"a":' * 100 + b"1" + b"}" * 100, "nested deeper than 64 levels"),
     "bottomless": (b"[" * 100_000, "nested deeper than 64 levels"),

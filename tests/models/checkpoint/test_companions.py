@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from models.checkpoint.companions import copy_companions
+from models.checkpoint.companions import copy_companions, tokenizer_config
 from models.checkpoint.output_format import LAYOUT_OF, Shape, choose_form
 from reference import tiny
 
@@ -211,3 +211,13 @@ def test_the_writer_of_before_is_not_named(
         config["transformers_version"] = before
     form = choose_form(config, [Shape(heads, 40)] * 2, (), "auto")
     assert form.config.get("transformers_version") == after
+
+
+def test_a_tokenizer_s_configuration_may_hold_the_length_that_means_none(
+    tmp_path: pathlib.Path,
+) -> None:
+    """transformers writes int(1e30), as in LLaMA-2's files."""
+    settings = {"bos_token": "<s>", "model_max_length": int(1e30)}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert tokenizer_config(tmp_path)["bos_token"] == "<s>"
+    assert tokenizer_config(tmp_path / "elsewhere") == {}

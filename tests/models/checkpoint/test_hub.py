@@ -117,6 +117,12 @@ def test_the_licence_and_the_card_are_downloaded(local_hub: LocalHub) -> None:
     assert names(hub.resolve("a/b")) == wanted
 
 
+def test_what_travels_with_a_pruned_model_is_downloaded(local_hub: LocalHub) -> None:
+    kept = ["additional_chat_templates/tool_use.jinja", "USE_POLICY.md", "license.txt"]
+    local_hub.add("a/b", files_of("model.safetensors", *kept, "LICENSE.py", "onnx/LICENSE"))
+    assert names(hub.resolve("a/b")) == {"config.json", "model.safetensors", *kept}
+
+
 def test_a_configuration_is_downloaded_alone(
     local_hub: LocalHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
