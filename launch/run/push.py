@@ -1,17 +1,15 @@
 """Upload a finished output to the hub, into a repository that is private at first."""
 
 import contextlib
-import logging
 import pathlib
 import re
 import shlex
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from models.checkpoint.hub_client import WAITS, quiet
-from models.checkpoint.hub_errors import LOG_IN, cause_of, is_transient, status_of
+from models.checkpoint.hub_client import quiet, retried
+from models.checkpoint.hub_errors import LOG_IN, cause_of, status_of
 from models.errors import InputError
 
 FIELD = "push_to_hub"
@@ -107,25 +105,20 @@ def push(name: str, directory: pathlib.Path) -> str:
     from huggingface_hub import HfApi
 
     api = HfApi()
+
+    def upload() -> str:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        # In a second try the client sends what has not arrived.
+        api.upload_folder(
+            repo_id=name,
+            folder_path=directory,
+            commit_message="Upload a model pruned by Topiary",
+        )
+        return str(url)
+
     try:
         with quiet(), _bars_on_terminals_alone():
-            for wait in (*WAITS, None):
-                try:
-                    url = api.create_repo(name, private=True, exist_ok=True)
-                    # In a second try the client sends what has not arrived.
-                    api.upload_folder(
-                        repo_id=name,
-                        folder_path=directory,
-                        commit_message="Upload a model pruned by Topiary",
-                    )
-                    return str(url)
-                except Exception as e:
-                    if wait is None or not is_transient(e):
-                        raise
-                    logging.getLogger(__name__).warning(
-                        "%s: the upload failed (%s); trying again", name, cause_of(e)
-                    )
-                    time.sleep(wait)
+            return retried(upload, f"{name}: the upload failed")
     except Exception as e:  # the clients of the hub and of its storage raise their own
         again = shlex.join(["hf", "upload", name, str(directory), ".", "--private"])
         raise InputError(
@@ -134,7 +127,6 @@ def push(name: str, directory: pathlib.Path) -> str:
             field=FIELD,
             value=name,
         ) from e
-    raise AssertionError("the last try returns or raises")
 
 
 @contextlib.contextmanager

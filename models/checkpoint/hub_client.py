@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from models.checkpoint.hub_errors import Repository, cause_of, explained, is_transient
 from models.errors import InputError
@@ -18,6 +18,7 @@ WAITS = (1.0, 2.0, 4.0)  # seconds before each further try
 Progress = Callable[[int, int], None]
 # Makes a context that shows the progress of a download, from its description.
 Show = Callable[[str], contextlib.AbstractContextManager[Progress]]
+T = TypeVar("T")
 _SHOW: ContextVar[Show | None] = ContextVar("show", default=None)
 
 
@@ -80,23 +81,46 @@ def snapshot(
     Raises:
       InputError: The hub does not deliver the files, and the cache lacks them.
     """
-    with quiet():
-        for wait in (*WAITS, None):
-            try:
-                return _fetch(repository, choose)
-            except InputError:
+
+    def fetch() -> pathlib.Path:
+        try:
+            return _fetch(repository, choose)
+        except InputError:
+            raise
+        except Exception:
+            cached = _cached(repository, choose)
+            if cached is None:
                 raise
-            except Exception as e:  # each client, and each of its versions, raises its own
-                cached = _cached(repository, choose)
-                if cached is not None:
-                    return cached
-                if wait is None or not is_transient(e):
-                    raise explained(e, repository) from e
-                logging.getLogger(__name__).warning(
-                    "%s: the hub failed (%s); trying again", repository.name, cause_of(e)
-                )
-                time.sleep(wait)
-    raise AssertionError("the last try returns or raises")
+            return cached
+
+    with quiet():
+        try:
+            return retried(fetch, f"{repository.name}: the hub failed")
+        except InputError:
+            raise
+        except Exception as e:  # each client, and each of its versions, raises its own
+            raise explained(e, repository) from e
+
+
+def retried(call: Callable[[], T], failure: str) -> T:
+    """Call a function of the hub's client, a few times where the next try may succeed.
+
+    Args:
+      call: The function.
+      failure: Beginning of the line that is logged before each further try.
+
+    Raises:
+      Exception: The last try failed.
+    """
+    for wait in WAITS:
+        try:
+            return call()
+        except Exception as e:
+            if not is_transient(e):
+                raise
+            logging.getLogger(__name__).warning("%s (%s); trying again", failure, cause_of(e))
+            time.sleep(wait)
+    return call()
 
 
 def _fetch(
