@@ -29,7 +29,6 @@ from launch.flags.common import (
     offload_for,
     output_path,
 )
-from launch.flags.dtypes import stored_dtype
 from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
@@ -45,13 +44,12 @@ from launch.run.optional import optional
 from launch.run.places import check_free, check_space
 from launch.run.processes import process_flags, start
 from launch.run.push import check_push, push
-from launch.run.resume import BLOCKS, JOURNAL, Attempt, fingerprint, open_journal
+from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal, open_writer
 from launch.run.samples import samples
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
-from models.checkpoint.writer import Writer
 from models.processes import check_agreement, is_primary, run_on_primary
 from models.progress import Progress
 from pruning.methods import ALLOCATIONS, METHODS
@@ -148,7 +146,7 @@ def _prune_into(
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
-    writer = _writer(stage, job, checkpoint)
+    writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     journal = open_journal(work / JOURNAL, facts, writer, cache)
@@ -187,17 +185,6 @@ def _prune_into(
     result["warnings"] += missed
     clock.record("eval")
     return result
-
-
-def _writer(stage: Stage, job: Job, checkpoint: Checkpoint) -> Writer:
-    """Return the writer of the pruned checkpoint."""
-    return Writer(
-        stage.result,
-        checkpoint.config,
-        job.output.layout,
-        work=stage.work / BLOCKS,
-        dtype=stored_dtype(job.sources.dtype, checkpoint),
-    )
 
 
 def _remarks(resumed: bool, is_trial: bool) -> list[str]:

@@ -115,7 +115,7 @@ def calibration_flags(f: Flags) -> None:
         "calibration",
         "",
         "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file; empty: "
-        "embedded for an embedded model, wikitext2 for any other",
+        "embedded for an embedded model and where no activations are read, else wikitext2",
         names=TEXTS,
         files=True,
     )

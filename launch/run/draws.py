@@ -13,12 +13,10 @@ import numpy as np
 from calibration.data import Tokens
 from calibration.journal import Journal
 from calibration.runtime import Runtime
-from launch.flags.dtypes import stored_dtype
 from launch.report.progress import prefixed
 from launch.run.job import Job
-from launch.run.resume import BLOCKS, JOURNAL, open_journal
+from launch.run.resume import JOURNAL, open_journal, open_writer
 from models.checkpoint.reader import Checkpoint, open_checkpoint
-from models.checkpoint.writer import Writer
 from models.processes import run_on_primary
 from models.progress import Progress
 
@@ -93,9 +91,8 @@ def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
     output = directory / "model"
     # An interrupted draw may have begun to write the model; its finished blocks lie elsewhere.
     run_on_primary(functools.partial(shutil.rmtree, output, ignore_errors=True))
-    job, config = repetition.job, repetition.checkpoint.config
-    dtype = stored_dtype(job.sources.dtype, repetition.checkpoint)
-    writer = Writer(output, config, job.output.layout, work=directory / BLOCKS, dtype=dtype)
+    job = repetition.job
+    writer = open_writer(output, directory, job, repetition.checkpoint)
     facts = {**repetition.facts, "draw": tokens.protocol}
     journal = open_journal(directory / JOURNAL, facts, writer, None)
     repetition.damage.extend(f"seed {seed}: {sentence}" for sentence in journal.damage)

@@ -224,10 +224,7 @@ def _calibration_source(config: RunConfig) -> CalibrationSource:
         if (config.model or "").startswith("embedded:"):
             name, reason = "embedded", "the default for an embedded model"
         elif _reads_weights_alone(config):
-            name, reason = (
-                "embedded",
-                "the method reads no activations: any text does",
-            )
+            name, reason = "embedded", "the method reads no activations: any text does"
         else:
             name, reason = "wikitext2", "the default for a model that is not embedded"
     seeds = tuple(config.seed + k for k in range(config.calibration_draws))
@@ -238,9 +235,8 @@ def _calibration_source(config: RunConfig) -> CalibrationSource:
 
 def _reads_weights_alone(config: RunConfig) -> bool:
     """Return whether the masks follow from the weights, whatever the calibration text."""
-    names = (text.partition("(")[0] for text in (config.method, config.allocation, config.refine))
-    method, allocation, refine = names
-    return method == "magnitude" and allocation in ("uniform", "alpha") and refine == "none"
+    method, allocation = (text.partition("(")[0] for text in (config.method, config.allocation))
+    return method == "magnitude" and allocation in ("uniform", "alpha") and config.refine == "none"
 
 
 def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method) -> float:

@@ -8,12 +8,13 @@ from typing import Any
 
 from calibration.digests import file_digest
 from calibration.journal import Journal, StepCache
+from launch.flags.dtypes import stored_dtype
 from launch.report import console
 from launch.run.code import code_digests
 from launch.run.inputs import Inputs
 from launch.run.job import Job
 from launch.run.measure import protocol
-from models.checkpoint.reader import weight_files
+from models.checkpoint.reader import Checkpoint, weight_files
 from models.checkpoint.writer import Writer
 
 JOURNAL = "journal"  # directory of the journal, below that of the unfinished run
@@ -85,6 +86,22 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         **{f"version of {name}": value for name, value in used["versions"].items()},
         **{f"device {name}": value for name, value in used["device"].items()},
     }
+
+
+def open_writer(
+    directory: pathlib.Path, work: pathlib.Path, job: Job, checkpoint: Checkpoint
+) -> Writer:
+    """Open the writer of a pruned checkpoint, in the type that the run stores.
+
+    Args:
+      directory: Directory of the checkpoint.
+      work: Directory of the unfinished run.
+      job: The run.
+      checkpoint: The dense checkpoint.
+    """
+    dtype = stored_dtype(job.sources.dtype, checkpoint)
+    layout = job.output.layout
+    return Writer(directory, checkpoint.config, layout, work=work / BLOCKS, dtype=dtype)
 
 
 def open_journal(
