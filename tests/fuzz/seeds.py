@@ -15,6 +15,7 @@ import tokenizers
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
+from models.checkpoint.gguf_names import BLOCK
 from models.checkpoint.writer import save
 from models.init import init_model
 
@@ -56,17 +57,7 @@ OPT = COMMON | dict(
     init_std=0.3,
 )
 TEXTS = [f"{name} went to the lake and rowed a boat. " * 3 for name in ("Ann", "Bob", "Cy", "Dé")]
-GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+GGUF_NAMES = {module: part for part, module in BLOCK.items()}
 TASK = """task: stories
 dataset_path: json
 dataset_kwargs: {data_files: {test: stories.jsonl}}

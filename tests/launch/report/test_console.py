@@ -1,13 +1,13 @@
 """Tables and notes: plain text in logs, styled on terminals, whole at every width."""
 
 import io
-import re
 from typing import Any
 
 import pytest
 from rich.console import Console
 
 from launch.report import console as shown
+from reference.consoles import is_plain, log, terminal, text_of
 
 REPORT: dict[str, Any] = {
     "model": "embedded:tiny-llama [bold]x",
@@ -24,23 +24,6 @@ REPORT: dict[str, Any] = {
     "peak_memory_bytes": {"host": 1024, "device": None},
     "warnings": ["damping was [raised] to 0.1"],
 }
-
-
-def terminal() -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, force_interactive=True, width=100)
-
-
-def log() -> Console:
-    return Console(file=io.StringIO(), force_terminal=False, width=100)
-
-
-def text_of(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def is_plain(text: str) -> bool:
-    return not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
 def test_the_closing_table_holds_the_numbers() -> None:

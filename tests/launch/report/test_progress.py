@@ -17,6 +17,7 @@ from rich.console import Console
 
 from launch.report import console as consoles
 from launch.report import progress as shown
+from reference.consoles import is_plain, log, terminal, text_of
 
 ROOT = Path(__file__).parents[3]
 PROGRAM = """
@@ -37,24 +38,6 @@ def now(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock = SimpleNamespace(seconds=100.0)
     monkeypatch.setattr(shown.time, "monotonic", lambda: clock.seconds)
     return clock
-
-
-def terminal(width: int = 100) -> Console:
-    file = io.StringIO()
-    return Console(file=file, force_terminal=True, force_interactive=True, width=width)
-
-
-def log() -> Console:
-    return Console(file=io.StringIO(), force_terminal=False, width=100)
-
-
-def text_of(console: Console) -> str:
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
-
-
-def is_plain(text: str) -> bool:
-    return not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
 def line(stage: shown.Stage, width: int) -> str:
