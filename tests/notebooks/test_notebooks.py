@@ -7,9 +7,12 @@ import shutil
 import subprocess
 import sys
 
-import nbformat
 import numpy as np
 import pytest
+
+pytest.importorskip("nbclient", reason="needs the slowtest extra")
+
+import nbformat
 from nbclient import NotebookClient
 from nbformat import NotebookNode
 

@@ -24,6 +24,9 @@ from models.errors import InputError
 
 pytestmark = pytest.mark.slow
 
+for package in ("ray", "submitit"):
+    pytest.importorskip(package, reason="needs the slowtest extra")
+
 ROOT = Path(__file__).parents[3]
 
 
