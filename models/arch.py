@@ -83,11 +83,13 @@ class Group(NamedTuple):
       reader: Linear that consumes the channels.
       writers: Linears that produce them. The last one is the linear path into the channel. Those
         before it gate it (SwiGLU's gate) or pair with it (q and k of attention).
+      norms: Norms with a gain for each channel, over all units together, of what writers give.
     """
 
     name: str
     reader: Member
     writers: tuple[Member, ...]
+    norms: tuple[Member, ...] = ()
 
 
 class Arch(NamedTuple):
@@ -98,7 +100,7 @@ class Arch(NamedTuple):
     the pruned one.
 
     Attributes:
-      config: Configuration of the family, such as `models.families.llama.Config`.
+      config: Configuration of the family, such as `models.decoder.Config`.
       embed: (non_block, tokens int [b t], start=0) -> x [b t d]. `start` is the position of the
         first token, an int or traced.
       block: (block, x [b t d]) -> (x [b t d], taps).
@@ -108,8 +110,9 @@ class Arch(NamedTuple):
         the cache is empty and the work is that of `block`.
       slots: Prunable linears of a block.
       groups: Coupled channels of a block.
-      residual: True if a block's output is its last linear's output added to the residual stream,
-        with no norm after it.
+      residual: True if the residual stream is a sum to which the branches are added, with no norm
+        of the sum.
+      branch_norms: True if a norm follows the last linear of each branch before it is added.
     """
 
     config: Any
@@ -120,6 +123,12 @@ class Arch(NamedTuple):
     slots: tuple[Slot, ...]
     groups: tuple[Group, ...]
     residual: bool = True  # False for OPT-350M, whose blocks end in a norm
+    branch_norms: bool = False
+
+    @property
+    def outputs_add(self) -> bool:
+        """Return True if the outputs of the branches' last linears add up in the stream."""
+        return self.residual and not self.branch_norms
 
     def tap(self, slot: str) -> str:
         """Return the tap that a slot reads.

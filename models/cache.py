@@ -11,7 +11,14 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from models.layers import Linear, Rope, attention, rotate, rotate_from
+from models.layers import (
+    AttentionSettings,
+    Linear,
+    attention,
+    attention_weights,
+    scale_queries,
+)
+from models.rotary import Rope, rotate, rotate_from
 
 T = TypeVar("T")
 # (q [b t n h], k [b t k h], v [b t k h]) -> (weighted values [b t n h], state that it returns).
@@ -61,7 +68,7 @@ def attend(
     cache: Cache,
     start: Start,
     rope: Rope | None,
-    window: int | None,
+    settings: AttentionSettings,
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
@@ -75,8 +82,8 @@ def attend(
       cache: Keys and values of earlier positions.
       start: Position of the first new token. With the int 0 the cache is empty and the new
         positions see only each other, in the chunks of `attention`.
-      rope: Rotary settings; None where positions are learned.
-      window: Number of last positions that a query sees; None for all.
+      rope: Rotary settings; None where the block rotates nothing.
+      settings: Window, scale and cap.
       q: Queries before rotation, [b t n h], n a multiple of k.
       k: Keys before rotation, [b t k h].
       v: Values, [b t k h].
@@ -87,25 +94,27 @@ def attend(
     if isinstance(start, int) and start == 0:
         if rope is not None:
             q, k = rotate(rope, q, k)
-        return attention(q, k, v, window), _write(cache, 0, k, v)
+        return attention(q, k, v, settings), _write(cache, 0, k, v)
     if rope is not None:
         q, k = rotate_from(rope, q, k, jnp.asarray(start), cache.k.shape[2])
     cache = _write(cache, start, k, v)
-    return _attend_cached(q, cache, start, window), cache
+    return _attend_cached(q, cache, start, settings), cache
 
 
-def _attend_cached(q: jax.Array, cache: Cache, start: Start, window: int | None) -> jax.Array:
+def _attend_cached(
+    q: jax.Array, cache: Cache, start: Start, settings: AttentionSettings
+) -> jax.Array:
     """Attend with queries [b t n h] at the positions from `start` over the whole cache."""
-    (b, t, n, h), (_, kv, c, _) = q.shape, cache.k.shape
+    (b, t, n, h), (_, kv, c, _), window = q.shape, cache.k.shape, settings.window
     # The query heads of a group lie one under the other, so each key-value head is one matrix
     # product, as in `attention`.
-    rows = (q * h**-0.5).transpose(0, 2, 1, 3).reshape(b * kv, -1, h)
+    rows = scale_queries(q, settings).transpose(0, 2, 1, 3).reshape(b * kv, -1, h)
     keys, values = (x.reshape(b * kv, c, h) for x in cache)
     i, j = (start + jnp.arange(t))[:, None], jnp.arange(c)[None, :]
     # Static shapes: positions that are not filled yet are masked rather than cut off.
     visible = (j <= i) if window is None else (j <= i) & (j > i - window)
     weights = jnp.einsum("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
-    weights = jnp.where(visible[None, None], weights.reshape(b * kv, -1, t, c), -jnp.inf)
-    weights = jax.nn.softmax(weights, axis=-1).astype(values.dtype).reshape(b * kv, -1, c)
+    weights = attention_weights(weights.reshape(b * kv, -1, t, c), visible, settings)
+    weights = weights.astype(values.dtype).reshape(b * kv, -1, c)
     out = jnp.einsum("zij,zjh->zih", weights, values, preferred_element_type=jnp.float32)
     return out.astype(values.dtype).reshape(b, n, t, h).transpose(0, 2, 1, 3)

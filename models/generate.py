@@ -215,6 +215,38 @@ def decode(
     return state.text, state.caches
 
 
+def _generate_across(
+    restart: int,
+    model: Model,
+    prompts: jax.Array,
+    new_tokens: int,
+    sampling: Sampling | None,
+    eos: jax.Array,
+    lengths: np.ndarray | None,
+) -> np.ndarray:
+    """Continue prompts across the length at which all keys are computed anew, int32 [b new]."""
+    lengths = np.full(prompts.shape[0], prompts.shape[1]) if lengths is None else lengths
+    rows = []
+    # Each row alone, as prompts of different lengths get there at different tokens.
+    for r, length in enumerate(lengths):
+        text, made = prompts[r : r + 1, : int(length)], 0
+        while made < new_tokens:
+            # The last new token is not fed, so a part may end one beyond the length.
+            room = restart + 1 - text.shape[1]
+            part = min(room, new_tokens - made) if room > 0 else new_tokens - made
+            logits, caches = prefill(*model, text, text.shape[1] + part)
+            own = sampling and sampling._replace(key=jax.random.fold_in(sampling.key, made + r))
+            start = jnp.int32(text.shape[1])
+            more, _ = decode(*model, logits, caches, start, part, own, eos)
+            text, made = jnp.concatenate([text, more], axis=1), made + part
+            if jnp.isin(more, eos).any():
+                # The text has ended; what follows is not looked at.
+                fill = jnp.full((1, new_tokens - made), eos[0], jnp.int32)
+                text, made = jnp.concatenate([text, fill], axis=1), new_tokens
+        rows.append(np.asarray(text[0, int(length) :]))
+    return np.stack(rows)
+
+
 def generate(
     model: Model,
     prompts: np.ndarray | jax.Array,
@@ -248,7 +280,8 @@ def generate(
         has no key, or the model has fewer learned positions than needed.
     """
     prompts = jnp.asarray(prompts, jnp.int32)
-    arch, non_block, blocks = model.arch, model.non_block, tuple(model.blocks)
+    model = model._replace(blocks=tuple(model.blocks))
+    arch, non_block, blocks = model
     # Room for the whole text from the start: a cache that grew would compile at every length.
     capacity = prompts.shape[1] + new_tokens
     if temperature < 0 or not 0 < top_p <= 1 or new_tokens < 1 or prompts.shape[1] < 1:
@@ -264,6 +297,9 @@ def generate(
     if temperature and key is not None:
         sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), key)
     eos_ids = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
+    restart = getattr(arch.config, "restart", None)
+    if restart is not None and restart < capacity - 1:
+        return _generate_across(restart, model, prompts, new_tokens, sampling, eos_ids, lengths)
     start = jnp.asarray(prompts.shape[1] if lengths is None else lengths, jnp.int32)
     logits, caches = prefill(
         arch, non_block, blocks, prompts, capacity, None if lengths is None else start

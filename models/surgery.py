@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Block, Group, Member
-from models.layers import Linear
+from models.layers import Linear, Norm
 from models.programs import program
 
 # (linear, its place in the group, units int [u]) -> changed linear.
@@ -93,10 +93,39 @@ def units(block: Block, group: Group) -> int:
     return w.shape[group.reader.axis] // group.reader.width
 
 
-def _change_members(block: Block, group: Group, change: Change, units: np.ndarray) -> Block:
-    """Apply a change to every linear of a group."""
-    members = (group.reader, *group.writers)
-    return block.replace(**{m.name: change(getattr(block, m.name), m, units) for m in members})
+def _change_members(
+    block: Block,
+    group: Group,
+    change: Change,
+    change_norm: Callable[[Norm, Member, np.ndarray], Norm],
+    units: np.ndarray,
+) -> Block:
+    """Apply a change to every linear and norm of a group."""
+    changed: dict[str, Linear | Norm] = {
+        m.name: change(getattr(block, m.name), m, units) for m in (group.reader, *group.writers)
+    }
+    changed |= {m.name: change_norm(getattr(block, m.name), m, units) for m in group.norms}
+    return block.replace(**changed)
+
+
+def _zero_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
+    """Zero gains, and scale the others so that the mean square is that of the channels left."""
+    assert p.scale is not None
+    # After the cut the norm divides by the mean over fewer channels; the zeros count here.
+    keep = _keep_mask(p.scale.shape[0], _indices(member, units))
+    factor = np.sqrt(keep.mean(), dtype=np.float32)
+    return Norm(_scale_gains(p.scale, (keep * factor).astype(np.float32)), p.bias)
+
+
+@program("gains scaled")
+def _scale_gains(gains: jax.Array, factors: jax.Array) -> jax.Array:
+    """Multiply gains [channels] by factors (float32 [channels])."""
+    return (gains.astype(jnp.float32) * factors).astype(gains.dtype)
+
+
+def _take_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
+    assert p.scale is not None
+    return Norm(_take_entries(p.scale, _indices(member, units), 0), p.bias)
 
 
 def mask(block: Block, group: Group, keep: np.ndarray) -> Block:
@@ -110,7 +139,8 @@ def mask(block: Block, group: Group, keep: np.ndarray) -> Block:
     Returns:
       Block of the same shapes.
     """
-    return _change_members(block, group, _zero, np.flatnonzero(~np.asarray(keep)))
+    removed = np.flatnonzero(~np.asarray(keep))
+    return _change_members(block, group, _zero, _zero_gains, removed)
 
 
 def cut(block: Block, group: Group, keep: np.ndarray) -> Block:
@@ -124,4 +154,5 @@ def cut(block: Block, group: Group, keep: np.ndarray) -> Block:
     Returns:
       Block with narrower arrays and the same outputs as after `mask`.
     """
-    return _change_members(block, group, _take, np.flatnonzero(np.asarray(keep)))
+    kept = np.flatnonzero(np.asarray(keep))
+    return _change_members(block, group, _take, _take_gains, kept)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import numpy as np
 
+from models import decoder
 from models.checkpoint.formats import open_tensors
 from models.checkpoint.gguf import gguf_tokenizer
 from models.checkpoint.gguf_names import BLOCK, NON_BLOCK, RAGGED, ROPE_FACTORS
@@ -23,9 +24,10 @@ from models.checkpoint.gguf_writer_vocab import load_backend, vocab_metadata
 from models.checkpoint.reader import read_config
 from models.checkpoint.tensors import Tensors
 from models.errors import InputError
-from models.families import hf, llama
+from models.families import hf
 from models.families.fields import Fields, kind_of
-from models.layers import Linear, Rope, inverse_frequencies
+from models.layers import Linear
+from models.rotary import Rope, inverse_frequencies
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -54,7 +56,7 @@ class WrittenGguf(NamedTuple):
 class _BlockPlan(NamedTuple):
     """A block to write: its index and specs in the checkpoint, and its sizes, 0 for no heads."""
 
-    specs: llama.Block
+    specs: decoder.Block
     heads: int
     kv_heads: int
     neurons: int
@@ -91,13 +93,14 @@ def _unwritable(reason: str, remedy: str = "leave `output_format` out") -> Input
     return InputError(reason, remedy, field="output_format", value="gguf")
 
 
-def _llama_config(config: Mapping[str, Any]) -> llama.Config:
+def _llama_config(config: Mapping[str, Any]) -> decoder.Config:
     """Return the settings of a model of the LLaMA family; InputError if llama.cpp lacks it."""
-    if hf.family(config) is not hf.LLAMA:
-        raise _unwritable(f"is not possible: llama.cpp has no architecture for {kind_of(config)}")
-    c: llama.Config = hf.LLAMA.arch(config).config
-    if c.act != "silu":
+    c = hf.family(config).arch(config).config
+    if isinstance(c, decoder.Config) and c.act != "silu":
         raise _unwritable(f"is not possible: llama.cpp's LLaMA computes silu, not {c.act}")
+    # LLaMA's own settings leave all switches of the decoder at their defaults.
+    if not isinstance(c, decoder.Config) or c != decoder.as_llama(c):
+        raise _unwritable(f"is not possible: Topiary writes no GGUF of {kind_of(config)}")
     return c
 
 
@@ -136,7 +139,7 @@ def write_gguf(directory: str | os.PathLike[str], dtype: str = "f16") -> Written
 
 
 def _plan_blocks(
-    c: llama.Config, specs: Sequence[llama.Block], tensors: Tensors
+    c: decoder.Config, specs: Sequence[decoder.Block], tensors: Tensors
 ) -> list[_BlockPlan]:
     """Return the blocks that do something, without heads where attention does nothing."""
     plans = []
@@ -167,7 +170,9 @@ def _is_zero(spec: Any, tensors: Tensors) -> bool:
     return not np.asarray(tensors.read(spec.name), np.float32).any()
 
 
-def _architecture(config: Mapping[str, Any], c: llama.Config, blocks: Sequence[_BlockPlan]) -> str:
+def _architecture(
+    config: Mapping[str, Any], c: decoder.Config, blocks: Sequence[_BlockPlan]
+) -> str:
     """Return llama.cpp's name of the architecture."""
     if len({(b.heads, b.kv_heads, b.neurons) for b in blocks}) > 1:
         return RAGGED
@@ -179,8 +184,8 @@ def _architecture(config: Mapping[str, Any], c: llama.Config, blocks: Sequence[_
 
 
 def _plan_tensors(
-    c: llama.Config,
-    non_block: llama.NonBlockParams,
+    c: decoder.Config,
+    non_block: decoder.NonBlockParams,
     blocks: Sequence[_BlockPlan],
     architecture: str,
     tensors: Tensors,
@@ -213,7 +218,7 @@ def _leaves(tree: Any) -> list[hf.Spec]:
 def _add_settings(
     writer: "GGUFWriter",
     config: Mapping[str, Any],
-    c: llama.Config,
+    c: decoder.Config,
     blocks: Sequence[_BlockPlan],
     dtype: str,
 ) -> int:
@@ -241,7 +246,7 @@ def _add_settings(
     writer.add_head_count_kv(counts("kv_heads"))
     writer.add_key_length(c.head_dim)
     writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.eps)
+    writer.add_layer_norm_rms_eps(c.static.eps)
     writer.add_rope_dimension_count(c.head_dim)
     writer.add_rope_freq_base(c.rope.theta)
     if c.rope.kind == "linear":

@@ -15,18 +15,13 @@ from typing import Any, Literal, NamedTuple
 from models.arch import Arch, Block
 from models.errors import InputError
 from models.families import hf
-from models.families.fields import OWN, granite_identity, kind_of
+from models.families.decoders import granite_identity
+from models.families.fields import OWN, kind_of
 from models.surgery import units
 
 Layout = Literal["auto", "padded"]
-# model_type -> prefix of transformers' class names.
-CLASS_PREFIX = {
-    "llama": "Llama",
-    "mistral": "Mistral",
-    "qwen2": "Qwen2",
-    "granite": "Granite",
-    "opt": "OPT",
-}
+# Types that may hold a model of another one, plainest first.
+PORTABLE = ("llama", "mistral", "granite")
 # Version of transformers whose layout of config.json we write, beside that of transformers 4.
 LAYOUT_OF = "5.0.0"
 # File of the class that ships with a checkpoint of our own type.
@@ -103,33 +98,33 @@ def _without_own_fields(config: Mapping[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in config.items() if k not in ("widths", "biases")}
 
 
-def _stock_llama(config: Mapping[str, Any], kind: str, target: Any) -> dict[str, Any] | None:
+def _stock_config(config: Mapping[str, Any], kind: str, target: Any) -> dict[str, Any] | None:
     """Return the configuration of stock `kind` with the architecture `target`, or None."""
-    if kind == "llama" and target.dim % target.query_heads:
-        # transformers refuses it, head_dim given or not.
+    family, own = hf.FAMILIES[kind], kind_of(config)
+    if not family.can_hold(target):
         return None
     new = _without_own_fields(config) | {
         "model_type": kind,
-        "architectures": [f"{CLASS_PREFIX[kind]}ForCausalLM"],
+        "architectures": [family.model_class],
         "head_dim": target.head_dim,
         "num_attention_heads": target.query_heads,
         "num_key_value_heads": target.kv_heads,
-        "intermediate_size": target.ffn_dim,
-        # The defaults of these differ between the types.
-        "rms_norm_eps": target.eps,
-        "hidden_act": target.act,
-        "tie_word_embeddings": target.tied,
+        family.neurons: target.ffn_dim,
     }
-    if kind in ("llama", "granite"):
-        new["attention_bias"] = bool({"q", "k", "v", "o"} & set(target.biases))
-        new["mlp_bias"] = bool({"gate", "up", "down"} & set(target.biases))
-    if kind == "granite":
+    if kind in PORTABLE or own == "qwen2":
+        # The defaults of these differ between the types.
+        new["rms_norm_eps"] = target.static.eps
+        new["hidden_act"] = target.act
+        new["tie_word_embeddings"] = target.tied
+    for flag, slots in family.bias_flags.items():
+        new[flag] = bool(set(slots) & set(target.biases))
+    if kind == "granite" and own != "granite":
         new |= granite_identity(target.head_dim)
     if kind == "mistral":
         # Its default is a window of 4096, so full attention needs an explicit null.
         new["sliding_window"] = target.windows[0]
     # Read it back: the type may not know a field, such as the windows.
-    actual = hf.LLAMA.arch(new).config
+    actual = family.arch(new).config
     same = dataclasses.replace(actual, biases=()) == dataclasses.replace(target, biases=())
     # More biases than needed are filled with zeros.
     return new if same and set(target.biases) <= set(actual.biases) else None
@@ -137,16 +132,16 @@ def _stock_llama(config: Mapping[str, Any], kind: str, target: Any) -> dict[str,
 
 def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) -> Form | None:
     """Return the first stock form of blocks that all have this shape, or None."""
-    own = kind_of(config)
-    if hf.family(config) is hf.OPT:
+    own, family = kind_of(config), hf.family(config)
+    if _has_fixed_heads(config):
         new = _without_own_fields(config) | {
             "model_type": own,
-            "architectures": ["OPTForCausalLM"],
-            "ffn_dim": shape.neurons,
-            "enable_bias": bool(biases),
+            "architectures": [family.model_class],
+            family.neurons: shape.neurons,
+            **{flag: bool(biases) for flag in family.bias_flags},
         }
         return Form(new) if shape.heads == _dense_heads(config) else None
-    dense = hf.family(config).arch(config).config
+    dense = family.arch(config).config
     target = dataclasses.replace(
         dense,
         ffn_dim=shape.neurons,
@@ -157,17 +152,22 @@ def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) 
         widths=(),
     )
     preferred = [own] if shape.heads == dense.kv_heads else []
-    for kind in dict.fromkeys([*preferred, "llama", "mistral", "granite", own]):
-        stock = _stock_llama(config, kind, target)
+    for kind in dict.fromkeys([*preferred, *PORTABLE, own]):
+        stock = _stock_config(config, kind, target)
         if stock is not None:
             return Form(stock)
     return None
 
 
+def _has_fixed_heads(config: Mapping[str, Any]) -> bool:
+    """Return True for OPT, the heads of whose stock models make up the hidden size."""
+    return hf.family(config) is hf.OPT
+
+
 def _dense_heads(config: Mapping[str, Any]) -> int:
     """Return the head units of the configuration itself, whatever its blocks have."""
     dense = hf.family(config).arch(config).config
-    return dense.dim // dense.head_dim if hf.family(config) is hf.OPT else dense.kv_heads
+    return dense.dim // dense.head_dim if _has_fixed_heads(config) else dense.kv_heads
 
 
 def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str]) -> Form:
@@ -189,11 +189,15 @@ def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequen
         },
         family.neurons: max(s.neurons for s in shapes),
     }
-    base = "opt" if family is hf.OPT else "llama"
-    text = (pathlib.Path(__file__).parent / "remote" / f"{base}.py").read_text(encoding="utf-8")
-    # One source serves all types of a family: only the names differ.
-    code = text.replace(f"topiary_{base}", OWN + kind)
-    code = code.replace(CLASS_PREFIX[base], CLASS_PREFIX[kind])
+    path = pathlib.Path(__file__).parent / "remote" / f"{family.remote}.py"
+    code = path.read_text(encoding="utf-8")
+    # One source serves all types with the same modules: only the names differ.
+    for name, real in (
+        ("topiary_llama", OWN + kind),
+        ("LlamaConfig", family.config_class),
+        ("LlamaForCausalLM", family.model_class),
+    ):
+        code = code.replace(name, real)
     return Form(new, code)
 
 
@@ -238,7 +242,7 @@ def choose_form(
     source, config = config, {k: v for k, v in config.items() if _travels(k)}
     # A stock form has one width for all blocks: that of the widest.
     widest = Shape(max(s.heads for s in shapes), max(s.neurons for s in shapes))
-    if layout == "padded" and hf.family(config) is hf.OPT:
+    if layout == "padded" and _has_fixed_heads(config):
         # The heads of a stock OPT model make up its hidden size.
         widest = widest._replace(heads=_dense_heads(config))
     alike = layout == "padded" or all(s == widest for s in shapes)
@@ -278,7 +282,7 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
     # Blocks that differ before the run differ after it.
     if layout == "padded" or not change.narrower or keeps_heads or form.code is not None:
         return form.label
-    if not change.alike or hf.family(config) is hf.OPT:
+    if not change.alike or _has_fixed_heads(config):
         return _own_form(config, shapes, biases).label
     return (
         f"{form.label}, or another stock type of the same function where the heads left do not "

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 
 from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import packed_entries, read_weight_map
+from models.checkpoint.fused import stored_name
 from models.checkpoint.output_format import CODE
 from models.checkpoint.pack_formats import PACKINGS, Packing
 from models.checkpoint.reader import read_config
@@ -66,7 +67,8 @@ def pack(directory: str | os.PathLike[str], packing: str) -> PackSizes:
     directory = pathlib.Path(directory)
     config = read_config(directory)
     arch, _, blocks = hf.specs(config)
-    linears = {f"{hf.linear_name(b, s.name)}.weight" for b in blocks for s in arch.slots}
+    names = (hf.linear_name(b, s.name) for b in blocks for s in arch.slots)
+    linears = {f"{stored_name(name)}.weight" for name in names}
     target = directory / FOLDER
     if target.exists():
         raise InputError(f"{target} exists already", "remove it first")

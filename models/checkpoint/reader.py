@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.blocks import LazyBlocks, fetch, put_on_devices
 from models.checkpoint.formats import open_tensors, weight_files
+from models.checkpoint.fused import Split, stored_name, stored_shapes
 from models.checkpoint.stored import HEAD, exact_dtype, settle_head, with_prefix
 from models.checkpoint.tensors import Tensors
 from models.errors import InputError
@@ -173,7 +174,7 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
     arch, non_block, blocks = hf.specs(config)
     tensors = open_tensors(directory) if tensors is None else tensors
     # Some OPT and LLaMA checkpoints hold the bare decoder.
-    tensors = with_prefix(tensors, [s.name for s in _leaves((non_block, blocks))])
+    tensors = with_prefix(tensors, [stored_name(s.name) for s in _leaves((non_block, blocks))])
     check_blocks(tensors, len(blocks))
     remarks: tuple[str, ...] = ()
     if arch.config.tied:
@@ -181,7 +182,9 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
         arch, non_block, blocks = hf.specs(config)
     leaves = _leaves((non_block, blocks))
     # Before any data is read, so that a wrong checkpoint fails at once.
-    remarks += check(tensors, {s.name: s.shape for s in leaves}, arch.config.tied)
+    shapes = {s.name: s.shape for s in leaves}
+    remarks += check(tensors, stored_shapes(shapes), arch.config.tied)
+    tensors = Split(tensors, shapes)
     model = Model(
         arch, put_on_devices(fetch(tensors, non_block), dtype), LazyBlocks(tensors, blocks, dtype)
     )

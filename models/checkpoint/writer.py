@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 from models.arch import Block, Model, NonBlockParams, Slot
 from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import load_tensor
+from models.checkpoint.fused import join, parts_of, stored_name
 from models.checkpoint.output_format import (
     CODE,
     Form,
@@ -128,14 +129,19 @@ class Writer:
     def _add(self, specs: Any, values: Any) -> None:
         """Put the arrays of a tree into the buffer under the names of its specs."""
         leaves, arrays = jax.tree.leaves(specs, is_leaf=hf.is_spec), jax.tree.leaves(values)
-        for spec, array in zip(leaves, arrays, strict=True):
+        named = {s.name: array for s, array in zip(leaves, arrays, strict=True)}
+        # Parts of one stored tensor go into one shard.
+        for parts in parts_of(named).values():
             # safetensors writes the memory as it lies, so views must be made contiguous.
-            value = np.ascontiguousarray(narrowed(spec.name, to_host(array), self.dtype))
-            buffered = sum(x.nbytes for x in self._buffer.values())
+            hosted = {
+                name: np.ascontiguousarray(narrowed(name, to_host(named[name]), self.dtype))
+                for name in parts
+            }
+            waiting = (*self._buffer.values(), *hosted.values())
             # Half of a shard, because saving takes as much memory again.
-            if self._buffer and buffered + value.nbytes > self._shard_bytes // 2:
+            if self._buffer and sum(x.nbytes for x in waiting) > self._shard_bytes // 2:
                 self._flush()
-            self._buffer[spec.name] = value
+            self._buffer |= hosted
 
     def _shard_path(self, k: int) -> pathlib.Path:
         return self._work / f"shard-{k}.safetensors"
@@ -264,7 +270,7 @@ class Writer:
             if total == 1:
                 name = "model.safetensors"
             for k in members:
-                weight_map |= dict.fromkeys(self._shards[k], name)
+                weight_map |= dict.fromkeys(map(stored_name, self._shards[k]), name)
             self._make_file(self._directory / name, members, wanted)
             advance()
         if total > 1:
@@ -281,7 +287,8 @@ class Writer:
         unchanged = all(
             tuple(shape) == wanted[name] for k in members for name, shape in self._shards[k].items()
         )
-        if len(members) == 1 and unchanged:
+        fused = any(stored_name(name) != name for k in members for name in self._shards[k])
+        if len(members) == 1 and unchanged and not fused:
             # A link, so that `finish` can be killed and called again while the shard stays.
             path.unlink(missing_ok=True)
             try:
@@ -296,7 +303,7 @@ class Writer:
             if x.shape != wanted[name]:
                 padding = [(0, w - h) for h, w in zip(x.shape, wanted[name], strict=True)]
                 tensors[name] = np.pad(x, padding)
-        save_tensors(tensors, path)
+        save_tensors(join(tensors, list(wanted)), path)
 
 
 def _bias_name(spec: Any) -> str:

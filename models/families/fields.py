@@ -4,13 +4,9 @@ from collections.abc import Mapping
 from typing import Any, TypeGuard
 
 from models.errors import InputError
-from models.layers import ACTIVATIONS, Rope
+from models.layers import ACTIVATIONS
 from models.untrusted import LARGEST, MOST, MOST_BLOCKS, is_count, shown
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3")
-LAYER_TYPES = ("full_attention", "sliding_attention")
-# Sliding window of Mistral and Qwen2 where the file leaves it out.
-DEFAULT_WINDOW = 4096
 # Prefix of the model_type of a checkpoint whose blocks differ in width; its stock type follows.
 OWN = "topiary_"
 REPAIR = "mend the file or fetch the checkpoint again"
@@ -72,6 +68,23 @@ class Fields:
                 f"config.json: {name} must be a positive number, not {shown(value)}", REPAIR
             )
         return float(value)
+
+    def optional_number(self, name: str, default: float | None = None) -> float | None:
+        """Read a positive number that may be null.
+
+        Args:
+          name: Field.
+          default: Value of an absent field.
+
+        Returns:
+          Value of the field.
+
+        Raises:
+          InputError: The field is neither null nor a positive, finite number.
+        """
+        if self.config.get(name, default) is None:
+            return None
+        return self.number(name, default or 1.0)
 
     def flag(self, name: str, default: bool) -> bool:
         """Read a boolean.
@@ -161,98 +174,6 @@ def kind_of(config: Mapping[str, Any]) -> str:
     return str(config["model_type"]).removeprefix(OWN)
 
 
-def read_rope(f: Fields) -> Rope:
-    """Read the rotary settings.
-
-    Both spellings are known: `rope_theta` with `rope_scaling` (transformers 4) and
-    `rope_parameters` (transformers 5).
-
-    Args:
-      f: Reader of the configuration.
-
-    Returns:
-      Rotary settings.
-
-    Raises:
-      InputError: The kind of scaling is not supported, a field is wrong, or both spellings are
-        there and say different things.
-    """
-    spellings = [f.section(name) for name in ("rope_parameters", "rope_scaling")]
-    given = [_rope(f, section) for section in spellings if section]
-    if len(set(given)) > 1:
-        raise InputError(
-            "config.json: rope_parameters and rope_scaling disagree",
-            "leave out the one that is wrong: versions of transformers read one or the other",
-        )
-    return given[0] if given else _rope(f, {})
-
-
-def _rope(f: Fields, parameters: Mapping[str, Any]) -> Rope:
-    """Read the rotary settings of one spelling; see `read_rope`."""
-    g = Fields(parameters)
-    # Older files call it `type`.
-    kind = parameters.get("rope_type", parameters.get("type")) or "default"
-    if kind not in ROPE_KINDS:
-        raise InputError(
-            f"config.json: rope type {shown(kind)} is not supported",
-            f"it must be one of {', '.join(ROPE_KINDS)}",
-        )
-    if g.number("partial_rotary_factor", f.number("partial_rotary_factor", 1.0)) != 1.0:
-        raise InputError("config.json: partial_rotary_factor other than 1 is not supported")
-    longest = f.count("max_position_embeddings", 2048)
-    low, high = g.number("low_freq_factor", 1.0), g.number("high_freq_factor", 4.0)
-    if low >= high:
-        raise InputError(
-            f"config.json: low_freq_factor={low} must be less than high_freq_factor={high}", REPAIR
-        )
-    # Only llama3 scales from another length than the model's longest text.
-    original = g.count("original_max_position_embeddings", longest) if kind == "llama3" else longest
-    return Rope(
-        theta=g.number("rope_theta", f.number("rope_theta", 10000.0)),
-        kind=kind,
-        factor=g.number("factor", 1.0),
-        max_positions=original,
-        low_freq_factor=low,
-        high_freq_factor=high,
-    )
-
-
-def read_windows(f: Fields, kind: str, blocks: int) -> tuple[int | None, ...]:
-    """Read the sliding window of each block.
-
-    Args:
-      f: Reader of the configuration.
-      kind: Stock `model_type`.
-      blocks: Number of blocks.
-
-    Returns:
-      Window of each block in positions, None for full attention.
-
-    Raises:
-      InputError: A field is wrong.
-    """
-    # Mistral has a window unless it is null; Qwen2 has one only if it says so.
-    sliding = kind == "mistral" or (kind == "qwen2" and f.flag("use_sliding_window", False))
-    if not sliding or f.config.get("sliding_window", DEFAULT_WINDOW) is None:
-        return (None,) * blocks
-    window = f.count("sliding_window", DEFAULT_WINDOW)
-    if kind == "mistral":
-        return (window,) * blocks
-    # Qwen2's first blocks see everything, and `layer_types` overrides that rule.
-    full = f.count("max_window_layers", 28, least=0)
-    kinds = f.config.get("layer_types") or [
-        "full_attention" if i < full else "sliding_attention" for i in range(blocks)
-    ]
-    is_list = isinstance(kinds, list) and len(kinds) == blocks
-    if not is_list or any(k not in LAYER_TYPES for k in kinds):
-        raise InputError(
-            f"config.json: layer_types must be a list of {blocks} words out of "
-            f"{', '.join(LAYER_TYPES)}",
-            REPAIR,
-        )
-    return tuple(window if k == "sliding_attention" else None for k in kinds)
-
-
 def _has_own_type(f: Fields) -> bool:
     return str(f.config["model_type"]).startswith(OWN)
 
@@ -313,32 +234,3 @@ def read_biases(f: Fields, linears: Mapping[str, str], stock: tuple[str, ...]) -
             REPAIR,
         )
     return tuple(slot for slot, name in linears.items() if name in listed)
-
-
-def granite_identity(head_dim: int) -> dict[str, float]:
-    """Return the multipliers with which a granite model computes what a LLaMA model does.
-
-    Args:
-      head_dim: Size of a head.
-    """
-    ones = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
-    return dict.fromkeys(ones, 1.0) | {"attention_multiplier": head_dim**-0.5}
-
-
-def check_granite(f: Fields, head_dim: int) -> None:
-    """Check that the multipliers of a granite model make it a LLaMA model.
-
-    Args:
-      f: Reader of the configuration.
-      head_dim: Size of a head.
-
-    Raises:
-      InputError: A multiplier has another value.
-    """
-    for name, value in granite_identity(head_dim).items():
-        # Relative, because configurations round h ** -0.5 to a few digits.
-        if abs(f.number(name, 1.0) - value) > 1e-6 * value:
-            raise InputError(
-                f"config.json: a granite model with {name}={f.number(name, 1.0)} is not supported, "
-                f"only with {value:g}"
-            )

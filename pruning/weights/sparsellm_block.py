@@ -147,7 +147,7 @@ def ffn_inputs_and_targets(
     names, attention = ffn_names(arch), arch.group("heads").reader.name
     taps = arch.block(pruned, x)[1]
     # A norm follows the sum there: the errors of the two parts no longer add up.
-    if not arch.residual:
+    if not arch.outputs_add:
         return taps[names.input_tap], taps[names.w2]
     dense_taps = arch.block(dense, x)[1]
     # In float32, so that the target is rounded once, by the cast at the end.

@@ -13,7 +13,7 @@ from models.cache import empty_cache
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.families import hf
 from models.generate import Sampling, decode, forward, generate, nucleus, prefill
-from models.layers import Rope, rotate, rotate_from
+from models.rotary import Rope, rotate, rotate_from
 from models.surgery import cut, units
 from reference import tiny, torch_models
 

@@ -9,16 +9,16 @@ import pytest
 
 from models.layers import (
     ACTIVATIONS,
+    AttentionSettings,
     Linear,
     Norm,
-    Rope,
     attention,
     layer_norm,
     linear,
     rms_norm,
-    rotate,
     split_heads,
 )
+from models.rotary import Rope, rotate
 
 RNG = np.random.default_rng(0)
 
@@ -116,14 +116,14 @@ def plain_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, window: int | N
 )
 def test_attention_equals_numpy(window: int | None, kv_heads: int) -> None:
     q, k, v = normal(2, 9, 4, 8), normal(2, 9, kv_heads, 8), normal(2, 9, kv_heads, 8)
-    close(attention(q, k, v, window), plain_attention(q, k, v, window))
+    close(attention(q, k, v, AttentionSettings(window)), plain_attention(q, k, v, window))
 
 
 def test_attention_does_not_see_what_comes_after() -> None:
     q, k, v = normal(2, 9, 4, 8), normal(2, 9, 4, 8), normal(2, 9, 4, 8)
-    whole = attention(q, k, v, None)
+    whole = attention(q, k, v, AttentionSettings())
     k[:, 4:], v[:, 4:] = 7.0, 7.0
-    changed = attention(q, k, v, None)
+    changed = attention(q, k, v, AttentionSettings())
     np.testing.assert_array_equal(changed[:, :4], whole[:, :4])
     assert (np.abs(changed[:, 4:] - whole[:, 4:]) > 0.1).any((0, 2, 3)).all()
 
@@ -193,6 +193,7 @@ def test_rotary_positions_turn_pairs_by_their_angle() -> None:
 def test_layers_keep_the_type_of_their_input() -> None:
     x = jnp.asarray(normal(1, 4, 2, 8), jnp.bfloat16)
     rotated = rotate(Rope(), x, x)
-    assert {y.dtype for y in (*rotated, attention(x, x, x, 2), linear(Linear(x[0, 0]), x))} == {
-        jnp.dtype(jnp.bfloat16)
-    }
+    assert {
+        y.dtype
+        for y in (*rotated, attention(x, x, x, AttentionSettings(2)), linear(Linear(x[0, 0]), x))
+    } == {jnp.dtype(jnp.bfloat16)}

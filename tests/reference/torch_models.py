@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 
-def save_random(config: Mapping[str, Any], directory: pathlib.Path, seed: int = 0) -> None:
+def save_random(
+    config: Mapping[str, Any], directory: pathlib.Path, seed: int = 0, scale: float = 0.3
+) -> None:
     """Write a checkpoint that transformers builds from `config`, all parameters random."""
     torch = pytest.importorskip("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -17,7 +19,7 @@ def save_random(config: Mapping[str, Any], directory: pathlib.Path, seed: int = 
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=draw) * 0.3 + (1.0 if p.ndim == 1 else 0.0))
+            p.copy_(torch.randn(p.shape, generator=draw) * scale + (1.0 if p.ndim == 1 else 0.0))
     model.save_pretrained(directory)
 
 

@@ -11,7 +11,7 @@ from models.arch import Block, Model, NonBlockParams, logits
 from models.checkpoint.reader import abstract
 from models.errors import InputError
 from models.families import hf
-from models.layers import Rope
+from models.rotary import Rope
 from models.published import MODELS
 from reference import tiny
 

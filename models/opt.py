@@ -1,8 +1,6 @@
-"""LLaMA family (LLaMA 1-3, Mistral, TinyLlama, SmolLM2, Qwen2) as pure functions over pytrees.
+"""OPT family as pure functions over pytrees: pre- and post-norm, projected embeddings, ReLU, GELU.
 
-Source: Touvron et al. 2023, with grouped-query attention (Ainslie et al. 2023). Biases are present
-when the checkpoint has them. Head counts come from the arrays, so a block may have fewer heads or
-neurons than its neighbours.
+Source: Zhang et al. 2022.
 """
 
 import dataclasses
@@ -18,15 +16,17 @@ from models.arch import Arch, Group, Member, Slot, Taps
 from models.cache import AttendFn, Cache, Start, T, attend
 from models.layers import (
     ACTIVATIONS,
+    AttentionSettings,
     Linear,
     Norm,
-    Rope,
     attention,
+    layer_norm,
     linear,
-    rms_norm,
-    rotate,
     split_heads,
 )
+
+# The first two rows of the position table are never read: a relic of padding in fairseq.
+POSITION_OFFSET = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,38 +35,38 @@ class Config:
 
     Attributes:
       head_dim: Size of a head.
-      eps: Constant of the RMS norms.
       act: Name of the activation, a key of `models.layers.ACTIVATIONS`.
-      rope: Rotary settings.
-      windows: Sliding window of each block in positions, None for full attention.
+      pre_norm: True if norms come before attention and feed-forward; False in OPT-350m alone.
+      final_norm: True if a norm follows the last block.
       dim: Hidden size.
+      word_dim: Size of the token embedding, projected to `dim` where they differ.
       ffn_dim: Neurons of a block.
-      query_heads: Query heads of a block.
-      kv_heads: Key-value heads of a block.
       vocab: Number of tokens.
+      positions: Number of learned positions.
+      affine: True if the norms have scale and bias.
       tied: True if the embedding serves as the head.
       biases: Slots that have a bias.
-      widths: Key-value heads and neurons of each block where blocks differ, else empty.
+      widths: Heads and neurons of each block where blocks differ, else empty.
     """
 
     head_dim: int
-    eps: float = 1e-6
-    act: str = "silu"
-    rope: Rope = dataclasses.field(default_factory=Rope)
-    windows: tuple[int | None, ...] = ()
+    act: str = "relu"
+    pre_norm: bool = True
+    final_norm: bool = True
     dim: int = 0
+    word_dim: int = 0
     ffn_dim: int = 0
-    query_heads: int = 0
-    kv_heads: int = 0
     vocab: int = 0
-    tied: bool = False
+    positions: int = 0
+    affine: bool = True
+    tied: bool = True
     biases: tuple[str, ...] = ()
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
     def static(self) -> "StaticConfig":
         """Return the settings that the functions of the architecture compute with."""
-        return StaticConfig(self.head_dim, self.eps, self.act, self.rope)
+        return StaticConfig(self.head_dim, self.act, self.pre_norm)
 
 
 class StaticConfig(NamedTuple):
@@ -74,34 +74,29 @@ class StaticConfig(NamedTuple):
 
     Attributes:
       head_dim: Size of a head.
-      eps: Constant of the RMS norms.
       act: Name of the activation.
-      rope: Rotary settings.
+      pre_norm: True if norms come before attention and feed-forward.
     """
 
     head_dim: int
-    eps: float
     act: str
-    rope: Rope
+    pre_norm: bool
 
 
 class Block(struct.PyTreeNode):
     """Parameters of one decoder block.
 
-    Letters: d hidden size, n query heads, k key-value heads, h head size, f neurons.
+    Letters: d hidden size, n heads, h head size, f neurons.
 
     Attributes:
-      attn_norm: Norm before attention, scale [d].
+      attn_norm: Norm of the attention, [d]; it follows attention in post-norm models.
       q: Query projection, [n*h d].
-      k: Key projection, [k*h d].
-      v: Value projection, [k*h d].
+      k: Key projection, [n*h d].
+      v: Value projection, [n*h d].
       o: Output projection, [d n*h].
-      mlp_norm: Norm before the feed-forward part, scale [d].
-      gate: Gate projection, [f d].
-      up: Up projection, [f d].
-      down: Down projection, [d f].
-      window: Sliding window in positions, None for full attention. It is static, so blocks that
-        differ in it are compiled separately.
+      mlp_norm: Norm of the feed-forward part, [d]; it follows in post-norm models.
+      fc1: First feed-forward linear, [f d].
+      fc2: Second feed-forward linear, [d f].
     """
 
     attn_norm: Norm
@@ -110,34 +105,47 @@ class Block(struct.PyTreeNode):
     v: Linear
     o: Linear
     mlp_norm: Norm
-    gate: Linear
-    up: Linear
-    down: Linear
-    window: int | None = struct.field(pytree_node=False, default=None)
+    fc1: Linear
+    fc2: Linear
 
 
 class NonBlockParams(struct.PyTreeNode):
     """Parameters outside the blocks.
 
     Attributes:
-      embed: Token embedding, [vocab d].
-      norm: Final norm, scale [d].
-      head: Output head, [vocab d]; None where the embedding serves as the head.
+      embed: Token embedding, [vocab word_dim].
+      positions: Learned positions, [positions + 2, d].
+      norm: Final norm, [d]; None in post-norm models.
+      project_in: Projection of the embedding, [d word_dim]; None where the sizes agree.
+      project_out: Projection before the head, [word_dim d]; None where the sizes agree.
+      head: Output head, [vocab word_dim]; None where the embedding serves as the head.
     """
 
     embed: jax.Array
-    norm: Norm
+    positions: jax.Array
+    norm: Norm | None = None
+    project_in: Linear | None = None
+    project_out: Linear | None = None
     head: Linear | None = None
 
 
 def _embed(non_block: NonBlockParams, tokens: jax.Array, start: Start = 0) -> jax.Array:
-    # Positions enter in the blocks, so `start` has no effect here.
-    return non_block.embed[tokens]
+    x = non_block.embed[tokens]
+    # OPT-350m alone embeds words in fewer dimensions than its blocks have.
+    if non_block.project_in is not None:
+        x = linear(non_block.project_in, x)
+    positions = jax.lax.dynamic_slice_in_dim(
+        non_block.positions, POSITION_OFFSET + start, tokens.shape[1]
+    )
+    return x + positions[None]
 
 
-def _head(config: StaticConfig, non_block: NonBlockParams, x: jax.Array) -> jax.Array:
+def _head(non_block: NonBlockParams, x: jax.Array) -> jax.Array:
+    if non_block.norm is not None:
+        x = layer_norm(non_block.norm, x)
+    if non_block.project_out is not None:
+        x = linear(non_block.project_out, x)
     w = non_block.embed if non_block.head is None else non_block.head.w
-    x = rms_norm(non_block.norm, x, config.eps)
     # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
     return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
@@ -160,9 +168,8 @@ def _forward(
     # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
     taps: dict[str, jax.Array] = {}
     with jax.named_scope("attention_norm"):
-        taps["attn_in"] = rms_norm(p.attn_norm, x, config.eps)
+        taps["attn_in"] = layer_norm(p.attn_norm, x) if config.pre_norm else x
     with jax.named_scope("qkv_projections"):
-        # Three products rather than one fused: each linear is pruned and cut by itself.
         taps["q"] = linear(p.q, taps["attn_in"])
         taps["k"] = linear(p.k, taps["attn_in"])
         taps["v"] = linear(p.v, taps["attn_in"])
@@ -173,20 +180,26 @@ def _forward(
     with jax.named_scope("attention_output"):
         taps["o"] = linear(p.o, taps["attn_mid"])
         x = x + taps["o"]
+    if not config.pre_norm:
+        # OPT-350m normalises the residual stream itself, after each part.
+        with jax.named_scope("attention_norm"):
+            x = layer_norm(p.attn_norm, x)
     with jax.named_scope("feed_forward_norm"):
-        taps["mlp_in"] = rms_norm(p.mlp_norm, x, config.eps)
+        taps["mlp_in"] = layer_norm(p.mlp_norm, x) if config.pre_norm else x
     with jax.named_scope("feed_forward"):
-        taps["gate"] = linear(p.gate, taps["mlp_in"])
-        taps["up"] = linear(p.up, taps["mlp_in"])
-        taps["mlp_mid"] = ACTIVATIONS[config.act](taps["gate"]) * taps["up"]
-        taps["down"] = linear(p.down, taps["mlp_mid"])
-        x = x + taps["down"]
+        taps["fc1"] = linear(p.fc1, taps["mlp_in"])
+        taps["mlp_mid"] = ACTIVATIONS[config.act](taps["fc1"])
+        taps["fc2"] = linear(p.fc2, taps["mlp_mid"])
+        x = x + taps["fc2"]
+    if not config.pre_norm:
+        with jax.named_scope("feed_forward_norm"):
+            x = layer_norm(p.mlp_norm, x)
     return x, taps, state
 
 
 def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
     def attend_all(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return attention(*rotate(config.rope, q, k), v, p.window), None
+        return attention(q, k, v, AttentionSettings()), None
 
     x, taps, _ = _forward(config, p, x, attend_all)
     return x, taps
@@ -195,20 +208,20 @@ def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Tap
 def _step(
     config: StaticConfig, p: Block, x: jax.Array, cache: Cache, start: Start
 ) -> tuple[jax.Array, Cache]:
-    attend_fn = functools.partial(attend, cache, start, config.rope, p.window)
+    # Positions are learned and attention is full: neither rotary settings nor a window.
+    attend_fn = functools.partial(attend, cache, start, None, AttentionSettings())
     x, _, cache = _forward(config, p, x, attend_fn)
     return x, cache
 
 
-# In the order of `_forward`; reports and budgets follow it.
+# In the order of OPT's checkpoints; reports and budgets follow it.
 SLOTS = (
-    Slot("q", "attn_in", "attn_mid"),
     Slot("k", "attn_in", "attn_mid"),
     Slot("v", "attn_in", "attn_mid"),
+    Slot("q", "attn_in", "attn_mid"),
     Slot("o", "attn_mid", "next"),
-    Slot("gate", "mlp_in", "mlp_mid"),
-    Slot("up", "mlp_in", "mlp_mid"),
-    Slot("down", "mlp_mid", "next"),
+    Slot("fc1", "mlp_in", "mlp_mid"),
+    Slot("fc2", "mlp_mid", "next"),
 )
 
 
@@ -216,8 +229,8 @@ SLOTS = (
 # from it: jit compares functions by identity.
 @functools.cache
 def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
-    """Bind `block`, `head` and `step` to static settings."""
-    return functools.partial(_block, c), functools.partial(_head, c), functools.partial(_step, c)
+    """Bind `block` and `step` to static settings; `head` depends on none."""
+    return functools.partial(_block, c), _head, functools.partial(_step, c)
 
 
 @functools.cache
@@ -231,14 +244,19 @@ def arch(config: Config) -> Arch:
       Architecture.
     """
     h = config.head_dim
-    # A unit of the heads is one key-value head with the query heads that share it.
-    shared = config.query_heads // config.kv_heads
     block, head, step = _functions(config.static)
     heads = Group(
-        "heads",
-        Member("o", 1, shared * h),
-        (Member("q", 0, shared * h), Member("k", 0, h), Member("v", 0, h)),
+        "heads", Member("o", 1, h), (Member("q", 0, h), Member("k", 0, h), Member("v", 0, h))
     )
-    # `up` is last: it is the linear path into the neurons, which `gate` only scales.
-    neurons = Group("neurons", Member("down", 1, 1), (Member("gate", 0, 1), Member("up", 0, 1)))
-    return Arch(config, _embed, block, head, step, SLOTS, (heads, neurons))
+    neurons = Group("neurons", Member("fc2", 1, 1), (Member("fc1", 0, 1),))
+    # After a norm at the block's end its output is no longer the residual stream.
+    return Arch(
+        config,
+        _embed,
+        block,
+        head,
+        step,
+        SLOTS,
+        (heads, neurons),
+        residual=config.pre_norm,
+    )

@@ -1,0 +1,415 @@
+"""Decoder of the families with rotary positions, as pure functions over pytrees.
+
+One forward serves them all: LLaMA, Mistral, Qwen2 and 3, Granite, SmolLM3, Phi, Phi-3 and 4, Gemma
+1 to 3, OLMo2. Static switches say where norms are, whether the two branches run in parallel, what
+is scaled and capped; biases, gate and norms are there when a block has them. `models.families`
+reads a `config.json` into the switches. Head counts come from the arrays, so a block may have
+fewer heads or neurons than its neighbours.
+
+Source: Touvron et al. 2023, with grouped-query attention (Ainslie et al. 2023); Gemma Team 2024
+(soft caps, norms after branches); OLMo et al. 2025 (norms of queries and keys).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from models.arch import Arch, Group, Member, Slot, Taps
+from models.cache import AttendFn, Cache, Start, T, attend
+from models.layers import (
+    ACTIVATIONS,
+    AttentionSettings,
+    Linear,
+    Norm,
+    attention,
+    layer_norm,
+    linear,
+    rms_norm,
+    split_heads,
+)
+from models.rotary import Rope, rotate
+
+# "rms": LLaMA's. "rms_float32": scaled before the cast, OLMo2's. "rms_offset": so, and the scale is
+# stored less one, Gemma's. "layer": a layer norm.
+NormKind = Literal["rms", "rms_float32", "rms_offset", "layer"]
+
+
+class StaticConfig(NamedTuple):
+    """Settings that the functions depend on; everything else is in the parameters.
+
+    Attributes:
+      head_dim: Size of a head.
+      eps: Constant of the norms.
+      act: Name of the activation.
+      norm: Kind of all norms.
+      parallel: True if both branches read the one norm of a block, as in Phi.
+      attention_scale: Factor of the products of queries and keys; None for head_dim ** -0.5.
+      attention_cap: Bound of these products; None without one.
+      embed_scale: Factor of the embedding.
+      embed_scale_rounded: True if that factor is rounded to the model's type first, as in Gemma.
+      branch_scale: Factor of each branch's output before it is added to the stream.
+      logits_divisor: Divisor of the logits.
+      logits_cap: Bound that a tanh puts on the logits; None without one.
+    """
+
+    head_dim: int
+    eps: float
+    act: str
+    norm: NormKind = "rms"
+    parallel: bool = False
+    attention_scale: float | None = None
+    attention_cap: float | None = None
+    embed_scale: float = 1.0
+    embed_scale_rounded: bool = False
+    branch_scale: float = 1.0
+    logits_divisor: float = 1.0
+    logits_cap: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Settings that cannot be inferred from parameter shapes, with the sizes of the dense model.
+
+    Attributes:
+      static: Settings that the functions compute with.
+      rope: Rotary settings.
+      local_rope: Rotary settings of blocks with a window, where they have their own.
+      rotary: False for each block without rotary positions; empty if all have them.
+      windows: Sliding window of each block in positions, None for full attention.
+      dim: Hidden size.
+      ffn_dim: Neurons of a block.
+      query_heads: Query heads of a block.
+      kv_heads: Key-value heads of a block.
+      vocab: Number of tokens.
+      tied: True if the embedding serves as the head.
+      gated: True if the feed-forward part has a gate.
+      branch_norms: True if a norm follows each branch, before it is added to the stream.
+      qk_norm: "" without norms of queries and keys, "head" for one over each head's channels,
+        "whole" for one over all heads together.
+      biases: Slots that have a bias.
+      head_bias: True if the output head has a bias.
+      widths: Key-value heads and neurons of each block where blocks differ, else empty.
+    """
+
+    static: StaticConfig
+    rope: Rope = dataclasses.field(default_factory=Rope)
+    local_rope: Rope | None = None
+    rotary: tuple[bool, ...] = ()
+    windows: tuple[int | None, ...] = ()
+    dim: int = 0
+    ffn_dim: int = 0
+    query_heads: int = 0
+    kv_heads: int = 0
+    vocab: int = 0
+    tied: bool = False
+    gated: bool = True
+    branch_norms: bool = False
+    qk_norm: Literal["", "head", "whole"] = ""
+    biases: tuple[str, ...] = ()
+    head_bias: bool = False
+    widths: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def head_dim(self) -> int:
+        """Return the size of a head."""
+        return self.static.head_dim
+
+    @property
+    def act(self) -> str:
+        """Return the name of the activation, a key of `models.layers.ACTIVATIONS`."""
+        return self.static.act
+
+    @property
+    def restart(self) -> int | None:
+        """Return the length beyond which all rotary angles differ, so that caches begin anew."""
+        return self.rope.max_positions if self.rope.kind == "longrope" else None
+
+    def rope_of(self, i: int) -> Rope | None:
+        """Return the rotary settings of a block, None without rotary positions.
+
+        Args:
+          i: Index of the block.
+        """
+        if self.rotary and not self.rotary[i]:
+            return None
+        is_local = self.local_rope is not None and self.windows[i] is not None
+        return self.local_rope if is_local else self.rope
+
+
+def as_llama(c: Config) -> Config:
+    """Return the settings with every switch as in a LLaMA model; equal if it is one.
+
+    Args:
+      c: Settings of a model.
+    """
+    static = StaticConfig(c.head_dim, c.static.eps, c.static.act)
+    return dataclasses.replace(
+        c,
+        static=static,
+        local_rope=None,
+        rotary=(),
+        gated=True,
+        branch_norms=False,
+        qk_norm="",
+        head_bias=False,
+    )
+
+
+class Block(struct.PyTreeNode):
+    """Parameters of one decoder block.
+
+    Letters: d hidden size, n query heads, k key-value heads, h head size, f neurons.
+
+    Attributes:
+      attn_norm: Norm before attention, [d]; None without one.
+      q: Query projection, [n*h d].
+      k: Key projection, [k*h d].
+      v: Value projection, [k*h d].
+      o: Output projection, [d n*h].
+      mlp_norm: Norm before the feed-forward part, [d]; None without one.
+      gate: Gate projection, [f d]; None without a gate.
+      up: Up projection, [f d].
+      down: Down projection, [d f].
+      q_norm: Norm of the queries, [h] for each head alike or [n*h]; None without one.
+      k_norm: Norm of the keys, [h] or [k*h]; None without one.
+      attn_out_norm: Norm of the attention branch's output, [d]; None without one.
+      mlp_out_norm: Norm of the feed-forward branch's output, [d]; None without one.
+      window: Sliding window in positions, None for full attention. It is static, so blocks that
+        differ in it are compiled separately.
+      rope: Rotary settings, None without rotary positions. Static too.
+    """
+
+    attn_norm: Norm | None
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    mlp_norm: Norm | None
+    gate: Linear | None
+    up: Linear
+    down: Linear
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    attn_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
+    window: int | None = struct.field(pytree_node=False, default=None)
+    rope: Rope | None = struct.field(pytree_node=False, default=None)
+
+
+class NonBlockParams(struct.PyTreeNode):
+    """Parameters outside the blocks.
+
+    Attributes:
+      embed: Token embedding, [vocab d].
+      norm: Final norm, [d].
+      head: Output head, [vocab d]; None where the embedding serves as the head.
+    """
+
+    embed: jax.Array
+    norm: Norm
+    head: Linear | None = None
+
+
+def _normalise(config: StaticConfig, p: Norm | None, x: jax.Array) -> jax.Array:
+    """Apply a norm of the model's kind over the last axis; None leaves the input as it is."""
+    if p is None:
+        return x
+    if config.norm == "layer":
+        return layer_norm(p, x, config.eps)
+    return rms_norm(
+        p,
+        x,
+        config.eps,
+        offset=1.0 if config.norm == "rms_offset" else 0.0,
+        scale_in_float32=config.norm != "rms",
+    )
+
+
+def _embed(
+    config: StaticConfig, non_block: NonBlockParams, tokens: jax.Array, start: Start = 0
+) -> jax.Array:
+    # Positions enter in the blocks, so `start` has no effect here.
+    x = non_block.embed[tokens]
+    if config.embed_scale == 1.0:
+        return x
+    if config.embed_scale_rounded:
+        return x * jnp.asarray(config.embed_scale, x.dtype)
+    return (x.astype(jnp.float32) * config.embed_scale).astype(x.dtype)
+
+
+def _head(config: StaticConfig, non_block: NonBlockParams, x: jax.Array) -> jax.Array:
+    head = non_block.head
+    w = non_block.embed if head is None else head.w
+    x = _normalise(config, non_block.norm, x)
+    # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
+    logits = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
+    if head is not None and head.b is not None:
+        logits = logits + head.b.astype(jnp.float32)[None, None]
+    if config.logits_divisor != 1.0:
+        logits = logits / config.logits_divisor
+    if config.logits_cap is not None:
+        logits = config.logits_cap * jnp.tanh(logits / config.logits_cap)
+    return logits
+
+
+def _heads(config: StaticConfig, norm: Norm | None, x: jax.Array) -> jax.Array:
+    """Split queries or keys [b t n*h] by head, normalised if the block does that."""
+    # One gain for each channel of all heads: the mean square is over all of them. At one head the
+    # two kinds are the same.
+    if norm is not None and norm.scale is not None and norm.scale.shape[0] != config.head_dim:
+        return split_heads(_normalise(config, norm, x), config.head_dim)
+    return _normalise(config, norm, split_heads(x, config.head_dim))
+
+
+def _forward(
+    config: StaticConfig, p: Block, x: jax.Array, attend_fn: AttendFn[T]
+) -> tuple[jax.Array, Taps, T]:
+    """Run a block with the given attention.
+
+    Args:
+      config: Static settings.
+      p: Parameters of the block.
+      x: Hidden states, [b t d].
+      attend_fn: Attention over queries, keys and values by head.
+
+    Returns:
+      Hidden states [b t d], taps, and the state that `attend_fn` returned. The taps hold each
+      linear's input under its tap's name and each linear's output under the slot's name.
+    """
+    # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
+    taps: dict[str, jax.Array] = {}
+    with jax.named_scope("attention_norm"):
+        taps["attn_in"] = _normalise(config, p.attn_norm, x)
+    with jax.named_scope("qkv_projections"):
+        # Three products rather than one fused: each linear is pruned and cut by itself.
+        taps["q"] = linear(p.q, taps["attn_in"])
+        taps["k"] = linear(p.k, taps["attn_in"])
+        taps["v"] = linear(p.v, taps["attn_in"])
+    with jax.named_scope("attention"):
+        q, k = _heads(config, p.q_norm, taps["q"]), _heads(config, p.k_norm, taps["k"])
+        values, state = attend_fn(q, k, split_heads(taps["v"], config.head_dim))
+        # The width follows from the heads that this block still has.
+        taps["attn_mid"] = values.reshape(*x.shape[:2], -1)
+    with jax.named_scope("attention_output"):
+        taps["o"] = linear(p.o, taps["attn_mid"])
+        x = _add_branch(config, x, _normalise(config, p.attn_out_norm, taps["o"]))
+    with jax.named_scope("feed_forward_norm"):
+        # Phi's branches share one norm, and the second does not see the first one's output.
+        into = taps["attn_in"] if config.parallel else _normalise(config, p.mlp_norm, x)
+        taps["mlp_in"] = into
+    with jax.named_scope("feed_forward"):
+        act = ACTIVATIONS[config.act]
+        taps["up"] = linear(p.up, into)
+        if p.gate is None:
+            taps["mlp_mid"] = act(taps["up"])
+        else:
+            taps["gate"] = linear(p.gate, into)
+            taps["mlp_mid"] = act(taps["gate"]) * taps["up"]
+        taps["down"] = linear(p.down, taps["mlp_mid"])
+        x = _add_branch(config, x, _normalise(config, p.mlp_out_norm, taps["down"]))
+    return x, taps, state
+
+
+def _add_branch(config: StaticConfig, x: jax.Array, branch: jax.Array) -> jax.Array:
+    """Add the output of a branch to the residual stream, both [b t d]."""
+    return x + (branch if config.branch_scale == 1.0 else branch * config.branch_scale)
+
+
+def _attention_settings(config: StaticConfig, p: Block) -> AttentionSettings:
+    return AttentionSettings(p.window, config.attention_scale, config.attention_cap)
+
+
+def _block(config: StaticConfig, p: Block, x: jax.Array) -> tuple[jax.Array, Taps]:
+    def attend_all(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        if p.rope is not None:
+            q, k = rotate(p.rope, q, k)
+        return attention(q, k, v, _attention_settings(config, p)), None
+
+    x, taps, _ = _forward(config, p, x, attend_all)
+    return x, taps
+
+
+def _step(
+    config: StaticConfig, p: Block, x: jax.Array, cache: Cache, start: Start
+) -> tuple[jax.Array, Cache]:
+    settings = _attention_settings(config, p)
+    attend_fn = functools.partial(attend, cache, start, p.rope, settings)
+    x, _, cache = _forward(config, p, x, attend_fn)
+    return x, cache
+
+
+# In the order of `_forward`; reports and budgets follow it.
+SLOTS = (
+    Slot("q", "attn_in", "attn_mid"),
+    Slot("k", "attn_in", "attn_mid"),
+    Slot("v", "attn_in", "attn_mid"),
+    Slot("o", "attn_mid", "next"),
+    Slot("gate", "mlp_in", "mlp_mid"),
+    Slot("up", "mlp_in", "mlp_mid"),
+    Slot("down", "mlp_mid", "next"),
+)
+
+
+def _slots(config: Config) -> tuple[Slot, ...]:
+    """Return the prunable linears of a block."""
+    slots = tuple(s for s in SLOTS if config.gated or s.name != "gate")
+    if not config.static.parallel:
+        return slots
+    # Both branches read one tap, so they share its statistics.
+    return tuple(s._replace(reads="attn_in") if s.reads == "mlp_in" else s for s in slots)
+
+
+def _groups(config: Config) -> tuple[Group, ...]:
+    """Return the coupled channels of a block."""
+    h = config.head_dim
+    # A unit of the heads is one key-value head with the query heads that share it.
+    shared = config.query_heads // config.kv_heads
+    q, k = Member("q", 0, shared * h), Member("k", 0, h)
+    whole = config.qk_norm == "whole"
+    heads = Group(
+        "heads",
+        Member("o", 1, shared * h),
+        (q, k, Member("v", 0, h)),
+        # One over each head's channels is shared by all heads, so it stays whole.
+        norms=(q._replace(name="q_norm"), k._replace(name="k_norm")) if whole else (),
+    )
+    # `up` is last: it is the linear path into the neurons, which `gate` only scales.
+    writers = ("gate", "up") if config.gated else ("up",)
+    neurons = Group("neurons", Member("down", 1, 1), tuple(Member(n, 0, 1) for n in writers))
+    return heads, neurons
+
+
+# Cached by the static settings, so a program compiled for a model also serves the one pruned
+# from it: jit compares functions by identity.
+@functools.cache
+def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
+    """Bind `embed`, `block`, `head` and `step` to static settings."""
+    return tuple(functools.partial(f, c) for f in (_embed, _block, _head, _step))
+
+
+@functools.cache
+def arch(config: Config) -> Arch:
+    """Bind the functions to a configuration.
+
+    Args:
+      config: Configuration; equal ones give the same object.
+
+    Returns:
+      Architecture.
+    """
+    embed, block, head, step = _functions(config.static)
+    return Arch(
+        config,
+        embed,
+        block,
+        head,
+        step,
+        _slots(config),
+        _groups(config),
+        branch_norms=config.branch_norms,
+    )
