@@ -152,7 +152,9 @@ def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) 
         widths=(),
     )
     preferred = [own] if shape.heads == dense.kv_heads else []
-    for kind in dict.fromkeys([*preferred, *PORTABLE, own]):
+    # Only types that give the tensors the same names.
+    portable = [k for k in PORTABLE if hf.FAMILIES[k].linears == family.linears]
+    for kind in dict.fromkeys([*preferred, *portable, own]):
         stock = _stock_config(config, kind, target)
         if stock is not None:
             return Form(stock)

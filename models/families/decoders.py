@@ -405,8 +405,9 @@ def _heads_divide(c: decoder.Config) -> bool:
 
 
 def _heads_have_stock_size(c: decoder.Config) -> bool:
-    # Phi's norms of queries and keys ignore head_dim.
-    return not c.qk_norm or c.dim // c.query_heads == c.head_dim
+    # Phi's norms of queries and keys, and Phi-3's check of longrope's factors, ignore head_dim.
+    ignores = bool(c.qk_norm) or c.rope.kind == "longrope"
+    return not ignores or c.dim // c.query_heads == c.head_dim
 
 
 def _family(
@@ -443,7 +444,7 @@ DECODERS = {
     ),
     "olmo2": _family("Olmo2", OLMO2_NAMES, _olmo2, bias_flags=_ATTENTION_FLAG),
     "phi": _family("Phi", PHI_NAMES, _phi, can_hold=_heads_have_stock_size),
-    "phi3": _family("Phi3", PHI3_NAMES, _phi3),
+    "phi3": _family("Phi3", PHI3_NAMES, _phi3, can_hold=_heads_have_stock_size),
     "gemma": _family("Gemma", LLAMA_NAMES, _gemma, bias_flags=_ATTENTION_FLAG),
     "gemma2": _family(
         "Gemma2",

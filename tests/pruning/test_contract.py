@@ -15,7 +15,7 @@ from models.errors import InputError
 from pruning.methods import METHODS
 from pruning.structured.llmrank import _flow
 from pruning.types import Outcome, Request, prune
-from reference.small import FAMILIES, logits, model, same, tokens, weight, zeros
+from reference.small import EVERY_FAMILY, FAMILIES, logits, model, same, tokens, weight, zeros
 
 
 class Case(NamedTuple):
@@ -83,6 +83,11 @@ every_family = pytest.mark.parametrize(
     [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
 )
 
+first_case = pytest.mark.parametrize(
+    "case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str
+)
+other_families = pytest.mark.parametrize("family", EVERY_FAMILY[len(FAMILIES) :])
+
 
 ONE_DEVICE = Runtime()
 
@@ -126,6 +131,31 @@ def test_the_pruned_model_runs_and_is_another(case: Case, family: str) -> None:
     pruned = logits(run(case, family)[0], tokens())
     assert np.isfinite(pruned).all()
     assert not np.allclose(pruned, logits(model(family), tokens()), rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.slow
+@other_families
+@first_case
+def test_every_method_prunes_every_family(case: Case, family: str) -> None:
+    """Every linear is covered, what goes is near what was asked, and all else is untouched."""
+    m, (pruned, outcome) = model(family), run(case, family)
+    result = logits(pruned, tokens())
+    assert np.isfinite(result).all()
+    assert not np.allclose(result, logits(m, tokens()), rtol=1e-2, atol=1e-2)
+    assert same(fresh(case, m, 0.0)[0].blocks, m.blocks)
+    slots = {s.name for s in m.arch.slots}
+    assert all(set(asked) <= slots for asked in outcome.asked)
+    if case in WEIGHTS:
+        assert len(covered(pruned, outcome)) == 3 * len(slots)
+        shares = [zero.mean() for gone in zeros(pruned) for zero in gone.values()]
+        assert np.allclose(shares, 0.5, atol=0.05)
+    elif case in BLOCKS:
+        assert len(pruned.blocks) == 1 and same(pruned.blocks[0], m.blocks[outcome.kept_blocks[0]])
+    else:
+        before, after = (
+            sum(getattr(b, s).w.size for b in x.blocks for s in slots) for x in (m, pruned)
+        )
+        assert 0.3 < after / before < 0.9
 
 
 def covered(m: Model, outcome: Outcome) -> list[tuple[int, str]]:

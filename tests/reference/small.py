@@ -36,6 +36,21 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
 }
 FAMILIES = tuple(CONFIGS)
+_SLIDING = {"head_dim": 4, "sliding_window": 5, "query_pre_attn_scalar": 6}
+# Families whose blocks differ from those in something that a method may see.
+MORE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
+    "mistral": _LLAMA | {"model_type": "mistral", "num_key_value_heads": 2, "sliding_window": 5},
+    "qwen3": _LLAMA | {"model_type": "qwen3", "num_key_value_heads": 2, "head_dim": 6},
+    "granite": _LLAMA | {"model_type": "granite", "residual_multiplier": 0.5},
+    "smollm3": _LLAMA | {"model_type": "smollm3", "num_key_value_heads": 2},
+    "olmo2": _LLAMA | {"model_type": "olmo2", "num_key_value_heads": 2},
+    "phi": _LLAMA | {"model_type": "phi"},
+    "phi3": _LLAMA | {"model_type": "phi3", "num_key_value_heads": 2},
+    "gemma": _LLAMA | {"model_type": "gemma", "num_key_value_heads": 2, "head_dim": 6},
+    "gemma2": _LLAMA | {"model_type": "gemma2", "num_key_value_heads": 2} | _SLIDING,
+    "gemma3": _LLAMA | {"model_type": "gemma3_text", "num_key_value_heads": 2} | _SLIDING,
+}
+EVERY_FAMILY = (*CONFIGS, *MORE_CONFIGS)
 # Models that were pruned before: blocks of different widths, the first one not the widest.
 RAGGED: Mapping[str, Mapping[str, Any]] = {
     "llama": CONFIGS["llama"]
@@ -67,7 +82,9 @@ def model(family: str, seed: int = 0, dtype: str = "float32", ragged: bool = Fal
 
     Norms and biases are random too, so that forgetting one of them shows.
     """
-    arch, non_block, blocks = hf.specs((RAGGED if ragged else CONFIGS)[family])
+    arch, non_block, blocks = hf.specs(
+        RAGGED[family] if ragged else {**CONFIGS, **MORE_CONFIGS}[family]
+    )
     rng = np.random.default_rng(seed)
 
     def draw(spec: hf.Spec) -> jax.Array:

@@ -259,8 +259,8 @@ def test_a_broken_configuration_of_our_own_is_refused(
         hf.specs(config | change)
 
 
-def test_granite_is_read_where_it_is_a_llama() -> None:
+def test_a_granite_model_with_plain_multipliers_is_a_llama() -> None:
     granite = {**GQA, "model_type": "granite", "attention_multiplier": 8**-0.5}
     assert jax.tree.structure(hf.specs(granite)[2]) == jax.tree.structure(hf.specs(GQA)[2])
-    with pytest.raises(InputError, match="logits_scaling"):
-        hf.specs(granite | {"logits_scaling": 8.0})
+    assert hf.specs(granite)[0].block is hf.specs(GQA)[0].block
+    assert hf.specs(granite | {"logits_scaling": 8.0})[0].config.static.logits_divisor == 8

@@ -9,8 +9,11 @@ import pytest
 
 from models.arch import Block, Model, NonBlockParams, logits
 from models.checkpoint.reader import abstract, in_memory, open_checkpoint
+from models.checkpoint.writer import Writer
 from models.families import hf
 from models.generate import generate
+from models.layers import Linear
+from models.surgery import cut, mask
 from reference import torch_models
 from reference.families import FAMILIES
 
@@ -44,3 +47,58 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str, tmp_path: pathli
         np.testing.assert_array_equal(
             generate(model, tokens, 32), torch_models.greedy(theirs, tokens, 32)
         )
+
+
+def with_biases(block: Block, slots: tuple[str, ...]) -> Block:
+    """Return the block with biases on some slots that have none."""
+    fields = {}
+    for slot in slots:
+        linear = getattr(block, slot)
+        if linear.b is None:
+            fields[slot] = Linear(linear.w, jnp.linspace(-0.5, 0.5, linear.w.shape[0]))
+    return block.replace(**fields)
+
+
+@pytest.mark.slow
+@every_family
+@pytest.mark.parametrize("ragged", [False, True], ids=["alike", "ragged, biased"])
+def test_pruned_models_load_in_transformers(
+    name: str, ragged: bool, tmp_path: pathlib.Path
+) -> None:
+    """Blocks lose heads and neurons, one block goes, readers get biases: the same logits."""
+    torch_models.save_random(FAMILIES[name], tmp_path / "dense", scale=0.2)
+    dense, kept = open_checkpoint(tmp_path / "dense"), (0, 2, 3)
+    arch, blocks = dense.model.arch, []
+    heads = dense.model.arch.config.kv_heads
+    for i in kept:
+        narrower = i == 2 or not ragged
+        block = cut(dense.model.blocks[i], arch.group("heads"), np.arange(heads) != int(narrower))
+        block = cut(block, arch.group("neurons"), np.arange(56) % 4 > int(narrower))
+        blocks.append(with_biases(block, ("o", "down")) if ragged else block)
+    pruned = Model(arch, dense.model.non_block, tuple(blocks))
+    writer = Writer(tmp_path / "out", dense.config)
+    for i, block in enumerate(blocks):
+        writer.put(i, block)
+    writer.finish(dense.model.non_block, tmp_path / "dense", kept)
+    ours, theirs = open_checkpoint(tmp_path / "out").model, torch_models.load(tmp_path / "out")
+    expected = np.asarray(logits(pruned, TOKENS))
+    np.testing.assert_allclose(np.asarray(logits(ours, TOKENS)), expected, atol=1e-5, rtol=1e-5)
+    got = torch_models.logits(theirs, TOKENS)
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_masked_units_compute_what_cut_ones_do(name: str) -> None:
+    arch, non_block, specs = hf.specs(FAMILIES[name])
+    draw = np.random.default_rng(1)
+    non_block, blocks = jax.tree.map(
+        lambda s: jnp.asarray(draw.normal(0.0, 0.2, s.shape), jnp.float32),
+        (non_block, specs),
+        is_leaf=hf.is_spec,
+    )
+    results = []
+    for change in (mask, cut):
+        block = change(blocks[0], arch.group("heads"), np.arange(arch.config.kv_heads) != 1)
+        block = change(block, arch.group("neurons"), np.arange(56) % 4 > 0)
+        results.append(np.asarray(logits(Model(arch, non_block, (block, blocks[1])), TOKENS)))
+    np.testing.assert_allclose(*results, atol=1e-4, rtol=1e-4)

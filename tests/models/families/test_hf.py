@@ -11,8 +11,8 @@ from models.arch import Block, Model, NonBlockParams, logits
 from models.checkpoint.reader import abstract
 from models.errors import InputError
 from models.families import hf
-from models.rotary import Rope
 from models.published import MODELS
+from models.rotary import Rope
 from reference import tiny
 
 
@@ -174,7 +174,7 @@ def test_linears_have_their_checkpoint_names() -> None:
 WIDTHS = {"heads": [1, 1], "neurons": [1, 1]}
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_type": None}, "model_type None is not supported"),
-    ({"model_type": "gpt2"}, "granite, llama, mistral, opt, qwen2"),
+    ({"model_type": "gpt2"}, "gemma, gemma2, gemma3_text, granite, llama"),
     ({"model_type": ["llama"]}, "model_type"),
     ({"quantization_config": {"bits": 4}}, "quantised"),
     ({"hidden_size": None}, "hidden_size"),
