@@ -1,18 +1,18 @@
 """Blocks of a GGUF file: counts that differ between blocks, and parts that the file leaves out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from models.checkpoint.gguf_fields import REMEDY
 from models.checkpoint.gguf_file import GgufFile
 from models.checkpoint.tensors import Entry
 from models.errors import InputError
 from models.families import hf
 from models.families.fields import OWN
 
-REMEDY = "use the original Hugging Face checkpoint"
 _ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _FEED_FORWARD = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
@@ -85,12 +85,12 @@ def _per_block(
     return tuple(values)
 
 
-def ragged_fields(counts: BlockCounts, entries: Mapping[str, Entry]) -> dict[str, Any]:
+def ragged_fields(counts: BlockCounts, names: Iterable[str]) -> dict[str, Any]:
     """Return the fields of `config.json` that describe blocks of different sizes.
 
     Args:
       counts: Sizes of each block.
-      entries: Tensors of the file under Hugging Face names.
+      names: Hugging Face names of the file's tensors.
 
     Returns:
       Fields of our own type; an absent part counts as one unit, which `fill_absent` makes zero.
@@ -107,30 +107,35 @@ def ragged_fields(counts: BlockCounts, entries: Mapping[str, Entry]) -> dict[str
             "heads": [max(1, n) for n in counts.kv_heads],
             "neurons": [max(1, n) for n in counts.neurons],
         },
-        "biases": sorted(_biased(entries)),
+        "biases": sorted(_biased(names) & {*_ATTENTION, *_FEED_FORWARD}),
     }
 
 
-def bias_fields(entries: Mapping[str, Entry]) -> dict[str, bool]:
-    """Return LLaMA's fields for biases.
+def bias_fields(config: Mapping[str, Any], names: Iterable[str]) -> dict[str, bool]:
+    """Return the fields for biases, of which the file has none: its tensors tell.
 
     Args:
-      entries: Tensors of the file under Hugging Face names.
+      config: Fields of `config.json` that are known, with its `model_type`.
+      names: Hugging Face names of the file's tensors.
 
     Returns:
-      `attention_bias` and `mlp_bias`, each true if one linear of its kind has a bias.
+      Each field of the family, true if one linear of its kind has a bias.
     """
-    biased = _biased(entries)
+    biased = _biased(names)
+    return {flag: not biased.isdisjoint(modules) for flag, modules in _flagged(config).items()}
+
+
+def _flagged(config: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Return the linears that each field of the family gives a bias."""
+    family = hf.family(config)
     return {
-        "attention_bias": not biased.isdisjoint(_ATTENTION),
-        "mlp_bias": not biased.isdisjoint(_FEED_FORWARD),
+        flag: {family.linears[slot] for slot in slots} for flag, slots in family.bias_flags.items()
     }
 
 
-def _biased(entries: Mapping[str, Entry]) -> set[str]:
-    """Return the linears that have a bias in any block, such as "mlp.down_proj"."""
-    modules = {_module(name) for name in entries if name.endswith(".bias")}
-    return modules & {*_ATTENTION, *_FEED_FORWARD}
+def _biased(names: Iterable[str]) -> set[str]:
+    """Return the modules within a block that have a bias in any, such as "mlp.down_proj"."""
+    return {_module(n) for n in names if n.endswith(".bias") and n.startswith("model.layers.")}
 
 
 def _module(name: str) -> str:
@@ -149,10 +154,8 @@ def fill_absent(
       counts: Sizes of each block; None where no part can be absent.
     """
     biased = _biased(entries)
-    if config.get("attention_bias"):
-        biased |= set(_ATTENTION)
-    if config.get("mlp_bias"):
-        biased |= set(_FEED_FORWARD)
+    for flag, modules in _flagged(config).items():
+        biased |= modules if config.get(flag) else set()
     if counts is not None:
         for block, kv_heads, neurons in zip(
             hf.specs(config)[2], counts.kv_heads, counts.neurons, strict=True

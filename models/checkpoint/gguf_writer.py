@@ -1,12 +1,12 @@
 """GGUF files of pruned checkpoints, for llama.cpp and what is built on it.
 
-All forms of the LLaMA family are `llama` there, Qwen2's own is `qwen2`, and blocks that differ in
-width or lost their attention are `deci`. The differences to the Hugging Face checkpoint are those
-that `models.checkpoint.gguf` undoes. One tensor is in memory at a time.
+All forms that compute what a LLaMA does are `llama` there, Qwen2's own is `qwen2`, and their blocks
+that differ in width or lost their attention are `deci`. Other families have an architecture of
+their own, whose blocks are alike. The differences to the Hugging Face checkpoint are those that
+`models.checkpoint.gguf` undoes. One tensor is in memory at a time.
 """
 
 import contextlib
-import dataclasses
 import math
 import os
 import pathlib
@@ -18,8 +18,16 @@ import numpy as np
 
 from models import decoder
 from models.checkpoint.formats import open_tensors
+from models.checkpoint.fused import Split
 from models.checkpoint.gguf import gguf_tokenizer
-from models.checkpoint.gguf_names import BLOCK, NON_BLOCK, RAGGED, ROPE_FACTORS
+from models.checkpoint.gguf_names import ARCHITECTURES, NON_BLOCK, RAGGED, Architecture
+from models.checkpoint.gguf_writer_settings import (
+    Sizes,
+    factor_tensors,
+    longest_text,
+    settings_of,
+    unsaid,
+)
 from models.checkpoint.gguf_writer_vocab import load_backend, vocab_metadata
 from models.checkpoint.reader import read_config
 from models.checkpoint.tensors import Tensors
@@ -27,14 +35,12 @@ from models.errors import InputError
 from models.families import hf
 from models.families.fields import Fields, kind_of
 from models.layers import Linear
-from models.rotary import Rope, inverse_frequencies
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 # Name of a type of matrices -> its GGML name; vectors are always float32.
 TYPES = {"f16": "F16", "q8_0": "Q8_0"}
-_PARTS = {module: part for names in (BLOCK, NON_BLOCK) for part, module in names.items()}
 
 
 class WrittenGguf(NamedTuple):
@@ -63,11 +69,24 @@ class _BlockPlan(NamedTuple):
 
 
 class _TensorPlan(NamedTuple):
-    """A tensor to write: its name in the checkpoint, and the size of rotary heads to reorder."""
+    """A tensor to write.
 
-    source: str
-    shape: tuple[int, ...]
-    rotary: int
+    Attributes:
+      sources: Names in the checkpoint of the parts that lie below each other, with the shape of
+        each in the file. What a part lacks is filled with zeros.
+      rotary: Size of the heads whose rows are reordered; 0 for none.
+      offset: Number to add.
+    """
+
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    rotary: int = 0
+    offset: float = 0.0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape in the file."""
+        shapes = [shape for _, shape in self.sources]
+        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
 def check_gguf(config: Mapping[str, Any], source: pathlib.Path) -> None:
@@ -84,7 +103,11 @@ def check_gguf(config: Mapping[str, Any], source: pathlib.Path) -> None:
         import gguf  # noqa: F401  (fail now rather than after the run)
     except ImportError:
         raise _unwritable("needs the gguf package", "pip install gguf") from None
-    _llama_config(config)
+    c = _settings(config)
+    if not _is_llama(c):
+        # Sizes that change in the run are checked again when the file is written.
+        sizes = Sizes(len(c.windows), c.query_heads, c.kv_heads, c.ffn_dim)
+        _check_said(config, c, _own(config), sizes)
     backend = gguf_tokenizer(source) if source.is_file() else load_backend(source)
     vocab_metadata(source, backend, config)
 
@@ -93,15 +116,28 @@ def _unwritable(reason: str, remedy: str = "leave `output_format` out") -> Input
     return InputError(reason, remedy, field="output_format", value="gguf")
 
 
-def _llama_config(config: Mapping[str, Any]) -> decoder.Config:
-    """Return the settings of a model of the LLaMA family; InputError if llama.cpp lacks it."""
+def _settings(config: Mapping[str, Any]) -> decoder.Config:
+    """Return the settings of a model; InputError if llama.cpp lacks it at any sizes."""
     c = hf.family(config).arch(config).config
-    if isinstance(c, decoder.Config) and c.act != "silu":
+    if not isinstance(c, decoder.Config) or not (_is_llama(c) or _own(config)):
+        raise _unwritable(f"is not possible: llama.cpp has no architecture for {kind_of(config)}")
+    if _is_llama(c) and c.act != "silu":
         raise _unwritable(f"is not possible: llama.cpp's LLaMA computes silu, not {c.act}")
-    # LLaMA's own settings leave all switches of the decoder at their defaults.
-    if not isinstance(c, decoder.Config) or c != decoder.as_llama(c):
-        raise _unwritable(f"is not possible: Topiary writes no GGUF of {kind_of(config)}")
+    if c.rope.kind == "yarn" and not c.rope.truncate:
+        raise _unwritable("is not possible: llama.cpp rounds the bounds of yarn's ramp")
     return c
+
+
+def _is_llama(c: decoder.Config) -> bool:
+    # LLaMA's own settings leave all switches of the decoder at their defaults.
+    return c == decoder.as_llama(c)
+
+
+def _own(config: Mapping[str, Any]) -> str:
+    """Return the architecture of a family that is no LLaMA; empty if there is none."""
+    kind = kind_of(config)
+    names = (name for name, arch in ARCHITECTURES.items() if arch.model_type == kind)
+    return next(names, "")
 
 
 def write_gguf(directory: str | os.PathLike[str], dtype: str = "f16") -> WrittenGguf:
@@ -118,32 +154,98 @@ def write_gguf(directory: str | os.PathLike[str], dtype: str = "f16") -> Written
     Raises:
       InputError: llama.cpp lacks the architecture or the tokenizer, or a weight exceeds float16.
     """
-    from gguf import GGUFWriter
+    from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 
     directory = pathlib.Path(directory)
     config = read_config(directory)
-    c = _llama_config(config)
-    tensors = open_tensors(directory)
-    # Any: trees of specs of the LLaMA family, which was checked.
+    c = _settings(config)
+    # Any: trees of specs of the decoder's families, which was checked.
     non_block, specs = cast(Any, hf.specs(config)[1:])
-    blocks = _plan_blocks(c, specs, tensors)
-    architecture = _architecture(config, c, blocks)
-    plans = _plan_tensors(c, non_block, blocks, architecture, tensors)
+    # Parts of fused tensors are written one by one, each with the zeros that it lacks.
+    tensors = Split(open_tensors(directory), {s.name: s.shape for s in _leaves((non_block, specs))})
+    blocks, architecture = _plan_blocks(config, c, specs, tensors)
+    arch = ARCHITECTURES[architecture]
+    context = longest_text(c, arch, Fields(config).count("max_position_embeddings", 2048))
+    plans = _plan_tensors(arch, c, non_block, blocks, tensors)
     metadata = vocab_metadata(directory, load_backend(directory), config)
     path = directory / f"model-{dtype}.gguf"
     with contextlib.closing(GGUFWriter(path, architecture)) as writer:
-        context = _add_settings(writer, config, c, blocks, dtype)
+        writer.add_file_type(LlamaFileType[f"MOSTLY_{TYPES[dtype]}"])
+        writer.add_quantization_version(GGML_QUANT_VERSION)
+        settings = settings_of(c, arch, _sizes(blocks), context)
+        _add_metadata(writer, {f"{architecture}.{key}": v for key, v in settings.items()})
         _add_metadata(writer, metadata)
-        _write_tensors(writer, plans, tensors, dtype, _rope_factors(c.rope, c.head_dim))
+        _write_tensors(writer, plans, tensors, dtype, factor_tensors(c.rope, c.head_dim))
     return WrittenGguf(path, architecture, context, path.stat().st_size)
 
 
 def _plan_blocks(
-    c: decoder.Config, specs: Sequence[decoder.Block], tensors: Tensors
+    config: Mapping[str, Any], c: decoder.Config, specs: Sequence[decoder.Block], tensors: Tensors
+) -> tuple[list[_BlockPlan], str]:
+    """Return the blocks to write, and the architecture of the file."""
+    counts = c.widths or ((c.kv_heads, c.ffn_dim),) * len(specs)
+    if not _is_llama(c):
+        architecture = _own(config)
+        size = _common_size(c, ARCHITECTURES[architecture], counts)
+        plans = [_BlockPlan(block, *size) for block in specs]
+        _check_said(config, c, architecture, _sizes(plans))
+        return plans, architecture
+    plans = _llama_blocks(c, specs, counts, tensors)
+    return plans, _llama_architecture(config, c, plans)
+
+
+def _check_said(
+    config: Mapping[str, Any], c: decoder.Config, architecture: str, sizes: Sizes
+) -> None:
+    """Check that the settings of a file of blocks that are alike say all of the model."""
+    family = hf.family(config)
+    stock = {k: v for k, v in config.items() if k not in ("biases", "widths")}
+    held = {*family.arch(stock | {"model_type": kind_of(config)}).config.biases}
+    held |= {slot for slots in family.bias_flags.values() for slot in slots}
+    if surplus := [slot for slot in c.biases if slot not in held]:
+        raise _unwritable(
+            f"is not possible: llama.cpp's {architecture} has no biases of {', '.join(surplus)}"
+        )
+    positions = Fields(config).count("max_position_embeddings", 2048)
+    context = longest_text(c, ARCHITECTURES[architecture], positions)
+    if missing := unsaid(c, architecture, sizes, context):
+        raise _unwritable(
+            f"is not possible: llama.cpp's {architecture} has no setting for this model's "
+            f"{', '.join(missing)}"
+        )
+
+
+def _sizes(blocks: Sequence[_BlockPlan]) -> Sizes:
+    """Return the sizes of all blocks, as one number where they are alike."""
+    columns = [list(column) for column in zip(*(b[1:] for b in blocks), strict=True)]
+    if all(len(set(column)) == 1 for column in columns):
+        return Sizes(len(blocks), *(column[0] for column in columns))
+    return Sizes(len(blocks), *columns)
+
+
+def _common_size(
+    c: decoder.Config, arch: Architecture, counts: Sequence[tuple[int, int]]
+) -> tuple[int, int, int]:
+    """Return query heads, key-value heads and neurons that every block fits in."""
+    kv_heads, neurons = map(max, zip(*counts, strict=True))
+    shared = c.query_heads // c.kv_heads
+    if arch.whole_heads:
+        kv_heads = max(kv_heads, c.dim // (shared * c.head_dim))
+    # Zeros beside the heads would change the mean square that the norm divides by.
+    grows = c.qk_norm == "whole" and any(k != kv_heads for k, _ in counts)
+    if grows or (arch.whole_heads and kv_heads * shared * c.head_dim != c.dim):
+        raise _unwritable("is not possible: llama.cpp takes only heads that make up the width")
+    return kv_heads * shared, kv_heads, neurons
+
+
+def _llama_blocks(
+    c: decoder.Config,
+    specs: Sequence[decoder.Block],
+    counts: Sequence[tuple[int, int]],
+    tensors: Tensors,
 ) -> list[_BlockPlan]:
     """Return the blocks that do something, without heads where attention does nothing."""
     plans = []
-    counts = c.widths or ((c.kv_heads, c.ffn_dim),) * len(specs)
     for block, (kv_heads, neurons) in zip(specs, counts, strict=True):
         # Our own form stores a part that lost all units as one unit of zeros.
         own = bool(c.widths)
@@ -163,17 +265,17 @@ def _plan_blocks(
 
 def _does_nothing(linear: Linear, tensors: Tensors) -> bool:
     """Return True if a linear maps everything to zero."""
-    return all(_is_zero(spec, tensors) for spec in _leaves(linear))
+    return all(_is_zero(spec.name, tensors) for spec in _leaves(linear))
 
 
-def _is_zero(spec: Any, tensors: Tensors) -> bool:
-    return not np.asarray(tensors.read(spec.name), np.float32).any()
+def _is_zero(name: str, tensors: Tensors) -> bool:
+    return not np.asarray(tensors.read(name), np.float32).any()
 
 
-def _architecture(
+def _llama_architecture(
     config: Mapping[str, Any], c: decoder.Config, blocks: Sequence[_BlockPlan]
 ) -> str:
-    """Return llama.cpp's name of the architecture."""
+    """Return the architecture of a model that computes what a LLaMA does."""
     if len({(b.heads, b.kv_heads, b.neurons) for b in blocks}) > 1:
         return RAGGED
     # llama.cpp's Qwen2 has all heads, and biases on queries, keys and values alone.
@@ -184,79 +286,66 @@ def _architecture(
 
 
 def _plan_tensors(
+    arch: Architecture,
     c: decoder.Config,
     non_block: decoder.NonBlockParams,
     blocks: Sequence[_BlockPlan],
-    architecture: str,
     tensors: Tensors,
 ) -> dict[str, _TensorPlan]:
     """Return what to write under each of llama.cpp's names."""
     plans = {}
-    for spec in _leaves(non_block):
-        module, _, kind = spec.name.rpartition(".")
-        plans[f"{_PARTS[module]}.{kind}"] = _TensorPlan(spec.name, spec.shape, 0)
+    for slot, part in NON_BLOCK.items():
+        for spec in _leaves(getattr(non_block, slot)):
+            offset = arch.norm_offset if slot == "norm" else 0.0
+            source = ((spec.name, spec.shape),)
+            plans[f"{part}.{_kind(spec)}"] = _TensorPlan(source, offset=offset)
     for i, block in enumerate(blocks):
-        for spec in _leaves(block.specs):
-            module, _, kind = spec.name.rpartition(".")
-            part = _PARTS[module.split(".", 3)[3]]
-            # Stock forms fill missing biases with zeros, which llama.cpp does without.
-            skipped = kind == "bias" and _is_zero(spec, tensors)
-            if skipped or (part.startswith("attn_") and not block.heads):
+        for part, slots in arch.parts().items():
+            # Parts of another form of the file: fused where the checkpoint's are apart.
+            if len({arch.module(slot) for slot in slots}) > 1:
                 continue
-            # llama.cpp rotates neighbouring rows of LLaMA, and halves of Qwen2's as transformers.
-            rotates = part in ("attn_q", "attn_k") and architecture != "qwen2"
-            plans[f"blk.{i}.{part}.{kind}"] = _TensorPlan(
-                spec.name, spec.shape, c.head_dim if rotates else 0
-            )
+            for kind, sources in _sources(c, block, slots).items():
+                # Stock forms fill missing biases with zeros, which llama.cpp does without.
+                skipped = kind == "bias" and all(_is_zero(n, tensors) for n, _ in sources)
+                if skipped or (part.startswith("attn_") and not block.heads):
+                    continue
+                # llama.cpp rotates neighbouring rows of LLaMA, others' halves as transformers.
+                rotates = arch.permuted and slots in (("q",), ("k",))
+                offset = arch.norm_offset if slots[0].endswith("norm") else 0.0
+                plans[f"blk.{i}.{part}.{kind}"] = _TensorPlan(
+                    tuple(sources), c.head_dim if rotates else 0, offset
+                )
     return plans
+
+
+def _sources(
+    c: decoder.Config, block: _BlockPlan, slots: Sequence[str]
+) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
+    """Return the tensors of slots with their shapes in the file, by "weight" and "bias"."""
+    q, kv, f = block.heads * c.head_dim, block.kv_heads * c.head_dim, block.neurons
+    # Rows and columns; what is not named stays as it is.
+    rows = {"q": q, "k": kv, "v": kv, "gate": f, "up": f}
+    columns = {"o": q, "down": f}
+    found: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+    for slot in slots:
+        for spec in _leaves(getattr(block.specs, slot)):
+            shape = (rows.get(slot, spec.shape[0]), *spec.shape[1:])
+            if len(shape) == 2:
+                shape = (shape[0], columns.get(slot, shape[1]))
+            found.setdefault(_kind(spec), []).append((spec.name, shape))
+    return found
+
+
+def _kind(spec: hf.Spec) -> str:
+    return spec.name.rpartition(".")[2]
 
 
 def _leaves(tree: Any) -> list[hf.Spec]:
     return jax.tree.leaves(tree, is_leaf=hf.is_spec)
 
 
-def _add_settings(
-    writer: "GGUFWriter",
-    config: Mapping[str, Any],
-    c: decoder.Config,
-    blocks: Sequence[_BlockPlan],
-    dtype: str,
-) -> int:
-    """Add the architecture's settings to a file; return the longest text in tokens."""
-    from gguf import GGML_QUANT_VERSION, LlamaFileType, RopeScalingType
-
-    context = Fields(config).count("max_position_embeddings", 2048)
-    # llama.cpp's LLaMA has neither windows nor dynamic scaling. Up to a window's length, and to
-    # the positions where dynamic scaling begins, the function is the same.
-    context = min([context, *(w for w in c.windows if w is not None)])
-    ragged = len({b[1:] for b in blocks}) > 1
-
-    def counts(name: str) -> Any:
-        values = [getattr(b, name) for b in blocks]
-        return values if ragged else values[0]
-
-    writer.add_file_type(LlamaFileType[f"MOSTLY_{TYPES[dtype]}"])
-    writer.add_quantization_version(GGML_QUANT_VERSION)
-    writer.add_vocab_size(c.vocab)
-    writer.add_context_length(context)
-    writer.add_embedding_length(c.dim)
-    writer.add_block_count(len(blocks))
-    writer.add_feed_forward_length(counts("neurons"))
-    writer.add_head_count(counts("heads"))
-    writer.add_head_count_kv(counts("kv_heads"))
-    writer.add_key_length(c.head_dim)
-    writer.add_value_length(c.head_dim)
-    writer.add_layer_norm_rms_eps(c.static.eps)
-    writer.add_rope_dimension_count(c.head_dim)
-    writer.add_rope_freq_base(c.rope.theta)
-    if c.rope.kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(c.rope.factor)
-    return context
-
-
 def _add_metadata(writer: "GGUFWriter", metadata: Mapping[str, Any]) -> None:
-    """Add the tokenizer's metadata to a file."""
+    """Add metadata to a file."""
     for key, value in metadata.items():
         # bool before int, which it also is.
         if isinstance(value, bool):
@@ -265,16 +354,10 @@ def _add_metadata(writer: "GGUFWriter", metadata: Mapping[str, Any]) -> None:
             writer.add_uint32(key, value)
         elif isinstance(value, str):
             writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
         else:
             writer.add_array(key, value)
-
-
-def _rope_factors(rope: Rope, head_dim: int) -> np.ndarray | None:
-    """Return what divides the rotary frequencies, float32 [d/2]; None where nothing does."""
-    if rope.kind != "llama3":
-        return None
-    plain = inverse_frequencies(dataclasses.replace(rope, kind="default"), head_dim, 1)
-    return plain / inverse_frequencies(rope, head_dim, 1)
 
 
 def _write_tensors(
@@ -282,7 +365,7 @@ def _write_tensors(
     plans: Mapping[str, _TensorPlan],
     tensors: Tensors,
     dtype: str,
-    rope_factors: np.ndarray | None,
+    factors: Mapping[str, np.ndarray],
 ) -> None:
     """Write the header, which names every tensor, and then one tensor after the other."""
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -292,17 +375,15 @@ def _write_tensors(
         block, block_bytes = GGML_QUANT_SIZES[kinds[name]]
         size = math.prod(plan.shape) // block * block_bytes
         writer.add_tensor_info(name, plan.shape, np.dtype(np.float32), size, kinds[name])
-    if rope_factors is not None:
-        writer.add_tensor_info(
-            ROPE_FACTORS, rope_factors.shape, rope_factors.dtype, rope_factors.nbytes
-        )
+    for name, value in factors.items():
+        writer.add_tensor_info(name, value.shape, value.dtype, value.nbytes)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for value in _encoded(plans, kinds, tensors):
         writer.write_tensor_data(value)
-    if rope_factors is not None:
-        writer.write_tensor_data(rope_factors)
+    for value in factors.values():
+        writer.write_tensor_data(value)
 
 
 def _stored_type(shape: Sequence[int], dtype: str) -> str:
@@ -319,7 +400,8 @@ def _encoded(
     from gguf.quants import quantize
 
     for name, plan in plans.items():
-        value = np.asarray(tensors.read(plan.source), np.float32)
+        value = np.concatenate([_filled(tensors, *source) for source in plan.sources])
+        value = value + np.float32(plan.offset) if plan.offset else value
         if plan.rotary:
             # From halves (i, i + d/2) of each head to neighbours (2i, 2i + 1).
             halves = value.reshape(-1, 2, plan.rotary // 2, *value.shape[1:])
@@ -327,5 +409,11 @@ def _encoded(
         with np.errstate(over="ignore"):
             stored = quantize(np.ascontiguousarray(value), kinds[name])
         if stored.dtype == np.float16 and not np.isfinite(stored).all():
-            raise _unwritable(f"is not possible: {plan.source} exceeds float16's range")
+            raise _unwritable(f"is not possible: {plan.sources[0][0]} exceeds float16's range")
         yield stored
+
+
+def _filled(tensors: Tensors, name: str, shape: Sequence[int]) -> np.ndarray:
+    """Read a tensor in float32, with zeros after its rows and columns up to a shape."""
+    value = np.asarray(tensors.read(name), np.float32)
+    return np.pad(value, [(0, n - have) for n, have in zip(shape, value.shape, strict=True)])

@@ -15,7 +15,7 @@ import tokenizers
 from flax.traverse_util import unflatten_dict
 from safetensors.numpy import load_file, save_file
 
-from models.checkpoint.gguf_names import BLOCK
+from models.checkpoint.gguf_names import ARCHITECTURES
 from models.checkpoint.writer import save
 from models.init import init_model
 
@@ -57,7 +57,8 @@ OPT = COMMON | dict(
     init_std=0.3,
 )
 TEXTS = [f"{name} went to the lake and rowed a boat. " * 3 for name in ("Ann", "Bob", "Cy", "Dé")]
-GGUF_NAMES = {module: part for part, module in BLOCK.items()}
+_ARCH = ARCHITECTURES["llama"]
+GGUF_NAMES = {_ARCH.module(slot): part for part, (slot,) in _ARCH.parts().items()}
 TASK = """task: stories
 dataset_path: json
 dataset_kwargs: {data_files: {test: stories.jsonl}}

@@ -27,6 +27,48 @@ LLAMA, QWEN2 = {**tiny.LLAMA, **WIDE}, {**tiny.QWEN2, **WIDE}
 # Heads as long as real ones: of fewer angles the reader cannot recover LLaMA 3's scaling.
 LLAMA3 = {**tiny.GQA, "head_dim": 64, "rope_scaling": tiny.LLAMA3, "rope_theta": 500000.0}
 LINEAR = {**tiny.GQA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "original_max_position_embeddings": 16,
+    "short_factor": [1.0, 1.1, 1.3, 1.6],
+    "long_factor": [1.0, 1.5, 2.5, 4.0],
+}
+
+
+def of(kind: str, **more: Any) -> dict[str, Any]:
+    return {**LLAMA, "model_type": kind, "num_hidden_layers": 4, **more}
+
+
+GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 5}
+# Multipliers, as those of Granite's own models.
+GRANITE = of(
+    "granite",
+    embedding_multiplier=3.0,
+    attention_multiplier=0.2,
+    residual_multiplier=0.4,
+    logits_scaling=2.0,
+)
+PHI3 = of("phi3", original_max_position_embeddings=16, rope_scaling=LONGROPE)
+# In the other families blocks are alike: narrower ones are filled with zeros.
+FAMILIES: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...], str]] = {
+    "llama, yarn": ({**LLAMA, "rope_scaling": YARN}, [2, 2], [20, 20], (), "llama"),
+    "llama, yarn of another factor": (
+        {**LLAMA, "rope_scaling": {**YARN, "attention_factor": 1.3}}, [3, 3], [40, 40], (), "llama"
+    ),
+    "qwen3": (of("qwen3", rope_scaling=YARN), [2] * 4, [20] * 4, (), "qwen3"),
+    "qwen3, ragged": (of("qwen3"), [1, 3, 2, 2], [20, 21, 40, 3], (), "qwen3"),
+    "granite's own": (GRANITE, [2] * 4, [20] * 4, ("o", "down"), "granite"),
+    "smollm3": (of("smollm3"), [2] * 4, [20] * 4, (), "smollm3"),
+    "olmo2": (of("olmo2"), [3] * 4, [20] * 4, (), "olmo2"),
+    "phi": (of("phi", num_key_value_heads=6), [6] * 4, [40] * 4, (), "phi2"),
+    "phi3": (PHI3, [3] * 4, [20] * 4, (), "phi3"),
+    "phi3, ragged": (PHI3, [2, 3, 1, 2], [20, 21, 40, 3], (), "phi3"),
+    "gemma": (of("gemma"), [2] * 4, [20] * 4, (), "gemma"),
+    "gemma2": (of("gemma2", **GEMMA), [2] * 4, [20] * 4, (), "gemma2"),
+    "gemma2, ragged": (of("gemma2", **GEMMA), [1, 3, 2, 2], [20, 21, 40, 3], (), "gemma2"),
+    "gemma3": (of("gemma3_text", **GEMMA, num_hidden_layers=7), [2] * 7, [20] * 7, (), "gemma3"),
+}  # fmt: skip
 FORMS: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...], str]] = {
     "llama": (LLAMA, [3, 3], [40, 40], (), "llama"),
     "tied": ({**LLAMA, "tie_word_embeddings": True}, [3, 3], [40, 40], (), "llama"),
@@ -49,11 +91,15 @@ FORMS: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...],
     "no attention but its bias": (LLAMA, [2, 0], [20, 21], ("o",), "deci"),
     "no feed-forward": (LLAMA, [2, 2], [0, 20], (), "deci"),
     "an empty block": (LLAMA, [2, 0], [20, 0], (), "llama"),
+    **FAMILIES,
 }  # fmt: skip
 
 
 # One form of each difference between the two formats; every form compiles its own programs.
-QUICK = ("granite", "llama 3", "qwen2", "ragged with biases", "no attention at the start")
+QUICK = (
+    "granite", "llama 3", "qwen2", "ragged with biases", "no attention at the start",
+    "llama, yarn", "phi3, ragged", "gemma3",
+)  # fmt: skip
 
 
 def float16(model: Model) -> Model:
@@ -111,7 +157,9 @@ def test_our_reader_gives_the_same_logits(form: Any, tmp_path: pathlib.Path) -> 
     assert file.size == file.path.stat().st_size and file.context == 64
     ours, theirs = open_checkpoint(directory).model, open_checkpoint(file.path).model
     tokens = tiny.tokens()
-    np.testing.assert_array_equal(logits(theirs, tokens), logits(ours, tokens))
+    # Zeros beside the units, and one added to Gemma's norms, change the last bits of float32.
+    bound = 1e-5 if form in FAMILIES.values() else 0.0
+    np.testing.assert_allclose(logits(theirs, tokens), logits(ours, tokens), atol=bound, rtol=bound)
 
 
 def test_parts_that_do_nothing_are_not_stored(tmp_path: pathlib.Path) -> None:
