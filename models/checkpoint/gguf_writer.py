@@ -130,14 +130,15 @@ def _settings(config: Mapping[str, Any]) -> decoder.Config:
 
 def _is_llama(c: decoder.Config) -> bool:
     # LLaMA's own settings leave all switches of the decoder at their defaults.
-    return c == decoder.as_llama(c)
+    return c == decoder.as_llama(c) and c.rope.share == 1.0
 
 
 def _own(config: Mapping[str, Any]) -> str:
     """Return the architecture of a family that is no LLaMA; empty if there is none."""
     kind = kind_of(config)
-    names = (name for name, arch in ARCHITECTURES.items() if arch.model_type == kind)
-    return next(names, "")
+    # Mistral has none of its own.
+    kind = "llama" if kind == "mistral" else kind
+    return next((name for name, arch in ARCHITECTURES.items() if arch.model_type == kind), "")
 
 
 def write_gguf(directory: str | os.PathLike[str], dtype: str = "f16") -> WrittenGguf:
@@ -198,10 +199,8 @@ def _check_said(
     config: Mapping[str, Any], c: decoder.Config, architecture: str, sizes: Sizes
 ) -> None:
     """Check that the settings of a file of blocks that are alike say all of the model."""
-    family = hf.family(config)
-    stock = {k: v for k, v in config.items() if k not in ("biases", "widths")}
-    held = {*family.arch(stock | {"model_type": kind_of(config)}).config.biases}
-    held |= {slot for slots in family.bias_flags.values() for slot in slots}
+    flagged = {slot for slots in hf.family(config).bias_flags.values() for slot in slots}
+    held = flagged | _stock_biases(config)
     if surplus := [slot for slot in c.biases if slot not in held]:
         raise _unwritable(
             f"is not possible: llama.cpp's {architecture} has no biases of {', '.join(surplus)}"
@@ -278,11 +277,16 @@ def _llama_architecture(
     """Return the architecture of a model that computes what a LLaMA does."""
     if len({(b.heads, b.kv_heads, b.neurons) for b in blocks}) > 1:
         return RAGGED
-    # llama.cpp's Qwen2 has all heads, and biases on queries, keys and values alone.
-    whole = blocks[0].heads * c.head_dim == c.dim
-    if kind_of(config) == "qwen2" and whole and set(c.biases) == {"q", "k", "v"}:
-        return "qwen2"
-    return "llama"
+    own = _own(config)
+    # Some families' own has all heads, and the biases of their stock models alone.
+    whole = ARCHITECTURES[own].whole_heads and blocks[0].heads * c.head_dim == c.dim
+    return own if whole and set(c.biases) == _stock_biases(config) else "llama"
+
+
+def _stock_biases(config: Mapping[str, Any]) -> set[str]:
+    """Return the slots that have a bias in the stock model of the configuration's family."""
+    stock = {k: v for k, v in config.items() if k not in ("biases", "widths")}
+    return set(hf.family(config).arch(stock | {"model_type": kind_of(config)}).config.biases)
 
 
 def _plan_tensors(

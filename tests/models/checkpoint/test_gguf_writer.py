@@ -50,6 +50,8 @@ GRANITE = of(
     logits_scaling=2.0,
 )
 PHI3 = of("phi3", original_max_position_embeddings=16, rope_scaling=LONGROPE)
+FACTORS = {name: LONGROPE[name][:3] for name in ("short_factor", "long_factor")}
+PARTIAL = {**PHI3, "rope_scaling": {**LONGROPE, **FACTORS, "partial_rotary_factor": 0.75}}
 # In the other families blocks are alike: narrower ones are filled with zeros.
 FAMILIES: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...], str]] = {
     "llama, yarn": ({**LLAMA, "rope_scaling": YARN}, [2, 2], [20, 20], (), "llama"),
@@ -63,7 +65,9 @@ FAMILIES: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ..
     "olmo2": (of("olmo2"), [3] * 4, [20] * 4, (), "olmo2"),
     "phi": (of("phi", num_key_value_heads=6), [6] * 4, [40] * 4, (), "phi2"),
     "phi3": (PHI3, [3] * 4, [20] * 4, (), "phi3"),
-    "phi3, ragged": (PHI3, [2, 3, 1, 2], [20, 21, 40, 3], (), "phi3"),
+    "phi3, ragged": (PHI3, [2, 3, 1, 2], [20, 21, 40, 3], (), "deci"),
+    "phi3, fewer heads": (PHI3, [2] * 4, [20] * 4, (), "llama"),
+    "phi3, partial and ragged": (PARTIAL, [2, 3, 1, 2], [20, 21, 40, 3], (), "phi3"),
     "gemma": (of("gemma"), [2] * 4, [20] * 4, (), "gemma"),
     "gemma2": (of("gemma2", **GEMMA), [2] * 4, [20] * 4, (), "gemma2"),
     "gemma2, ragged": (of("gemma2", **GEMMA), [1, 3, 2, 2], [20, 21, 40, 3], (), "gemma2"),
@@ -98,7 +102,7 @@ FORMS: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...],
 # One form of each difference between the two formats; every form compiles its own programs.
 QUICK = (
     "granite", "llama 3", "qwen2", "ragged with biases", "no attention at the start",
-    "llama, yarn", "phi3, ragged", "gemma3",
+    "llama, yarn", "phi3, partial and ragged", "gemma3",
 )  # fmt: skip
 
 
