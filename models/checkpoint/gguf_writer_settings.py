@@ -8,7 +8,7 @@ import dataclasses
 import math
 import pathlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -91,8 +91,10 @@ def settings_of(
     }
     numbers = {key: getattr(c.static, NUMBERS[key]) for key, _ in arch.numbers.values()}
     found |= {key: value for key, value in numbers.items() if value is not None}
-    if arch.sliding is not None and arch.sliding.held:
-        found["attention.sliding_window"] = next((w for w in c.windows if w), 0)
+    window = next((w for w in c.windows if w), 0)
+    # Phi-3's files say 0, which others read as a window of nothing.
+    if arch.sliding is not None and arch.sliding.held and (window or not arch.sliding.period):
+        found["attention.sliding_window"] = window
     if c.local_rope is not None:
         found["rope.freq_base_swa"] = c.local_rope.theta
     return found | _scaling(c.rope)
@@ -161,21 +163,23 @@ def unsaid(c: decoder.Config, architecture: str, sizes: Sizes, context: int) -> 
     )
     config = read_config(Settings(file, architecture), arch, None, ())
     read = _comparable(hf.family(config).arch(config).config, context)
+    # Any: blocks that are alike have one number each.
+    heads, kv_heads, neurons = cast(Any, sizes[1:])
     wanted = dataclasses.replace(
-        c, query_heads=sizes.heads, kv_heads=sizes.kv_heads, ffn_dim=sizes.neurons, widths=()
+        c, query_heads=heads, kv_heads=kv_heads, ffn_dim=neurons, widths=()
     )
     return _differences(_comparable(wanted, context), read)
 
 
 def _comparable(c: decoder.Config, context: int) -> dict[str, Any]:
-    """Return the fields of a configuration that the settings alone decide."""
-    ropes = (c.rope, c.local_rope)
+    """Return the fields of a configuration that are compared, rotary scaling left out."""
+    # A window that no text exceeds is none.
     windows = [w if w is not None and w < context else None for w in c.windows]
     fields = {f.name: getattr(c, f.name) for f in dataclasses.fields(c)} | c.static._asdict()
     for name in ("static", "rope", "local_rope", "biases"):
         del fields[name]
     fields["windows"] = windows
-    fields["rope.theta"] = [r.theta for r in ropes if r is not None]
+    fields["rope.theta"] = [r.theta for r in (c.rope, c.local_rope) if r is not None]
     fields["rope.share"] = c.rope.rotated(c.head_dim)
     fields["local_rope"] = None if c.local_rope is None else c.local_rope.kind
     return fields

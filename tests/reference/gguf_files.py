@@ -121,10 +121,10 @@ def write(
     stored: Mapping[str, np.ndarray],
     **more: Any,
 ) -> pathlib.Path:
-    """Write a file of float32 tensors; `more` are further settings, whole metadata with a dot."""
+    """Write a file of float32 tensors; `more` replace settings, None removes one."""
     arch = ARCHITECTURES.get(config["model_type"], config["model_type"])
     writer = gguf.GGUFWriter(path, arch)
-    add = {
+    add: dict[type, Any] = {
         bool: writer.add_bool,
         int: writer.add_uint32,
         float: writer.add_float32,

@@ -223,6 +223,24 @@ def test_a_window_limits_the_context(kind: str, tmp_path: pathlib.Path) -> None:
     [
         (tiny.OPT, "output_format=gguf is not possible: llama.cpp has no architecture for opt"),
         ({**tiny.GQA, "hidden_act": "gelu"}, "llama.cpp's LLaMA computes silu, not gelu"),
+        (
+            {**LLAMA, "rope_scaling": {**YARN, "truncate": False}},
+            "llama.cpp rounds the bounds of yarn's ramp",
+        ),
+        (
+            of("smollm3", no_rope_layers=[1, 0, 0, 1]),
+            "llama.cpp's smollm3 has no setting for this model's rotary",
+        ),
+        (
+            of("gemma2", **{**GEMMA, "query_pre_attn_scalar": 10}, attn_logit_softcapping=None),
+            "gemma2 has no setting for this model's attention_scale, attention_cap",
+        ),
+        (
+            of("gemma3_text", **GEMMA, layer_types=["full_attention", "sliding_attention"] * 2),
+            "gemma3 has no setting for this model's windows",
+        ),
+        (of("qwen3", hidden_act="gelu"), "qwen3 has no setting for this model's act"),
+        (of("phi", qk_layernorm=True), "heads that make up the width|this model's qk_norm"),
     ],
 )
 def test_what_llama_cpp_lacks_is_refused(
@@ -231,6 +249,26 @@ def test_what_llama_cpp_lacks_is_refused(
     tiny_tokenizer.write(tmp_path)
     with pytest.raises(InputError, match=says):
         check_gguf(config, tmp_path)
+
+
+def test_biases_that_an_architecture_lacks_are_refused(tmp_path: pathlib.Path) -> None:
+    """A stock Qwen3 has no bias on `down`, which a compensation gives it."""
+    model = pruned(of("qwen3"), [2] * 4, [20] * 4, ("down",))
+    directory = written(tmp_path / "out", model, of("qwen3"))
+    with pytest.raises(InputError, match=r"llama\.cpp's qwen3 has no biases of down"):
+        write_gguf(directory)
+
+
+def test_heads_that_do_not_make_up_the_width_are_filled_or_refused(tmp_path: pathlib.Path) -> None:
+    """OLMo 2 divides by the mean square over all heads, so zeros beside them would change it."""
+    for kind in ("phi", "olmo2"):
+        config = of(kind, num_key_value_heads=6)
+        directory = written(tmp_path / kind, pruned(config, [5] * 4, [20] * 4, ()), config)
+        if kind == "phi":
+            assert read_gguf(write_gguf(directory).path).metadata["phi2.attention.head_count"] == 6
+            continue
+        with pytest.raises(InputError, match=r"llama\.cpp takes only heads that make up"):
+            write_gguf(directory)
 
 
 def test_the_missing_package_is_named(
