@@ -92,6 +92,9 @@ class Architecture(NamedTuple):
       local_rope: True if blocks with a window have a rotary base of their own.
       unrotated: Every such block has no rotary positions; 0 if all have.
       whole_heads: True if llama.cpp takes only heads that make up the hidden size.
+      biases: Slots of which llama.cpp reads a bias.
+      tied: True if llama.cpp takes only the embedding as the head, False if only another matrix;
+        None for either.
     """
 
     model_type: str
@@ -109,6 +112,8 @@ class Architecture(NamedTuple):
     local_rope: bool = False
     unrotated: int = 0
     whole_heads: bool = False
+    biases: tuple[str, ...] = ("q", "k", "v")
+    tied: bool | None = None
 
     def parts(self) -> dict[str, tuple[str, ...]]:
         """Return the slots that each part of a block in the file holds."""
@@ -134,8 +139,8 @@ class Architecture(NamedTuple):
 
 
 _QKV = {"attn_qkv": ("q", "k", "v")}
-_LLAMA = Architecture("llama", LLAMA_NAMES, permuted=True)
-_GEMMA = Architecture("gemma", LLAMA_NAMES, act="gelu_pytorch_tanh", norm_offset=1.0)
+_LLAMA = Architecture("llama", LLAMA_NAMES, permuted=True, biases=tuple(LINEARS))
+_GEMMA = Architecture("gemma", LLAMA_NAMES, act="gelu_pytorch_tanh", norm_offset=1.0, tied=True)
 _GEMMA2 = _GEMMA._replace(
     model_type="gemma2",
     names=GEMMA2_NAMES,
@@ -161,9 +166,16 @@ ARCHITECTURES = {
         },
     ),
     # llama.cpp has no setting for the blocks without rotary positions.
-    "smollm3": _LLAMA._replace(model_type="smollm3", unrotated=4),
+    "smollm3": _LLAMA._replace(model_type="smollm3", unrotated=4, biases=("q", "k", "v")),
     # Files of OLMo 3 have the same architecture, and windows.
-    "olmo2": Architecture("olmo2", OLMO2_NAMES, sliding=Sliding(4, held=False), whole_heads=True),
+    "olmo2": Architecture(
+        "olmo2",
+        OLMO2_NAMES,
+        sliding=Sliding(4, held=False),
+        whole_heads=True,
+        biases=(),
+        tied=False,
+    ),
     "phi2": Architecture(
         "phi",
         PHI_NAMES,
@@ -173,6 +185,8 @@ ARCHITECTURES = {
         fused=_QKV,
         partial=True,
         whole_heads=True,
+        biases=tuple(LINEARS),
+        tied=False,
     ),
     "phi3": Architecture(
         "phi3",
@@ -181,6 +195,7 @@ ARCHITECTURES = {
         partial=True,
         sliding=Sliding(0),
         whole_heads=True,
+        biases=(),
     ),
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
@@ -191,6 +206,7 @@ ARCHITECTURES = {
         sliding=Sliding(6),
         wide_blocks=62,
         local_rope=True,
+        tied=None,
     ),
     # LLaMA with blocks that differ in width or lack a part.
     RAGGED: _LLAMA,

@@ -145,14 +145,16 @@ def _check_said(
     config: Mapping[str, Any], c: decoder.Config, architecture: str, sizes: Sizes
 ) -> None:
     """Check that the settings of a file of blocks that are alike say all of the model."""
-    flagged = {slot for slots in hf.family(config).bias_flags.values() for slot in slots}
-    held = flagged | _stock_biases(config)
-    if surplus := [slot for slot in c.biases if slot not in held]:
+    arch = ARCHITECTURES[architecture]
+    if surplus := [slot for slot in c.biases if slot not in arch.biases]:
         raise unwritable(
             f"is not possible: llama.cpp's {architecture} has no biases of {', '.join(surplus)}"
         )
+    if arch.tied not in (None, c.tied):
+        head = "the embedding alone" if arch.tied else "another matrix than the embedding"
+        raise unwritable(f"is not possible: llama.cpp's {architecture} takes {head} as the head")
     positions = Fields(config).count("max_position_embeddings", 2048)
-    context = longest_text(c, ARCHITECTURES[architecture], positions)
+    context = longest_text(c, arch, positions)
     if missing := unsaid(c, architecture, sizes, context):
         raise unwritable(
             f"is not possible: llama.cpp's {architecture} has no setting for this model's "

@@ -72,8 +72,13 @@ def test_a_converted_file_gives_the_same_logits(name: str, tmp_path: pathlib.Pat
     np.testing.assert_allclose(logits(read.model, tokens), logits(model, tokens), atol=1e-5)
 
 
+# llama.cpp has no biases and no tied head of OLMo 2, and no bias of `o` in Qwen3 and Gemma. It
+# passes over Phi-3's windows, and over the factor that a checkpoint gives yarn.
+OTHERWISE = ("qwen3 biased", "olmo2 biased", "gemma biased", "phi3 longrope")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in OTHERWISE])
 def test_llama_cpp_reads_the_test_files_as_we_do(name: str, tmp_path: pathlib.Path) -> None:
     """The files of these tests are what llama.cpp takes such files to be."""
     llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
@@ -83,10 +88,9 @@ def test_llama_cpp_reads_the_test_files_as_we_do(name: str, tmp_path: pathlib.Pa
     vocab = vocab_metadata(tmp_path, load_backend(tmp_path), config)
     state = gguf_files.tensors(config, model)
     path = gguf_files.write(tmp_path / "m.gguf", config, state, **vocab)
-    context = 16 if "longrope" in name else 64
-    loaded = llama_cpp.Llama(str(path), n_ctx=context, logits_all=True, verbose=False)
-    # Phi-3's windows are disabled there, and longrope's factors go by the length it has room for.
-    tokens = tiny.tokens(batch=1, length=7 if "longrope" in name else tiny.LENGTH)
+    loaded = llama_cpp.Llama(str(path), n_ctx=64, logits_all=True, verbose=False)
+    # Longer than longrope's original length, as what llama.cpp has room for is.
+    tokens = tiny.tokens(batch=1)
     loaded.eval(tokens[0].tolist())
     theirs = np.array(loaded.scores[: tokens.shape[1]])
     np.testing.assert_allclose(theirs, logits(model, tokens)[0], atol=0.05, rtol=0.01)

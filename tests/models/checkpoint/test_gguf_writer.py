@@ -28,12 +28,8 @@ LLAMA, QWEN2 = {**tiny.LLAMA, **WIDE}, {**tiny.QWEN2, **WIDE}
 LLAMA3 = {**tiny.GQA, "head_dim": 64, "rope_scaling": tiny.LLAMA3, "rope_theta": 500000.0}
 LINEAR = {**tiny.GQA, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
-LONGROPE = {
-    "rope_type": "longrope",
-    "original_max_position_embeddings": 16,
-    "short_factor": [1.0, 1.1, 1.3, 1.6],
-    "long_factor": [1.0, 1.5, 2.5, 4.0],
-}
+FOUR = {"short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.0, 1.5, 2.5, 4.0]}
+LONGROPE = {"rope_type": "longrope", "original_max_position_embeddings": 16, **FOUR}
 
 
 def of(kind: str, **more: Any) -> dict[str, Any]:
@@ -50,7 +46,7 @@ GRANITE = of(
     logits_scaling=2.0,
 )
 PHI3 = of("phi3", original_max_position_embeddings=16, rope_scaling=LONGROPE)
-FACTORS = {name: LONGROPE[name][:3] for name in ("short_factor", "long_factor")}
+FACTORS = {name: FOUR[name][:3] for name in FOUR}
 PARTIAL = {**PHI3, "rope_scaling": {**LONGROPE, **FACTORS, "partial_rotary_factor": 0.75}}
 # In the other families blocks are alike: narrower ones are filled with zeros.
 FAMILIES: dict[str, tuple[Mapping[str, Any], list[int], list[int], tuple[str, ...], str]] = {
@@ -240,6 +236,13 @@ def test_a_window_limits_the_context(kind: str, tmp_path: pathlib.Path) -> None:
             "gemma3 has no setting for this model's windows",
         ),
         (of("qwen3", hidden_act="gelu"), "qwen3 has no setting for this model's act"),
+        (of("qwen3", attention_bias=True), "llama.cpp's qwen3 has no biases of o"),
+        (of("smollm3", mlp_bias=True), "llama.cpp's smollm3 has no biases of gate, up, down"),
+        (
+            of("olmo2", tie_word_embeddings=True),
+            "llama.cpp's olmo2 takes another matrix than the embedding as the head",
+        ),
+        (of("gemma", tie_word_embeddings=False), "gemma takes the embedding alone as the head"),
         (of("phi", qk_layernorm=True), "heads that make up the width|this model's qk_norm"),
     ],
 )
