@@ -357,6 +357,8 @@ GEMMA3_NAMES = Names(_LLAMA_LINEARS, _FOUR_NORMS | _QK_NORMS)
 
 
 def _gemma3(f: Fields) -> decoder.Config:
+    # The text sections of models that see images leave out what equals the defaults.
+    f = Fields({"num_attention_heads": 8, "vocab_size": 262208, **f.config})
     blocks = f.count("num_hidden_layers")
     pattern = f.count("sliding_window_pattern", 6)
     rule = ["sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(blocks)]
