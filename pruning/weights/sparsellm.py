@@ -93,8 +93,7 @@ class SparseLLM:
     def _official(self) -> bool:
         return self.variant == "official"
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that all shapes stay."""
         return SAME_SHAPES
 
