@@ -137,6 +137,7 @@ class Outcome:
       scores_label: Name of the scores.
       details: Figures of the method, JSON-able.
       warnings: Sentences that the report's reader must see.
+      notes: Sentences that a reader may want to know, and need not act on.
       kept_blocks: Original index of every finished block, for methods that remove whole blocks;
         None: all blocks stay.
       figures: Plots and tables for the report.
@@ -148,6 +149,7 @@ class Outcome:
     scores_label: str = ""
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     kept_blocks: tuple[int, ...] | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -158,9 +160,8 @@ SAME_SHAPES = ShapeChange()
 class Method(Protocol):
     """A pruning method: a frozen configuration that a user names with `method`."""
 
-    @property
-    def shape_change(self) -> ShapeChange:
-        """Return how the method changes a model's shapes."""
+    def shape_change(self, model: Model) -> ShapeChange:
+        """Return how the method changes a model's shapes; reads no parameters."""
 
     @property
     def sets_sparsity(self) -> bool:

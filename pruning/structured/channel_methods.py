@@ -90,8 +90,7 @@ class ChannelMethod:
     def __post_init__(self) -> None:
         check_round_to(self.name, self.round_to)
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that heads and neurons are cut."""
         # A choice over the model leaves blocks of different widths.
         return ShapeChange(GROUPS, self.scope == "local", self.repair != "none")

@@ -252,8 +252,7 @@ class LLMRank:
             return 0.0 if self._official else 0.5  # at 0 the graph vanishes
         return self.gamma
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that neurons are cut, or nothing where rows are zeroed."""
         cut = ("neurons",) if self.units == "neurons" else ()
         return ShapeChange(cut, self.scope == "local", self.repair != "none")

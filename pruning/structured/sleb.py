@@ -165,8 +165,7 @@ class Sleb:
                     "of sleb must not be negative", "give 0 or more", field=field, value=value
                 )
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that blocks are left out, and the shapes of what stays do not change."""
         return ShapeChange(shallower=True)
 

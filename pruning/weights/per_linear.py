@@ -287,8 +287,7 @@ class PerLinear:
     unstructured: Pattern
     warn: Callable[[Mapping[str, Any]], Sequence[str]] = lambda details: ()
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that all shapes stay."""
         return SAME_SHAPES
 

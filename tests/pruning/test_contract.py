@@ -15,6 +15,7 @@ from models.errors import InputError
 from pruning.methods import METHODS
 from pruning.structured.llmrank import _flow
 from pruning.types import Outcome, Request, prune
+from reference import tiny
 from reference.small import EVERY_FAMILY, FAMILIES, logits, model, same, tokens, weight, zeros
 
 
@@ -377,3 +378,21 @@ def test_the_report_of_the_outcome_is_json(case: Case) -> None:
     )
     assert all(isinstance(s, np.ndarray) for scores in outcome.scores for s in scores.values())
     assert bool(outcome.scores) == bool(outcome.scores_label)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str
+)
+def test_heads_need_not_make_up_the_hidden_size(case: Case) -> None:
+    """Queries are wider than the residual stream, and many enough for one list with the neurons."""
+    m = tiny.random_model({**tiny.LLAMA, "num_attention_heads": 8, "head_dim": 10})
+    method = METHODS[case.name](**dict(case.arguments))
+    pruned, outcome = prune(m, method, tiny.tokens(), Request(0.5))
+    assert m.blocks[0].q.w.shape == (80, 32)
+    assert np.isfinite(logits(pruned, tiny.tokens())).all()
+    assert not same(pruned.blocks, m.blocks)
+    if "kept_heads" in outcome.details:
+        assert [len(b.q.w) for b in pruned.blocks] == [
+            10 * len(kept) for kept in outcome.details["kept_heads"]
+        ]
