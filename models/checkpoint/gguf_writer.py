@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import jax
 import numpy as np
 
-from models import decoder
+from models import decoder, decoder_config
 from models.checkpoint.formats import open_tensors
 from models.checkpoint.gguf import gguf_tokenizer
 from models.checkpoint.gguf_names import BLOCK, NON_BLOCK, RAGGED, ROPE_FACTORS
@@ -93,13 +93,13 @@ def _unwritable(reason: str, remedy: str = "leave `output_format` out") -> Input
     return InputError(reason, remedy, field="output_format", value="gguf")
 
 
-def _llama_config(config: Mapping[str, Any]) -> decoder.Config:
+def _llama_config(config: Mapping[str, Any]) -> decoder_config.Config:
     """Return the settings of a model of the LLaMA family; InputError if llama.cpp lacks it."""
     c = hf.family(config).arch(config).config
-    if isinstance(c, decoder.Config) and c.act != "silu":
+    if isinstance(c, decoder_config.Config) and c.act != "silu":
         raise _unwritable(f"is not possible: llama.cpp's LLaMA computes silu, not {c.act}")
     # LLaMA's own settings leave all switches of the decoder at their defaults.
-    if not isinstance(c, decoder.Config) or c != decoder.as_llama(c):
+    if not isinstance(c, decoder_config.Config) or c != decoder_config.as_llama(c):
         raise _unwritable(f"is not possible: Topiary writes no GGUF of {kind_of(config)}")
     return c
 
@@ -139,7 +139,7 @@ def write_gguf(directory: str | os.PathLike[str], dtype: str = "f16") -> Written
 
 
 def _plan_blocks(
-    c: decoder.Config, specs: Sequence[decoder.Block], tensors: Tensors
+    c: decoder_config.Config, specs: Sequence[decoder.Block], tensors: Tensors
 ) -> list[_BlockPlan]:
     """Return the blocks that do something, without heads where attention does nothing."""
     plans = []
@@ -171,7 +171,7 @@ def _is_zero(spec: Any, tensors: Tensors) -> bool:
 
 
 def _architecture(
-    config: Mapping[str, Any], c: decoder.Config, blocks: Sequence[_BlockPlan]
+    config: Mapping[str, Any], c: decoder_config.Config, blocks: Sequence[_BlockPlan]
 ) -> str:
     """Return llama.cpp's name of the architecture."""
     if len({(b.heads, b.kv_heads, b.neurons) for b in blocks}) > 1:
@@ -184,7 +184,7 @@ def _architecture(
 
 
 def _plan_tensors(
-    c: decoder.Config,
+    c: decoder_config.Config,
     non_block: decoder.NonBlockParams,
     blocks: Sequence[_BlockPlan],
     architecture: str,
@@ -218,7 +218,7 @@ def _leaves(tree: Any) -> list[hf.Spec]:
 def _add_settings(
     writer: "GGUFWriter",
     config: Mapping[str, Any],
-    c: decoder.Config,
+    c: decoder_config.Config,
     blocks: Sequence[_BlockPlan],
     dtype: str,
 ) -> int:

@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple
 from models.arch import Arch, Block
 from models.errors import InputError
 from models.families import hf
-from models.families.decoders import granite_identity
 from models.families.fields import OWN, kind_of
+from models.families.llama import granite_identity
 from models.surgery import units
 
 Layout = Literal["auto", "padded"]

@@ -9,9 +9,11 @@ from typing import Any
 
 from models.arch import Arch, Block, NonBlockParams
 from models.errors import InputError
-from models.families.decoders import DECODERS
 from models.families.fields import Fields, kind_of
+from models.families.gemma import GEMMAS
+from models.families.llama import LLAMAS
 from models.families.opt import OPT
+from models.families.phi import PHIS
 from models.families.specs import Family, Spec, is_spec
 
 __all__ = [
@@ -27,7 +29,7 @@ __all__ = [
 ]
 
 # model_type -> family.
-FAMILIES: Mapping[str, Family] = {**DECODERS, "opt": OPT}
+FAMILIES: Mapping[str, Family] = {**LLAMAS, **PHIS, **GEMMAS, "opt": OPT}
 
 
 # Fields of a larger model that hold for its text part too.

@@ -95,22 +95,13 @@ def rope_of(
             f"config.json: rope type {shown(kind)} is not supported",
             f"it must be one of {', '.join(ROPE_KINDS)}",
         )
-    partial = g.number("partial_rotary_factor", f.number("partial_rotary_factor", share or 1.0))
-    if (share is None and partial != 1.0) or partial > 1 or int(head_dim * partial) < 2:
-        raise InputError(f"config.json: partial_rotary_factor={partial:g} is not supported")
-    if int(head_dim * partial) % 2:
-        raise InputError(
-            f"config.json: {int(head_dim * partial)} rotated channels of a head must be an even "
-            "number",
-            REPAIR,
-        )
     longest = f.count("max_position_embeddings", 2048)
     rope = Rope(
         theta=g.number("rope_theta", f.number("rope_theta", theta)),
         kind=kind,
         factor=g.optional_number("factor", 1.0) or 1.0,
         max_positions=longest,
-        share=partial,
+        share=_share(f, g, head_dim, share),
     )
     if kind in ("default", "linear", "dynamic"):
         return rope
@@ -127,6 +118,20 @@ def rope_of(
         rope = _with(rope, factor=longest / before)
     rope = _with(rope, max_positions=before)
     return {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}[kind](g, rope, head_dim)
+
+
+def _share(f: Fields, g: Fields, head_dim: int, default: float | None) -> float:
+    """Read the share of a head's channels that are rotated; see `read_rope` for the default."""
+    share = g.number("partial_rotary_factor", f.number("partial_rotary_factor", default or 1.0))
+    if (default is None and share != 1.0) or share > 1 or int(head_dim * share) < 2:
+        raise InputError(f"config.json: partial_rotary_factor={share:g} is not supported")
+    if int(head_dim * share) % 2:
+        raise InputError(
+            f"config.json: {int(head_dim * share)} rotated channels of a head must be an even "
+            "number",
+            REPAIR,
+        )
+    return share
 
 
 def _with(rope: Rope, **fields: Any) -> Rope:
