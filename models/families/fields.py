@@ -190,8 +190,8 @@ def read_rope(f: Fields) -> Rope:
 def _rope(f: Fields, parameters: Mapping[str, Any]) -> Rope:
     """Read the rotary settings of one spelling; see `read_rope`."""
     g = Fields(parameters)
-    # Older files call it `type`.
-    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    # Older files call it `type`. transformers takes an absent kind as the default, but no null.
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise InputError(
             f"config.json: rope type {shown(kind)} is not supported",
