@@ -87,8 +87,8 @@ def rope_of(
       InputError: The kind of scaling is not supported or a field is wrong.
     """
     g = Fields(parameters)
-    # Older files call it `type`.
-    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    # Older files call it `type`. transformers takes an absent kind as the default, but no null.
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = (old_names or {}).get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_KINDS:
         raise InputError(
@@ -99,7 +99,8 @@ def rope_of(
     rope = Rope(
         theta=g.number("rope_theta", f.number("rope_theta", theta)),
         kind=kind,
-        factor=g.optional_number("factor", 1.0) or 1.0,
+        # These two derive it from the lengths where it is null, below.
+        factor=1.0 if kind in ("yarn", "longrope") else g.number("factor", 1.0),
         max_positions=longest,
         share=_share(f, g, head_dim, share),
     )
@@ -114,8 +115,8 @@ def rope_of(
             f"{shown(before)}",
             REPAIR,
         )
-    if parameters.get("factor") is None and kind != "llama3":
-        rope = _with(rope, factor=longest / before)
+    if kind in ("yarn", "longrope"):
+        rope = _with(rope, factor=g.optional_number("factor") or longest / before)
     rope = _with(rope, max_positions=before)
     return {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}[kind](g, rope, head_dim)
 

@@ -268,6 +268,11 @@ class NeuroAL:
         if self.samples < 1:
             raise InputError(f"neuroal: samples={self.samples} must be at least 1")
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that budgets are tried on the windows."""
+        return True
+
     def __call__(
         self,
         model: Model,

@@ -100,6 +100,11 @@ class ChannelMethod:
         """Return that the request sets the sparsity."""
         return False
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the score or the repair needs statistics of the inputs."""
+        return (self.observer or REPAIR_OBSERVERS[self.repair]) is not None
+
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings(self.name, request)

@@ -140,6 +140,11 @@ class Flap:
         """Return that the request sets the sparsity."""
         return False
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that every metric is one of activations."""
+        return True
+
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("flap", request)

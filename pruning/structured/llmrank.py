@@ -262,6 +262,11 @@ class LLMRank:
         """Return that the request sets the sparsity."""
         return False
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the ranks or the repair are those of these windows."""
+        return self.scorer not in ("norm", "random") or self.repair != "none"
+
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("llmrank", request)
@@ -326,19 +331,12 @@ class LLMRank:
         names = _linears(model)
         keeps = self._keep_rows(ranks, request.sparsity)
         removed = []
-        for i, (block, (up, down)) in enumerate(zip(model.blocks, keeps, strict=True)):
-            zeroed = {
-                names.up: zero_rows(getattr(block, names.up), np.flatnonzero(~up)),
-                names.down: zero_rows(getattr(block, names.down), np.flatnonzero(~down)),
-            }
+        for i, (block, kept) in enumerate(zip(model.blocks, keeps, strict=True)):
             # The gate and the columns of down stay, as in the official code.
+            rows = dict(zip((names.up, names.down), map(dropped_indices, kept), strict=True))
+            zeroed = {n: zero_rows(getattr(block, n), np.array(r, int)) for n, r in rows.items()}
             sink(i, block.replace(**zeroed))
-            removed.append(
-                {
-                    names.up: Removed(rows=dropped_indices(up)),
-                    names.down: Removed(rows=dropped_indices(down)),
-                }
-            )
+            removed.append({name: Removed(rows=dropped) for name, dropped in rows.items()})
         return Outcome(
             asked=tuple(dict.fromkeys(linears, request.sparsity) for linears in removed),
             removed=tuple(removed),

@@ -174,6 +174,11 @@ class Sleb:
         """Return whether `blocks` says how much to remove."""
         return self.blocks is not None
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that losses and influence are those of the windows."""
+        return True
+
     def _choice(self, model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
         """Return the number of units to remove, and the candidates by index."""
         total = len(model.blocks)

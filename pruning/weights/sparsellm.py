@@ -12,6 +12,7 @@ from calibration.states import States
 from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from pruning.budget import mean_fractions
 from pruning.types import (
     SAME_SHAPES,
     Allocation,
@@ -27,7 +28,6 @@ from pruning.weights.per_linear import (
     by_figure,
     check_pattern,
     counts_if_any,
-    mean_fractions,
     pattern_of,
 )
 from pruning.weights.sparsellm_block import BlockSolver, ffn_names
@@ -101,6 +101,11 @@ class SparseLLM:
     def sets_sparsity(self) -> bool:
         """Return that the request sets the sparsity."""
         return False
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return that the alternation fits activations."""
+        return True
 
     def _settings(self, arch: Arch, request: Request) -> Settings:
         """Return the settings of the alternation; InputError where the authors have no step."""

@@ -14,7 +14,7 @@ from models.arch import Model
 from models.errors import InputError
 from pruning.methods import METHODS
 from pruning.structured.llmrank import _flow
-from pruning.types import Outcome, Request, prune
+from pruning.types import Outcome, Request, prune, reads_activations
 from reference import tiny
 from reference.small import EVERY_FAMILY, FAMILIES, logits, model, same, tokens, weight, zeros
 
@@ -334,6 +334,20 @@ def test_patterns_that_do_not_divide_are_bad_input(case: Case, family: str) -> N
 def test_patterns_of_units_are_bad_input(case: Case) -> None:
     with pytest.raises(InputError, match="pattern=2:4 is for weight methods"):
         fresh(case, model("llama"), 0.5, pattern=(2, 4))
+
+
+@every_case
+def test_other_windows_change_what_reads_activations_alone(case: Case) -> None:
+    m, request = model("llama"), Request(0.5)
+    method = METHODS[case.name](**dict(case.arguments))
+    other, again = prune(m, method, tokens(seed=7), request)
+    pruned, outcome = run(case, "llama")
+    equal = (
+        same(again.scores, outcome.scores)
+        and again.details == outcome.details
+        and same(other.blocks, pruned.blocks)
+    )
+    assert equal == (not reads_activations(method, request))
 
 
 @every_case
