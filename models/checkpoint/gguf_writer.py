@@ -96,11 +96,15 @@ def _unwritable(reason: str, remedy: str = "leave `output_format` out") -> Input
 def _llama_config(config: Mapping[str, Any]) -> decoder_config.Config:
     """Return the settings of a model of the LLaMA family; InputError if llama.cpp lacks it."""
     c = hf.family(config).arch(config).config
-    if isinstance(c, decoder_config.Config) and c.act != "silu":
+    if not isinstance(c, decoder_config.Config):
+        raise _unwritable(f"is not possible: llama.cpp has no architecture for {kind_of(config)}")
+    if c.act != "silu":
         raise _unwritable(f"is not possible: llama.cpp's LLaMA computes silu, not {c.act}")
     # LLaMA's own settings leave all switches of the decoder at their defaults.
-    if not isinstance(c, decoder_config.Config) or c != decoder_config.as_llama(c):
-        raise _unwritable(f"is not possible: Topiary writes no GGUF of {kind_of(config)}")
+    if c != decoder_config.as_llama(c):
+        raise _unwritable(
+            f"is not possible: Topiary writes no GGUF of {kind_of(config)} models yet"
+        )
     return c
 
 
