@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.arch import Block, Model, NonBlockParams, logits
+from models.checkpoint.output_format import with_dtype
 from models.checkpoint.reader import abstract, in_memory, open_checkpoint
 from models.checkpoint.writer import Writer
 from models.families import hf
@@ -129,3 +130,11 @@ def test_the_text_part_of_a_model_that_sees_images_is_read(tmp_path: pathlib.Pat
     expected = torch_models.logits(theirs, TOKENS)
     got = np.asarray(logits(in_memory(checkpoint.model), TOKENS))
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_both_spellings_of_rotary_settings_are_written_and_agree(name: str) -> None:
+    given = FAMILIES[name]
+    for config in (given, {**given, "rope_parameters": {"rope_type": "default"}}):
+        written = with_dtype(config, "float32")
+        assert hf.specs(written)[0].config == hf.specs(config)[0].config
