@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from models import decoder_config
 from models.arch import Arch, Block
 from models.errors import InputError
 from models.families import hf
@@ -306,9 +307,9 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
       New configuration.
     """
     new = {**config, "torch_dtype": dtype, "dtype": dtype}
-    rope = config.get("rope_parameters")
-    if rope:
-        read = hf.family(config).arch(config).config
+    rope, read = config.get("rope_parameters"), hf.family(config).arch(config).config
+    # OPT's positions are learned; a section that its file has anyway says nothing.
+    if rope and isinstance(read, decoder_config.Config):
         # Gemma 3 has a section for each kind of attention; one field of before holds each base.
         if read.local_rope is not None:
             new["rope_local_base_freq"] = read.local_rope.theta
