@@ -50,6 +50,21 @@ class Tokens(NamedTuple):
     warnings: tuple[str, ...] = ()
 
 
+def default_calibration(embedded_model: bool, reads_activations: bool) -> tuple[str, str]:
+    """Return the source to calibrate on where none is named, and the reason.
+
+    Args:
+      embedded_model: Whether the model ships with the project.
+      reads_activations: Whether the result depends on the windows at all.
+    """
+    # Stories for small children suit the models that were trained on them, and no others.
+    if embedded_model:
+        return "embedded", "the default for an embedded model"
+    if not reads_activations:
+        return "embedded", "the method reads no activations: any text does"
+    return "wikitext2", "the default for a model that is not embedded"
+
+
 def calibration_tokens(
     source: str,
     tokenizer: Callable[[], Tokenizer],

@@ -7,7 +7,6 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 
 import dataclasses
 import functools
-import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from rich.console import Console
 from calibration.journal import Journal, StepCache
 from calibration.runtime import Runtime
 from calibration.states import available_memory
-from launch.flags import cli
+from launch.flags import cli, quoting
 from launch.flags.cli import Flags, frozen
 from launch.flags.common import (
     calibration_flags,
@@ -238,7 +237,7 @@ def command(config: RunConfig) -> str:
     Args:
       config: Settings of the run.
     """
-    return shlex.join(["python", "-m", "launch.prune", *options().given(vars(config))])
+    return quoting.join(["python", "-m", "launch.prune", *options().given(vars(config))])
 
 
 def main(values: dict[str, Any]) -> None:

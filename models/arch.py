@@ -100,7 +100,7 @@ class Arch(NamedTuple):
     the pruned one.
 
     Attributes:
-      config: Configuration of the family, such as `models.decoder.Config`.
+      config: Configuration of the family, such as `models.decoder_config.Config`.
       embed: (non_block, tokens int [b t], start=0) -> x [b t d]. `start` is the position of the
         first token, an int or traced.
       block: (block, x [b t d]) -> (x [b t d], taps).

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.data import calibration_tokens, evaluation_tokens
+from calibration.data import calibration_tokens, default_calibration, evaluation_tokens
 from calibration.runtime import Runtime
 from calibration.tokenizer import TextTokenizer, load_tokenizer
 from eval.perplexity import perplexity as window_perplexity
@@ -96,7 +96,8 @@ def prune(
       method: Name of a method with its default settings, or a method such as
         `pruning.flap(structure="AL-AM")`.
       calibration: Source of the calibration text, as `--calibration` names it, or int windows
-        [samples length]; None: the stories that an embedded model knows, `wikitext2` for any other.
+        [samples length]; None: stories for an embedded model and where no activations are read,
+        else `wikitext2`.
       sparsity: Fraction to remove, 0 <= s < 1; a pattern sets its own.
       pattern: (n, m) for n zeros in every m consecutive inputs.
       allocation: Spreads the sparsity over the model, such as `pruning.owl()`.
@@ -125,12 +126,14 @@ def prune(
         sparsity = pattern[0] / pattern[1]
     if not 0 <= sparsity < 1:
         raise InputError("must be at least 0 and below 1", field="sparsity", value=sparsity)
+    request = Request(sparsity, pattern, allocation, refine, seed)
     if calibration is None:
-        calibration = "embedded" if is_embedded(model.checkpoint.directory) else "wikitext2"
+        calibration, _ = default_calibration(
+            is_embedded(model.checkpoint.directory), types.reads_activations(method, request)
+        )
     windows = _tokens(
         model, calibration, calibration_tokens, samples=samples, length=length, seed=seed
     )
-    request = Request(sparsity, pattern, allocation, refine, seed)
     pruned, outcome = types.prune(model.model, method, windows, request, runtime)
     return LanguageModel(pruned, model.checkpoint, outcome)
 

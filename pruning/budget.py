@@ -1,5 +1,6 @@
 """Budgets of a model: an even one, and any other made to meet the sparsity to one unit."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,11 +45,25 @@ def by_block(model: Model, fractions: np.ndarray) -> Budget:
     )
 
 
-def uniform(
-    model: Model, tokens: np.ndarray, request: Request, runtime: Runtime, layerwise: Layerwise
-) -> Allocation:
-    """Allocate the same fraction to every linear, as `Allocator` says."""
-    return Allocation(by_block(model, np.full(len(model.blocks), request.sparsity)))
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Allocator of the same fraction to every linear."""
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return that the fraction is the request's."""
+        return False
+
+    def __call__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        layerwise: Layerwise,
+    ) -> Allocation:
+        """Allocate evenly, as `Allocator` says."""
+        return Allocation(by_block(model, np.full(len(model.blocks), request.sparsity)))
 
 
 def meet_sparsity(budget: Budget, shapes: Shapes, sparsity: float) -> Budget:
@@ -84,6 +99,13 @@ def meet_sparsity(budget: Budget, shapes: Shapes, sparsity: float) -> Budget:
     for block in budget:
         met.append({slot: next(parts).reshape(np.shape(f)) for slot, f in block.items()})
     return tuple(met)
+
+
+def mean_fractions(budget: Budget) -> tuple[dict[str, float], ...]:
+    """Return the fraction to remove of every slot, the mean of its rows, by block."""
+    return tuple(
+        {name: float(np.mean(fraction)) for name, fraction in block.items()} for block in budget
+    )
 
 
 def block_sparsities(budget: Budget, shapes: Shapes) -> list[float]:

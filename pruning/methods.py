@@ -7,7 +7,7 @@ from calibration.observers import second_moment
 from pruning.allocation.alpha import Alpha
 from pruning.allocation.neuroal import NeuroAL
 from pruning.allocation.owl import Owl
-from pruning.budget import uniform
+from pruning.budget import Uniform
 from pruning.structured.channel_methods import magnitude_sp, wanda_sp
 from pruning.structured.flap import Flap
 from pruning.structured.llmrank import LLMRank
@@ -75,7 +75,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sleb": Sleb,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
-    "uniform": lambda: uniform,
+    "uniform": Uniform,
     "owl": Owl,
     "alpha": Alpha,
     "neuroal": NeuroAL,

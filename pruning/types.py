@@ -75,6 +75,10 @@ class Allocation(NamedTuple):
 class Allocator(Protocol):
     """Spread the requested sparsity over the model's blocks, linears or rows."""
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the budget depends on the calibration windows."""
+
     def __call__(
         self,
         model: Model,
@@ -88,6 +92,10 @@ class Allocator(Protocol):
 
 class Refiner(Protocol):
     """Improve the finished mask of each linear."""
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the masks depend on the calibration windows."""
 
     def __call__(self, arch: Arch, pruners: Mapping[str, Pruner]) -> Mapping[str, Pruner]:
         """Return, for every tap, a pruner that also refines its masks."""
@@ -137,6 +145,7 @@ class Outcome:
       scores_label: Name of the scores.
       details: Figures of the method, JSON-able.
       warnings: Sentences that the report's reader must see.
+      notes: Sentences that a reader may want to know, and need not act on.
       kept_blocks: Original index of every finished block, for methods that remove whole blocks;
         None: all blocks stay.
       figures: Plots and tables for the report.
@@ -148,6 +157,7 @@ class Outcome:
     scores_label: str = ""
     details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     kept_blocks: tuple[int, ...] | None = None
     figures: tuple[Figure, ...] = ()
 
@@ -158,13 +168,16 @@ SAME_SHAPES = ShapeChange()
 class Method(Protocol):
     """A pruning method: a frozen configuration that a user names with `method`."""
 
-    @property
-    def shape_change(self) -> ShapeChange:
-        """Return how the method changes a model's shapes."""
+    def shape_change(self, model: Model) -> ShapeChange:
+        """Return how the method changes a model's shapes; reads no parameters."""
 
     @property
     def sets_sparsity(self) -> bool:
         """Return whether the method's own arguments set the sparsity."""
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the result depends on the calibration windows."""
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model.
@@ -192,6 +205,17 @@ class Method(Protocol):
         Returns:
           What was asked and removed, with figures for the report.
         """
+
+
+def reads_activations(method: Method, request: Request) -> bool:
+    """Return whether a run's result depends on the calibration windows.
+
+    Args:
+      method: What to prune with.
+      request: Its allocation and refinement count too.
+    """
+    parts = (method, request.allocation, request.refine)
+    return any(part.reads_activations for part in parts if part is not None)
 
 
 def dropped_indices(keep: np.ndarray) -> tuple[int, ...]:

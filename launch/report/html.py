@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.flags import quoting
 from launch.report import documentation, figures, quality, summary
 from launch.report.outline import outline
 
@@ -181,8 +182,8 @@ def _command(command: str) -> str:
     except ValueError:  # not a command of ours
         return command
     lines: list[str] = []
-    for word in map(shlex.quote, words):
-        if lines and not word.lstrip("'").startswith("--"):
+    for word in map(quoting.quote, words):
+        if lines and not word.lstrip("'\"").startswith("--"):
             lines[-1] += f" {word}"
         else:
             lines.append(word)

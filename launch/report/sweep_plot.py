@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _LEGEND_WIDTH = 50  # characters of a line of a curve's name
+_LEAST_SPAN = 0.02  # of the axis of sparsity: within it a few stray zeros are no difference
 
 
 class Point(NamedTuple):
@@ -60,6 +61,10 @@ def perplexity_by_sparsity(curves: Mapping[str, Sequence[Point]], dense: float) 
             )
         ax.axhline(dense, color=INK, linewidth=1.0, linestyle="--")
         perplexity_axis(ax, [dense, *(p.mean for points in finite.values() for p in points)])
+        reached = [p.sparsity for points in finite.values() for p in points]
+        middle = (min(reached) + max(reached)) / 2
+        half = 0.55 * max(max(reached) - min(reached), _LEAST_SPAN)
+        ax.set_xlim(middle - half, middle + half)
         ax.xaxis.set_major_formatter(lambda value, _: summary.percent(value))
         ax.grid(axis="y")
         ax.set_xlabel("fraction of the prunable weights removed")

@@ -11,6 +11,7 @@ from typing import Any
 import jinja2
 
 from launch import __version__
+from launch.flags import quoting
 from launch.report import summary
 from models.checkpoint.hub import HUB_ID, is_embedded
 from models.checkpoint.hub_client import Source, source_of
@@ -220,4 +221,4 @@ def public_command(command: str, origin: Source | None) -> str:
             # Calls of methods have no paths, and may hold commas.
             value = ",".join(os.path.basename(item.rstrip("/")) for item in value.split(","))
         words.append(f"{flag}{equals}{value}")
-    return shlex.join(words)
+    return quoting.join(words)

@@ -25,7 +25,7 @@ def least_bytes(job: Job, checkpoint: Checkpoint) -> int:
       job: The run.
       checkpoint: The dense checkpoint.
     """
-    change = job.method.shape_change
+    change = job.method.shape_change(checkpoint.model)
     share = 1.0
     if change.narrower or change.shallower:
         # A method that sets its own sparsity tells it only with the result.

@@ -90,7 +90,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
         "warnings": warnings,
-        "notes": list(removal.notes(written)),
+        "notes": [*outcome.notes, *removal.notes(written)],
         "other_formats": dict(written.other_formats),
         "loads_as": written.form.label,
         "loading": _loading(written),

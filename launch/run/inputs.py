@@ -51,7 +51,8 @@ def read_inputs(job: Job, cache: StepCache) -> Inputs:
     sources = job.sources
     checkpoint = open_model(sources.model, sources.dtype)
     job.method.check(checkpoint.model, job.request)
-    form = preview(checkpoint.config, job.method.shape_change, job.output.layout)
+    change = job.method.shape_change(checkpoint.model)
+    form = preview(checkpoint.config, change, job.output.layout)
     check_formats(job.output, checkpoint)
     console.note(f"the result will load as {form}")
     tokenizer = tokenizer_of(checkpoint)

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import NamedTuple
 
-from calibration.data import is_token_file
+from calibration.data import default_calibration, is_token_file
 from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import mesh_of
@@ -12,7 +12,7 @@ from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
-from pruning.types import Method, Request
+from pruning.types import Method, Request, reads_activations
 from pruning.weights.patterns import parse_pattern
 
 
@@ -176,11 +176,11 @@ def resolve(config: RunConfig) -> Job:
     refine = calls.build("refine", config.refine, REFINEMENTS)
     pattern = parse_pattern(config.pattern)
     sparsity = _sparsity(config, pattern, method)
-    sources = _sources(config)
-    _check_draws(config.calibration_draws, sources.calibration.name)
     # Even budgets need no allocator.
     allocator = None if config.allocation == "uniform" else allocation
     request = Request(sparsity, pattern, allocator, refine, config.seed)
+    sources = _sources(config, reads_activations(method, request))
+    _check_draws(config.calibration_draws, sources.calibration.name)
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
     return Job(config, method, request, runtime, sources, _output(config))
@@ -205,38 +205,27 @@ def _output(config: RunConfig) -> Output:
     )
 
 
-def _sources(config: RunConfig) -> Sources:
-    """Collect what the run reads."""
+def _sources(config: RunConfig, reads_calibration: bool) -> Sources:
+    """Collect what the run reads; whether the result depends on calibration is given."""
     return Sources(
         at_revision(config.model, config.revision),
         config.dtype,
-        _calibration_source(config),
+        _calibration_source(config, reads_calibration),
         EvaluationSource(config.eval_data, config.eval_length, config.eval_windows),
         TaskSource(config.tasks, config.limit, config.num_fewshot, config.trust_task_files),
     )
 
 
-def _calibration_source(config: RunConfig) -> CalibrationSource:
-    """Return the calibration source, chosen by the model if the user named none."""
+def _calibration_source(config: RunConfig, reads_calibration: bool) -> CalibrationSource:
+    """Return the calibration source, chosen by the model and the method if the user named none."""
     name, reason = config.calibration, ""
     if not name:
-        # Stories for small children suit the models that were trained on them, and no others.
-        if (config.model or "").startswith("embedded:"):
-            name, reason = "embedded", "the default for an embedded model"
-        elif _reads_weights_alone(config):
-            name, reason = "embedded", "the method reads no activations: any text does"
-        else:
-            name, reason = "wikitext2", "the default for a model that is not embedded"
+        embedded = (config.model or "").startswith("embedded:")
+        name, reason = default_calibration(embedded, reads_calibration)
     seeds = tuple(config.seed + k for k in range(config.calibration_draws))
     return CalibrationSource(
         name, config.calibration_samples, config.calibration_length, seeds, reason
     )
-
-
-def _reads_weights_alone(config: RunConfig) -> bool:
-    """Return whether the masks follow from the weights, whatever the calibration text."""
-    method, allocation = (text.partition("(")[0] for text in (config.method, config.allocation))
-    return method == "magnitude" and allocation in ("uniform", "alpha") and config.refine == "none"
 
 
 def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method) -> float:

@@ -10,15 +10,9 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from models.checkpoint.fused import stored_name
-from models.families.decoders import (
-    GEMMA2_NAMES,
-    GEMMA3_NAMES,
-    LLAMA_NAMES,
-    OLMO2_NAMES,
-    PHI3_NAMES,
-    PHI_NAMES,
-    QWEN3_NAMES,
-)
+from models.families.gemma import GEMMA2_NAMES, GEMMA3_NAMES
+from models.families.llama import LLAMA_NAMES, OLMO2_NAMES, QWEN3_NAMES
+from models.families.phi import PHI3_NAMES, PHI_NAMES
 from models.families.specs import Names
 
 # Fields of `decoder.Block` and `decoder.NonBlockParams` -> names in the file.
@@ -40,7 +34,7 @@ NORMS = {
     "mlp_out_norm": "post_ffw_norm",
 }
 NON_BLOCK = {"embed": "token_embd", "norm": "output_norm", "head": "output"}
-# Settings in the file -> fields of `decoder.StaticConfig`.
+# Settings in the file -> fields of `decoder_config.StaticConfig`.
 NUMBERS = {
     "attention.scale": "attention_scale",
     "embedding_scale": "embed_scale",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from models import decoder
+from models import decoder, decoder_config
 from models.checkpoint.gguf_names import ARCHITECTURES, NON_BLOCK, RAGGED, Architecture
 from models.checkpoint.gguf_writer_settings import Sizes, longest_text, unsaid
 from models.checkpoint.tensors import Tensors
@@ -68,7 +68,7 @@ def unwritable(reason: str, remedy: str = "leave `output_format` out") -> InputE
     return InputError(reason, remedy, field="output_format", value="gguf")
 
 
-def model_settings(config: Mapping[str, Any]) -> decoder.Config:
+def model_settings(config: Mapping[str, Any]) -> decoder_config.Config:
     """Return the settings of a model.
 
     Args:
@@ -78,7 +78,7 @@ def model_settings(config: Mapping[str, Any]) -> decoder.Config:
       InputError: llama.cpp lacks it, whatever its sizes.
     """
     c = hf.family(config).arch(config).config
-    if not isinstance(c, decoder.Config) or not (_is_llama(c) or _own(config)):
+    if not isinstance(c, decoder_config.Config) or not (_is_llama(c) or _own(config)):
         raise unwritable(f"is not possible: llama.cpp has no architecture for {kind_of(config)}")
     if _is_llama(c) and c.act != "silu":
         raise unwritable(f"is not possible: llama.cpp's LLaMA computes silu, not {c.act}")
@@ -103,9 +103,9 @@ def check_model(config: Mapping[str, Any]) -> None:
         _check_said(config, c, _own(config), sizes)
 
 
-def _is_llama(c: decoder.Config) -> bool:
+def _is_llama(c: decoder_config.Config) -> bool:
     # LLaMA's own settings leave all switches of the decoder at their defaults.
-    return c == decoder.as_llama(c) and c.rope.share == 1.0
+    return c == decoder_config.as_llama(c) and c.rope.share == 1.0
 
 
 def _own(config: Mapping[str, Any]) -> str:
@@ -117,7 +117,10 @@ def _own(config: Mapping[str, Any]) -> str:
 
 
 def plan_blocks(
-    config: Mapping[str, Any], c: decoder.Config, specs: Sequence[decoder.Block], tensors: Tensors
+    config: Mapping[str, Any],
+    c: decoder_config.Config,
+    specs: Sequence[decoder.Block],
+    tensors: Tensors,
 ) -> tuple[list[BlockPlan], str]:
     """Return the blocks to write, and the architecture of the file.
 
@@ -142,7 +145,7 @@ def plan_blocks(
 
 
 def _check_said(
-    config: Mapping[str, Any], c: decoder.Config, architecture: str, sizes: Sizes
+    config: Mapping[str, Any], c: decoder_config.Config, architecture: str, sizes: Sizes
 ) -> None:
     """Check that the settings of a file of blocks that are alike say all of the model."""
     arch = ARCHITECTURES[architecture]
@@ -175,7 +178,7 @@ def sizes_of(blocks: Sequence[BlockPlan]) -> Sizes:
 
 
 def _common_size(
-    c: decoder.Config, arch: Architecture, counts: Sequence[tuple[int, int]]
+    c: decoder_config.Config, arch: Architecture, counts: Sequence[tuple[int, int]]
 ) -> tuple[int, int, int]:
     """Return query heads, key-value heads and neurons that every block fits in."""
     kv_heads, neurons = map(max, zip(*counts, strict=True))
@@ -190,7 +193,7 @@ def _common_size(
 
 
 def _llama_blocks(
-    c: decoder.Config,
+    c: decoder_config.Config,
     specs: Sequence[decoder.Block],
     counts: Sequence[tuple[int, int]],
     tensors: Tensors,
@@ -224,7 +227,7 @@ def _is_zero(name: str, tensors: Tensors) -> bool:
 
 
 def _llama_architecture(
-    config: Mapping[str, Any], c: decoder.Config, blocks: Sequence[BlockPlan]
+    config: Mapping[str, Any], c: decoder_config.Config, blocks: Sequence[BlockPlan]
 ) -> str:
     """Return the architecture of a model that computes what a LLaMA does."""
     if len({(b.heads, b.kv_heads, b.neurons) for b in blocks}) > 1:
@@ -243,7 +246,7 @@ def _stock_biases(config: Mapping[str, Any]) -> set[str]:
 
 def plan_tensors(
     arch: Architecture,
-    c: decoder.Config,
+    c: decoder_config.Config,
     non_block: decoder.NonBlockParams,
     blocks: Sequence[BlockPlan],
     tensors: Tensors,
@@ -283,7 +286,7 @@ def plan_tensors(
 
 
 def _sources(
-    c: decoder.Config, block: BlockPlan, slots: Sequence[str]
+    c: decoder_config.Config, block: BlockPlan, slots: Sequence[str]
 ) -> dict[str, list[tuple[str, tuple[int, ...]]]]:
     """Return the tensors of slots with their shapes in the file, by "weight" and "bias"."""
     q, kv, f = block.heads * c.head_dim, block.kv_heads * c.head_dim, block.neurons

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import numpy as np
 
-from models import decoder
+from models import decoder_config
 from models.checkpoint.gguf_config import read_config
 from models.checkpoint.gguf_fields import Settings
 from models.checkpoint.gguf_file import GgufFile, Stored
@@ -44,7 +44,7 @@ class Sizes(NamedTuple):
     neurons: int | list[int]
 
 
-def longest_text(c: decoder.Config, arch: Architecture, positions: int) -> int:
+def longest_text(c: decoder_config.Config, arch: Architecture, positions: int) -> int:
     """Return the length up to which llama.cpp computes the same function.
 
     Args:
@@ -62,7 +62,7 @@ def longest_text(c: decoder.Config, arch: Architecture, positions: int) -> int:
 
 
 def settings_of(
-    c: decoder.Config, arch: Architecture, sizes: Sizes, context: int
+    c: decoder_config.Config, arch: Architecture, sizes: Sizes, context: int
 ) -> dict[str, Any]:
     """Return the settings of a file, without the name of the architecture.
 
@@ -139,7 +139,7 @@ def factor_tensors(rope: Rope, head_dim: int) -> dict[str, np.ndarray]:
     return {ROPE_FACTORS: plain / inverse_frequencies(rope, head_dim, 1)}
 
 
-def unsaid(c: decoder.Config, architecture: str, sizes: Sizes, context: int) -> list[str]:
+def unsaid(c: decoder_config.Config, architecture: str, sizes: Sizes, context: int) -> list[str]:
     """Return what the settings of a file do not say of a model.
 
     Args:
@@ -149,7 +149,7 @@ def unsaid(c: decoder.Config, architecture: str, sizes: Sizes, context: int) -> 
       context: The longest text in tokens.
 
     Returns:
-      Fields of `decoder.Config`; empty if llama.cpp computes the model.
+      Fields of `decoder_config.Config`; empty if llama.cpp computes the model.
     """
     arch = ARCHITECTURES[architecture]
     said = settings_of(c, arch, sizes, context)
@@ -171,7 +171,7 @@ def unsaid(c: decoder.Config, architecture: str, sizes: Sizes, context: int) -> 
     return _differences(_comparable(wanted, context), read)
 
 
-def _comparable(c: decoder.Config, context: int) -> dict[str, Any]:
+def _comparable(c: decoder_config.Config, context: int) -> dict[str, Any]:
     """Return the fields of a configuration that are compared, rotary scaling left out."""
     # A window that no text exceeds is none.
     windows = [w if w is not None and w < context else None for w in c.windows]

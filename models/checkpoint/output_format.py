@@ -12,11 +12,12 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from models import decoder_config
 from models.arch import Arch, Block
 from models.errors import InputError
 from models.families import hf
-from models.families.decoders import granite_identity
 from models.families.fields import OWN, kind_of
+from models.families.llama import granite_identity
 from models.surgery import units
 
 Layout = Literal["auto", "padded"]
@@ -306,9 +307,14 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
       New configuration.
     """
     new = {**config, "torch_dtype": dtype, "dtype": dtype}
-    rope = config.get("rope_parameters")
-    if rope:
-        new["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    rope, read = config.get("rope_parameters"), hf.family(config).arch(config).config
+    # OPT's positions are learned; a section that its file has anyway says nothing.
+    if rope and isinstance(read, decoder_config.Config):
+        # Gemma 3 has a section for each kind of attention; one field of before holds each base.
+        if read.local_rope is not None:
+            new["rope_local_base_freq"] = read.local_rope.theta
+        rope = rope.get("full_attention", rope)
+        new["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", read.rope.theta))
         if rope.get("rope_type", "default") != "default":
             new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return new

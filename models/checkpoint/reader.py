@@ -14,7 +14,7 @@ from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.blocks import LazyBlocks, fetch, put_on_devices
 from models.checkpoint.formats import open_tensors, weight_files
 from models.checkpoint.fused import Split, stored_name, stored_shapes
-from models.checkpoint.stored import HEAD, exact_dtype, settle_head, with_prefix
+from models.checkpoint.stored import HEAD, exact_dtype, settle_head, text_part, with_prefix
 from models.checkpoint.tensors import Tensors
 from models.errors import InputError
 from models.families import hf
@@ -132,7 +132,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
       directory: Checkpoint directory.
 
     Returns:
-      Contents of `config.json`.
+      Contents of `config.json`; the text part's of a model that sees images too.
 
     Raises:
       InputError: The file is missing, cannot be read or is no JSON object.
@@ -144,8 +144,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
             f"{directory} has no config.json",
             "`model` must name a Hugging Face checkpoint directory",
         )
-    config: dict[str, Any] = UserFile(path).read_json()
-    return config
+    return hf.text_config(UserFile(path).read_json())
 
 
 def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Checkpoint:
@@ -173,12 +172,13 @@ def open_checkpoint(path: pathlib.Path, dtype: jnp.dtype = jnp.float32) -> Check
         config, tensors, directory = read_config(path), None, path
     arch, non_block, blocks = hf.specs(config)
     tensors = open_tensors(directory) if tensors is None else tensors
+    tensors, remarks = text_part(tensors)
     # Some OPT and LLaMA checkpoints hold the bare decoder.
     tensors = with_prefix(tensors, [stored_name(s.name) for s in _leaves((non_block, blocks))])
     check_blocks(tensors, len(blocks))
-    remarks: tuple[str, ...] = ()
     if arch.config.tied:
-        config, tensors, remarks = settle_head(config, tensors, non_block.embed.name)
+        config, tensors, about_head = settle_head(config, tensors, non_block.embed.name)
+        remarks += about_head
         arch, non_block, blocks = hf.specs(config)
     leaves = _leaves((non_block, blocks))
     # Before any data is read, so that a wrong checkpoint fails at once.

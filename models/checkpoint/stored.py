@@ -53,6 +53,44 @@ class Renamed:
         return self._tensors.read(self._stored_names[name], rows)
 
 
+# Beginnings of the names of a language model's tensors within a larger model -> their own.
+_TEXT_PARTS = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+
+
+def text_part(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
+    """Give the tensors of a larger model's language model its own names, and leave out the rest.
+
+    Args:
+      tensors: Tensors of the checkpoint, such as those of a model that sees images.
+
+    Returns:
+      Tensors, and sentences about what was left out; unchanged for a language model alone.
+    """
+    names: dict[str, str] = {}
+    for name in tensors.shapes:
+        for beginning, own in _TEXT_PARTS.items():
+            if name.startswith(beginning):
+                names[own + name.removeprefix(beginning)] = name
+    if not names:
+        return tensors, ()
+    if HEAD in tensors.shapes:
+        names.setdefault(HEAD, HEAD)
+    left_out = sorted({n.split(".")[n.startswith("model.")] for n in tensors.shapes} - _KEPT)
+    remark = (
+        f"only the text part of the checkpoint was read; {', '.join(left_out) or 'nothing'} was "
+        "left out, and the result is a language model without it"
+    )
+    return Renamed(tensors, names), (remark,)
+
+
+# Parts of a larger model that are read.
+_KEPT = {"language_model", "lm_head"}
+
+
 def with_prefix(tensors: Tensors, names: Sequence[str]) -> Tensors:
     """Give the tensors of a bare decoder the names that they have in a language model.
 

@@ -9,15 +9,51 @@ from typing import Any
 
 from models.arch import Arch, Block, NonBlockParams
 from models.errors import InputError
-from models.families.decoders import DECODERS
 from models.families.fields import Fields, kind_of
+from models.families.gemma import GEMMAS
+from models.families.llama import LLAMAS
 from models.families.opt import OPT
+from models.families.phi import PHIS
 from models.families.specs import Family, Spec, is_spec
 
-__all__ = ["FAMILIES", "Family", "Spec", "family", "is_spec", "linear_name", "shallower", "specs"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Spec",
+    "family",
+    "is_spec",
+    "linear_name",
+    "shallower",
+    "specs",
+    "text_config",
+]
 
 # model_type -> family.
-FAMILIES: Mapping[str, Family] = {**DECODERS, "opt": OPT}
+FAMILIES: Mapping[str, Family] = {**LLAMAS, **PHIS, **GEMMAS, "opt": OPT}
+
+
+# Fields of a larger model that hold for its text part too.
+_SHARED = ("tie_word_embeddings", "torch_dtype", "dtype", "eos_token_id", "bos_token_id")
+
+
+def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the configuration of the text part of a larger model, such as one that sees images.
+
+    Args:
+      config: Contents of `config.json`.
+
+    Returns:
+      The section `text_config`, with what the model says for all parts; `config` itself where it
+      is a language model's or the section is none that Topiary reads.
+    """
+    section = config.get("text_config")
+    if config.get("model_type") in FAMILIES or not isinstance(section, Mapping):
+        return dict(config)
+    kind = section.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        return dict(config)
+    shared = {name: config[name] for name in _SHARED if name in config}
+    return {**shared, "architectures": [FAMILIES[kind].model_class], **section}
 
 
 def family(config: Mapping[str, Any]) -> Family:

@@ -87,30 +87,22 @@ def rope_of(
       InputError: The kind of scaling is not supported or a field is wrong.
     """
     g = Fields(parameters)
-    # Older files call it `type`.
-    kind = parameters.get("rope_type", parameters.get("type")) or "default"
+    # Older files call it `type`. transformers takes an absent kind as the default, but no null.
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     kind = (old_names or {}).get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_KINDS:
         raise InputError(
             f"config.json: rope type {shown(kind)} is not supported",
             f"it must be one of {', '.join(ROPE_KINDS)}",
         )
-    partial = g.number("partial_rotary_factor", f.number("partial_rotary_factor", share or 1.0))
-    if (share is None and partial != 1.0) or partial > 1 or int(head_dim * partial) < 2:
-        raise InputError(f"config.json: partial_rotary_factor={partial:g} is not supported")
-    if int(head_dim * partial) % 2:
-        raise InputError(
-            f"config.json: {int(head_dim * partial)} rotated channels of a head must be an even "
-            "number",
-            REPAIR,
-        )
     longest = f.count("max_position_embeddings", 2048)
     rope = Rope(
         theta=g.number("rope_theta", f.number("rope_theta", theta)),
         kind=kind,
-        factor=g.optional_number("factor", 1.0) or 1.0,
+        # These two derive it from the lengths where it is null, below.
+        factor=1.0 if kind in ("yarn", "longrope") else g.number("factor", 1.0),
         max_positions=longest,
-        share=partial,
+        share=_share(f, g, head_dim, share),
     )
     if kind in ("default", "linear", "dynamic"):
         return rope
@@ -123,10 +115,24 @@ def rope_of(
             f"{shown(before)}",
             REPAIR,
         )
-    if parameters.get("factor") is None and kind != "llama3":
-        rope = _with(rope, factor=longest / before)
+    if kind in ("yarn", "longrope"):
+        rope = _with(rope, factor=g.optional_number("factor") or longest / before)
     rope = _with(rope, max_positions=before)
     return {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}[kind](g, rope, head_dim)
+
+
+def _share(f: Fields, g: Fields, head_dim: int, default: float | None) -> float:
+    """Read the share of a head's channels that are rotated; see `read_rope` for the default."""
+    share = g.number("partial_rotary_factor", f.number("partial_rotary_factor", default or 1.0))
+    if (default is None and share != 1.0) or share > 1 or int(head_dim * share) < 2:
+        raise InputError(f"config.json: partial_rotary_factor={share:g} is not supported")
+    if int(head_dim * share) % 2:
+        raise InputError(
+            f"config.json: {int(head_dim * share)} rotated channels of a head must be an even "
+            "number",
+            REPAIR,
+        )
+    return share
 
 
 def _with(rope: Rope, **fields: Any) -> Rope:

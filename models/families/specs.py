@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from models import decoder
+from models import decoder, decoder_config
 from models.arch import Arch, Block, NonBlockParams
 from models.layers import Linear, Norm
 
@@ -104,7 +104,7 @@ class Names(NamedTuple):
     final_norm: str = "model.norm"
 
 
-def _norm(c: decoder.Config, name: str, size: int) -> Norm:
+def _norm(c: decoder_config.Config, name: str, size: int) -> Norm:
     """Return the specs of a norm at its identity."""
     start = "zeros" if c.static.norm == "rms_offset" else "ones"
     has_bias = c.static.norm == "layer"
@@ -114,7 +114,7 @@ def _norm(c: decoder.Config, name: str, size: int) -> Norm:
     )
 
 
-def decoder_non_block(names: Names, c: decoder.Config) -> decoder.NonBlockParams:
+def decoder_non_block(names: Names, c: decoder_config.Config) -> decoder.NonBlockParams:
     """Return the specs of the parameters outside the blocks.
 
     Args:
@@ -128,7 +128,7 @@ def decoder_non_block(names: Names, c: decoder.Config) -> decoder.NonBlockParams
     )
 
 
-def decoder_block(names: Names, c: decoder.Config, i: int) -> decoder.Block:
+def decoder_block(names: Names, c: decoder_config.Config, i: int) -> decoder.Block:
     """Return the specs of a block.
 
     Args:

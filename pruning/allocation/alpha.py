@@ -64,6 +64,11 @@ class Alpha:
         if not 0 <= self.epsilon < 1:
             raise InputError(f"alpha: epsilon={self.epsilon} must be at least 0 and less than 1")
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that spectra are those of the weights."""
+        return False
+
     def __call__(
         self,
         model: Model,

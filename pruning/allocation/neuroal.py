@@ -58,16 +58,19 @@ class _FedTap(NamedTuple):
 def _fed_taps(arch: Arch) -> dict[str, _FedTap]:
     """Return the tap that each slot's rows feed.
 
-    Through the residual stream that is the tap after the one which the slot reads.
+    Through the residual stream that is the next tap that reads the stream, in this block or in the
+    next one.
     """
     taps = list(dict.fromkeys(s.reads for s in arch.slots))
-    following = {}
-    for j, tap in enumerate(taps):
-        # The last linear of a block feeds the first tap of the next block.
-        following[tap] = _FedTap(taps[(j + 1) % len(taps)], j + 1 == len(taps))
+    fed = {s.feeds for s in arch.slots}
+    reads_stream = [tap for tap in taps if tap not in fed]
+
+    def after(tap: str) -> _FedTap:
+        later = [t for t in taps[taps.index(tap) + 1 :] if t in reads_stream]
+        return _FedTap(later[0], False) if later else _FedTap(reads_stream[0], True)
+
     return {
-        s.name: following[s.reads] if s.feeds == "next" else _FedTap(s.feeds, False)
-        for s in arch.slots
+        s.name: after(s.reads) if s.feeds == "next" else _FedTap(s.feeds, False) for s in arch.slots
     }
 
 
@@ -264,6 +267,11 @@ class NeuroAL:
     def __post_init__(self) -> None:
         if self.samples < 1:
             raise InputError(f"neuroal: samples={self.samples} must be at least 1")
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return that budgets are tried on the windows."""
+        return True
 
     def __call__(
         self,

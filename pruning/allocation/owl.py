@@ -53,6 +53,11 @@ class Owl:
                 f"owl: m={self.m} must be positive, lam={self.lam} at least 0 and less than 1"
             )
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that outliers are scores with activations."""
+        return True
+
     def __call__(
         self,
         model: Model,

@@ -90,8 +90,7 @@ class ChannelMethod:
     def __post_init__(self) -> None:
         check_round_to(self.name, self.round_to)
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that heads and neurons are cut."""
         # A choice over the model leaves blocks of different widths.
         return ShapeChange(GROUPS, self.scope == "local", self.repair != "none")
@@ -100,6 +99,11 @@ class ChannelMethod:
     def sets_sparsity(self) -> bool:
         """Return that the request sets the sparsity."""
         return False
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the score or the repair needs statistics of the inputs."""
+        return (self.observer or REPAIR_OBSERVERS[self.repair]) is not None
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""

@@ -21,8 +21,19 @@ from pruning.structured.flap_core import (
     select_corrected,
     select_official,
 )
-from pruning.structured.remove import GROUPS, Repair, check_round_to, remove, removed_outcome
+from pruning.structured.remove import (
+    GROUPS,
+    Repair,
+    check_round_to,
+    remove,
+    removed_outcome,
+    units_per_block,
+)
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
+
+# Head groups a block from which heads and neurons compete in one list: one group is then at most an
+# eighth of a block's attention (docs/decisions/032-flap-head-groups.md).
+LIST_HEAD_GROUPS = 8
 
 _metrics = Program(input_feature_metrics, "channels scored")
 
@@ -38,8 +49,9 @@ class Flap:
         weights that read it, "WIFN" Wanda's norm.
       structure: "UL-UM" removes the same share of every block, "UL-MM" `heads_removed` heads and
         the rest neurons alike in every block, "AL-MM" the same over all blocks together, "AL-AM"
-        heads and neurons of all blocks in one list. None: "AL-AM" in the official variant, "UL-MM"
-        in the corrected one.
+        heads and neurons of all blocks in one list. None: "AL-AM" in the official variant. In the
+        corrected one "AL-AM" for models with eight or more head groups a block (key-value heads
+        with grouped-query attention), and "UL-MM" for models with fewer or with `heads_removed`.
       heads_removed: Heads of the whole model, for the "MM" structures. With 0, no more is removed
         than the neurons hold.
       spread: Largest difference between the fraction of its neurons that a block loses and the
@@ -53,7 +65,7 @@ class Flap:
       variant: "official" is the authors' code to the letter (its fluctuation, squares,
         truncations). "corrected", the default, takes the true variance and the parameters that a
         unit really holds, and leaves one unit of each kind in every block. On SmolLM2-135M its
-        defaults give perplexity 51.3 at 30 %, where the paper's structure with bias alone gives
+        defaults give perplexity 50.8 at 30 %, where the paper's structure with bias alone gives
         78.5 (docs/methods/flap.md).
     """
 
@@ -94,11 +106,20 @@ class Flap:
     def _official(self) -> bool:
         return self.variant == "official"
 
-    @property
-    def _structure(self) -> Structure:
-        # On SmolLM2 the paper's AL-AM takes 16 of 90 heads at 30 %, and two thirds of some blocks'
-        # neurons. With a refit, blocks alike do better (docs/decisions/019-flap-default.md).
-        return self.structure or ("AL-AM" if self._official else "UL-MM")
+    def _choose_structure(self, model: Model) -> tuple[Structure, str]:
+        """Return the structure, and the rule that gave it; reads no parameters."""
+        if self.structure:
+            return self.structure, "as asked"
+        if self._official:
+            return "AL-AM", "the authors' default"
+        if self.heads_removed:
+            return "UL-MM", "`heads_removed` is given"
+        groups = units_per_block(model, "heads")
+        # With few groups the list takes whole thirds or halves of a block's attention. On SmolLM2
+        # it takes 16 of 90 at 30 %, and blocks alike do better with a refit.
+        if groups < LIST_HEAD_GROUPS:
+            return "UL-MM", f"{groups:.3g} head groups a block, fewer than {LIST_HEAD_GROUPS}"
+        return "AL-AM", f"{groups:.3g} head groups a block, {LIST_HEAD_GROUPS} or more"
 
     @property
     def _repair(self) -> Repair:
@@ -108,16 +129,21 @@ class Flap:
             return "refit"
         return "bias" if self.bias else "none"
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that heads and neurons are cut."""
+        structure, _ = self._choose_structure(model)
         # UL structures leave all blocks the same widths, so that a stock architecture holds them.
-        return ShapeChange(GROUPS, self._structure.startswith("UL"), self.bias)
+        return ShapeChange(GROUPS, structure.startswith("UL"), self.bias)
 
     @property
     def sets_sparsity(self) -> bool:
         """Return that the request sets the sparsity."""
         return False
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return that every metric is one of activations."""
+        return True
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
@@ -143,17 +169,24 @@ class Flap:
             model, tokens, runtime, observer, self._score, "measuring fluctuation", key
         )
         heads, neurons, sparsity = dense.heads, dense.neurons, request.sparsity
+        structure, rule = self._choose_structure(model)
         if self._official and sparsity:
-            kept = select_official(heads, neurons, sparsity, self._structure, self.heads_removed)
+            kept = select_official(heads, neurons, sparsity, structure, self.heads_removed)
         else:  # the authors' code always removes something, so sparsity 0 takes this one
             # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
             to_remove = self.heads_removed if sparsity else 0
-            kept = select_corrected(
-                heads, neurons, sparsity, self._structure, to_remove, self.spread
-            )
+            kept = select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
         keeps = round_neurons(kept, neurons.metric, self.round_to)
         # A bias alone needs only the means, which the dense pass has measured.
         means = dense.means if self._repair == "bias" else None
         remove(model, tokens, runtime, sink, keeps, self._repair, means)
         label = f"{self.metric} of channels"
-        return removed_outcome(model.arch, keeps, request, dense.by_reader, label)
+        outcome = removed_outcome(model.arch, keeps, request, dense.by_reader, label)
+        return self._say_structure(outcome, structure, rule)
+
+    def _say_structure(self, outcome: Outcome, structure: Structure, rule: str) -> Outcome:
+        """Return the outcome with the structure and its rule, in a note where the model decides."""
+        details = {**outcome.details, "structure": {"used": structure, "rule": rule}}
+        chosen = self.structure is None and not self._official
+        notes = (f"flap used structure={structure}: {rule}",) if chosen else ()
+        return dataclasses.replace(outcome, details=details, notes=notes)

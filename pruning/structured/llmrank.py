@@ -252,8 +252,7 @@ class LLMRank:
             return 0.0 if self._official else 0.5  # at 0 the graph vanishes
         return self.gamma
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that neurons are cut, or nothing where rows are zeroed."""
         cut = ("neurons",) if self.units == "neurons" else ()
         return ShapeChange(cut, self.scope == "local", self.repair != "none")
@@ -262,6 +261,11 @@ class LLMRank:
     def sets_sparsity(self) -> bool:
         """Return that the request sets the sparsity."""
         return False
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the ranks or the repair are those of these windows."""
+        return self.scorer not in ("norm", "random") or self.repair != "none"
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
@@ -327,19 +331,12 @@ class LLMRank:
         names = _linears(model)
         keeps = self._keep_rows(ranks, request.sparsity)
         removed = []
-        for i, (block, (up, down)) in enumerate(zip(model.blocks, keeps, strict=True)):
-            zeroed = {
-                names.up: zero_rows(getattr(block, names.up), np.flatnonzero(~up)),
-                names.down: zero_rows(getattr(block, names.down), np.flatnonzero(~down)),
-            }
+        for i, (block, kept) in enumerate(zip(model.blocks, keeps, strict=True)):
             # The gate and the columns of down stay, as in the official code.
+            rows = dict(zip((names.up, names.down), map(dropped_indices, kept), strict=True))
+            zeroed = {n: zero_rows(getattr(block, n), np.array(r, int)) for n, r in rows.items()}
             sink(i, block.replace(**zeroed))
-            removed.append(
-                {
-                    names.up: Removed(rows=dropped_indices(up)),
-                    names.down: Removed(rows=dropped_indices(down)),
-                }
-            )
+            removed.append({name: Removed(rows=dropped) for name, dropped in rows.items()})
         return Outcome(
             asked=tuple(dict.fromkeys(linears, request.sparsity) for linears in removed),
             removed=tuple(removed),

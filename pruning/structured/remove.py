@@ -17,6 +17,7 @@ from models.errors import InputError
 from models.programs import Program
 from models.sharding import tree_to_host
 from models.surgery import cut, mask
+from pruning.budget import all_shapes
 from pruning.figures import kept_map
 from pruning.structured.repair_core import add_lost_mean, refit_kept_columns
 from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
@@ -73,6 +74,18 @@ def cost(block: Block, group: Group) -> float:
     # A unit has `width` rows or columns of each linear, each as long as the other axis.
     members = (group.reader, *group.writers)
     return float(sum(m.width * getattr(block, m.name).w.shape[1 - m.axis] for m in members))
+
+
+def units_per_block(model: Model, group: str) -> float:
+    """Return the mean number of units of a group in a block.
+
+    Args:
+      model: Only its shapes are read.
+      group: Name of the group.
+    """
+    reader = model.arch.group(group).reader
+    widths = [shapes[reader.name][reader.axis] for shapes in all_shapes(model)]
+    return sum(widths) / (len(widths) * reader.width)
 
 
 def remove_units(arch: Arch, block: Block, keep: Keep) -> Block:

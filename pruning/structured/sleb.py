@@ -165,8 +165,7 @@ class Sleb:
                     "of sleb must not be negative", "give 0 or more", field=field, value=value
                 )
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that blocks are left out, and the shapes of what stays do not change."""
         return ShapeChange(shallower=True)
 
@@ -174,6 +173,11 @@ class Sleb:
     def sets_sparsity(self) -> bool:
         """Return whether `blocks` says how much to remove."""
         return self.blocks is not None
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return that losses and influence are those of the windows."""
+        return True
 
     def _choice(self, model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
         """Return the number of units to remove, and the candidates by index."""

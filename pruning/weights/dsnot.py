@@ -64,6 +64,11 @@ class DSnoT:
         if self.cycles < 1:
             raise InputError(f"dsnot: cycles={self.cycles} must be at least 1")
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that swaps go by moments of the inputs."""
+        return True
+
     def __call__(self, arch: Arch, pruners: Mapping[str, Pruner]) -> dict[str, Pruner]:
         """Refine the masks of each tap's pruner, as `Refiner` says."""
         settings = Settings(self.cycles, self.variant == "official")

@@ -16,12 +16,11 @@ from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.programs import Program, program
-from pruning.budget import all_shapes, uniform
+from pruning.budget import Uniform, all_shapes, mean_fractions
 from pruning.types import (
     SAME_SHAPES,
     Allocation,
     BlockSink,
-    Budget,
     Layerwise,
     Mask,
     Outcome,
@@ -228,7 +227,7 @@ def allocate(
       runtime: How to execute.
       layerwise: What linears will be pruned with.
     """
-    allocator = request.allocation if request.allocation and request.sparsity else uniform
+    allocator = request.allocation if request.allocation and request.sparsity else Uniform()
     return allocator(model, tokens, request, runtime, layerwise)
 
 
@@ -265,13 +264,6 @@ def counts_if_any(
     return counts_for(arch, pattern, block, fractions)
 
 
-def mean_fractions(budget: Budget) -> tuple[dict[str, float], ...]:
-    """Return the fraction to remove of every slot, the mean of its rows, by block."""
-    return tuple(
-        {name: float(np.mean(fraction)) for name, fraction in block.items()} for block in budget
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class PerLinear:
     """Method that prunes each linear on its own; each block sees the outputs of the pruned ones.
@@ -287,8 +279,7 @@ class PerLinear:
     unstructured: Pattern
     warn: Callable[[Mapping[str, Any]], Sequence[str]] = lambda details: ()
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that all shapes stay."""
         return SAME_SHAPES
 
@@ -296,6 +287,11 @@ class PerLinear:
     def sets_sparsity(self) -> bool:
         """Return that the request sets the sparsity."""
         return False
+
+    @property
+    def reads_activations(self) -> bool:
+        """Return whether the rule has an observer; no pattern changes that."""
+        return self.pruner(self.unstructured).observer is not None
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""

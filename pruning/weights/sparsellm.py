@@ -12,6 +12,7 @@ from calibration.states import States
 from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from pruning.budget import mean_fractions
 from pruning.types import (
     SAME_SHAPES,
     Allocation,
@@ -27,15 +28,14 @@ from pruning.weights.per_linear import (
     by_figure,
     check_pattern,
     counts_if_any,
-    mean_fractions,
     pattern_of,
 )
 from pruning.weights.sparsellm_block import BlockSolver, ffn_names
 from pruning.weights.sparsellm_core import Penalties, Settings
 from pruning.weights.sparsellm_figures import loss_figures
 
-# Activations with an auxiliary update: relu without a gate, the others with one.
-KNOWN_ACTIVATIONS = ("relu", "silu", "swish")
+# Activations of the authors' code: relu without a gate (OPT), silu with one (LLaMA).
+OFFICIAL_ACTIVATIONS = {False: ("relu",), True: ("silu", "swish")}
 # The official code sets alpha = beta = gamma: to 5 for LLaMA, to 0.1 for OPT.
 OFFICIAL_GATED, OFFICIAL_PLAIN = Penalties(5.0, 5.0, 5.0), Penalties(0.1, 0.1, 0.1)
 # Equal penalties, or alpha = 0.1, leave a larger error (docs/decisions/014-sparsellm.md).
@@ -63,7 +63,8 @@ class SparseLLM:
         OPT models. "corrected", the default, has the same objective with sums over tokens and
         Cholesky factors in place of pseudo-inverses. W2 is fitted to the outputs of the pruned W1
         and gate, and the target makes up for pruned attention. The best iteration stays. At 70 %
-        on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145.
+        on SmolLM2-135M it gives perplexity 88 where SparseGPT gives 145. "corrected" takes any
+        activation, "official" those of the authors: relu without a gate, silu with one.
     """
 
     iterations: int = 4
@@ -92,8 +93,7 @@ class SparseLLM:
     def _official(self) -> bool:
         return self.variant == "official"
 
-    @property
-    def shape_change(self) -> ShapeChange:
+    def shape_change(self, model: Model) -> ShapeChange:
         """Return that all shapes stay."""
         return SAME_SHAPES
 
@@ -102,14 +102,20 @@ class SparseLLM:
         """Return that the request sets the sparsity."""
         return False
 
+    @property
+    def reads_activations(self) -> bool:
+        """Return that the alternation fits activations."""
+        return True
+
     def _settings(self, arch: Arch, request: Request) -> Settings:
-        """Return the settings of the alternation; InputError for an unknown activation."""
+        """Return the settings of the alternation; InputError where the authors have no step."""
         gated, act = ffn_names(arch).gate is not None, arch.config.act
-        # The paper has updates for relu without a gate (eq. 7) and for silu with one (eq. 10).
-        if act not in KNOWN_ACTIVATIONS or (act == "relu") == gated:
+        # The authors' steps are eq. 7 for relu without a gate and gradient steps for silu with one.
+        if self._official and act not in OFFICIAL_ACTIVATIONS[gated]:
             raise InputError(
-                f"sparsellm: no update of the auxiliary activations is known for {act}",
-                "use sparsegpt",
+                f"sparsellm: the official code has no step for {act} "
+                f"{'with' if gated else 'without'} a gate",
+                'use variant="corrected"',
             )
         default = CORRECTED
         if self._official:

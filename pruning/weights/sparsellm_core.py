@@ -171,23 +171,26 @@ def p_step(w2: Linear, gain: jax.Array, y: jax.Array, h: jax.Array) -> jax.Array
     return h + (y - linear(w2, h)) @ gain.T
 
 
-def z_relu(m: jax.Array, p: jax.Array, c: Penalties) -> jax.Array:
-    """Return the z that minimises gamma (p - relu(z))^2 + alpha (z - m)^2, entry by entry.
+def relu_minimum(
+    m: jax.Array, p: jax.Array, c: Penalties, factor: jax.Array | float = 1.0
+) -> jax.Array:
+    """Return the u that minimises gamma (p - factor relu(u))^2 + alpha (u - m)^2, entry by entry.
 
-    Source: Bai et al. 2024, eq. 7.
+    Source: Bai et al. 2024, eq. 7, where u is z and the factor 1.
 
     Args:
-      m: Output of W1, [... f].
+      m: Output of the linear before the activation, [... f].
       p: Input of W2, [... f].
       c: Weights of the terms.
+      factor: z where a gate is activated, [... f]; 1 without a gate.
     """
     chex.assert_equal_shape([m, p])
     # The objective has one minimum where relu is on and one where it is off.
-    on = jnp.maximum(0, (c.gamma * p + c.alpha * m) / (c.gamma + c.alpha))
-    off = jnp.minimum(0, m)
+    on = (c.gamma * factor * p + c.alpha * m) / (c.gamma * factor**2 + c.alpha)
+    on, off = jnp.maximum(0, on), jnp.minimum(0, m)
 
-    def cost(z: jax.Array) -> jax.Array:
-        return c.gamma * (p - jax.nn.relu(z)) ** 2 + c.alpha * (z - m) ** 2
+    def cost(u: jax.Array) -> jax.Array:
+        return c.gamma * (p - factor * jax.nn.relu(u)) ** 2 + c.alpha * (u - m) ** 2
 
     # A tie goes to `on`, as in the official code. The choice jumps, so rounding may flip it.
     return jnp.where(cost(on) <= cost(off), on, off)
@@ -209,35 +212,68 @@ def z_gated(m: jax.Array, p: jax.Array, g: jax.Array, c: Penalties) -> jax.Array
     return (c.alpha * m + c.gamma * g * p) / (c.alpha + c.gamma * g**2)
 
 
-def s_gated(
-    m: jax.Array, z: jax.Array, s: jax.Array, p: jax.Array, act: str, c: Penalties
+def gauss_newton_step(
+    m: jax.Array,
+    u: jax.Array,
+    p: jax.Array,
+    act: str,
+    c: Penalties,
+    factor: jax.Array | float = 1.0,
 ) -> jax.Array:
-    """Take one Gauss-Newton step from s on alpha (s - m)^2 + gamma (p - act(s) z)^2.
+    """Take one Gauss-Newton step from u on alpha (u - m)^2 + gamma (p - factor act(u))^2.
 
     Args:
-      m: Output of the gate, [... f].
-      z: z, [... f].
-      s: s to start from, [... f].
+      m: Output of the linear before the activation, [... f].
+      u: u to start from, [... f].
+      p: Input of W2, [... f].
+      act: Name of the activation, any with a derivative.
+      c: Weights of the terms.
+      factor: z where a gate is activated, [... f]; 1 without a gate.
+
+    Returns:
+      u [... f]; entries that would raise the objective stay.
+    """
+    chex.assert_equal_shape([m, u, p])
+
+    def cost(u: jax.Array) -> jax.Array:
+        return c.alpha * (u - m) ** 2 + c.gamma * (p - ACTIVATIONS[act](u) * factor) ** 2
+
+    # Unlike the official step of fixed rate, this one is stable however large the factor is.
+    g, slope = jax.jvp(ACTIVATIONS[act], (u,), (jnp.ones_like(u),))
+    slope = slope * factor
+    # The second derivative of act is left out (Gauss-Newton), so the denominator is at least alpha.
+    # Newton's own could be zero or negative.
+    residual = p - g * factor
+    new = u - (c.alpha * (u - m) - c.gamma * slope * residual) / (c.alpha + c.gamma * slope**2)
+    # act is not linear, so a full step may go too far.
+    return jnp.where(cost(new) < cost(u), new, u)
+
+
+def activated_step(
+    m: jax.Array,
+    u: jax.Array,
+    p: jax.Array,
+    act: str,
+    c: Penalties,
+    factor: jax.Array | float = 1.0,
+) -> jax.Array:
+    """Lower alpha (u - m)^2 + gamma (p - factor act(u))^2: u is z, or s where there is a gate.
+
+    Args:
+      m: Output of the linear before the activation, [... f].
+      u: u to start from, [... f].
       p: Input of W2, [... f].
       act: Name of the activation.
       c: Weights of the terms.
+      factor: z where a gate is activated, [... f]; 1 without a gate.
 
     Returns:
-      s [... f]; entries that would raise the objective stay.
+      u [... f]: the minimum for relu, one Gauss-Newton step for a smooth activation.
     """
-    chex.assert_equal_shape([m, z, s, p])
-
-    def cost(s: jax.Array) -> jax.Array:
-        return c.alpha * (s - m) ** 2 + c.gamma * (p - ACTIVATIONS[act](s) * z) ** 2
-
-    # Unlike the official step of fixed rate, this one is stable however large z is.
-    g, slope = jax.jvp(ACTIVATIONS[act], (s,), (jnp.ones_like(s),))
-    slope = slope * z
-    # The second derivative of act is left out (Gauss-Newton), so the denominator is at least alpha.
-    # Newton's own could be zero or negative.
-    new = s - (c.alpha * (s - m) - c.gamma * slope * (p - g * z)) / (c.alpha + c.gamma * slope**2)
-    # act is not linear, so a full step may go too far.
-    return jnp.where(cost(new) < cost(s), new, s)
+    if act == "relu":
+        # Its slope is 0 where it is off, so a step along the slope would never turn it on.
+        return relu_minimum(m, p, c, factor)
+    return gauss_newton_step(m, u, p, act, c, factor)
 
 
 def residuals_and_error(
@@ -265,9 +301,9 @@ def residuals_and_error(
     error = jnp.sum((linear(ffn.w2, h) - y) ** 2)
     if s is None:
         # Differences from the outputs: the fits add to W, and where z agrees they add nothing.
-        return [z_relu(m[0], p, c) - m[0]], error
+        return [activated_step(m[0], z, p, act, c) - m[0]], error
     z = z_gated(m[0], p, ACTIVATIONS[act](s), c)
-    return [z - m[0], s_gated(m[1], z, s, p, act, c) - m[1]], error
+    return [z - m[0], activated_step(m[1], s, p, act, c, z) - m[1]], error
 
 
 def sparsegpt_pruned(

@@ -22,10 +22,10 @@ from pruning.weights.sparsellm_core import (
     hidden,
     p_gain,
     p_step,
+    relu_minimum,
     sparsegpt_pruned,
     squared_error,
     z_gated,
-    z_relu,
 )
 
 # The rate is fixed, whatever the activations. A step on s is stable only while RATE (2 alpha + 2
@@ -112,7 +112,7 @@ def _prune_and_update(
         # The official order: p from the old z and s, z from the new p and old s, then s from both.
         p = p_step(ffn.w2, gain, y, hidden(z, gate[0] if gate else None, c.act))
         if ffn.gate is None:
-            return Aux(z_relu(linear(ffn.w1, x), p, k), None, p)
+            return Aux(relu_minimum(linear(ffn.w1, x), p, k), None, p)
         # The official formula has no penalties in it.
         z = z_gated(linear(ffn.w1, x), p, ACTIVATIONS[c.act](gate[0]), Penalties(1.0, 1.0, 1.0))
         m = linear(ffn.gate, x)

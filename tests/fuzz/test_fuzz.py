@@ -1,5 +1,6 @@
 """Damaged files, flags, data and journals end with one line of error, or with a right result."""
 
+import json
 import os
 import pathlib
 import random
@@ -11,6 +12,7 @@ import pytest
 from fuzz import seeds
 from fuzz.cases import KINDS, Case, config, data, flag_file, flags, gguf, index, make_case, weights
 from fuzz.server import judge
+from safetensors.numpy import save_file
 
 from launch import prune
 from launch.flags.cli import run
@@ -97,8 +99,38 @@ def test_every_kind_of_damage_is_a_case(sound: pathlib.Path, tmp_path: pathlib.P
 def test_the_judge_finds_what_is_wrong(
     code: int, stderr: str, problem: str, tmp_path: pathlib.Path
 ) -> None:
-    case = Case("prune", [], tmp_path / "out", "", False)
+    case = Case("prune", [f"--output={tmp_path / 'out'}"], tmp_path / "out", "", False)
     assert judge(case, code, 1.0, stderr).problem == problem
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("model_type", "weight", "said", "excused"),
+    [
+        ("llama", 1.0, "cannot load it (ValueError: x)", False),
+        ("zebra", 1.0, "cannot load it (ValueError: x)", True),
+        ("zebra", 1.0, "cannot load it (KeyError: x)", False),
+        ("llama", 1.0, "largest difference of the logits 3", False),
+        ("zebra", 1.0, "largest difference of the logits 3", False),
+        ("llama", 1e30, "largest difference of the logits 3", True),
+    ],
+)
+def test_the_judge_excuses_what_transformers_refuses_in_the_source_too(
+    model_type: str, weight: float, said: str, excused: bool, tmp_path: pathlib.Path
+) -> None:
+    pytest.importorskip("transformers")
+    for name in ("model", "out"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": model_type}))
+    save_file({"w": np.full(3, weight, np.float32)}, tmp_path / "out" / "model.safetensors")
+    report = {
+        "checks": {"topiary": True, "transformers": False},
+        "load_back": {"topiary": "", "transformers": said},
+    }
+    (tmp_path / "out" / "pruning_report.json").write_text(json.dumps(report))
+    argv = [f"--model={tmp_path / 'model'}", "--output=elsewhere", "--output=out"]
+    problem = judge(Case("prune", argv, tmp_path / "first", "", False), 0, 1.0, "").problem
+    assert problem == ("" if excused else f"transformers: {said}")
 
 
 @pytest.mark.slow

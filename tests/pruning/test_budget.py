@@ -200,7 +200,7 @@ def test_schedules_rise_evenly_and_rows_follow_their_drop() -> None:
     )
 
 
-@every_family
+@pytest.mark.parametrize("family", [*FAMILIES, "mistral", "phi"])
 @pytest.mark.slow
 def test_released_block_scores_are_the_loops(family: str) -> None:
     _, outcome = run(family, ALLOCATIONS["neuroal"](step="block", samples=4, variant="official"))

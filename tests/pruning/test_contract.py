@@ -14,7 +14,8 @@ from models.arch import Model
 from models.errors import InputError
 from pruning.methods import METHODS
 from pruning.structured.llmrank import _flow
-from pruning.types import Outcome, Request, prune
+from pruning.types import Outcome, Request, prune, reads_activations
+from reference import tiny
 from reference.small import EVERY_FAMILY, FAMILIES, logits, model, same, tokens, weight, zeros
 
 
@@ -336,6 +337,20 @@ def test_patterns_of_units_are_bad_input(case: Case) -> None:
 
 
 @every_case
+def test_other_windows_change_what_reads_activations_alone(case: Case) -> None:
+    m, request = model("llama"), Request(0.5)
+    method = METHODS[case.name](**dict(case.arguments))
+    other, again = prune(m, method, tokens(seed=7), request)
+    pruned, outcome = run(case, "llama")
+    equal = (
+        same(again.scores, outcome.scores)
+        and again.details == outcome.details
+        and same(other.blocks, pruned.blocks)
+    )
+    assert equal == (not reads_activations(method, request))
+
+
+@every_case
 def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
     """One for each block, in every walk over the blocks; in searches one for each trial."""
     told: dict[str, list[int]] = {}
@@ -377,3 +392,21 @@ def test_the_report_of_the_outcome_is_json(case: Case) -> None:
     )
     assert all(isinstance(s, np.ndarray) for scores in outcome.scores for s in scores.values())
     assert bool(outcome.scores) == bool(outcome.scores_label)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case", [next(c for c in CASES if c.name == name) for name in METHODS], ids=str
+)
+def test_heads_need_not_make_up_the_hidden_size(case: Case) -> None:
+    """Queries are wider than the residual stream, and many enough for one list with the neurons."""
+    m = tiny.random_model({**tiny.LLAMA, "num_attention_heads": 8, "head_dim": 10})
+    method = METHODS[case.name](**dict(case.arguments))
+    pruned, outcome = prune(m, method, tiny.tokens(), Request(0.5))
+    assert m.blocks[0].q.w.shape == (80, 32)
+    assert np.isfinite(logits(pruned, tiny.tokens())).all()
+    assert not same(pruned.blocks, m.blocks)
+    if "kept_heads" in outcome.details:
+        assert [len(b.q.w) for b in pruned.blocks] == [
+            10 * len(kept) for kept in outcome.details["kept_heads"]
+        ]

@@ -8,12 +8,14 @@ import pytest
 
 from calibration.runtime import Runtime
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
-from pruning.types import Layerwise, Pruner, Request, prune
+from pruning.types import Layerwise, Pruner, Request, prune, reads_activations
 from pruning.weights.patterns import per_row
 from pruning.weights.per_linear import score_solver
 from pruning.weights.scores import magnitude
 from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros
+
+SLOW = ("neuroal", "dsnot")
 
 
 def test_the_names_of_the_contract_exist() -> None:
@@ -77,6 +79,23 @@ def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
         for b in (6, batch)
     )
     assert same(whole.blocks, parts.blocks)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["uniform", "owl", "alpha", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+)
+def test_other_windows_change_budgets_and_swaps_that_read_activations_alone(name: str) -> None:
+    """After magnitude, which reads none itself; `row` as NeuroAL's rows need it."""
+    refine = REFINEMENTS[name]() if name in REFINEMENTS else None
+    arguments = {"m": 2} if name == "owl" else {}  # this model has no outliers above 5 means
+    allocation = ALLOCATIONS[name](**arguments) if name in ALLOCATIONS else None
+    m, method = model("llama"), METHODS["magnitude"](scope="row")
+    request = Request(0.5, allocation=allocation, refine=refine)
+    runs = [prune(m, method, tokens(seed=seed), request) for seed in (0, 1)]
+    (some, of_some), (others, of_others) = runs
+    equal = same(some.blocks, others.blocks) and of_some.details == of_others.details
+    assert equal == (not reads_activations(method, request))
 
 
 def test_uniform_is_the_same_everywhere() -> None:

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -203,6 +204,15 @@ def test_a_plot_names_its_curves_and_leaves_out_infinite_values() -> None:
     )
     assert perplexity_by_sparsity({"gone": [Point(0.3, math.inf, math.nan)]}, 2.5) == ""
     assert perplexity_by_sparsity({}, 2.5) == ""
+
+
+def test_stray_zeros_do_not_stretch_the_axis_of_sparsity() -> None:
+    """Marks a hundredth of a point apart would all read 50%."""
+    svg = perplexity_by_sparsity(
+        {"wanda": [Point(0.50001, 3.0, 0.1)], "flap": [Point(0.5, 4.0, 0.1)]}, 2.5
+    )
+    marks = re.findall(r">([\d.]+%)<", svg)
+    assert len(marks) > 1 and len(set(marks)) == len(marks), marks
 
 
 def test_a_board_without_any_figures_is_a_page_too(tmp_path: Path) -> None:

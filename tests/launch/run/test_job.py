@@ -71,14 +71,17 @@ def test_the_calibration_text_follows_the_model_where_none_is_named(
 @pytest.mark.parametrize(
     ("flags", "name"),
     [
-        ((), "embedded"),
-        (("--allocation=alpha",), "embedded"),
-        (("--allocation=owl",), "wikitext2"),
-        (("--refine=dsnot",), "wikitext2"),
+        (("--method=magnitude",), "embedded"),
+        (("--method=magnitude(scope='row')", "--allocation=alpha(epsilon=0.2)"), "embedded"),
+        (("--method=magnitude", "--allocation=owl"), "wikitext2"),
+        (("--method=magnitude", "--refine=dsnot"), "wikitext2"),
+        (("--method=magnitude_sp",), "embedded"),
+        (("--method=magnitude_sp(repair='bias')",), "wikitext2"),
+        (("--method=wanda", "--allocation=alpha"), "wikitext2"),
     ],
 )
 def test_masks_that_follow_from_the_weights_need_no_text_of_the_hub(
     flags: tuple[str, ...], name: str
 ) -> None:
-    values = ["--model=a/directory", "--method=magnitude", "--sparsity=0.5", *flags]
+    values = ["--model=a/directory", "--sparsity=0.5", *flags]
     assert job(*values).sources.calibration.name == name

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from models.arch import Block, Model, NonBlockParams, logits
+from models.checkpoint.output_format import with_dtype
 from models.checkpoint.reader import abstract, in_memory, open_checkpoint
 from models.checkpoint.writer import Writer
 from models.families import hf
@@ -102,3 +103,38 @@ def test_masked_units_compute_what_cut_ones_do(name: str) -> None:
         block = change(block, arch.group("neurons"), np.arange(56) % 4 > 0)
         results.append(np.asarray(logits(Model(arch, non_block, (block, blocks[1])), TOKENS)))
     np.testing.assert_allclose(*results, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_the_text_part_of_a_model_that_sees_images_is_read(tmp_path: pathlib.Path) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {k: v for k, v in FAMILIES["gemma3"].items() if k != "model_type"}
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    torch.manual_seed(0)
+    theirs = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    ).eval()
+    theirs.save_pretrained(tmp_path)
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.config["model_type"] == "gemma3_text"
+    assert "multi_modal_projector, vision_tower was left out" in checkpoint.remarks[0]
+    expected = torch_models.logits(theirs, TOKENS)
+    got = np.asarray(logits(in_memory(checkpoint.model), TOKENS))
+    np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_both_spellings_of_rotary_settings_are_written_and_agree(name: str) -> None:
+    given = FAMILIES[name]
+    for config in (given, {**given, "rope_parameters": {"rope_type": "default"}}):
+        written = with_dtype(config, "float32")
+        assert hf.specs(written)[0].config == hf.specs(config)[0].config

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from models.arch import Block, Model, NonBlockParams, logits
+from models.checkpoint.fused import stored_shapes
 from models.checkpoint.reader import abstract
 from models.errors import InputError
 from models.families import hf
@@ -47,7 +48,7 @@ def test_names_and_shapes_are_those_of_transformers(name: str) -> None:
     config = {**MODELS[name].config, "num_hidden_layers": 2}
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    assert {s.name: s.shape for s in spec_leaves(config)} == {
+    assert stored_shapes({s.name: s.shape for s in spec_leaves(config)}) == {
         n: tuple(p.shape) for n, p in theirs.named_parameters()
     }
 
@@ -203,11 +204,15 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"model_type": "topiary_llama", "widths": WIDTHS, "biases": [[1]]}, "biases must be a list"),
     ({"model_type": "topiary_llama", "widths": {"heads": [True]}, "biases": []}, "widths must"),
     ({"hidden_act": "swiglu"}, "hidden_act='swiglu' is not supported"),
+    ({"rope_scaling": {"rope_type": False}}, "rope type False is not supported"),
+    ({"rope_scaling": {"rope_type": None, "type": "linear"}}, "rope type None is not supported"),
+    ({"rope_parameters": {"type": ""}}, "rope type '' is not supported"),
     ({"hidden_act": ["silu"]}, "hidden_act"),
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     ({"rope_theta": -1.0}, "rope_theta"),
-    ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "rope type 'yarn'"),
-    ({"rope_parameters": {"rope_type": "longrope"}}, "default, linear, dynamic, llama3"),
+    ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope type 'su'"),
+    ({"rope_parameters": {"rope_type": "ntk"}}, "default, linear, dynamic, llama3, yarn"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of 4 numbers"),
     ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
     ({"rope_parameters": ["linear"]}, "rope_parameters must be an object"),
     ({"rope_scaling": {"rope_type": "linear", "factor": "2"}}, "factor"),

@@ -4,17 +4,25 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models.arch import Block, Group, Model, embed
+from models.checkpoint.reader import abstract
 from models.errors import InputError
+from models.families import hf
 from models.layers import Linear
+from models.published import MODELS
 from models.surgery import mask
 from models.surgery import units as dense_units
 from pruning.methods import METHODS
+from pruning.structured.flap import Flap
+from pruning.structured.flap_core import Structure
+from pruning.structured.remove import units_per_block
 from pruning.types import Outcome, Request, prune
+from reference import tiny
 from reference.small import FAMILIES, logits, model, run_block, same, tokens, weight
 
 # The quick tests take the first family, the slow ones the others.
@@ -151,6 +159,66 @@ def test_a_spread_bounds_what_blocks_lose() -> None:
         sum(even) == sum(free) and max(abs(a - b) for a, b in zip(even, alike, strict=True)) <= 1
     )  # the budget to one neuron
     assert free != even
+
+
+MANY = {**tiny.LLAMA, "num_attention_heads": 8}
+OPT_MANY = {**tiny.OPT, "num_attention_heads": 8}
+
+
+@pytest.mark.parametrize(
+    ("config", "structure", "rule"),
+    [
+        (MANY, "AL-AM", "8 head groups a block, 8 or more"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (MANY | {"num_key_value_heads": 4}, "UL-MM", "4 head groups a block, fewer than 8"),
+                (OPT_MANY, "AL-AM", "8 head groups a block, 8 or more"),
+                (tiny.OPT, "UL-MM", "4 head groups a block, fewer than 8"),
+            ]
+        ),
+    ],
+    ids=["8 heads", "4 of 8 heads", "opt with 8", "opt with 4"],
+)
+def test_the_number_of_head_groups_decides_the_structure(
+    config: dict[str, Any], structure: Structure, rule: str
+) -> None:
+    """By default alone; the result is that of the structure by name, and the outcome says why."""
+    m, request = tiny.random_model(config), Request(0.4)
+    pruned, outcome = prune(m, METHODS["flap"](), tiny.tokens(), request)
+    named, said = prune(m, METHODS["flap"](structure=structure), tiny.tokens(), request)
+    assert same(pruned.blocks, named.blocks)
+    assert outcome.details["structure"] == {"used": structure, "rule": rule}
+    assert outcome.notes == (f"flap used structure={structure}: {rule}",)
+    assert said.details["structure"]["rule"] == "as asked" and said.notes == ()
+    alike = len({jax.tree.structure(b) for b in pruned.blocks}) == 1 and all(
+        [x.shape for x in jax.tree.leaves(b)]
+        == [x.shape for x in jax.tree.leaves(pruned.blocks[0])]
+        for b in pruned.blocks
+    )
+    assert METHODS["flap"]().shape_change(m).alike is (structure == "UL-MM")
+    assert alike or structure == "AL-AM"
+    heads = outcome.details["kept_heads"]
+    assert (structure == "UL-MM") == all(
+        len(kept) == n for kept, n in zip(heads, outcome.details["units"]["heads"], strict=True)
+    )
+
+
+def test_the_structure_is_known_from_shapes_alone() -> None:
+    """Of published models, without a parameter."""
+    structures = {}
+    for name in ("LLaMA-2-7B", "Mistral-7B", "Qwen2-0.5B"):
+        m = abstract(*hf.specs(MODELS[name].config))
+        structures[name] = Flap()._choose_structure(m)[0]
+        assert Flap(heads_removed=32)._choose_structure(m)[0] == "UL-MM"
+        assert Flap(variant="official")._choose_structure(m)[0] == "AL-AM"
+    assert structures == {"LLaMA-2-7B": "AL-AM", "Mistral-7B": "AL-AM", "Qwen2-0.5B": "UL-MM"}
+
+
+def test_blocks_of_different_widths_count_by_their_mean() -> None:
+    assert units_per_block(model("llama", ragged=True), "heads") == 3.0
+    assert units_per_block(model("llama-gqa"), "heads") == 2.0
+    assert units_per_block(model("opt"), "neurons") == 24.0
 
 
 def test_lost_means_are_added_to_the_biases_of_opt() -> None:

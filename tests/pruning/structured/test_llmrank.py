@@ -11,7 +11,7 @@ from calibration.runtime import Runtime
 from models.arch import Model, embed
 from models.errors import InputError
 from models.surgery import cut, mask
-from pruning.budget import uniform
+from pruning.budget import Uniform
 from pruning.structured import llmrank as wiring
 from pruning.structured.llmrank import LLMRank
 from pruning.types import Outcome, Request, prune
@@ -274,4 +274,4 @@ def test_requests_for_weight_methods_are_refused() -> None:
         InputError,
         match=r"^allocation is for weight methods, and llmrank sets its own: leave it out$",
     ):
-        refuse(Request(0.5, allocation=uniform))
+        refuse(Request(0.5, allocation=Uniform()))

@@ -1,6 +1,5 @@
 """SparseLLM: its steps against their formulas, and the corrected variant's promises."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -34,11 +33,6 @@ both_variants = pytest.mark.parametrize("variant", ["corrected", "official"])
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
     """Random numbers, float32."""
     return np.random.default_rng(seed).normal(0, scale, shape).astype(np.float32)
-
-
-def silu(s: np.ndarray) -> np.ndarray:
-    """In float64, without overflow."""
-    return s * 0.5 * (1 + np.tanh(s / 2))
 
 
 @functools.cache
@@ -85,7 +79,7 @@ def test_z_of_relu_is_the_minimum_over_a_grid(c: core.Penalties) -> None:
     def cost(z: np.ndarray) -> np.ndarray:
         return c.gamma * (p - np.maximum(z, 0)) ** 2 + c.alpha * (z - m) ** 2
 
-    got = np.asarray(core.z_relu(jnp.asarray(m), jnp.asarray(p), c)).astype(np.float64)
+    got = np.asarray(core.relu_minimum(jnp.asarray(m), jnp.asarray(p), c)).astype(np.float64)
     least = np.min(cost(np.linspace(-10, 10, 20001)[:, None]), axis=0)
     assert np.all(cost(got) <= least + 1e-5)
     assert np.all(cost(got) >= least - 1e-5)
@@ -99,22 +93,6 @@ def test_z_behind_a_gate_has_no_slope() -> None:
     np.testing.assert_allclose(
         slope / (c.alpha + c.gamma * g.astype(np.float64) ** 2), 0, atol=1e-5
     )
-
-
-@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0, 1000.0])
-def test_s_never_raises_its_objective(scale: float) -> None:
-    """However large z is; the official step of fixed rate diverges. Most entries get better."""
-    m, s, p = normal(4000), normal(4000, seed=1, scale=3), normal(4000, seed=2, scale=scale)
-    z, c = np.random.default_rng(3).uniform(-scale, scale, 4000).astype(np.float32), PENALTIES
-    new = np.asarray(core.s_gated(*(jnp.asarray(x) for x in (m, z, s, p)), "silu", c))
-
-    def cost(s: np.ndarray) -> np.ndarray:
-        s = s.astype(np.float64)
-        return c.alpha * (s - m) ** 2 + c.gamma * (p - silu(s) * z) ** 2
-
-    assert np.all(cost(new) <= cost(s) * (1 + 1e-4) + 1e-6 * np.maximum(1, scale**2 * 1e-6))
-    assert np.mean(cost(new) < cost(s)) > 0.6
-    assert np.mean(cost(new)) < 0.8 * np.mean(cost(s))
 
 
 def test_a_fit_has_no_slope() -> None:
@@ -300,8 +278,8 @@ def test_groups_lose_exactly_n(family: str, pattern: tuple[int, int], variant: s
 def test_biases_and_norms_stay(family: str) -> None:
     m, (pruned, _) = model(family), run(family, iterations=ITERATIONS)
     for old, new in zip(m.blocks, pruned.blocks, strict=True):
-        names = {f.name for f in dataclasses.fields(old)} - {s.name for s in m.arch.slots}
-        assert all(same(getattr(old, name), getattr(new, name)) for name in names)
+        without = {s.name: None for s in m.arch.slots}
+        assert same(old.replace(**without), new.replace(**without))
         assert all(same(getattr(old, s.name).b, getattr(new, s.name).b) for s in m.arch.slots)
 
 
@@ -333,11 +311,22 @@ def test_nothing_asked_changes_nothing() -> None:
     assert outcome.details["loss"] == [[], [], []]
 
 
-def test_an_activation_without_an_update_is_bad_input() -> None:
-    m = model("opt")
-    arch, *_ = hf.specs(CONFIGS["opt"] | {"activation_function": "gelu"})
-    with pytest.raises(InputError, match="known for gelu: use sparsegpt"):
-        prune(m._replace(arch=arch), METHODS["sparsellm"](), tokens(), Request(0.5))
+@pytest.mark.parametrize(
+    ("family", "field", "act", "gate"),
+    [("opt", "activation_function", "gelu", "without"), ("llama", "hidden_act", "relu", "with")],
+)
+def test_an_activation_that_the_authors_lack_is_bad_input_for_the_official_variant(
+    family: str, field: str, act: str, gate: str
+) -> None:
+    m = model(family)
+    arch, *_ = hf.specs(CONFIGS[family] | {field: act})
+    with pytest.raises(InputError, match=f"no step for {act} {gate} a gate: use variant="):
+        prune(
+            m._replace(arch=arch),
+            METHODS["sparsellm"](variant="official"),
+            tokens(),
+            Request(0.5),
+        )
 
 
 @pytest.mark.parametrize("value", [0, -1.0])
