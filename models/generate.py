@@ -235,7 +235,11 @@ def _generate_across(
             room = restart + 1 - text.shape[1]
             part = min(room, new_tokens - made) if room > 0 else new_tokens - made
             logits, caches = prefill(*model, text, text.shape[1] + part)
-            own = sampling and sampling._replace(key=jax.random.fold_in(sampling.key, made + r))
+            own = sampling
+            if sampling is not None:
+                # A key for each row and part.
+                key = jax.random.fold_in(jax.random.fold_in(sampling.key, r), made)
+                own = sampling._replace(key=key)
             start = jnp.int32(text.shape[1])
             more, _ = decode(*model, logits, caches, start, part, own, eos)
             text, made = jnp.concatenate([text, more], axis=1), made + part

@@ -313,8 +313,8 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         # Gemma 3 has a section for each kind of attention; one field of before holds each base.
         if read.local_rope is not None:
             new["rope_local_base_freq"] = read.local_rope.theta
-        rope = rope.get("full_attention", rope)
+            rope = rope.get("full_attention", rope) or {}
         new["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", read.rope.theta))
-        if rope.get("rope_type", "default") != "default":
+        if read.rope.kind != "default":
             new["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"}
     return new

@@ -54,7 +54,14 @@ def _gemma(f: Fields) -> decoder_config.Config:
     # The first files say "gelu" and mean its tanh form, as transformers reads them.
     if f.config.get("hidden_act") == "gelu":
         f = Fields({**f.config, "hidden_act": "gelu_pytorch_tanh"})
-    return read_config(f, GEMMA_NAMES, kv_heads=16, static=_gemma_static(f), **_gemma_fields(f))
+    return read_config(
+        f,
+        GEMMA_NAMES,
+        kv_heads=16,
+        rope_options={"longest": 8192},
+        static=_gemma_static(f),
+        **_gemma_fields(f),
+    )
 
 
 GEMMA2_NAMES = Names(LLAMA_LINEARS, _FOUR_NORMS)
@@ -82,6 +89,7 @@ def _gemma2(f: Fields) -> decoder_config.Config:
             attention_cap=f.optional_number("attn_logit_softcapping", 50.0),
             logits_cap=f.optional_number("final_logit_softcapping", 30.0),
         ),
+        rope_options={"longest": 8192},
         branch_norms=True,
         **_gemma_fields(f),
     )
@@ -116,8 +124,8 @@ def _gemma3(f: Fields) -> decoder_config.Config:
         static=_scaled(f, logits_cap=f.optional_number("final_logit_softcapping")),
         branch_norms=True,
         qk_norm="head",
-        rope=rope_of(f, full, h, 1e6),
-        local_rope=rope_of(f, {"rope_theta": local_theta, **local}, h, 10000.0),
+        rope=rope_of(f, full, h, 1e6, longest=131072),
+        local_rope=rope_of(f, {"rope_theta": local_theta, **local}, h, 10000.0, longest=131072),
         **_gemma_fields(f),
     )
 

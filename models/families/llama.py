@@ -26,6 +26,7 @@ from models.families.positions import (
     windows_by_type,
 )
 from models.families.specs import Names
+from models.untrusted import is_count
 
 LLAMA_NAMES = Names(LLAMA_LINEARS, PRE_NORMS)
 
@@ -35,12 +36,20 @@ def _llama(f: Fields) -> decoder_config.Config:
 
 
 def _mistral(f: Fields) -> decoder_config.Config:
-    return read_config(f, LLAMA_NAMES, windows=one_window(f, DEFAULT_WINDOW))
+    return read_config(
+        f, LLAMA_NAMES, windows=one_window(f, DEFAULT_WINDOW), rope_options={"longest": 131072}
+    )
 
 
 def _qwen2(f: Fields) -> decoder_config.Config:
     # Its configuration has no field for the biases, which are always there.
-    return read_config(f, LLAMA_NAMES, biases=("q", "k", "v"), windows=qwen_windows(f))
+    return read_config(
+        f,
+        LLAMA_NAMES,
+        biases=("q", "k", "v"),
+        windows=qwen_windows(f),
+        rope_options={"longest": 32768},
+    )
 
 
 QWEN3_NAMES = Names(LLAMA_LINEARS, PRE_NORMS | QK_NORMS)
@@ -54,6 +63,7 @@ def _qwen3(f: Fields) -> decoder_config.Config:
         windows=qwen_windows(f),
         head_dim=128,
         kv_heads=32,
+        rope_options={"longest": 32768},
         qk_norm="head",
     )
 
@@ -88,7 +98,11 @@ def _smollm3(f: Fields) -> decoder_config.Config:
     blocks = f.count("num_hidden_layers")
     interval = f.count("no_rope_layer_interval", 4)
     rotary = f.config.get("no_rope_layers") or [int((i + 1) % interval != 0) for i in range(blocks)]
-    if not isinstance(rotary, list) or len(rotary) != blocks or set(map(str, rotary)) - set("01"):
+    if (
+        not isinstance(rotary, list)
+        or len(rotary) != blocks
+        or not all(is_count(r, 0, 1) for r in rotary)
+    ):
         raise InputError(
             f"config.json: no_rope_layers must be a list of {blocks} zeros and ones", REPAIR
         )
@@ -103,7 +117,7 @@ def _smollm3(f: Fields) -> decoder_config.Config:
         windows=windows,
         tied=True,
         kv_heads=4,
-        rope_options={"theta": 2e6},
+        rope_options={"theta": 2e6, "longest": 32768},
         rotary=() if all(rotary) else tuple(bool(r) for r in rotary),
     )
 

@@ -56,7 +56,7 @@ PHI3_NAMES = Names(_PHI3_LINEARS, PRE_NORMS)
 def _phi3(f: Fields) -> decoder_config.Config:
     # Files of before transformers 4.43 call longrope by these names.
     old = {"su": "longrope", "yarn": "longrope"}
-    rope = {"share": 1.0, "old_names": old, "original": 4096}
+    rope = {"share": 1.0, "old_names": old, "original": 4096, "longest": 4096}
     return read_config(f, PHI3_NAMES, windows=one_window(f, None), eps=1e-5, rope_options=rope)
 
 

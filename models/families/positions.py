@@ -23,6 +23,7 @@ def read_rope(
     share: float | None = None,
     old_names: Mapping[str, str] | None = None,
     original: int | None = None,
+    longest: int = 2048,
 ) -> Rope:
     """Read the rotary settings.
 
@@ -38,6 +39,7 @@ def read_rope(
       old_names: Other names of kinds of scaling.
       original: `original_max_position_embeddings` where the file leaves it out; None for
         `max_position_embeddings`.
+      longest: `max_position_embeddings` where the file leaves it out.
 
     Returns:
       Rotary settings.
@@ -48,7 +50,7 @@ def read_rope(
     """
     spellings = [f.section(name) for name in ("rope_parameters", "rope_scaling")]
     given = [
-        rope_of(f, section, head_dim, theta, share, old_names or {}, original)
+        rope_of(f, section, head_dim, theta, share, old_names or {}, original, longest)
         for section in spellings
         if section
     ]
@@ -57,7 +59,7 @@ def read_rope(
             "config.json: rope_parameters and rope_scaling disagree",
             "leave out the one that is wrong: versions of transformers read one or the other",
         )
-    return given[0] if given else rope_of(f, {}, head_dim, theta, share, {}, original)
+    return given[0] if given else rope_of(f, {}, head_dim, theta, share, {}, original, longest)
 
 
 def rope_of(
@@ -68,6 +70,7 @@ def rope_of(
     share: float | None = None,
     old_names: Mapping[str, str] | None = None,
     original: int | None = None,
+    longest: int = 2048,
 ) -> Rope:
     """Read the rotary settings of one section of the configuration.
 
@@ -79,6 +82,7 @@ def rope_of(
       share: As in `read_rope`.
       old_names: As in `read_rope`.
       original: As in `read_rope`.
+      longest: As in `read_rope`.
 
     Returns:
       Rotary settings.
@@ -95,7 +99,8 @@ def rope_of(
             f"config.json: rope type {shown(kind)} is not supported",
             f"it must be one of {', '.join(ROPE_KINDS)}",
         )
-    longest = f.count("max_position_embeddings", 2048)
+    # Without scaling nothing follows from the length, so that all families may share one default.
+    longest = f.count("max_position_embeddings", 2048 if kind == "default" else longest)
     rope = Rope(
         theta=g.number("rope_theta", f.number("rope_theta", theta)),
         kind=kind,
@@ -104,6 +109,8 @@ def rope_of(
         max_positions=longest,
         share=_share(f, g, head_dim, share),
     )
+    if kind == "dynamic" and rope.rotated(head_dim) < 4:
+        raise InputError("config.json: dynamic scaling needs four rotated channels of a head")
     if kind in ("default", "linear", "dynamic"):
         return rope
     # These scale from another length than the model's longest text.
@@ -152,6 +159,8 @@ def _yarn(g: Fields, rope: Rope, head_dim: int) -> Rope:
     def magnitude(scale: float = 1.0) -> float:
         return 1.0 if rope.factor <= 1 else 0.1 * scale * math.log(rope.factor) + 1.0
 
+    if rope.theta == 1.0:
+        raise InputError("config.json: yarn needs a rope_theta other than 1", REPAIR)
     over, under = g.optional_number("mscale"), g.optional_number("mscale_all_dim")
     # Source: Peng et al. 2023 (YaRN), section 3.4; the ratio is DeepSeek's.
     default = magnitude(over) / magnitude(under) if over and under else magnitude()

@@ -211,6 +211,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"tie_word_embeddings": "false"}, "tie_word_embeddings"),
     ({"rope_theta": -1.0}, "rope_theta"),
     ({"rope_scaling": {"rope_type": "su", "factor": 2.0}}, "rope type 'su'"),
+    ({"rope_scaling": {"rope_type": "yarn", "rope_theta": 1.0}}, "yarn needs a rope_theta"),
+    ({"model_type": "smollm3", "no_rope_layers": ["0", "1"]}, "no_rope_layers must be a list"),
     ({"rope_parameters": {"rope_type": "ntk"}}, "default, linear, dynamic, llama3, yarn"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "short_factor must be a list of 4 numbers"),
     ({"rope_scaling": "linear"}, "rope_scaling must be an object"),
