@@ -61,6 +61,10 @@ _TEXT_PARTS = {
 }
 
 
+# Parts of a larger model that are read.
+_KEPT = {"language_model", "lm_head"}
+
+
 def text_part(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
     """Give the tensors of a larger model's language model its own names, and leave out the rest.
 
@@ -85,10 +89,6 @@ def text_part(tensors: Tensors) -> tuple[Tensors, tuple[str, ...]]:
         "left out, and the result is a language model without it"
     )
     return Renamed(tensors, names), (remark,)
-
-
-# Parts of a larger model that are read.
-_KEPT = {"language_model", "lm_head"}
 
 
 def with_prefix(tensors: Tensors, names: Sequence[str]) -> Tensors:

@@ -11,7 +11,7 @@ from models import decoder, decoder_config
 from models.arch import Arch
 from models.errors import InputError
 from models.families.fields import REPAIR, Fields, read_biases, read_widths
-from models.families.positions import read_rope
+from models.families.positions import RopeDefaults, read_rope
 from models.families.specs import Family, Names, decoder_block, decoder_non_block
 
 ATTENTION = ("q", "k", "v", "o")
@@ -68,7 +68,7 @@ def read_config(
     act_field: str = "hidden_act",
     head_dim: int | None = None,
     kv_heads: int | None = None,
-    rope_options: Mapping[str, Any] | None = None,
+    rope_defaults: RopeDefaults = RopeDefaults(),  # noqa: B008, a constant
     static: Mapping[str, Any] | None = None,
     **more: Any,
 ) -> decoder_config.Config:
@@ -86,7 +86,7 @@ def read_config(
       act_field: Its field.
       head_dim: Default size of a head; None for the hidden size over the heads.
       kv_heads: Default number of key-value heads; None for as many as query heads.
-      rope_options: Further arguments of `read_rope`.
+      rope_defaults: Rotary settings that the file may leave out.
       static: Further fields of `decoder_config.StaticConfig`.
       **more: Further fields of `decoder_config.Config`.
 
@@ -102,7 +102,7 @@ def read_config(
         h, f.number(eps_field, eps), f.act(act_field, act), **(static or {})
     )
     if "rope" not in more:
-        more["rope"] = read_rope(f, h, **(rope_options or {}))
+        more["rope"] = read_rope(f, h, rope_defaults)
     return decoder_config.Config(
         static=fixed,
         windows=(None,) * f.count("num_hidden_layers") if windows is None else windows,

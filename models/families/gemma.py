@@ -17,7 +17,13 @@ from models.families.decoders import (
     read_config,
 )
 from models.families.fields import Fields
-from models.families.positions import DEFAULT_WINDOW, read_layer_types, rope_of, windows_by_type
+from models.families.positions import (
+    DEFAULT_WINDOW,
+    RopeDefaults,
+    read_layer_types,
+    rope_of,
+    windows_by_type,
+)
 from models.families.specs import Names
 
 _FOUR_NORMS = {
@@ -58,7 +64,7 @@ def _gemma(f: Fields) -> decoder_config.Config:
         f,
         GEMMA_NAMES,
         kv_heads=16,
-        rope_options={"longest": 8192},
+        rope_defaults=RopeDefaults(longest=8192),
         static=_gemma_static(f),
         **_gemma_fields(f),
     )
@@ -89,7 +95,7 @@ def _gemma2(f: Fields) -> decoder_config.Config:
             attention_cap=f.optional_number("attn_logit_softcapping", 50.0),
             logits_cap=f.optional_number("final_logit_softcapping", 30.0),
         ),
-        rope_options={"longest": 8192},
+        rope_defaults=RopeDefaults(longest=8192),
         branch_norms=True,
         **_gemma_fields(f),
     )
@@ -124,8 +130,10 @@ def _gemma3(f: Fields) -> decoder_config.Config:
         static=_scaled(f, logits_cap=f.optional_number("final_logit_softcapping")),
         branch_norms=True,
         qk_norm="head",
-        rope=rope_of(f, full, h, 1e6, longest=131072),
-        local_rope=rope_of(f, {"rope_theta": local_theta, **local}, h, 10000.0, longest=131072),
+        rope=rope_of(f, full, h, RopeDefaults(1e6, longest=131072)),
+        local_rope=rope_of(
+            f, {"rope_theta": local_theta, **local}, h, RopeDefaults(longest=131072)
+        ),
         **_gemma_fields(f),
     )
 

@@ -1,5 +1,6 @@
 """LLaMA's configuration and those near it: Mistral, Qwen2, Qwen3, Granite, SmolLM3, OLMo2."""
 
+import dataclasses
 from typing import Any
 
 from models import decoder_config
@@ -20,6 +21,7 @@ from models.families.decoders import (
 from models.families.fields import REPAIR, Fields
 from models.families.positions import (
     DEFAULT_WINDOW,
+    RopeDefaults,
     one_window,
     qwen_windows,
     read_layer_types,
@@ -37,7 +39,10 @@ def _llama(f: Fields) -> decoder_config.Config:
 
 def _mistral(f: Fields) -> decoder_config.Config:
     return read_config(
-        f, LLAMA_NAMES, windows=one_window(f, DEFAULT_WINDOW), rope_options={"longest": 131072}
+        f,
+        LLAMA_NAMES,
+        windows=one_window(f, DEFAULT_WINDOW),
+        rope_defaults=RopeDefaults(longest=131072),
     )
 
 
@@ -48,7 +53,7 @@ def _qwen2(f: Fields) -> decoder_config.Config:
         LLAMA_NAMES,
         biases=("q", "k", "v"),
         windows=qwen_windows(f),
-        rope_options={"longest": 32768},
+        rope_defaults=RopeDefaults(longest=32768),
     )
 
 
@@ -63,7 +68,7 @@ def _qwen3(f: Fields) -> decoder_config.Config:
         windows=qwen_windows(f),
         head_dim=128,
         kv_heads=32,
-        rope_options={"longest": 32768},
+        rope_defaults=RopeDefaults(longest=32768),
         qk_norm="head",
     )
 
@@ -79,8 +84,7 @@ def _granite(f: Fields) -> decoder_config.Config:
     usual = c.head_dim**-0.5
     # Files round h ** -0.5 to a few digits. At that value the model computes what a LLaMA does.
     if abs(static["attention_scale"] - usual) <= 1e-6 * usual:
-        static["attention_scale"] = None
-        c = read_config(f, LLAMA_NAMES, biases=flagged_biases(f), static=static)
+        return dataclasses.replace(c, static=c.static._replace(attention_scale=None))
     return c
 
 
@@ -117,7 +121,7 @@ def _smollm3(f: Fields) -> decoder_config.Config:
         windows=windows,
         tied=True,
         kv_heads=4,
-        rope_options={"theta": 2e6, "longest": 32768},
+        rope_defaults=RopeDefaults(theta=2e6, longest=32768),
         rotary=() if all(rotary) else tuple(bool(r) for r in rotary),
     )
 

@@ -3,7 +3,7 @@
 from models import decoder_config
 from models.families.decoders import PRE_NORMS, make_family, read_config
 from models.families.fields import Fields
-from models.families.positions import one_window
+from models.families.positions import RopeDefaults, one_window
 from models.families.specs import Names
 
 _PHI_LINEARS = {
@@ -42,7 +42,7 @@ def _phi(f: Fields) -> decoder_config.Config:
         eps=1e-5,
         eps_field="layer_norm_eps",
         act="gelu_new",
-        rope_options={"share": 0.5},
+        rope_defaults=RopeDefaults(share=0.5),
         static={"norm": "layer", "parallel": True},
         gated=False,
         qk_norm="head" if f.flag("qk_layernorm", False) else "",
@@ -56,8 +56,8 @@ PHI3_NAMES = Names(_PHI3_LINEARS, PRE_NORMS)
 def _phi3(f: Fields) -> decoder_config.Config:
     # Files of before transformers 4.43 call longrope by these names.
     old = {"su": "longrope", "yarn": "longrope"}
-    rope = {"share": 1.0, "old_names": old, "original": 4096, "longest": 4096}
-    return read_config(f, PHI3_NAMES, windows=one_window(f, None), eps=1e-5, rope_options=rope)
+    rope = RopeDefaults(share=1.0, old_names=old, original=4096, longest=4096)
+    return read_config(f, PHI3_NAMES, windows=one_window(f, None), eps=1e-5, rope_defaults=rope)
 
 
 def _heads_have_stock_size(c: decoder_config.Config) -> bool:

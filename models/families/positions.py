@@ -1,8 +1,9 @@
 """Checked reading of what `config.json` says of positions: rotary settings and windows."""
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from models.errors import InputError
 from models.families.fields import REPAIR, Fields
@@ -15,16 +16,25 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 DEFAULT_WINDOW = 4096
 
 
-def read_rope(
-    f: Fields,
-    head_dim: int,
-    *,
-    theta: float = 10000.0,
-    share: float | None = None,
-    old_names: Mapping[str, str] | None = None,
-    original: int | None = None,
-    longest: int = 2048,
-) -> Rope:
+class RopeDefaults(NamedTuple):
+    """Rotary settings of a family where its file leaves them out.
+
+    Attributes:
+      theta: Base.
+      share: Share of a head that is rotated; None for families that rotate all of it.
+      old_names: Other names of kinds of scaling.
+      original: `original_max_position_embeddings`; None for `max_position_embeddings`.
+      longest: `max_position_embeddings`.
+    """
+
+    theta: float = 10000.0
+    share: float | None = None
+    old_names: Mapping[str, str] = {}
+    original: int | None = None
+    longest: int = 2048
+
+
+def read_rope(f: Fields, head_dim: int, defaults: RopeDefaults) -> Rope:
     """Read the rotary settings.
 
     Both spellings are known: `rope_theta` with `rope_scaling` (transformers 4) and
@@ -33,13 +43,7 @@ def read_rope(
     Args:
       f: Reader of the configuration.
       head_dim: Size of a head.
-      theta: Base where the file leaves it out.
-      share: Share of a head that is rotated where the file leaves it out; None for families that
-        rotate all of it.
-      old_names: Other names of kinds of scaling.
-      original: `original_max_position_embeddings` where the file leaves it out; None for
-        `max_position_embeddings`.
-      longest: `max_position_embeddings` where the file leaves it out.
+      defaults: Settings that the file may leave out.
 
     Returns:
       Rotary settings.
@@ -49,40 +53,25 @@ def read_rope(
         there and say different things.
     """
     spellings = [f.section(name) for name in ("rope_parameters", "rope_scaling")]
-    given = [
-        rope_of(f, section, head_dim, theta, share, old_names or {}, original, longest)
-        for section in spellings
-        if section
-    ]
+    given = [rope_of(f, section, head_dim, defaults) for section in spellings if section]
     if len(set(given)) > 1:
         raise InputError(
             "config.json: rope_parameters and rope_scaling disagree",
             "leave out the one that is wrong: versions of transformers read one or the other",
         )
-    return given[0] if given else rope_of(f, {}, head_dim, theta, share, {}, original, longest)
+    return given[0] if given else rope_of(f, {}, head_dim, defaults)
 
 
 def rope_of(
-    f: Fields,
-    parameters: Mapping[str, Any],
-    head_dim: int,
-    theta: float,
-    share: float | None = None,
-    old_names: Mapping[str, str] | None = None,
-    original: int | None = None,
-    longest: int = 2048,
+    f: Fields, parameters: Mapping[str, Any], head_dim: int, defaults: RopeDefaults
 ) -> Rope:
     """Read the rotary settings of one section of the configuration.
 
     Args:
       f: Reader of the configuration.
       parameters: The section, which goes before fields of the configuration itself.
-      head_dim: As in `read_rope`.
-      theta: As in `read_rope`.
-      share: As in `read_rope`.
-      old_names: As in `read_rope`.
-      original: As in `read_rope`.
-      longest: As in `read_rope`.
+      head_dim: Size of a head.
+      defaults: Settings that the file may leave out.
 
     Returns:
       Rotary settings.
@@ -93,28 +82,28 @@ def rope_of(
     g = Fields(parameters)
     # Older files call it `type`. transformers takes an absent kind as the default, but no null.
     kind = parameters.get("rope_type", parameters.get("type", "default"))
-    kind = (old_names or {}).get(kind, kind) if isinstance(kind, str) else kind
+    kind = defaults.old_names.get(kind, kind) if isinstance(kind, str) else kind
     if kind not in ROPE_KINDS:
         raise InputError(
             f"config.json: rope type {shown(kind)} is not supported",
             f"it must be one of {', '.join(ROPE_KINDS)}",
         )
     # Without scaling nothing follows from the length, so that all families may share one default.
-    longest = f.count("max_position_embeddings", 2048 if kind == "default" else longest)
+    longest = f.count("max_position_embeddings", 2048 if kind == "default" else defaults.longest)
     rope = Rope(
-        theta=g.number("rope_theta", f.number("rope_theta", theta)),
+        theta=g.number("rope_theta", f.number("rope_theta", defaults.theta)),
         kind=kind,
         # These two derive it from the lengths where it is null, below.
         factor=1.0 if kind in ("yarn", "longrope") else g.number("factor", 1.0),
         max_positions=longest,
-        share=_share(f, g, head_dim, share),
+        share=_share(f, g, head_dim, defaults.share),
     )
     if kind == "dynamic" and rope.rotated(head_dim) < 4:
         raise InputError("config.json: dynamic scaling needs four rotated channels of a head")
     if kind in ("default", "linear", "dynamic"):
         return rope
     # These scale from another length than the model's longest text.
-    before = f.config.get("original_max_position_embeddings", original)
+    before = f.config.get("original_max_position_embeddings", defaults.original)
     before = g.count("original_max_position_embeddings", longest) if before is None else before
     if not is_count(before):
         raise InputError(
@@ -123,13 +112,13 @@ def rope_of(
             REPAIR,
         )
     if kind in ("yarn", "longrope"):
-        rope = _with(rope, factor=g.optional_number("factor") or longest / before)
-    rope = _with(rope, max_positions=before)
+        rope = dataclasses.replace(rope, factor=g.optional_number("factor") or longest / before)
+    rope = dataclasses.replace(rope, max_positions=before)
     return {"llama3": _llama3, "yarn": _yarn, "longrope": _longrope}[kind](g, rope, head_dim)
 
 
 def _share(f: Fields, g: Fields, head_dim: int, default: float | None) -> float:
-    """Read the share of a head's channels that are rotated; see `read_rope` for the default."""
+    """Read the share of a head's channels that are rotated; None rotates all of them."""
     share = g.number("partial_rotary_factor", f.number("partial_rotary_factor", default or 1.0))
     if (default is None and share != 1.0) or share > 1 or int(head_dim * share) < 2:
         raise InputError(f"config.json: partial_rotary_factor={share:g} is not supported")
@@ -142,17 +131,13 @@ def _share(f: Fields, g: Fields, head_dim: int, default: float | None) -> float:
     return share
 
 
-def _with(rope: Rope, **fields: Any) -> Rope:
-    return Rope(**{**vars(rope), **fields})
-
-
 def _llama3(g: Fields, rope: Rope, head_dim: int) -> Rope:
     low, high = g.number("low_freq_factor", 1.0), g.number("high_freq_factor", 4.0)
     if low >= high:
         raise InputError(
             f"config.json: low_freq_factor={low} must be less than high_freq_factor={high}", REPAIR
         )
-    return _with(rope, low_freq_factor=low, high_freq_factor=high)
+    return dataclasses.replace(rope, low_freq_factor=low, high_freq_factor=high)
 
 
 def _yarn(g: Fields, rope: Rope, head_dim: int) -> Rope:
@@ -164,7 +149,7 @@ def _yarn(g: Fields, rope: Rope, head_dim: int) -> Rope:
     over, under = g.optional_number("mscale"), g.optional_number("mscale_all_dim")
     # Source: Peng et al. 2023 (YaRN), section 3.4; the ratio is DeepSeek's.
     default = magnitude(over) / magnitude(under) if over and under else magnitude()
-    return _with(
+    return dataclasses.replace(
         rope,
         attention_factor=g.optional_number("attention_factor") or default,
         beta_fast=g.optional_number("beta_fast") or 32.0,
@@ -178,7 +163,7 @@ def _longrope(g: Fields, rope: Rope, head_dim: int) -> Rope:
     default = 1.0
     if rope.factor > 1:
         default = math.sqrt(1 + math.log(rope.factor) / math.log(max(2, rope.max_positions)))
-    return _with(
+    return dataclasses.replace(
         rope,
         attention_factor=g.optional_number("attention_factor") or default,
         short_factors=_factors(g, "short_factor", rope.rotated(head_dim) // 2),
