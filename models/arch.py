@@ -54,11 +54,14 @@ class Slot(NamedTuple):
         name.
       reads: Tap that the linear consumes. Linears that read one tap share its statistics.
       feeds: Tap that the output reaches, or "next" for the residual stream.
+      part_of: Tap of all tokens, of which an expert's `reads` has those routed to it; empty where
+        `reads` has all.
     """
 
     name: str
     reads: str
     feeds: str
+    part_of: str = ""
 
 
 class Member(NamedTuple):
@@ -79,7 +82,7 @@ class Group(NamedTuple):
     """Channels removed together: input columns of the reader, output rows of the writers.
 
     Attributes:
-      name: "heads" or "neurons".
+      name: "heads" or "neurons"; of an expert such as "experts.3.neurons".
       reader: Linear that consumes the channels.
       writers: Linears that produce them. The last one is the linear path into the channel. Those
         before it gate it (SwiGLU's gate) or pair with it (q and k of attention).
@@ -90,6 +93,78 @@ class Group(NamedTuple):
     reader: Member
     writers: tuple[Member, ...]
     norms: tuple[Member, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """Return "heads" or "neurons"."""
+        return self.name.rpartition(".")[2]
+
+
+def experts_of(block: Block) -> int:
+    """Return the number of experts of a block, 0 without any.
+
+    Args:
+      block: Parameters or specs of the block.
+    """
+    return len(getattr(block, "experts", ()))
+
+
+def first_experts(block: Block, count: int) -> Block:
+    """Return the block with its first experts only.
+
+    Args:
+      block: Parameters or specs of the block.
+      count: Experts that stay; the router is left as it is.
+    """
+    if count == experts_of(block):
+        return block
+    return block.replace(experts=getattr(block, "experts", ())[:count])
+
+
+def has_linear(block: Block, slot: str) -> bool:
+    """Return True if a block has a linear in a slot.
+
+    Args:
+      block: Parameters or specs of the block.
+      slot: Name of the slot; of an expert's linear such as "experts.3.up".
+    """
+    name, _, rest = slot.partition(".")
+    if not rest:
+        return getattr(block, name) is not None
+    return int(rest.partition(".")[0]) < len(getattr(block, name, ()))
+
+
+def linear_of(block: Block, slot: str) -> Linear:
+    """Return the linear in a slot of a block.
+
+    Args:
+      block: Parameters or specs of the block.
+      slot: Name of the slot; of an expert's linear such as "experts.3.up".
+    """
+    name, _, rest = slot.partition(".")
+    if not rest:
+        return getattr(block, name)
+    index, _, field = rest.partition(".")
+    return getattr(getattr(block, name)[int(index)], field)
+
+
+def with_linears(block: Block, linears: Mapping[str, Linear]) -> Block:
+    """Return a block with other linears in some slots.
+
+    Args:
+      block: Parameters or specs of the block.
+      linears: Slot -> linear.
+    """
+    fields: dict[str, Any] = {}
+    for slot, new in linears.items():
+        name, _, rest = slot.partition(".")
+        if not rest:
+            fields[name] = new
+            continue
+        index, _, field = rest.partition(".")
+        experts = fields.setdefault(name, list(getattr(block, name)))
+        experts[int(index)] = experts[int(index)].replace(**{field: new})
+    return block.replace(**{n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()})
 
 
 class Arch(NamedTuple):
@@ -108,8 +183,8 @@ class Arch(NamedTuple):
       step: (block, x [b t d], cache, start) -> (x [b t d], cache). It runs `block` on the next t
         positions of a text whose earlier keys and values are in the cache. With `start` the int 0
         the cache is empty and the work is that of `block`.
-      slots: Prunable linears of a block.
-      groups: Coupled channels of a block.
+      slots: Prunable linears of all kinds of blocks; `slots_of` has those of one.
+      groups: Coupled channels of all kinds of blocks; `groups_of` has those of one.
       residual: True if the residual stream is a sum to which the branches are added, with no norm
         of the sum.
       branch_norms: True if a norm follows the last linear of each branch before it is added.
@@ -141,11 +216,29 @@ class Arch(NamedTuple):
         """
         return {s.name: s.reads for s in self.slots}[slot]
 
+    def slots_of(self, block: Block) -> tuple[Slot, ...]:
+        """Return the slots that a block has.
+
+        Args:
+          block: Parameters or specs of the block.
+        """
+        return tuple(s for s in self.slots if has_linear(block, s.name))
+
+    def groups_of(self, block: Block, kind: str) -> tuple[Group, ...]:
+        """Return the coupled groups of a kind that a block has.
+
+        Args:
+          block: Parameters or specs of the block.
+          kind: "heads" or "neurons"; a block with experts has a group of neurons for each.
+        """
+        groups = (g for g in self.groups if g.kind == kind)
+        return tuple(g for g in groups if has_linear(block, g.reader.name))
+
     def group(self, name: str) -> Group:
         """Return the coupled group of a name.
 
         Args:
-          name: "heads" or "neurons".
+          name: "heads", "neurons", or the name of an expert's group.
 
         Raises:
           KeyError: The architecture has no such group.

@@ -1,7 +1,7 @@
 """Decoder of the families with rotary positions, as pure functions over pytrees.
 
 One forward serves them all: LLaMA, Mistral, Qwen2 and 3, Granite, SmolLM3, Phi, Phi-3 and 4, Gemma
-1 to 3, OLMo2. Static switches say where norms are, whether the two branches run in parallel, what
+1 to 3, OLMo2, and mixtures of experts: Mixtral, Qwen3, OLMoE. Static switches say where norms are, whether the two branches run in parallel, what
 is scaled and capped; biases, gate and norms are there when a block has them. `models.families`
 reads a `config.json` into the switches. Head counts come from the arrays, so a block may have
 fewer heads or neurons than its neighbours.
@@ -21,6 +21,7 @@ from flax import struct
 from models.arch import Arch, Group, Member, Slot, Taps
 from models.cache import AttendFn, Cache, Start, T, attend
 from models.decoder_config import Config, StaticConfig
+from models.experts import Expert, run_experts
 from models.layers import (
     ACTIVATIONS,
     AttentionSettings,
@@ -48,8 +49,8 @@ class Block(struct.PyTreeNode):
       o: Output projection, [d n*h].
       mlp_norm: Norm before the feed-forward part, [d]; None without one.
       gate: Gate projection, [f d]; None without a gate.
-      up: Up projection, [f d].
-      down: Down projection, [d f].
+      up: Up projection, [f d]; None where the block has experts.
+      down: Down projection, [d f]; None where the block has experts.
       q_norm: Norm of the queries, [h] for each head alike or [n*h]; None without one.
       k_norm: Norm of the keys, [h] or [k*h]; None without one.
       attn_out_norm: Norm of the attention branch's output, [d]; None without one.
@@ -57,6 +58,8 @@ class Block(struct.PyTreeNode):
       window: Sliding window in positions, None for full attention. It is static, so blocks that
         differ in it are compiled separately.
       rope: Rotary settings, None without rotary positions. Static too.
+      router: Projection to the weights of the experts, [e d]; None without experts.
+      experts: Experts of the block, empty without them.
     """
 
     attn_norm: Norm | None
@@ -66,14 +69,16 @@ class Block(struct.PyTreeNode):
     o: Linear
     mlp_norm: Norm | None
     gate: Linear | None
-    up: Linear
-    down: Linear
+    up: Linear | None
+    down: Linear | None
     q_norm: Norm | None = None
     k_norm: Norm | None = None
     attn_out_norm: Norm | None = None
     mlp_out_norm: Norm | None = None
     window: int | None = struct.field(pytree_node=False, default=None)
     rope: Rope | None = struct.field(pytree_node=False, default=None)
+    router: Linear | None = None
+    experts: tuple[Expert, ...] = ()
 
 
 class NonBlockParams(struct.PyTreeNode):
@@ -157,7 +162,7 @@ def _forward(
       linear's input under its tap's name and each linear's output under the slot's name.
     """
     # jit drops the taps that the caller does not use. The scopes name the steps in a profile.
-    taps: dict[str, jax.Array] = {}
+    taps: dict[str, Any] = {}
     with jax.named_scope("attention_norm"):
         taps["attn_in"] = _normalise(config, p.attn_norm, x)
     with jax.named_scope("qkv_projections"):
@@ -167,7 +172,10 @@ def _forward(
         taps["v"] = linear(p.v, taps["attn_in"])
     with jax.named_scope("attention"):
         q, k = _heads(config, p.q_norm, taps["q"]), _heads(config, p.k_norm, taps["k"])
-        values, state = attend_fn(q, k, split_heads(taps["v"], config.head_dim))
+        v = split_heads(taps["v"], config.head_dim)
+        if config.qkv_cap is not None:
+            q, k, v = (jnp.clip(a, -config.qkv_cap, config.qkv_cap) for a in (q, k, v))
+        values, state = attend_fn(q, k, v)
         # The width follows from the heads that this block still has.
         taps["attn_mid"] = values.reshape(*x.shape[:2], -1)
     with jax.named_scope("attention_output"):
@@ -178,16 +186,30 @@ def _forward(
         into = taps["attn_in"] if config.parallel else _normalise(config, p.mlp_norm, x)
         taps["mlp_in"] = into
     with jax.named_scope("feed_forward"):
-        act = ACTIVATIONS[config.act]
-        taps["up"] = linear(p.up, into)
-        if p.gate is None:
-            taps["mlp_mid"] = act(taps["up"])
-        else:
-            taps["gate"] = linear(p.gate, into)
-            taps["mlp_mid"] = act(taps["gate"]) * taps["up"]
-        taps["down"] = linear(p.down, taps["mlp_mid"])
-        x = _add_branch(config, x, _normalise(config, p.mlp_out_norm, taps["down"]))
+        y = _feed_forward(config, p, into, taps)
+        x = _add_branch(config, x, _normalise(config, p.mlp_out_norm, y))
     return x, taps, state
+
+
+def _feed_forward(
+    config: StaticConfig, p: Block, x: jax.Array, taps: dict[str, Any]
+) -> jax.Array:
+    """Run the feed-forward part or the experts over x [b t d], and add their taps to `taps`."""
+    act = ACTIVATIONS[config.act]
+    if p.router is not None:
+        assert config.router is not None
+        y, routed = run_experts(config.router, p.router, p.experts, act, x)
+        taps |= {f"experts.{name}": tap for name, tap in routed.items()}
+        return y
+    assert p.up is not None and p.down is not None
+    taps["up"] = linear(p.up, x)
+    if p.gate is None:
+        taps["mlp_mid"] = act(taps["up"])
+    else:
+        taps["gate"] = linear(p.gate, x)
+        taps["mlp_mid"] = act(taps["gate"]) * taps["up"]
+    taps["down"] = linear(p.down, taps["mlp_mid"])
+    return taps["down"]
 
 
 def _add_branch(config: StaticConfig, x: jax.Array, branch: jax.Array) -> jax.Array:
@@ -231,16 +253,27 @@ SLOTS = (
 
 
 def _slots(config: Config) -> tuple[Slot, ...]:
-    """Return the prunable linears of a block."""
-    slots = tuple(s for s in SLOTS if config.gated or s.name != "gate")
-    if not config.static.parallel:
-        return slots
-    # Both branches read one tap, so they share its statistics.
-    return tuple(s._replace(reads="attn_in") if s.reads == "mlp_in" else s for s in slots)
+    """Return the prunable linears of the blocks, those of experts last."""
+    absent = () if config.gated else ("gate",)
+    if config.sparse and all(config.sparse):
+        absent = ("gate", "up", "down")
+    slots = tuple(s for s in SLOTS if s.name not in absent)
+    if config.static.parallel:
+        # Both branches read one tap, so they share its statistics.
+        slots = tuple(s._replace(reads="attn_in") if s.reads == "mlp_in" else s for s in slots)
+    return slots + tuple(
+        slot
+        for part in (f"experts.{e}." for e in range(config.experts))
+        for slot in (
+            Slot(f"{part}gate", f"{part}in", f"{part}mid", "mlp_in"),
+            Slot(f"{part}up", f"{part}in", f"{part}mid", "mlp_in"),
+            Slot(f"{part}down", f"{part}mid", "next"),
+        )
+    )
 
 
 def _groups(config: Config) -> tuple[Group, ...]:
-    """Return the coupled channels of a block."""
+    """Return the coupled channels of the blocks, those of experts last."""
     h = config.head_dim
     # A unit of the heads is one key-value head with the query heads that share it.
     shared = config.query_heads // config.kv_heads
@@ -255,8 +288,13 @@ def _groups(config: Config) -> tuple[Group, ...]:
     )
     # `up` is last: it is the linear path into the neurons, which `gate` only scales.
     writers = ("gate", "up") if config.gated else ("up",)
-    neurons = Group("neurons", Member("down", 1, 1), tuple(Member(n, 0, 1) for n in writers))
-    return heads, neurons
+
+    def neurons(part: str = "") -> Group:
+        reader = Member(f"{part}down", 1, 1)
+        return Group(f"{part}neurons", reader, tuple(Member(part + n, 0, 1) for n in writers))
+
+    dense = () if config.sparse and all(config.sparse) else (neurons(),)
+    return (heads, *dense, *(neurons(f"experts.{e}.") for e in range(config.experts)))
 
 
 # Cached by the static settings, so a program compiled for a model also serves the one pruned

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Literal, NamedTuple
 
+from models.experts import RouterConfig
 from models.rotary import Rope
 
 # "rms": LLaMA's. "rms_float32": scaled before the cast, OLMo2's. "rms_offset": so, and the scale is
@@ -26,6 +27,8 @@ class StaticConfig(NamedTuple):
       branch_scale: Factor of each branch's output before it is added to the stream.
       logits_divisor: Divisor of the logits.
       logits_cap: Bound that a tanh puts on the logits; None without one.
+      qkv_cap: Bound at which queries, keys and values are clipped; None without one.
+      router: Settings of the routers; None without experts.
     """
 
     head_dim: int
@@ -40,6 +43,8 @@ class StaticConfig(NamedTuple):
     branch_scale: float = 1.0
     logits_divisor: float = 1.0
     logits_cap: float | None = None
+    qkv_cap: float | None = None
+    router: RouterConfig | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,9 @@ class Config:
       biases: Slots that have a bias.
       head_bias: True if the output head has a bias.
       widths: Key-value heads and neurons of each block where blocks differ, else empty.
+      experts: Experts of a block that has them; 0 without experts.
+      expert_neurons: Neurons of each expert.
+      sparse: True for each block with experts; empty if there is none.
     """
 
     static: StaticConfig
@@ -84,6 +92,9 @@ class Config:
     biases: tuple[str, ...] = ()
     head_bias: bool = False
     widths: tuple[tuple[int, int], ...] = ()
+    experts: int = 0
+    expert_neurons: int = 0
+    sparse: tuple[bool, ...] = ()
 
     @property
     def head_dim(self) -> int:

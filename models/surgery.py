@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.arch import Block, Group, Member
+from models.arch import Block, Group, Member, linear_of, with_linears
 from models.layers import Linear, Norm
 from models.programs import program
 
@@ -89,7 +89,7 @@ def units(block: Block, group: Group) -> int:
     Returns:
       Number of units.
     """
-    w = getattr(block, group.reader.name).w
+    w = linear_of(block, group.reader.name).w
     return w.shape[group.reader.axis] // group.reader.width
 
 
@@ -101,11 +101,10 @@ def _change_members(
     units: np.ndarray,
 ) -> Block:
     """Apply a change to every linear and norm of a group."""
-    changed: dict[str, Linear | Norm] = {
-        m.name: change(getattr(block, m.name), m, units) for m in (group.reader, *group.writers)
-    }
-    changed |= {m.name: change_norm(getattr(block, m.name), m, units) for m in group.norms}
-    return block.replace(**changed)
+    members = (group.reader, *group.writers)
+    linears = {m.name: change(linear_of(block, m.name), m, units) for m in members}
+    norms = {m.name: change_norm(getattr(block, m.name), m, units) for m in group.norms}
+    return with_linears(block, linears).replace(**norms)
 
 
 def _zero_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:

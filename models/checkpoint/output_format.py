@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from models import decoder_config
-from models.arch import Arch, Block
+from models.arch import Arch, Block, experts_of
 from models.errors import InputError
 from models.families import hf
 from models.families.fields import OWN, kind_of
@@ -34,11 +34,13 @@ class Shape(NamedTuple):
 
     Attributes:
       heads: Attention heads; key-value heads with grouped-query attention.
-      neurons: Neurons of the feed-forward part.
+      neurons: Neurons of the feed-forward part, or of each expert.
+      experts: Experts, 0 in a block without any.
     """
 
     heads: int
     neurons: int
+    experts: int = 0
 
 
 class ShapeChange(NamedTuple):
@@ -88,10 +90,17 @@ def shape_of(arch: Arch, block: Block) -> Shape:
     Returns:
       Units, at least one of each kind: no format has empty matrices, so a block that lost all
       units is stored with one of zeros.
+
+    Raises:
+      ValueError: Experts of the block differ in width.
     """
+    neurons = {units(block, group) for group in arch.groups_of(block, "neurons")}
+    if len(neurons) > 1:
+        raise ValueError("experts of a block differ in width, which no format stores")
     return Shape(
         heads=max(1, units(block, arch.group("heads"))),
-        neurons=max(1, units(block, arch.group("neurons"))),
+        neurons=max(1, *neurons),
+        experts=experts_of(block),
     )
 
 
@@ -111,6 +120,7 @@ def _stock_config(config: Mapping[str, Any], kind: str, target: Any) -> dict[str
         "num_attention_heads": target.query_heads,
         "num_key_value_heads": target.kv_heads,
         family.neurons: target.ffn_dim,
+        **_expert_fields(family, target.experts, target.expert_neurons),
     }
     if kind in PORTABLE or own == "qwen2":
         # The defaults of these differ between the types.
@@ -131,8 +141,33 @@ def _stock_config(config: Mapping[str, Any], kind: str, target: Any) -> dict[str
     return new if same and set(target.biases) <= set(actual.biases) else None
 
 
-def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) -> Form | None:
-    """Return the first stock form of blocks that all have this shape, or None."""
+def _expert_fields(family: hf.Family, experts: int, neurons: int) -> dict[str, int]:
+    """Return the fields that say how many experts there are and how wide; none without experts."""
+    if not experts:
+        return {}
+    return {**dict.fromkeys(family.experts, experts), family.expert_neurons: neurons}
+
+
+def _widest(config: Mapping[str, Any], shapes: Sequence[Shape]) -> tuple[Shape, Shape]:
+    """Return the widest shape of the blocks without experts, and of those with experts.
+
+    Where there are none of a kind, it has the width of the configuration.
+    """
+    heads = max(s.heads for s in shapes)
+    neurons = [s.neurons for s in shapes if not s.experts]
+    own_neurons = config.get(hf.family(config).neurons, 0)
+    of_experts = [(s.experts, s.neurons) for s in shapes if s.experts]
+    experts, expert_neurons = max(of_experts, default=(0, 0))
+    if of_experts and not neurons and hf.family(config).expert_neurons == hf.family(config).neurons:
+        own_neurons = expert_neurons
+    dense = Shape(heads, max(neurons, default=own_neurons))
+    return dense, Shape(heads, expert_neurons, experts)
+
+
+def _stock_form(
+    config: Mapping[str, Any], shape: Shape, with_experts: Shape, biases: Sequence[str]
+) -> Form | None:
+    """Return the first stock form of blocks that have one of these shapes, or None."""
     own, family = kind_of(config), hf.family(config)
     if _has_fixed_heads(config):
         new = _without_own_fields(config) | {
@@ -151,6 +186,8 @@ def _stock_form(config: Mapping[str, Any], shape: Shape, biases: Sequence[str]) 
         query_heads=shape.heads * (dense.query_heads // dense.kv_heads),
         biases=tuple(biases),
         widths=(),
+        experts=with_experts.experts,
+        expert_neurons=with_experts.neurons,
     )
     preferred = [own] if shape.heads == dense.kv_heads else []
     # Only types that give the tensors the same names.
@@ -176,6 +213,7 @@ def _dense_heads(config: Mapping[str, Any]) -> int:
 def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequence[str]) -> Form:
     """Return the form of our own type, whose class ships with the checkpoint."""
     kind, family = kind_of(config), hf.family(config)
+    widest, with_experts = _widest(config, shapes)
     # The names that `auto_map` gives are those of the classes in remote/.
     module = CODE.removesuffix(".py")
     new = dict(config) | {
@@ -190,7 +228,8 @@ def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequen
             "AutoConfig": f"{module}.PrunedConfig",
             "AutoModelForCausalLM": f"{module}.PrunedForCausalLM",
         },
-        family.neurons: max(s.neurons for s in shapes),
+        family.neurons: widest.neurons,
+        **_expert_fields(family, with_experts.experts, with_experts.neurons),
     }
     path = pathlib.Path(__file__).parent / "remote" / f"{family.remote}.py"
     code = path.read_text(encoding="utf-8")
@@ -243,13 +282,13 @@ def choose_form(
       InputError: The layout is "padded" and no stock architecture has these biases.
     """
     source, config = config, {k: v for k, v in config.items() if _travels(k)}
-    # A stock form has one width for all blocks: that of the widest.
-    widest = Shape(max(s.heads for s in shapes), max(s.neurons for s in shapes))
+    # A stock form has one width for all blocks of a kind: that of the widest.
+    widest, with_experts = _widest(config, shapes)
     if layout == "padded" and _has_fixed_heads(config):
         # The heads of a stock OPT model make up its hidden size.
         widest = widest._replace(heads=_dense_heads(config))
-    alike = layout == "padded" or all(s == widest for s in shapes)
-    stock = _stock_form(config, widest, biases) if alike else None
+    alike = layout == "padded" or all(s in (widest, with_experts) for s in shapes)
+    stock = _stock_form(config, widest, with_experts, biases) if alike else None
     if stock is None and layout == "padded":
         raise InputError(
             "asks for a stock architecture, and none has "
@@ -276,7 +315,11 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
       InputError: As in `choose_form`.
     """
     arch, _, blocks = hf.specs(config)
-    readers = {arch.group(name).reader.name for name in change.narrower} if change.biased else set()
+    readers = {
+        group.reader.name
+        for group in arch.groups
+        if change.biased and group.name in change.narrower
+    }
     biases = tuple({*arch.config.biases, *readers})
     shapes = [shape_of(arch, b) for b in blocks]
     # The final widths are not known yet; the dense ones stand for any that are all alike.

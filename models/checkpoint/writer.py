@@ -12,7 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
-from models.arch import Block, Model, NonBlockParams, Slot
+from models.arch import (
+    Block,
+    Model,
+    NonBlockParams,
+    Slot,
+    experts_of,
+    first_experts,
+    linear_of,
+    with_linears,
+)
 from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import load_tensor
 from models.checkpoint.fused import join, parts_of, stored_name
@@ -123,8 +132,19 @@ class Writer:
         if i != self.blocks:
             raise ValueError(f"block {i} was put where block {self.blocks} was due")
         self._shapes.append(shape_of(self._arch, block))
-        self._biases |= {s.name for s in self._arch.slots if getattr(block, s.name).b is not None}
-        self._add(_with_biases(self._block_specs[i], block, self._arch.slots), block)
+        slots = self._arch.slots_of(block)
+        self._biases |= {s.name for s in slots if linear_of(block, s.name).b is not None}
+        specs = self._specs_of(i, experts_of(block))
+        self._add(_with_biases(specs, block, slots), block)
+
+    def _specs_of(self, i: int, experts: int) -> Block:
+        """Return the specs of the i-th block that was put, which has so many experts."""
+        specs = self._block_specs[i]
+        # Where blocks were left out, another one stands here, maybe with experts, maybe without.
+        if bool(experts_of(specs)) != bool(experts):
+            specs = hf.block_of_kind(self._config, i, bool(experts))
+        # Experts that are left have the first numbers.
+        return first_experts(specs, experts)
 
     def _add(self, specs: Any, values: Any) -> None:
         """Put the arrays of a tree into the buffer under the names of its specs."""
@@ -194,15 +214,16 @@ class Writer:
         def load(spec: hf.Spec) -> jax.Array:
             return jnp.asarray(load_tensor(self._shard_path(shard_of[spec.name]), spec.name))
 
-        for specs in self._block_specs[: self.blocks]:
+        for i, shape in enumerate(self._shapes):
+            specs = self._specs_of(i, shape.experts)
             linears = {}
-            for slot in self._arch.slots:
-                spec = getattr(specs, slot.name)
+            for slot in self._arch.slots_of(specs):
+                spec = linear_of(specs, slot.name)
                 name = _bias_name(spec)
                 # Any: a tree of specs has the type of the tree of arrays that it describes.
                 bias: Any = hf.Spec(name, ()) if name in shard_of else None
                 linears[slot.name] = Linear(spec.w, bias)
-            yield jax.tree.map(load, specs.replace(**linears), is_leaf=hf.is_spec)
+            yield jax.tree.map(load, with_linears(specs, linears), is_leaf=hf.is_spec)
 
     def finish(
         self,
@@ -315,12 +336,12 @@ def _with_biases(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
     """Give the specs the biases that the block has; ValueError if it lost one."""
     linears = {}
     for slot in slots:
-        spec, b = getattr(specs, slot.name), getattr(block, slot.name).b
+        spec, b = linear_of(specs, slot.name), linear_of(block, slot.name).b
         if b is None and spec.b is not None:
             raise ValueError(f"{spec.b.name} was lost")
         bias: Any = None if b is None else hf.Spec(_bias_name(spec), b.shape)
         linears[slot.name] = Linear(spec.w, bias)
-    return specs.replace(**linears)
+    return with_linears(specs, linears)
 
 
 def save(

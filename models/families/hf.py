@@ -4,14 +4,16 @@ Names are given once, as pytrees of `Spec` with the structure of the parameters.
 the specs, exporting zips two trees, and random initialisation is another map.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from models.arch import Arch, Block, NonBlockParams
+from models.arch import Arch, Block, NonBlockParams, linear_of
 from models.errors import InputError
 from models.families.fields import Fields, kind_of
 from models.families.gemma import GEMMAS
 from models.families.llama import LLAMAS
+from models.families.mixtures import MIXTURES
 from models.families.opt import OPT
 from models.families.phi import PHIS
 from models.families.specs import Family, Spec, is_spec
@@ -29,7 +31,7 @@ __all__ = [
 ]
 
 # model_type -> family.
-FAMILIES: Mapping[str, Family] = {**LLAMAS, **PHIS, **GEMMAS, "opt": OPT}
+FAMILIES: Mapping[str, Family] = {**LLAMAS, **MIXTURES, **PHIS, **GEMMAS, "opt": OPT}
 
 
 # Fields of a larger model that hold for its text part too.
@@ -99,6 +101,19 @@ def specs(config: Mapping[str, Any]) -> tuple[Arch, NonBlockParams, tuple[Block,
     return arch, own.non_block(arch.config), tuple(own.block(arch.config, i) for i in range(count))
 
 
+def block_of_kind(config: Mapping[str, Any], i: int, sparse: bool) -> Block:
+    """Return the specs that block i would have with experts or without.
+
+    Args:
+      config: Contents of `config.json` of a mixture of experts.
+      i: Index of the block.
+      sparse: True for a block with experts.
+    """
+    own = family(config)
+    c = own.arch(config).config
+    return own.block(dataclasses.replace(c, sparse=(sparse,) * len(c.windows)), i)
+
+
 def linear_name(block: Block, slot: str) -> str:
     """Return the checkpoint name of a linear, such as "model.layers.0.mlp.up_proj".
 
@@ -106,7 +121,7 @@ def linear_name(block: Block, slot: str) -> str:
       block: Specs of a block.
       slot: Slot of the linear.
     """
-    return getattr(block, slot).w.name.removesuffix(".weight")
+    return linear_of(block, slot).w.name.removesuffix(".weight")
 
 
 def shallower(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
@@ -129,6 +144,7 @@ def shallower(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
             lists[name] = given
     new = {**config, "num_hidden_layers": len(kept)}
     new |= {name: [values[i] for i in kept] for name, values in lists.items()}
+    new |= own.renumber(own.arch(config).config, kept)
     widths = config.get("widths")
     if isinstance(widths, dict):
         new["widths"] = {name: [counts[i] for i in kept] for name, counts in widths.items()}

@@ -1,10 +1,11 @@
 """Tensors as checkpoints hold them, and the specs of the decoder families' parameters."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from models import decoder, decoder_config
 from models.arch import Arch, Block, NonBlockParams
+from models.experts import Expert
 from models.layers import Linear, Norm
 
 
@@ -74,6 +75,9 @@ class Family(NamedTuple):
       bias_flags: Fields that give slots a bias, with the slots.
       can_hold: Family's configuration -> True if transformers' class takes its head count.
       neurons: Configuration field of the feed-forward width.
+      expert_neurons: Configuration field of the width of an expert; empty without experts.
+      experts: Configuration fields that hold the number of experts, all alike.
+      renumber: (family's configuration, blocks that stay) -> fields that name blocks by number.
       remote: Name of the file in models/checkpoint/remote with the class of ragged models.
     """
 
@@ -87,6 +91,9 @@ class Family(NamedTuple):
     bias_flags: Mapping[str, tuple[str, ...]] = {}
     can_hold: Callable[[Any], bool] = lambda config: True
     neurons: str = "intermediate_size"
+    expert_neurons: str = ""
+    experts: tuple[str, ...] = ()
+    renumber: Callable[[Any, Sequence[int]], dict[str, Any]] = lambda config, kept: {}
     remote: str = "decoder"
 
 
@@ -97,11 +104,15 @@ class Names(NamedTuple):
       linears: Module of each slot within a block.
       norms: Module of each of the block's norms, by the field that holds it.
       final_norm: Module of the final norm.
+      router: Module of the router within a block with experts.
+      experts: Module of each linear of an expert, with {} for the expert's number.
     """
 
     linears: Mapping[str, str]
     norms: Mapping[str, str]
     final_norm: str = "model.norm"
+    router: str = ""
+    experts: Mapping[str, str] = {}
 
 
 def _norm(c: decoder_config.Config, name: str, size: int) -> Norm:
@@ -137,7 +148,9 @@ def decoder_block(names: Names, c: decoder_config.Config, i: int) -> decoder.Blo
       i: Index of the block.
     """
     p = f"model.layers.{i}."
-    kv_heads, neurons = c.widths[i] if c.widths else (c.kv_heads, c.ffn_dim)
+    sparse = bool(c.sparse) and c.sparse[i]
+    own_neurons = c.expert_neurons if sparse else c.ffn_dim
+    kv_heads, neurons = c.widths[i] if c.widths else (c.kv_heads, own_neurons)
     kv = kv_heads * c.head_dim
     # A key-value head keeps all the query heads that share it.
     n = kv_heads * c.query_heads // c.kv_heads * c.head_dim
@@ -152,7 +165,8 @@ def decoder_block(names: Names, c: decoder_config.Config, i: int) -> decoder.Blo
     }
     linears: dict[str, Linear | None] = dict.fromkeys(shapes)
     for slot, name in names.linears.items():
-        linears[slot] = linear_spec(p + name, *shapes[slot], slot in c.biases)
+        if not (sparse and slot in names.experts):
+            linears[slot] = linear_spec(p + name, *shapes[slot], slot in c.biases)
     norms: dict[str, Norm | None] = {"attn_norm": None, "mlp_norm": None}
     whole = c.qk_norm == "whole"
     sizes = {"q_norm": n if whole else c.head_dim, "k_norm": kv if whole else c.head_dim}
@@ -161,4 +175,15 @@ def decoder_block(names: Names, c: decoder_config.Config, i: int) -> decoder.Blo
             norms[field] = _norm(c, p + name, sizes.get(field, c.dim))
     # Any: the fields differ between families, so they are given by name.
     fields: dict[str, Any] = {**linears, **norms}
+    if sparse:
+        fields["router"] = linear_spec(p + names.router, c.experts, c.dim, bias=False)
+        fields["experts"] = tuple(
+            Expert(
+                **{
+                    slot: linear_spec(p + name.format(e), *shapes[slot], bias=False)
+                    for slot, name in names.experts.items()
+                }
+            )
+            for e in range(c.experts)
+        )
     return decoder.Block(**fields, window=c.windows[i], rope=c.rope_of(i))

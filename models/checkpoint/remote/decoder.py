@@ -35,15 +35,20 @@ class PrunedForCausalLM(LlamaForCausalLM):
             kept = heads * attention.head_dim
             queries = kept * attention.num_key_value_groups
             outputs = dict.fromkeys(("k_proj", "v_proj"), kept) | {"q_proj": queries}
-            outputs |= dict.fromkeys(("gate_proj", "up_proj", "fc1"), neurons)
+            outputs |= dict.fromkeys(("gate_proj", "up_proj", "fc1", "w1", "w3"), neurons)
             outputs |= {"qkv_proj": queries + 2 * kept, "gate_up_proj": 2 * neurons}
             inputs = dict.fromkeys(("o_proj", "dense"), queries)
-            inputs |= dict.fromkeys(("down_proj", "fc2"), neurons)
+            inputs |= dict.fromkeys(("down_proj", "fc2", "w2"), neurons)
             for name, _ in list(layer.named_modules()):
                 kind = name.rpartition(".")[2]
                 if kind in outputs or kind in inputs:
                     shape = inputs.get(kind, dim), outputs.get(kind, dim)
                     layer.set_submodule(name, nn.Linear(*shape, bias=name in config.biases))
+            experts = getattr(layer.mlp, "experts", None)
+            if hasattr(experts, "gate_up_proj"):
+                experts.intermediate_dim, count = neurons, len(experts.gate_up_proj)
+                experts.gate_up_proj = nn.Parameter(torch.empty(count, 2 * neurons, dim))
+                experts.down_proj = nn.Parameter(torch.empty(count, dim, neurons))
             if hasattr(attention, "qkv_proj"):
                 # The queries, keys and values are told apart by these counts.
                 attention.config = copy.copy(config)
@@ -54,3 +59,19 @@ class PrunedForCausalLM(LlamaForCausalLM):
                 # A norm over all heads together, not over each head's channels.
                 if norm is not None and norm.weight.shape[0] != attention.head_dim:
                     norm.weight = nn.Parameter(torch.ones(width))
+
+
+def _join_experts_as_stock() -> None:
+    """Have transformers 5 read experts as it reads those of the stock type: joined to one tensor."""
+    try:
+        from transformers import conversion_mapping as mapping
+    except ImportError:  # transformers 4 has a module for each expert
+        return
+    stock = mapping.get_checkpoint_conversion_mapping(LlamaConfig.model_type)
+    if stock:
+        mapping.register_checkpoint_conversion_mapping(
+            PrunedConfig.model_type, stock, overwrite=True
+        )
+
+
+_join_experts_as_stock()

@@ -7,7 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.arch import Block, Model, NonBlockParams, logits
+from models.arch import (
+    Arch,
+    Block,
+    Model,
+    NonBlockParams,
+    has_linear,
+    linear_of,
+    logits,
+    with_linears,
+)
 from models.checkpoint.output_format import with_dtype
 from models.checkpoint.reader import abstract, in_memory, open_checkpoint
 from models.checkpoint.writer import Writer
@@ -52,12 +61,20 @@ def test_logits_and_greedy_tokens_equal_transformers(name: str, tmp_path: pathli
 
 def with_biases(block: Block, slots: tuple[str, ...]) -> Block:
     """Return the block with biases on some slots that have none."""
-    fields = {}
+    linears = {}
     for slot in slots:
-        linear = getattr(block, slot)
-        if linear.b is None:
-            fields[slot] = Linear(linear.w, jnp.linspace(-0.5, 0.5, linear.w.shape[0]))
-    return block.replace(**fields)
+        # Experts have no biases in any class.
+        linear = linear_of(block, slot) if has_linear(block, slot) else None
+        if linear is not None and linear.b is None:
+            linears[slot] = Linear(linear.w, jnp.linspace(-0.5, 0.5, linear.w.shape[0]))
+    return with_linears(block, linears)
+
+
+def cut_neurons(arch: Arch, block: Block, every: int) -> Block:
+    """Cut one or two neurons of every 7, others in each expert; torch wants multiples of 4."""
+    for k, group in enumerate(arch.groups_of(block, "neurons")):
+        block = cut(block, group, np.roll(np.arange(56) % 7 > every, k))
+    return block
 
 
 @pytest.mark.slow
@@ -74,7 +91,7 @@ def test_pruned_models_load_in_transformers(
     for i in kept:
         narrower = i == 2 or not ragged
         block = cut(dense.model.blocks[i], arch.group("heads"), np.arange(heads) != int(narrower))
-        block = cut(block, arch.group("neurons"), np.arange(56) % 4 > int(narrower))
+        block = cut_neurons(arch, block, int(narrower))
         blocks.append(with_biases(block, ("o", "down")) if ragged else block)
     pruned = Model(arch, dense.model.non_block, tuple(blocks))
     writer = Writer(tmp_path / "out", dense.config)
@@ -100,7 +117,8 @@ def test_masked_units_compute_what_cut_ones_do(name: str) -> None:
     results = []
     for change in (mask, cut):
         block = change(blocks[0], arch.group("heads"), np.arange(arch.config.kv_heads) != 1)
-        block = change(block, arch.group("neurons"), np.arange(56) % 4 > 0)
+        for group in arch.groups_of(block, "neurons"):
+            block = change(block, group, np.arange(56) % 4 > 0)
         results.append(np.asarray(logits(Model(arch, non_block, (block, blocks[1])), TOKENS)))
     np.testing.assert_allclose(*results, atol=1e-4, rtol=1e-4)
 
