@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from models.experts import Routed
+
 
 class Observer(NamedTuple):
     """A streaming statistic.
@@ -19,10 +21,21 @@ class Observer(NamedTuple):
     Attributes:
       init: channels -> initial state.
       update: (state, x [b t c]) -> state.
+      of_experts: The statistic of each expert's tokens: its `update` takes the states of all
+        experts, stacked [e ...], and a Routed. None where the statistic has no such form.
     """
 
     init: Callable[[int], Any]
-    update: Callable[[Any, jax.Array], Any]
+    update: Callable[[Any, Any], Any]
+    of_experts: "Observer | None" = None
+
+
+def _expert_sums(routed: Routed, weights: jax.Array | None = None) -> jax.Array:
+    """Return each expert's sum of squares, float32 [e c], with the weights [tiles r] of rows."""
+    squares = jnp.square(routed.x.astype(jnp.float32))
+    if weights is not None:
+        squares = squares * weights[:, :, None]
+    return routed.sum_by_expert(jnp.sum(squares, axis=1))
 
 
 def _two_sum(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -86,20 +99,37 @@ class SecondMoment(NamedTuple):
 
 def _add(state: SecondMoment, squares: jax.Array) -> SecondMoment:
     """Add a micro-batch of squares [b t c], float32."""
-    new, lost = _sum_over_tokens(squares)
+    return _add_sums(state, *_sum_over_tokens(squares), len(squares))
+
+
+def _add_sums(
+    state: SecondMoment, new: jax.Array, lost: jax.Array | float, samples: int
+) -> SecondMoment:
+    """Add sums [c], with what their rounding has lost [c]."""
     # The second sum gives back to the total what all additions so far have lost, so that it is
     # rounded once, whatever the micro-batch.
     total, more = _two_sum(state.total, new)
     total, lost = _two_sum(total, state.lost + lost + more)
-    return SecondMoment(total, state.samples + len(squares), lost)
+    return SecondMoment(total, state.samples + samples, lost)
 
 
 def _second_moment_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
     return _add(state, jnp.square(x.astype(jnp.float32)))
 
 
+def _second_moment_init(c: int) -> SecondMoment:
+    return SecondMoment(jnp.zeros(c), jnp.zeros(()), jnp.zeros(c))
+
+
+def _expert_second_moments(state: SecondMoment, routed: Routed) -> SecondMoment:
+    # Samples are windows here too: all linears of a block are on one scale.
+    return _add_sums(state, _expert_sums(routed), 0.0, routed.windows)
+
+
 second_moment = Observer(
-    lambda c: SecondMoment(jnp.zeros(c), jnp.zeros(()), jnp.zeros(c)), _second_moment_update
+    _second_moment_init,
+    _second_moment_update,
+    Observer(_second_moment_init, _expert_second_moments),
 )
 
 
@@ -112,16 +142,27 @@ def _fading_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
 
 # NeuroAL's official code takes the norms of SparseGPT's inputs after SparseGPT has scaled them, so
 # that later sequences count less.
-fading_second_moment = Observer(second_moment.init, _fading_update)
+def _expert_fading(state: SecondMoment, routed: Routed) -> SecondMoment:
+    nth = state.samples[0] + 1 + routed.window.astype(jnp.float32)  # alike for all experts
+    return _add_sums(state, _expert_sums(routed, 2.0 / nth), 0.0, routed.windows)
+
+
+fading_second_moment = Observer(
+    _second_moment_init, _fading_update, Observer(_second_moment_init, _expert_fading)
+)
 
 
 # Cached: fresh lambdas would be another static argument, and compile again.
 @functools.cache
 def pair(a: Observer, b: Observer) -> Observer:
     """Return an observer with the states of both; the compiler does shared work once."""
+    of_experts = None
+    if a.of_experts is not None and b.of_experts is not None:
+        of_experts = pair(a.of_experts, b.of_experts)
     return Observer(
         lambda c: (a.init(c), b.init(c)),
         lambda state, x: (a.update(state[0], x), b.update(state[1], x)),
+        of_experts,
     )
 
 
@@ -183,7 +224,74 @@ def _moments_update(state: Moments, x: jax.Array) -> Moments:
     )
 
 
-moments = Observer(_moments_init, _moments_update)
+class TokenMoments(NamedTuple):
+    """First and second moments of each channel over an expert's tokens, with Moments' properties.
+
+    Attributes:
+      second: Sum of squares.
+      sums: Sum over tokens [c].
+      within: Sum over tiles of the squared distances from each tile's mean [c].
+      squares: Sum over tiles of tokens times the square of the tile's mean [c].
+      tokens: Tokens of the expert, float32 ().
+    """
+
+    second: SecondMoment
+    sums: jax.Array
+    within: jax.Array
+    squares: jax.Array
+    tokens: jax.Array
+
+    @property
+    def length(self) -> jax.Array:
+        """Return the mean number of the expert's tokens in a window, float32 ()."""
+        return self.tokens / self.second.samples
+
+    @property
+    def window_sum(self) -> jax.Array:
+        """Return the mean over windows of the sum over tokens [c]."""
+        return self.sums / self.second.samples
+
+    @property
+    def mean(self) -> jax.Array:
+        """Return the mean over all tokens [c], 0 without any."""
+        return self.sums / jnp.maximum(self.tokens, 1)
+
+    @property
+    def variance_within(self) -> jax.Array:
+        """Return the mean squared distance from the means of tiles [c]."""
+        return self.within / jnp.maximum(self.tokens, 1)
+
+    @property
+    def variance(self) -> jax.Array:
+        """Return the variance over all tokens [c]."""
+        between = self.squares / jnp.maximum(self.tokens, 1) - self.mean**2
+        return self.variance_within + jnp.maximum(between, 0)
+
+
+def _token_moments_init(c: int) -> TokenMoments:
+    return TokenMoments(
+        _second_moment_init(c), jnp.zeros(c), jnp.zeros(c), jnp.zeros(c), jnp.zeros(())
+    )
+
+
+def _token_moments_update(state: TokenMoments, routed: Routed) -> TokenMoments:
+    x, present = routed.x.astype(jnp.float32), routed.present[:, :, None]
+    counts = jnp.sum(present, axis=1).astype(jnp.float32)  # tokens of each tile, [tiles 1]
+    sums = jnp.sum(x, axis=1)  # rows without a token are zeros
+    means = sums / jnp.maximum(counts, 1)
+    distances = jnp.where(present, x - means[:, None, :], 0.0)
+    return TokenMoments(
+        _expert_second_moments(state.second, routed),
+        state.sums + routed.sum_by_expert(sums),
+        state.within + routed.sum_by_expert(jnp.sum(distances**2, axis=1)),
+        state.squares + routed.sum_by_expert(counts * means**2),
+        state.tokens + routed.tokens.astype(jnp.float32),
+    )
+
+
+moments = Observer(
+    _moments_init, _moments_update, Observer(_token_moments_init, _token_moments_update)
+)
 
 
 class BatchNorms(NamedTuple):
@@ -211,7 +319,17 @@ def _batch_norms_update(state: BatchNorms, x: jax.Array) -> BatchNorms:
     return BatchNorms(state.total + jnp.sqrt(jnp.einsum("btc,btc->c", x, x)), state.batches + 1)
 
 
-batch_norms = Observer(lambda c: BatchNorms(jnp.zeros(c), jnp.zeros(())), _batch_norms_update)
+def _batch_norms_init(c: int) -> BatchNorms:
+    return BatchNorms(jnp.zeros(c), jnp.zeros(()))
+
+
+def _expert_batch_norms(state: BatchNorms, routed: Routed) -> BatchNorms:
+    return BatchNorms(state.total + jnp.sqrt(_expert_sums(routed)), state.batches + 1)
+
+
+batch_norms = Observer(
+    _batch_norms_init, _batch_norms_update, Observer(_batch_norms_init, _expert_batch_norms)
+)
 
 
 class Gram(NamedTuple):
@@ -260,4 +378,22 @@ def _gram_update(state: Gram, x: jax.Array) -> Gram:
     return Gram(state.total + outer_products(x.astype(jnp.float32)), state.samples + x.shape[0])
 
 
-gram = Observer(lambda c: Gram(jnp.zeros((c, c)), jnp.zeros(())), _gram_update)
+def _gram_init(c: int) -> Gram:
+    return Gram(jnp.zeros((c, c)), jnp.zeros(()))
+
+
+def _expert_grams(state: Gram, routed: Routed) -> Gram:
+    def add(total: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, expert = tile
+        product = jnp.einsum("rc,rd->cd", x, x, precision="highest")
+        return total.at[expert].add(product), None
+
+    tiles = routed.x.astype(jnp.float32), routed.expert
+    total, _ = jax.lax.scan(add, state.total, tiles)
+    return Gram(total, state.samples + routed.windows)
+
+
+gram = Observer(_gram_init, _gram_update, Observer(_gram_init, _expert_grams))
+
+# Tokens that were routed to each expert, of the tap `models.experts.EXPERT_TOKENS`.
+token_counts = Observer(jnp.zeros, lambda state, tokens: state + tokens.astype(jnp.float32))

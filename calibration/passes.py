@@ -19,9 +19,10 @@ from calibration.journal import to_serialisable
 from calibration.observers import Observer
 from calibration.runtime import Runtime
 from calibration.states import Offload, States
-from models.arch import Arch, Block, Model, Taps, apply_block, embed
+from models.arch import Arch, Block, Model, Taps, apply_block, embed, experts_of
 from models.checkpoint.blocks import prefetch
 from models.errors import InputError
+from models.experts import Routed, expert_of
 from models.programs import program
 from models.sharding import place, placement, split
 
@@ -47,10 +48,38 @@ class BlockResult(NamedTuple):
 
 @program("statistics begun", static=(0, 1))
 def _start(function: Forward, watch: Watch, block: Block, x: jax.Array) -> dict[str, Any]:
-    """Return the initial state of every observer."""
+    """Return the initial state of every observer, of an expert's tap [e ...]."""
     # Shapes suffice: only the widths of the taps are needed.
     taps = jax.eval_shape(function, block, x)[1]
-    return {name: observer.init(taps[name].shape[-1]) for name, observer in watch}
+    states = {}
+    for name, observer in watch:
+        tap = taps[name]
+        if isinstance(tap, Routed):
+            of_experts = _of_experts(name, observer).init(tap.x.shape[-1])
+            count = tap.tokens.shape[0]
+            states[name] = jax.tree.map(
+                lambda s, count=count: jnp.broadcast_to(s[None], (count, *s.shape)), of_experts
+            )
+        else:
+            states[name] = observer.init(tap.shape[-1])
+    return states
+
+
+def _of_experts(tap: str, observer: Observer) -> Observer:
+    """Return the observer of an expert's tap."""
+    if observer.of_experts is None:
+        raise InputError(
+            f"{tap} holds the tokens of experts, of which this method has no statistics",
+            "choose another method or variant for a mixture of experts",
+        )
+    return observer.of_experts
+
+
+@program("statistics split by expert")
+def _split(states: Any) -> list[Any]:
+    """Return the states of each expert from those of all, [e ...]."""
+    count = len(jax.tree.leaves(states)[0])
+    return [jax.tree.map(lambda s, e=e: s[e], states) for e in range(count)]
 
 
 # The old states are donated: a Gram matrix of 70B's widths would lie in memory twice.
@@ -63,9 +92,12 @@ def _observe(
     jit removes the taps that nobody watches, and the output unless `onward`.
     """
     y, taps = function(block, x)
-    return y if onward else None, {
-        name: observer.update(states[name], taps[name]) for name, observer in watch
-    }
+    new = {}
+    for name, observer in watch:
+        tap = taps[name]
+        own = _of_experts(name, observer) if isinstance(tap, Routed) else observer
+        new[name] = own.update(states[name], tap)
+    return y if onward else None, new
 
 
 @program("statistics checked")
@@ -204,8 +236,10 @@ def observe(
     Raises:
       InputError: The activations overflow; every score made from them would be meaningless.
     """
+    own = _taps_of_block(arch, block, watch)
     # Sorted: another order would be another static argument, and compile again.
-    static = tuple(sorted(watch.items()))
+    # All experts are observed alike, so one tap has them all.
+    static = tuple(sorted({expert_of(name)[0]: observer for name, observer in own.items()}.items()))
     if not static and not onward:
         return {}
     states: Stats = _start(arch.block, static, block, xs[0])
@@ -217,7 +251,33 @@ def observe(
     # faster than it does it.
     if static and not _finite(states):
         raise overflow(i)
-    return states
+    return _by_name(states, own)
+
+
+def _taps_of_block(
+    arch: Arch, block: Block, watch: Mapping[str, Observer]
+) -> dict[str, Observer]:
+    """Return the observers without those of parts that the block lacks."""
+    everywhere = {name for s in arch.slots for name in (s.reads, s.name)}
+    here = {name for s in arch.slots_of(block) for name in (s.reads, s.name, s.part_of)}
+    if not experts_of(block):
+        watch = {name: o for name, o in watch.items() if not name.startswith("experts.")}
+    return {name: o for name, o in watch.items() if name in here or name not in everywhere}
+
+
+def _by_name(states: Stats, names: Iterable[str]) -> Stats:
+    """Return the states by the names that were watched, those of an expert's tap by expert."""
+    split: dict[str, list[Any]] = {}
+    found = {}
+    for name in names:
+        tap, expert = expert_of(name)
+        if expert is None:
+            found[name] = states[tap]
+            continue
+        if tap not in split:
+            split[tap] = _split(states[tap])
+        found[name] = split[tap][expert]
+    return found
 
 
 def calibrate_blocks(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.arch import Model
+from models.arch import Model, linear_of
 from models.progress import Advance, no_advance
 
 
@@ -56,7 +56,8 @@ def measure_size(model: Model, advance: Advance = no_advance) -> Size:
     total, nonzero = count_entries(model.non_block), []
     for block in model.blocks:
         total += count_entries(block)
-        counts = {s.name: _nonzero_by_row(getattr(block, s.name).w) for s in model.arch.slots}
+        slots = [s.name for s in model.arch.slots_of(block)]
+        counts = {name: _nonzero_by_row(linear_of(block, name).w) for name in slots}
         nonzero.append({name: int(np.asarray(rows).sum()) for name, rows in counts.items()})
         advance()
     return Size(total, tuple(nonzero))

@@ -10,7 +10,7 @@ Source: Shazeer et al. 2017, section 2; Gale et al. 2022 (MegaBlocks), section 5
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -73,6 +73,25 @@ class Routed(NamedTuple):
     def sum_by_expert(self, values: jax.Array) -> jax.Array:
         """Sum values of the tiles, [tiles ...], by expert, [e ...]."""
         return jax.ops.segment_sum(values, self.expert, len(self.tokens))
+
+
+# Tap with the number of tokens of each expert, [e].
+EXPERT_TOKENS = "experts.tokens"
+
+
+def expert_of(name: str) -> tuple[str, int | None]:
+    """Split the name of an expert's tap or slot, such as "experts.3.in".
+
+    Args:
+      name: Name of a tap or slot.
+
+    Returns:
+      Name that all experts share, such as "experts.in", and the expert's number; the name itself
+      and None where it is no expert's.
+    """
+    root, _, rest = name.partition(".")
+    number, _, field = rest.partition(".")
+    return (f"{root}.{field}", int(number)) if field else (name, None)
 
 
 class Layout(NamedTuple):
@@ -191,7 +210,7 @@ def run_experts(
     experts: Sequence[Expert],
     act: Callable[[jax.Array], jax.Array],
     x: jax.Array,
-) -> tuple[jax.Array, dict[str, Routed]]:
+) -> tuple[jax.Array, dict[str, Any]]:
     """Run every token through its experts.
 
     Args:
@@ -202,8 +221,9 @@ def run_experts(
       x: Inputs, [b t d].
 
     Returns:
-      Weighted sum of the experts' outputs, [b t d], and the experts' activations: "in" and "mid",
-      the inputs of their linears, and "gate", "up" and "down", the outputs.
+      Weighted sum of the experts' outputs, [b t d], and taps: as Routed the experts' "in" and
+      "mid", the inputs of their linears, and "gate", "up" and "down", the outputs; as "tokens" the
+      number of tokens of each expert, int32 [e].
     """
     b, t, d = x.shape
     with jax.named_scope("routing"):
@@ -238,4 +258,5 @@ def run_experts(
         of_token = down.reshape(-1, d)[layout.row].astype(jnp.float32)
         y = jnp.einsum("nkd,nk->nd", of_token, weights).astype(x.dtype).reshape(b, t, d)
     taps = {"in": tiles, "gate": gate, "up": up, "mid": mid, "down": down}
-    return y, {name: routed._replace(x=tap) for name, tap in taps.items()}
+    of_experts = {name: routed._replace(x=tap) for name, tap in taps.items()}
+    return y, {"tokens": layout.tokens, **of_experts}

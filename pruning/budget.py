@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from calibration.runtime import Runtime
-from models.arch import Model
+from models.arch import Model, linear_of
 from models.checkpoint.blocks import LazyBlocks
 from pruning.budget_core import fraction_for_count, shift_to_sparsity, whole_counts
 from pruning.types import Allocation, Budget, Layerwise, Request
@@ -22,7 +22,8 @@ def shapes_of(model: Model, block: Any) -> dict[str, tuple[int, int]]:
       model: Its architecture names the slots.
       block: Parameters, or their specs.
     """
-    return {slot.name: getattr(block, slot.name).w.shape for slot in model.arch.slots}
+    slots = model.arch.slots_of(block)
+    return {slot.name: linear_of(block, slot.name).w.shape for slot in slots}
 
 
 def all_shapes(model: Model) -> Shapes:
@@ -41,7 +42,8 @@ def by_block(model: Model, fractions: np.ndarray) -> Budget:
     """
     # float64, because counts are truncated products: float32 could be off by one.
     return tuple(
-        {slot.name: np.asarray(f, np.float64) for slot in model.arch.slots} for f in fractions
+        dict.fromkeys(shapes, np.asarray(f, np.float64))
+        for shapes, f in zip(all_shapes(model), fractions, strict=True)
     )
 
 

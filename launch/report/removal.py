@@ -10,6 +10,7 @@ from eval.size import Size
 from launch.report import summary
 from launch.run import export
 from models.checkpoint.reader import Checkpoint
+from pruning.budget import all_shapes
 from pruning.types import Outcome
 
 # Sparsity may miss its target by this much, as a fraction of the prunable weights.
@@ -39,8 +40,8 @@ def count_removed(
       size: Size of the pruned checkpoint, as `eval.size.measure` returns it.
       kept_blocks: Original index of each block of the pruned checkpoint; None if all were kept.
     """
-    specs, slots = checkpoint.specs, [s.name for s in checkpoint.model.arch.slots]
-    sizes = tuple({s: math.prod(getattr(block, s).w.shape) for s in slots} for block in specs)
+    specs, shapes = checkpoint.specs, all_shapes(checkpoint.model)
+    sizes = tuple({s: math.prod(shape) for s, shape in block.items()} for block in shapes)
     dense = export.by_linear(specs, sizes)
     kept = specs if kept_blocks is None else tuple(specs[i] for i in kept_blocks)
     left = export.by_linear(kept, size.nonzero)
@@ -100,10 +101,9 @@ def linear_warnings(
 def _missed(outcome: Outcome, counts: LinearCounts, checkpoint: Checkpoint) -> Iterator[str]:
     """Yield a sentence where linears missed their share by more than rounding."""
     asked = export.by_linear(checkpoint.specs, outcome.asked)
-    slots = [s.name for s in checkpoint.model.arch.slots]
     inputs = export.by_linear(
         checkpoint.specs,
-        tuple({s: getattr(block, s).w.shape[1] for s in slots} for block in checkpoint.specs),
+        tuple({s: into for s, (_, into) in block.items()} for block in all_shapes(checkpoint.model)),
     )
     shares = {name: counts.removed[name] / counts.dense[name] for name in asked}
     gaps = {name: abs(shares[name] - asked[name]) for name in asked}

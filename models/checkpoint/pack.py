@@ -67,7 +67,7 @@ def pack(directory: str | os.PathLike[str], packing: str) -> PackSizes:
     directory = pathlib.Path(directory)
     config = read_config(directory)
     arch, _, blocks = hf.specs(config)
-    names = (hf.linear_name(b, s.name) for b in blocks for s in arch.slots)
+    names = (hf.linear_name(b, s.name) for b in blocks for s in arch.slots_of(b))
     linears = {f"{stored_name(name)}.weight" for name in names}
     target = directory / FOLDER
     if target.exists():

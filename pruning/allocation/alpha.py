@@ -9,7 +9,7 @@ import numpy as np
 
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
-from models.arch import Block, Model
+from models.arch import Block, Model, linear_of
 from models.errors import InputError
 from models.programs import Program
 from models.sharding import to_host
@@ -81,7 +81,7 @@ class Alpha:
         shapes, official = all_shapes(model), self.variant == "official"
 
         def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
-            ws = {s.name: getattr(block, s.name).w for s in model.arch.slots}
+            ws = {s.name: linear_of(block, s.name).w for s in model.arch.slots_of(block)}
             return block, {name: exponent(w, official) for name, w in ws.items()}
 
         # A spectrum needs the whole matrix, so nothing is split over devices.

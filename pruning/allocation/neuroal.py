@@ -61,7 +61,8 @@ def _fed_taps(arch: Arch) -> dict[str, _FedTap]:
     Through the residual stream that is the next tap that reads the stream, in this block or in the
     next one.
     """
-    taps = list(dict.fromkeys(s.reads for s in arch.slots))
+    # All of the stream reaches the experts; each one's own input has some of the tokens.
+    taps = list(dict.fromkeys(s.part_of or s.reads for s in arch.slots))
     fed = {s.feeds for s in arch.slots}
     reads_stream = [tap for tap in taps if tap not in fed]
 
@@ -70,7 +71,8 @@ def _fed_taps(arch: Arch) -> dict[str, _FedTap]:
         return _FedTap(later[0], False) if later else _FedTap(reads_stream[0], True)
 
     return {
-        s.name: after(s.reads) if s.feeds == "next" else _FedTap(s.feeds, False) for s in arch.slots
+        s.name: after(s.reads) if s.feeds == "next" else _FedTap(s.feeds, False)
+        for s in arch.slots
     }
 
 
@@ -86,6 +88,8 @@ def _official_row_budget(
     for i, block in enumerate(search.shapes):
         fractions = {}
         for slot, fed in _fed_taps(search.model.arch).items():
+            if slot not in block:
+                continue
             rows, columns = block[slot]
             # Official trials measure the next block's first input on equal inputs, dense and
             # pruned. That drop is exactly zero, so the fractions stay even.
@@ -124,6 +128,8 @@ def _corrected_row_budget(
         # rank of that norm, or the norm relative to the dense one, is no better
         # (docs/decisions/018-neuroal-by-loss.md).
         for slot, fed in _fed_taps(arch).items():
+            if slot not in block:
+                continue
             rows, _ = block[slot]
             j = i + fed.in_next_block
             # Nothing reads the last block's last linear: its rows stay even.

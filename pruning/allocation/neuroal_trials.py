@@ -10,7 +10,8 @@ from calibration.observers import Observer, fading_second_moment, gram, pair, se
 from calibration.passes import BlockResult, micro_batches, observe, visit_blocks
 from calibration.runtime import Runtime
 from calibration.states import States
-from models.arch import Arch, Block, Model, cross_entropy
+from models.arch import Arch, Block, Model, cross_entropy, linear_of
+from models.experts import EXPERT_TOKENS
 from models.programs import program
 from models.sharding import place, to_host, tree_to_host
 from pruning.allocation.neuroal_core import misalignment
@@ -22,6 +23,7 @@ from pruning.weights.per_linear import (
     prepare_tap,
     readers,
     solve_block,
+    with_token_counts,
     with_weights,
 )
 
@@ -114,15 +116,22 @@ def _norms(stats: Mapping[str, Any]) -> Norms:
 def _dense_watch(arch: Arch, pruner: Pruner, norm: Observer) -> dict[str, Observer]:
     """Return the observers of a dense block: the pruner's, if any, and that of the norms."""
     observer = pair(pruner.observer, norm) if pruner.observer else norm
-    return {slot.reads: observer for slot in arch.slots}
+    return with_token_counts(_watch(arch, observer))
+
+
+def _watch(arch: Arch, observer: Observer) -> dict[str, Observer]:
+    """Return the observer for every tap that linears read, and for all tokens of experts' taps."""
+    return {tap: observer for s in arch.slots for tap in (s.reads, s.part_of) if tap}
 
 
 def _split_dense(pruner: Pruner, stats: Mapping[str, Any]) -> tuple[dict[str, Any], Norms]:
     """Split statistics of `_dense_watch` into the pruner's and the norms."""
+    of_taps = {tap: state for tap, state in stats.items() if tap != EXPERT_TOKENS}
+    tokens = {tap: state for tap, state in stats.items() if tap == EXPERT_TOKENS}
     if pruner.observer is None:
-        return dict.fromkeys(stats), _norms(stats)
-    own = {tap: both[0] for tap, both in stats.items()}
-    return own, _norms({tap: both[1] for tap, both in stats.items()})
+        return {**dict.fromkeys(of_taps), **tokens}, _norms(of_taps)
+    own = {tap: both[0] for tap, both in of_taps.items()}
+    return {**own, **tokens}, _norms({tap: both[1] for tap, both in of_taps.items()})
 
 
 def misalignment_trials(
@@ -144,7 +153,8 @@ def misalignment_trials(
     arch, pruner = search.model.arch, search.layerwise.pruner
     # The official code takes norms of inputs that SparseGPT has scaled in place.
     norm = fading_second_moment if pruner.observer is gram else second_moment
-    pruners, watch_norms = every_tap(arch, pruner), {s.reads: norm for s in arch.slots}
+    pruners, watch_norms = every_tap(arch, pruner), _watch(arch, norm)
+    pattern = search.layerwise.pattern
     scores = [0.0] * len(budgets)
     norm_drops: list[list[Norms]] = [[] for _ in budgets]
     streams: list[States] = []
@@ -157,11 +167,12 @@ def misalignment_trials(
             if i > 0 or k == 0:
                 watch = _dense_watch(arch, pruner, norm)
                 stats, dense = _split_dense(pruner, observe(arch, watch, i, block, streams[k]))
-            counts = counts_for(arch, search.layerwise.pattern, block, budget[i])
-            new, _ = solve_block(arch, pruners, block, stats, counts)
+            counts = counts_for(arch, pattern, block, budget[i])
+            new, _ = solve_block(arch, pruners, pattern, block, stats, counts)
             # The run that measures also moves the trial on to its next block.
             sparse = _norms(observe(arch, watch_norms, i, new, streams[k], onward=True))
-            scores[k] += sum(misalignment(dense[s.reads], sparse[s.reads]) for s in arch.slots)
+            reads = [s.reads for s in arch.slots_of(block)]
+            scores[k] += sum(misalignment(dense[tap], sparse[tap]) for tap in reads)
             norm_drops[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
         # Trials have states of their own, and nothing reads those of the pass.
         return BlockResult(block, propagated=True)
@@ -186,7 +197,7 @@ def _solve_trials(
     def solve(counts: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
         new: dict[str, jax.Array] = {}
         for tap, names in readers(arch, counts).items():
-            ws = [getattr(block, name).w for name in names]
+            ws = [linear_of(block, name).w for name in names]
             pruned = pruner.solve(ws, prepared[tap], [counts[name] for name in names])
             new |= {name: w for name, (w, _) in zip(names, pruned, strict=True)}
         return new
@@ -208,12 +219,13 @@ def _pruned_blocks(
 ) -> Iterator[Block]:
     """Yield the block pruned with each of the counts, solved in groups of TRIAL_BYTES."""
     arch = search.model.arch
-    size = sum(getattr(block, s.name).w.nbytes for s in arch.slots)
+    slots = [s.name for s in arch.slots_of(block)]
+    size = sum(linear_of(block, name).w.nbytes for name in slots)
     # One at a time where a single block exceeds the room, as LLaMA-2-70B's do.
     most = max(1, TRIAL_BYTES // size)
     for start in range(0, len(counts), most):
         group = counts[start : start + most]
-        stacked = {s.name: np.stack([c[s.name] for c in group]) for s in arch.slots}
+        stacked = {name: np.stack([c[name] for c in group]) for name in slots}
         ws = _solve_trials(arch, search.layerwise.pruner, block, prepared, stacked)
         for k in range(len(group)):
             yield with_weights(block, _take_trial(ws, np.int32(k)))
@@ -230,7 +242,8 @@ def _dense_statistics(
     seen = observe(search.model.arch, watch, i, block, xs, onward=not last)
     stats, norms = _split_dense(pruner, seen)
     del seen
-    prepared = {tap: prepare_tap(pruner, s, tap)[0] for tap, s in stats.items()}
+    reads = {s.reads for s in search.model.arch.slots_of(block)}
+    prepared = {tap: prepare_tap(pruner, stats[tap], tap)[0] for tap in stats if tap in reads}
     statistics = DenseStatistics(prepared, norms)
     # All blocks or none: a later pass that lacks one block must run all before it.
     if depth * sum(x.nbytes for x in jax.tree.leaves(prepared)) <= DENSE_BYTES:
@@ -254,7 +267,7 @@ def loss_trials(
       Fields of `TrialResults`.
     """
     arch, runtime = search.model.arch, search.runtime
-    watch_norms = {s.reads: second_moment for s in arch.slots}
+    watch_norms = _watch(arch, second_moment)
     streams: list[States] = []
     norm_drops: list[list[Norms]] = [[] for _ in budgets]
 

@@ -10,7 +10,7 @@ import numpy as np
 from calibration.observers import SecondMoment, second_moment
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
-from models.arch import Arch, Block, Model
+from models.arch import Arch, Block, Model, linear_of
 from models.errors import InputError
 from models.programs import program
 from pruning.allocation.figures import allocation_figures
@@ -27,7 +27,8 @@ def _block_outliers(
 ) -> jax.Array:
     """Return the share of outliers among all Wanda scores of a block, float32 []."""
     # One mean for the whole block: the official code concatenates the scores of its linears.
-    metrics = [scores.wanda(getattr(block, s.name).w, stats[s.reads]) for s in arch.slots]
+    slots = arch.slots_of(block)
+    metrics = [scores.wanda(linear_of(block, s.name).w, stats[s.reads]) for s in slots]
     return outlier_share(metrics, m)
 
 

@@ -11,6 +11,7 @@ from calibration.states import OFFLOADS
 from models.arch import Arch, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from pruning.budget import all_shapes
 from pruning.structured.sleb_figures import search_figures
 from pruning.structured.sleb_paths import Path, Unit
 from pruning.structured.sleb_runner import Runner, silenced
@@ -41,7 +42,10 @@ def _sublayer(arch: Arch, writer: str) -> tuple[str, ...]:
 def _units(arch: Arch, blocks: int, kind: Kind) -> list[Unit]:
     """Return all units in the order of the forward pass; reports name them by index."""
     writers = writers_of(arch)
-    parts = [writers] if kind == "blocks" else [(w,) for w in writers]
+    attention = arch.group("heads").reader.name
+    # All experts of a block are one part.
+    feed_forward = tuple(w for w in writers if w != attention)
+    parts = [writers] if kind == "blocks" else [(attention,), feed_forward]
     return [Unit(i, part) for i in range(blocks) for part in parts]
 
 
@@ -232,11 +236,11 @@ class Sleb:
         stop_early = self.variant == "corrected"
         result = search_units(runner, candidates, n, rounds, stop_early, runtime)
         _write_blocks(model, result.path, sink)
-        slots = [slot.name for slot in model.arch.slots]
+        shapes = all_shapes(model)
         details = _details(runner, result, units, self.units)
         parts = details.get("removed_parts")
         return Outcome(
-            asked=tuple(dict.fromkeys(slots, asked) for _ in range(total)),
+            asked=tuple(dict.fromkeys(slots, asked) for slots in shapes),
             kept_blocks=tuple(piece.block for piece in result.path),
             details=details,
             warnings=tuple(_warnings(result)),

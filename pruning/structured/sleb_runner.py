@@ -11,7 +11,16 @@ from calibration.digests import digest
 from calibration.passes import micro_batches
 from calibration.runtime import Runtime
 from calibration.states import States, fits_in_memory, scratch
-from models.arch import Arch, Block, Model, apply_block, embed
+from models.arch import (
+    Arch,
+    Block,
+    Model,
+    apply_block,
+    embed,
+    has_linear,
+    linear_of,
+    with_linears,
+)
 from models.checkpoint.blocks import LazyBlocks, prefetch
 from models.processes import is_multiprocess
 from models.programs import Program, program
@@ -40,7 +49,8 @@ def silenced(block: Block, names: Iterable[str]) -> Block:
       block: Parameters.
       names: Linears to zero.
     """
-    return block.replace(**{name: _zeros_like(getattr(block, name)) for name in names})
+    here = [name for name in names if has_linear(block, name)]
+    return with_linears(block, {name: _zeros_like(linear_of(block, name)) for name in here})
 
 
 class Runner:

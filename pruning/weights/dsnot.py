@@ -74,10 +74,11 @@ class DSnoT:
         settings = Settings(self.cycles, self.variant == "official")
         skipped: set[str] = set()
         if settings.official:
-            group = arch.group("neurons")
+            neurons = [group for group in arch.groups if group.kind == "neurons"]
             # The official code overwrites the option that names the layers to skip, and so never
             # refines a feed-forward part.
-            skipped = {arch.tap(member.name) for member in (group.reader, *group.writers)}
+            members = (m for group in neurons for m in (group.reader, *group.writers))
+            skipped = {arch.tap(member.name) for member in members}
         return {
             tap: pruner if tap in skipped else refined(pruner, settings)
             for tap, pruner in pruners.items()

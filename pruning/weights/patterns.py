@@ -11,6 +11,7 @@ from pruning.weights.patterns_core import (
     keep_budget_per_matrix,
     keep_in_column_block,
     keep_n_of_m,
+    keep_over_column_blocks,
     keep_per_row,
 )
 
@@ -65,7 +66,8 @@ def per_column_block(columns: int) -> Pattern:
     Args:
       columns: Columns in a block; the last may have fewer.
     """
-    return Pattern(functools.partial(_counts_per_column_block, columns), keep_in_column_block)
+    counts = functools.partial(_counts_per_column_block, columns)
+    return Pattern(counts, keep_in_column_block, whole=keep_over_column_blocks)
 
 
 # Cached: equal patterns must be one static argument, or a second run would compile again.

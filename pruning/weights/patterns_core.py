@@ -28,12 +28,19 @@ class Pattern(NamedTuple):
       keep: (score [out in], count) -> bool [out in], True where the entry stays. Pure, under jit.
       group: m where every m consecutive inputs are chosen from on their own, else None.
       by_row: Whether every row may have its own fraction.
+      whole: `keep` for a whole matrix, where that of the pattern takes a part; None if it does not.
     """
 
     counts: Callable[[tuple[int, int], np.ndarray], np.ndarray]
     keep: Callable[[jax.Array, jax.Array], Mask]
     group: int | None = None
     by_row: bool = True
+    whole: Callable[[jax.Array, jax.Array], Mask] | None = None
+
+    @property
+    def keep_whole(self) -> Callable[[jax.Array, jax.Array], Mask]:
+        """Return the function that keeps entries of a whole matrix, [out in]."""
+        return self.whole or self.keep
 
 
 def value_of_rank(x: jax.Array, rank: jax.Array, axis: int | None = None) -> jax.Array:
@@ -147,6 +154,16 @@ def keep_in_column_block(score: jax.Array, count: jax.Array) -> Mask:
       count: Entries to remove, int32 [] of the block or [out] of its rows.
     """
     return keep_per_row(score, count) if count.ndim else keep_per_matrix(score, count)
+
+
+def keep_over_column_blocks(score: jax.Array, counts: jax.Array) -> Mask:
+    """Keep entries of a whole matrix, as many as all of its column blocks keep.
+
+    Args:
+      score: Scores, float32 [out in].
+      counts: Entries to remove from each block, int32 [blocks], or of its rows [blocks out].
+    """
+    return keep_in_column_block(score, jnp.sum(counts, axis=0))
 
 
 def keep_n_of_m(m: int, score: jax.Array, count: jax.Array) -> Mask:

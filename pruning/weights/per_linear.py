@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.observers import Observer
+from calibration.observers import Observer, token_counts
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
-from models.arch import Arch, Block, Model
+from models.arch import Arch, Block, Model, linear_of, with_linears
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from models.experts import EXPERT_TOKENS, expert_of
 from models.programs import Program, program
+from models.sharding import to_host
 from pruning.budget import Uniform, all_shapes, mean_fractions
 from pruning.types import (
     SAME_SHAPES,
@@ -29,9 +31,13 @@ from pruning.types import (
     Request,
     unprepared,
 )
+from pruning.weights import scores
 from pruning.weights.patterns import n_of_m
 
 Notes = Mapping[str, jax.Array]  # figures of a pruner by name, float32 ()
+# An expert that saw fewer calibration tokens is pruned by magnitude: its statistics are noise.
+FEW_TOKENS = 32
+FEW = "tokens_of_experts_by_magnitude"  # what details call them
 
 
 @functools.cache  # static arguments of jit must be equal objects
@@ -51,9 +57,9 @@ def score_solver(
         pruned = []
         for w, count in zip(ws, counts, strict=True):
             with jax.named_scope("score"):
-                scores = score(w, stats)
+                scored = score(w, stats)
             with jax.named_scope("select"):
-                kept = keep(scores, count)
+                kept = keep(scored, count)
             pruned.append((jnp.where(kept, w, jnp.zeros_like(w)), kept))
         return pruned
 
@@ -111,12 +117,38 @@ def with_weights(block: Block, ws: Mapping[str, jax.Array]) -> Block:
       block: Parameters.
       ws: Slot -> matrix.
     """
-    return block.replace(**{name: getattr(block, name).replace(w=w) for name, w in ws.items()})
+    return with_linears(
+        block, {name: linear_of(block, name).replace(w=w) for name, w in ws.items()}
+    )
+
+
+def pruner_of(
+    pruners: Mapping[str, Pruner], pattern: Pattern, stats: Mapping[str, Any], tap: str
+) -> tuple[Pruner, Notes]:
+    """Return the pruner of a tap: by magnitude where an expert saw too few tokens.
+
+    Args:
+      pruners: Tap -> pruner.
+      pattern: Turns scores into masks.
+      stats: Tap -> statistics, with the tokens of each expert.
+      tap: Name of the tap.
+
+    Returns:
+      The pruner, and its figures: the tokens of an expert that saw too few.
+    """
+    expert = expert_of(tap)[1]
+    if expert is None or pruners[tap].observer is None:
+        return pruners[tap], {}
+    tokens = stats[EXPERT_TOKENS][expert]
+    if tokens >= FEW_TOKENS:
+        return pruners[tap], {}
+    return Pruner(None, score_solver(scores.magnitude, pattern.keep_whole)), {FEW: tokens}
 
 
 def solve_block(
     arch: Arch,
     pruners: Mapping[str, Pruner],
+    pattern: Pattern,
     block: Block,
     stats: Mapping[str, Any],
     counts: Mapping[str, Any],
@@ -126,6 +158,7 @@ def solve_block(
     Args:
       arch: Architecture.
       pruners: Tap -> pruner.
+      pattern: Turns scores into masks.
       block: Parameters.
       stats: Tap -> statistics.
       counts: Slot -> entries to remove, as `Pattern.counts` gives them.
@@ -135,11 +168,18 @@ def solve_block(
     """
     new: dict[str, jax.Array] = {}
     notes: dict[str, Notes] = {}
+    if EXPERT_TOKENS in stats:  # read back once for all experts
+        stats = {**stats, EXPERT_TOKENS: to_host(stats[EXPERT_TOKENS])}
     for tap, names in readers(arch, counts).items():
-        prepared, notes[tap] = prepare_tap(pruners[tap], stats.get(tap), tap)
-        dense = [getattr(block, name).w for name in names]  # SparseGPT sweeps them as one matrix
-        label = f"{tap}: {', '.join(names)} pruned"
-        pruned = _solve(pruners[tap], prepared, dense, [counts[n] for n in names], name=label)
+        pruner, few = pruner_of(pruners, pattern, stats, tap)
+        own = stats.get(tap) if pruner.observer else None
+        # The names that all experts share: their programs are one in a plan.
+        shown = expert_of(tap)[0]
+        prepared, notes[tap] = prepare_tap(pruner, own, shown)
+        notes[tap] = {**notes[tap], **few}
+        dense = [linear_of(block, name).w for name in names]  # SparseGPT sweeps them as one matrix
+        label = f"{shown}: {', '.join(expert_of(name)[0] for name in names)} pruned"
+        pruned = _solve(pruner, prepared, dense, [counts[n] for n in names], name=label)
         new |= dict(zip(names, pruned, strict=True))
     return with_weights(block, new), notes
 
@@ -156,7 +196,17 @@ def every_tap(arch: Arch, pruner: Pruner) -> dict[str, Pruner]:
 
 def watched(pruners: Mapping[str, Pruner]) -> dict[str, Observer]:
     """Return the observers that pruners need, by tap."""
-    return {tap: p.observer for tap, p in pruners.items() if p.observer}
+    return with_token_counts({tap: p.observer for tap, p in pruners.items() if p.observer})
+
+
+def with_token_counts(watch: Mapping[str, Observer]) -> dict[str, Observer]:
+    """Return the observers with that of the experts' tokens, where experts are observed.
+
+    Args:
+      watch: Tap -> observer.
+    """
+    of_experts = any(expert_of(tap)[1] is not None for tap in watch)
+    return {**watch, EXPERT_TOKENS: token_counts} if of_experts else dict(watch)
 
 
 def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
@@ -193,7 +243,7 @@ def by_figure(blocks: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, 
     """
     names = {name for taps in blocks for by_name in taps.values() for name in by_name}
     return {
-        name: [{tap: by_name[name] for tap, by_name in taps.items()} for taps in blocks]
+        name: [{tap: n[name] for tap, n in taps.items() if name in n} for taps in blocks]
         for name in sorted(names)  # a set of texts has another order in every process
     }
 
@@ -243,8 +293,8 @@ def counts_for(
       fractions: Slot -> fraction to remove, () or [out].
     """
     return {
-        s.name: pattern.counts(getattr(block, s.name).w.shape, fractions[s.name])
-        for s in arch.slots
+        s.name: pattern.counts(linear_of(block, s.name).w.shape, fractions[s.name])
+        for s in arch.slots_of(block)
     }
 
 
@@ -262,6 +312,27 @@ def counts_if_any(
     if not any(np.any(fraction) for fraction in fractions.values()):
         return {}
     return counts_for(arch, pattern, block, fractions)
+
+
+def few_token_warnings(details: Mapping[str, Any]) -> list[str]:
+    """Return a sentence that names the experts that were pruned by magnitude.
+
+    Args:
+      details: Figures of the outcome.
+    """
+    few = {
+        f"block {i}, expert {expert_of(tap)[1]}: {tokens:.0f}"
+        for i, taps in enumerate(details.get(FEW, ()))
+        for tap, tokens in taps.items()
+    }
+    if not few:
+        return []
+    listed = sorted(few)
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return [
+        f"{len(listed)} experts were pruned by magnitude, as fewer than {FEW_TOKENS} calibration "
+        f"tokens reached them ({'; '.join(listed[:5])}{more})"
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,7 +394,7 @@ class PerLinear:
             record: dict[str, dict[str, float]] = {}
             counts = counts_if_any(arch, pattern, block, allocation.budget[i])
             if counts:
-                block, notes = solve_block(arch, pruners, block, stats, counts)
+                block, notes = solve_block(arch, pruners, pattern, block, stats, counts)
                 record = figures(i, notes)  # floats, as JSON and journals hold them
             sink(i, block)  # at once: no finished block waits in memory
             return block, record
@@ -341,6 +412,6 @@ class PerLinear:
         return Outcome(
             mean_fractions(allocation.budget),
             details=details,
-            warnings=(*allocation.warnings, *self.warn(details)),
+            warnings=(*allocation.warnings, *self.warn(details), *few_token_warnings(details)),
             figures=allocation.figures,
         )

@@ -109,7 +109,11 @@ class SparseLLM:
 
     def _settings(self, arch: Arch, request: Request) -> Settings:
         """Return the settings of the alternation; InputError where the authors have no step."""
-        gated, act = ffn_names(arch).gate is not None, arch.config.act
+        gated, act = any(s.name.endswith("gate") for s in arch.slots), arch.config.act
+        if self._official and any(s.part_of for s in arch.slots):
+            raise InputError(
+                "sparsellm: the official code has no step for experts", 'use variant="corrected"'
+            )
         # The authors' steps are eq. 7 for relu without a gate and gradient steps for silu with one.
         if self._official and act not in OFFICIAL_ACTIVATIONS[gated]:
             raise InputError(

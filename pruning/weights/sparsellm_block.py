@@ -11,12 +11,12 @@ import numpy as np
 from calibration.observers import gram
 from calibration.passes import observe, overflow
 from calibration.states import States
-from models.arch import Arch, Block
+from models.arch import Arch, Block, experts_of
 from models.errors import InputError
 from models.programs import Program, program
 from models.sharding import to_host
 from pruning.weights import sparsegpt, sparsegpt_core
-from pruning.weights.per_linear import every_tap, figures, solve_block
+from pruning.weights.per_linear import every_tap, figures, solve_block, watched
 from pruning.weights.sparsellm_core import Counts, Ffn, Settings, Solution
 from pruning.weights.sparsellm_corrected_core import solve_corrected
 from pruning.weights.sparsellm_official_core import Aux, solve_official
@@ -234,6 +234,19 @@ class BlockSolver(NamedTuple):
         stacks = _stack_by_size(inputs), _stack_by_size(targets)
         return _solve_corrected(self.arch, dense, *stacks, counts, self.settings)
 
+    def _solve_experts(
+        self, i: int, block: Block, xs: States, counts: Mapping[str, Any]
+    ) -> PrunedBlock:
+        """Prune a block with experts by SparseGPT, each expert by its own tokens."""
+        # The joint solution changes what enters an expert's last linear, not which tokens do: it
+        # would need every expert's tokens apart.
+        pruners = every_tap(self.arch, sparsegpt.pruner(self.settings.damp, self.settings.pattern))
+        stats = observe(self.arch, watched(pruners), i, block, xs)
+        pruned, notes = solve_block(
+            self.arch, pruners, self.settings.pattern, block, stats, counts
+        )
+        return PrunedBlock(pruned, figures(i, notes), [])
+
     def solve(self, i: int, block: Block, xs: States, counts: Mapping[str, Any]) -> PrunedBlock:
         """Prune block i.
 
@@ -246,14 +259,17 @@ class BlockSolver(NamedTuple):
         Raises:
           InputError: The official alternation diverged, or the activations overflow.
         """
-        arch, pattern, names = self.arch, self.settings.pattern, ffn_names(self.arch)
+        arch, pattern = self.arch, self.settings.pattern
+        if experts_of(block):
+            return self._solve_experts(i, block, xs, counts)
+        names = ffn_names(arch)
         attention = {name: count for name, count in counts.items() if name not in names.slots}
         # The corrected part sums up its own statistics as it goes, so only attention's are needed
         # here. The largest Gram matrix of a block, f x f of the hidden activations, is left out.
         taps = [s.reads for s in arch.slots if self.official or s.name in attention]
         stats = observe(arch, dict.fromkeys(taps, gram), i, block, xs)
         pruners = every_tap(arch, sparsegpt.pruner(self.settings.damp, pattern))
-        pruned, notes = solve_block(arch, pruners, block, stats, attention)
+        pruned, notes = solve_block(arch, pruners, pattern, block, stats, attention)
         of_part = Counts(tuple(counts[name] for name in names.writers), counts[names.w2])
         if self.official:
             solution = self._official(i, block, xs, stats, of_part)

@@ -12,6 +12,7 @@ import pytest
 from calibration.runtime import Runtime
 from models.arch import Model
 from models.errors import InputError
+from pruning.budget import all_shapes
 from pruning.methods import METHODS
 from pruning.structured.llmrank import _flow
 from pruning.types import Outcome, Request, prune, reads_activations
@@ -144,17 +145,18 @@ def test_every_method_prunes_every_family(case: Case, family: str) -> None:
     assert np.isfinite(result).all()
     assert not np.allclose(result, logits(m, tokens()), rtol=1e-2, atol=1e-2)
     assert same(fresh(case, m, 0.0)[0].blocks, m.blocks)
-    slots = {s.name for s in m.arch.slots}
-    assert all(set(asked) <= slots for asked in outcome.asked)
+    shapes = all_shapes(m)
+    assert all(set(asked) <= set(slots) for asked, slots in zip(outcome.asked, shapes, strict=True))
     if case in WEIGHTS:
-        assert len(covered(pruned, outcome)) == 3 * len(slots)
+        assert len(covered(pruned, outcome)) == sum(map(len, shapes))
         shares = [zero.mean() for gone in zeros(pruned) for zero in gone.values()]
         assert np.allclose(shares, 0.5, atol=0.05)
     elif case in BLOCKS:
         assert len(pruned.blocks) == 1 and same(pruned.blocks[0], m.blocks[outcome.kept_blocks[0]])
     else:
         before, after = (
-            sum(getattr(b, s).w.size for b in x.blocks for s in slots) for x in (m, pruned)
+            sum(out * into for block in all_shapes(x) for out, into in block.values())
+            for x in (m, pruned)
         )
         assert 0.3 < after / before < 0.9
 

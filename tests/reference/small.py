@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.arch import Arch, Block, Model, embed
+from models.arch import Arch, Block, Model, embed, linear_of
 from models.families import hf
 from pruning.types import Outcome
 from reference import wanda
@@ -49,6 +49,18 @@ MORE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "gemma": _LLAMA | {"model_type": "gemma", "num_key_value_heads": 2, "head_dim": 6},
     "gemma2": _LLAMA | {"model_type": "gemma2", "num_key_value_heads": 2} | _SLIDING,
     "gemma3": _LLAMA | {"model_type": "gemma3_text", "num_key_value_heads": 2} | _SLIDING,
+    "mixtral": _LLAMA
+    | {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 3},
+    "qwen3_moe": _LLAMA
+    | {
+        "model_type": "qwen3_moe",
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": _LLAMA | {"model_type": "olmoe", "num_experts": 4, "num_experts_per_tok": 2},
 }
 EVERY_FAMILY = (*CONFIGS, *MORE_CONFIGS)
 # Models that were pruned before: blocks of different widths, the first one not the widest.
@@ -120,13 +132,14 @@ def tokens(samples: int = 6, length: int = 12, seed: int = 0) -> np.ndarray:
 
 def weight(block: Block, slot: str) -> np.ndarray:
     """Return a linear's matrix [out in] on the host, in float64."""
-    return np.asarray(getattr(block, slot).w).astype(np.float64)
+    return np.asarray(linear_of(block, slot).w).astype(np.float64)
 
 
 def zeros(model: Model) -> list[dict[str, np.ndarray]]:
     """Return by block {slot: bool [out in]}, True where a prunable linear is zero."""
     return [
-        {s.name: weight(block, s.name) == 0 for s in model.arch.slots} for block in model.blocks
+        {s.name: weight(block, s.name) == 0 for s in model.arch.slots_of(block)}
+        for block in model.blocks
     ]
 
 
