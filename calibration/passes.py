@@ -254,9 +254,7 @@ def observe(
     return _by_name(states, own)
 
 
-def _taps_of_block(
-    arch: Arch, block: Block, watch: Mapping[str, Observer]
-) -> dict[str, Observer]:
+def _taps_of_block(arch: Arch, block: Block, watch: Mapping[str, Observer]) -> dict[str, Observer]:
     """Return the observers without those of parts that the block lacks."""
     everywhere = {name for s in arch.slots for name in (s.reads, s.name)}
     here = {name for s in arch.slots_of(block) for name in (s.reads, s.name, s.part_of)}

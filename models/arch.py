@@ -134,8 +134,8 @@ def has_linear(block: Block, slot: str) -> bool:
     return int(rest.partition(".")[0]) < len(getattr(block, name, ()))
 
 
-def linear_of(block: Block, slot: str) -> Linear:
-    """Return the linear in a slot of a block.
+def linear_of(block: Block, slot: str) -> Any:
+    """Return the linear in a slot of a block, with specs in place of arrays in a block of specs.
 
     Args:
       block: Parameters or specs of the block.

@@ -1,10 +1,11 @@
 """Decoder of the families with rotary positions, as pure functions over pytrees.
 
 One forward serves them all: LLaMA, Mistral, Qwen2 and 3, Granite, SmolLM3, Phi, Phi-3 and 4, Gemma
-1 to 3, OLMo2, and mixtures of experts: Mixtral, Qwen3, OLMoE. Static switches say where norms are, whether the two branches run in parallel, what
-is scaled and capped; biases, gate and norms are there when a block has them. `models.families`
-reads a `config.json` into the switches. Head counts come from the arrays, so a block may have
-fewer heads or neurons than its neighbours.
+1 to 3, OLMo2, and the mixtures of experts Mixtral, Qwen3-MoE and OLMoE. Static switches say where
+norms are, whether the two branches run in parallel, what is scaled and capped; biases, gate, norms
+and experts are there when a block has them. `models.families` reads a `config.json` into the
+switches. Head counts come from the arrays, so a block may have fewer heads or neurons than its
+neighbours.
 
 Source: Touvron et al. 2023, with grouped-query attention (Ainslie et al. 2023); Gemma Team 2024
 (soft caps, norms after branches); OLMo et al. 2025 (norms of queries and keys).
@@ -191,9 +192,7 @@ def _forward(
     return x, taps, state
 
 
-def _feed_forward(
-    config: StaticConfig, p: Block, x: jax.Array, taps: dict[str, Any]
-) -> jax.Array:
+def _feed_forward(config: StaticConfig, p: Block, x: jax.Array, taps: dict[str, Any]) -> jax.Array:
     """Run the feed-forward part or the experts over x [b t d], and add their taps to `taps`."""
     act = ACTIVATIONS[config.act]
     if p.router is not None:
@@ -254,7 +253,7 @@ SLOTS = (
 
 def _slots(config: Config) -> tuple[Slot, ...]:
     """Return the prunable linears of the blocks, those of experts last."""
-    absent = () if config.gated else ("gate",)
+    absent: tuple[str, ...] = () if config.gated else ("gate",)
     if config.sparse and all(config.sparse):
         absent = ("gate", "up", "down")
     slots = tuple(s for s in SLOTS if s.name not in absent)

@@ -4,6 +4,7 @@ Both compute the same function.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,6 +126,23 @@ def _scale_gains(gains: jax.Array, factors: jax.Array) -> jax.Array:
 def _take_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
     assert p.scale is not None
     return Norm(_take_entries(p.scale, _indices(member, units), 0), p.bias)
+
+
+def keep_experts(block: Block, keep: np.ndarray) -> Block:
+    """Remove experts, and their rows of the router.
+
+    Args:
+      block: Parameters of a block with experts.
+      keep: True for the experts that stay, bool [experts].
+
+    Returns:
+      Block with fewer experts, numbered anew.
+    """
+    # Any: only the decoder's blocks have experts, and the protocol has none.
+    of_decoder: Any = block
+    kept = np.flatnonzero(keep)
+    router = Linear(_take_entries(of_decoder.router.w, kept, 0), of_decoder.router.b)
+    return block.replace(router=router, experts=tuple(of_decoder.experts[e] for e in kept))
 
 
 def mask(block: Block, group: Group, keep: np.ndarray) -> Block:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from calibration.runtime import Runtime
-from models.arch import Model, linear_of
+from models.arch import Model, experts_of, linear_of
 from models.checkpoint.blocks import LazyBlocks
 from pruning.budget_core import fraction_for_count, shift_to_sparsity, whole_counts
 from pruning.types import Allocation, Budget, Layerwise, Request
@@ -31,6 +31,12 @@ def all_shapes(model: Model) -> Shapes:
     # Specs: a lazy block that is indexed reads its weights.
     blocks = model.blocks.specs if isinstance(model.blocks, LazyBlocks) else model.blocks
     return [shapes_of(model, block) for block in blocks]
+
+
+def all_experts(model: Model) -> list[int]:
+    """Return the number of experts of every block, without reading weights."""
+    blocks = model.blocks.specs if isinstance(model.blocks, LazyBlocks) else model.blocks
+    return [experts_of(block) for block in blocks]
 
 
 def by_block(model: Model, fractions: np.ndarray) -> Budget:

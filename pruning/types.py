@@ -148,6 +148,8 @@ class Outcome:
       notes: Sentences that a reader may want to know, and need not act on.
       kept_blocks: Original index of every finished block, for methods that remove whole blocks;
         None: all blocks stay.
+      kept_experts: By block: original number of every expert that is left, None in a block without
+        experts; None for methods that remove no experts.
       figures: Plots and tables for the report.
     """
 
@@ -159,6 +161,7 @@ class Outcome:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     kept_blocks: tuple[int, ...] | None = None
+    kept_experts: tuple[tuple[int, ...] | None, ...] | None = None
     figures: tuple[Figure, ...] = ()
 
 

@@ -10,6 +10,7 @@ from eval.size import Size
 from launch.report import summary
 from launch.run import export
 from models.checkpoint.reader import Checkpoint
+from models.experts import expert_of
 from pruning.budget import all_shapes
 from pruning.types import Outcome
 
@@ -30,22 +31,39 @@ class LinearCounts(NamedTuple):
     removed: dict[str, int]
 
 
-def count_removed(
-    checkpoint: Checkpoint, size: Size, kept_blocks: Sequence[int] | None = None
-) -> LinearCounts:
+def count_removed(checkpoint: Checkpoint, size: Size, outcome: Outcome) -> LinearCounts:
     """Count the weights removed from each linear.
 
     Args:
       checkpoint: The dense checkpoint.
       size: Size of the pruned checkpoint, as `eval.size.measure` returns it.
-      kept_blocks: Original index of each block of the pruned checkpoint; None if all were kept.
+      outcome: Result of the method, with the blocks and experts that were kept.
     """
     specs, shapes = checkpoint.specs, all_shapes(checkpoint.model)
     sizes = tuple({s: math.prod(shape) for s, shape in block.items()} for block in shapes)
     dense = export.by_linear(specs, sizes)
-    kept = specs if kept_blocks is None else tuple(specs[i] for i in kept_blocks)
-    left = export.by_linear(kept, size.nonzero)
+    kept = outcome.kept_blocks
+    of_kept = specs if kept is None else tuple(specs[i] for i in kept)
+    left = export.by_linear(of_kept, _by_original_expert(size.nonzero, outcome))
     return LinearCounts(dense, {name: n - left.get(name, 0) for name, n in dense.items()})
+
+
+def _by_original_expert(
+    nonzero: Sequence[Mapping[str, int]], outcome: Outcome
+) -> tuple[Mapping[str, int], ...]:
+    """Return counts by slot, by block, under the numbers that experts had in the dense model."""
+    if outcome.kept_experts is None:
+        return tuple(nonzero)
+    renamed = []
+    for counts, kept in zip(nonzero, outcome.kept_experts, strict=True):
+        original = {}
+        for slot, count in counts.items():
+            expert = expert_of(slot)[1]
+            if expert is not None and kept is not None:
+                slot = f"experts.{kept[expert]}.{slot.rpartition('.')[2]}"
+            original[slot] = count
+        renamed.append(original)
+    return tuple(renamed)
 
 
 def sparsity(
@@ -86,9 +104,10 @@ def linear_warnings(
       checkpoint: The dense checkpoint.
     """
     # Methods of units and blocks meet their budget over the model, not in every linear.
-    if not outcome.removed and outcome.kept_blocks is None:
+    whole = outcome.kept_blocks is not None or outcome.kept_experts is not None
+    if not outcome.removed and not whole:
         yield from _missed(outcome, counts, checkpoint)
-    if outcome.kept_blocks is not None:
+    if whole:
         return  # what blocks leave behind is as it was, or zeroed on purpose
     empty = [name for name, n in counts.removed.items() if n == counts.dense[name]]
     if empty:
@@ -103,7 +122,9 @@ def _missed(outcome: Outcome, counts: LinearCounts, checkpoint: Checkpoint) -> I
     asked = export.by_linear(checkpoint.specs, outcome.asked)
     inputs = export.by_linear(
         checkpoint.specs,
-        tuple({s: into for s, (_, into) in block.items()} for block in all_shapes(checkpoint.model)),
+        tuple(
+            {s: into for s, (_, into) in block.items()} for block in all_shapes(checkpoint.model)
+        ),
     )
     shares = {name: counts.removed[name] / counts.dense[name] for name in asked}
     gaps = {name: abs(shares[name] - asked[name]) for name in asked}

@@ -72,7 +72,7 @@ def complete(
     written = written._replace(other_formats=write_formats(directory, output, written, check, mesh))
     pruned = written.loaded.model
     advance = progress("counting zeros", len(pruned.blocks), unit="blocks")
-    counts = removal.count_removed(checkpoint, measure_size(pruned, advance), kept)
+    counts = removal.count_removed(checkpoint, measure_size(pruned, advance), outcome)
     record = export.pruning_record(checkpoint, outcome, counts.removed)
     run_on_primary(lambda: write_json(directory / "pruning.json", record))
     return written, counts

@@ -281,4 +281,7 @@ def pruning_record(
     if outcome.kept_blocks is not None:
         record["kind"] = "blocks"
         record["kept_blocks"] = list(outcome.kept_blocks)
+    if outcome.kept_experts is not None:
+        record["kind"] = "experts"
+        record["kept_experts"] = [k and list(k) for k in outcome.kept_experts]
     return record | {"linears": linears}

@@ -204,7 +204,7 @@ def _llama_blocks(
         # Our own form stores a part that lost all units as one unit of zeros.
         own = bool(c.widths)
         empty_attention = own and kv_heads == 1 and _does_nothing(block.o, tensors)
-        empty_ffn = own and neurons == 1 and _does_nothing(block.down, tensors)
+        empty_ffn = own and neurons == 1 and block.down and _does_nothing(block.down, tensors)
         if empty_attention and empty_ffn:
             continue
         kv_heads = 0 if empty_attention else kv_heads

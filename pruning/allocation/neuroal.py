@@ -71,8 +71,7 @@ def _fed_taps(arch: Arch) -> dict[str, _FedTap]:
         return _FedTap(later[0], False) if later else _FedTap(reads_stream[0], True)
 
     return {
-        s.name: after(s.reads) if s.feeds == "next" else _FedTap(s.feeds, False)
-        for s in arch.slots
+        s.name: after(s.reads) if s.feeds == "next" else _FedTap(s.feeds, False) for s in arch.slots
     }
 
 

@@ -30,7 +30,7 @@ from pruning.weights.per_linear import (
     counts_if_any,
     pattern_of,
 )
-from pruning.weights.sparsellm_block import BlockSolver, ffn_names
+from pruning.weights.sparsellm_block import BlockSolver
 from pruning.weights.sparsellm_core import Penalties, Settings
 from pruning.weights.sparsellm_figures import loss_figures
 

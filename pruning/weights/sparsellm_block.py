@@ -242,9 +242,7 @@ class BlockSolver(NamedTuple):
         # would need every expert's tokens apart.
         pruners = every_tap(self.arch, sparsegpt.pruner(self.settings.damp, self.settings.pattern))
         stats = observe(self.arch, watched(pruners), i, block, xs)
-        pruned, notes = solve_block(
-            self.arch, pruners, self.settings.pattern, block, stats, counts
-        )
+        pruned, notes = solve_block(self.arch, pruners, self.settings.pattern, block, stats, counts)
         return PrunedBlock(pruned, figures(i, notes), [])
 
     def solve(self, i: int, block: Block, xs: States, counts: Mapping[str, Any]) -> PrunedBlock:

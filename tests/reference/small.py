@@ -49,8 +49,7 @@ MORE_CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "gemma": _LLAMA | {"model_type": "gemma", "num_key_value_heads": 2, "head_dim": 6},
     "gemma2": _LLAMA | {"model_type": "gemma2", "num_key_value_heads": 2} | _SLIDING,
     "gemma3": _LLAMA | {"model_type": "gemma3_text", "num_key_value_heads": 2} | _SLIDING,
-    "mixtral": _LLAMA
-    | {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 3},
+    "mixtral": _LLAMA | {"model_type": "mixtral", "num_key_value_heads": 2, "num_local_experts": 3},
     "qwen3_moe": _LLAMA
     | {
         "model_type": "qwen3_moe",

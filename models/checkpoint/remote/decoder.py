@@ -45,7 +45,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
                     shape = inputs.get(kind, dim), outputs.get(kind, dim)
                     layer.set_submodule(name, nn.Linear(*shape, bias=name in config.biases))
             experts = getattr(layer.mlp, "experts", None)
-            if hasattr(experts, "gate_up_proj"):
+            if experts is not None and hasattr(experts, "gate_up_proj"):
                 experts.intermediate_dim, count = neurons, len(experts.gate_up_proj)
                 experts.gate_up_proj = nn.Parameter(torch.empty(count, 2 * neurons, dim))
                 experts.down_proj = nn.Parameter(torch.empty(count, dim, neurons))
@@ -62,7 +62,7 @@ class PrunedForCausalLM(LlamaForCausalLM):
 
 
 def _join_experts_as_stock() -> None:
-    """Have transformers 5 read experts as it reads those of the stock type: joined to one tensor."""
+    """Have transformers 5 read experts as it reads the stock type's, joined to one tensor."""
     try:
         from transformers import conversion_mapping as mapping
     except ImportError:  # transformers 4 has a module for each expert
