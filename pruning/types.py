@@ -22,6 +22,8 @@ from pruning.weights.patterns_core import Mask as Mask
 from pruning.weights.patterns_core import Pattern as Pattern
 
 BlockSink = Callable[[int, Block], None]  # (index, finished block)
+# The statistics of an expert that saw fewer calibration tokens are noise: it is pruned without.
+FEW_TOKENS = 32
 Budget = tuple[Mapping[str, np.ndarray], ...]  # by block: slot -> fraction to remove, () or [out]
 
 
@@ -248,6 +250,19 @@ def reject_weight_settings(name: str, request: Request) -> None:
             field="allocation",
         )
     reject_refinement(name, request)
+
+
+def reject_experts(name: str, model: Model) -> None:
+    """Raise InputError for a mixture of experts, of which the authors' code knows nothing.
+
+    Args:
+      name: Name of the method.
+      model: Only its architecture is read.
+    """
+    if any(slot.part_of for slot in model.arch.slots):
+        raise InputError(
+            f"{name}: the official code has no step for experts", 'use variant="corrected"'
+        )
 
 
 def reject_refinement(name: str, request: Request) -> None:

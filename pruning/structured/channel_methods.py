@@ -16,9 +16,10 @@ from models.programs import program
 from models.sharding import tree_to_host
 from pruning.structured.channel_scores import (
     ChannelScore,
-    round_neurons,
+    by_reader,
     score_dense,
-    score_readers,
+    score_groups,
+    unit_cost,
 )
 from pruning.structured.flap_core import select_corrected
 from pruning.structured.remove import (
@@ -33,7 +34,8 @@ from pruning.structured.remove import (
     removed_outcome,
     repair_readers,
 )
-from pruning.structured.select_core import drop_lowest, round_kept
+from pruning.structured.select_core import drop_lowest
+from pruning.structured.unit_scores import block_units
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Scope = Literal["local", "global"]
@@ -136,21 +138,24 @@ class ChannelMethod:
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             # A refit observes (Moments, Gram); the score reads the moments.
             seen = {tap: s[0] for tap, s in stats.items()} if self.repair == "refit" else stats
-            scores = score_readers(model, block, seen, self.score)
+            scores = score_groups(arch, block, seen, self.score)
             keep: dict[str, np.ndarray] = {}
-            for group in map(arch.group, GROUPS):
+            for kind in GROUPS:
+                units = block_units(kind, scores, unit_cost(arch, block, kind))
+                width = arch.groups_of(block, kind)[0].reader.width
                 # Sums, not means: heads compete with heads alone, and all have as many channels.
-                unit = scores[group.reader.name].reshape(-1, group.reader.width).sum(axis=1)
+                summed = units.scores.reshape(-1, width).sum(axis=1)
                 # Truncated, as the official code counts.
-                stays = drop_lowest(unit, int(request.sparsity * len(unit)))
+                stays = drop_lowest(summed, int(request.sparsity * len(summed)))
                 # Heads are few, and their width suits the hardware already.
-                round_to = self.round_to if group.name == "neurons" else 0
-                (keep[group.name],) = round_kept([unit], [stays], round_to)
+                if kind == "neurons":
+                    stays = units.round_kept(stays, self.round_to)
+                keep |= units.keep(stays)
             # Repair before the cut: statistics have an entry for every dense channel.
             block = repair_readers(arch, block, stats, keep, self.repair)
             block = remove_units(arch, block, keep)
             sink(i, block)
-            return block, (keep, scores)
+            return block, (keep, by_reader(arch, scores))
 
         # Observers of repairs include the moments that scores read.
         observer = REPAIR_OBSERVERS[self.repair] or self.observer
@@ -172,8 +177,8 @@ class ChannelMethod:
             model, tokens, runtime, self.observer, self.score, "measuring channels", self.name
         )
         # "AL-AM" removes no fixed number of heads.
-        kept = select_corrected(dense.heads, dense.neurons, request.sparsity, "AL-AM", 0)
-        keeps = round_neurons(kept, dense.neurons.metric, self.round_to)
+        kept = select_corrected(*dense.lists(), request.sparsity, "AL-AM", 0)
+        keeps = dense.keeps(kept, self.round_to)
         # A repair observes anew: its inputs come from the pruned blocks before it.
         remove(model, tokens, runtime, sink, keeps, self.repair)
         return keeps, dense.by_reader

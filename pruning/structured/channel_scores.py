@@ -9,26 +9,36 @@ import numpy as np
 
 from calibration.observers import Observer
 from calibration.runtime import Runtime
-from models.arch import Block, Model
+from models.arch import Arch, Block, Model, linear_of
 from models.sharding import to_host, tree_to_host
 from pruning.structured.flap_core import Kept, Units
 from pruning.structured.remove import GROUPS, Keep, calibrate_readers, cost
-from pruning.structured.select_core import round_kept
+from pruning.structured.unit_scores import BlockUnits, block_units
 
 # (W [out in] of a reader, statistics of its input) -> score of each channel [in]
 ChannelScore = Callable[[jax.Array, Any], jax.Array]
 
 
-def score_readers(
-    model: Model, block: Block, stats: Mapping[str, Any], score: ChannelScore
+def score_groups(
+    arch: Arch, block: Block, stats: Mapping[str, Any], score: ChannelScore
 ) -> dict[str, np.ndarray]:
-    """Return the score of every channel [in], by reader of a group."""
-    readers = [model.arch.group(name).reader.name for name in GROUPS]
-    return {
+    """Return the score of every channel [in] that a group's reader reads, by group."""
+    scores = {}
+    for group in (g for kind in GROUPS for g in arch.groups_of(block, kind)):
+        reader = group.reader.name
         # Selection runs on the host. Magnitude observes nothing, so its statistics are None.
-        reader: to_host(score(getattr(block, reader).w, stats.get(model.arch.tap(reader))))
-        for reader in readers
-    }
+        scores[group.name] = to_host(score(linear_of(block, reader).w, stats.get(arch.tap(reader))))
+    return scores
+
+
+def unit_cost(arch: Arch, block: Block, kind: str) -> float:
+    """Return the parameters that a unit holds: of experts' neurons, one of each expert."""
+    return sum(cost(block, group) for group in arch.groups_of(block, kind))
+
+
+def by_reader(arch: Arch, scores: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return scores by the reader of their group."""
+    return {arch.group(name).reader.name: values for name, values in scores.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +46,38 @@ class DenseScores:
     """Scores from one pass over the dense model.
 
     Attributes:
-      heads, neurons: Units with the scores of their channels.
+      heads, neurons: By block: the units.
       by_reader: By block: reader -> scores of its channels.
       means: By block: tap -> mean of its channels, where there were statistics.
+      head_width: Channels of a head.
     """
 
-    heads: Units
-    neurons: Units
+    heads: list[BlockUnits]
+    neurons: list[BlockUnits]
     by_reader: list[dict[str, np.ndarray]]
     means: list[dict[str, np.ndarray]]
+    head_width: int
+
+    def lists(self) -> tuple[Units, Units]:
+        """Return heads and neurons as the lists that selection takes."""
+
+        def units(blocks: Sequence[BlockUnits], width: int) -> Units:
+            return Units([b.scores for b in blocks], width, [b.cost for b in blocks])
+
+        return units(self.heads, self.head_width), units(self.neurons, 1)
+
+    def keeps(self, kept: Kept, round_to: int) -> list[Keep]:
+        """Return the choice by block and group, with the numbers of neurons rounded.
+
+        Args:
+          kept: Units that stay.
+          round_to: As `BlockUnits.round_kept` has it.
+        """
+        keeps: list[Keep] = []
+        for k, (heads, neurons) in enumerate(zip(self.heads, self.neurons, strict=True)):
+            rounded = neurons.round_kept(kept.neurons[k], round_to)
+            keeps.append({**heads.keep(kept.heads[k]), **neurons.keep(rounded)})
+        return keeps
 
 
 def score_dense(
@@ -57,32 +90,26 @@ def score_dense(
     key: Hashable,
 ) -> DenseScores:
     """Score every unit in one pass over the dense model."""
-    groups = [model.arch.group(group) for group in GROUPS]
+    arch = model.arch
 
     def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
         # On the host at once, so that the devices hold the statistics of one block only.
         means = {}
         if observer:
             means = {tap: tree_to_host(s).mean for tap, s in stats.items()}
-        costs = [cost(block, g) for g in groups]  # of a unit: the same in every block
-        return block, (score_readers(model, block, stats, score), means, costs)
+        costs = [unit_cost(arch, block, kind) for kind in GROUPS]
+        return block, (score_groups(arch, block, stats, score), means, costs)
 
     # Scores of different blocks compete, so all come from the dense model.
     records = calibrate_readers(model, tokens, runtime, visit, observer, "dense", name, key=key)
-    by_reader = [scores for scores, _, _ in records]
-    means = [mean for _, mean, _ in records]
-    costs = records[0][2]
     heads, neurons = (
-        Units([scores[g.reader.name] for scores in by_reader], g.reader.width, unit_cost)
-        for g, unit_cost in zip(groups, costs, strict=True)
+        [block_units(kind, scores, costs[k]) for scores, _, costs in records]
+        for k, kind in enumerate(GROUPS)
     )
-    return DenseScores(heads, neurons, by_reader, means)
-
-
-def round_neurons(kept: Kept, neurons: Sequence[np.ndarray], round_to: int) -> list[Keep]:
-    """Return the choice by block and group, with the numbers of neurons rounded."""
-    rounded_neurons = round_kept(neurons, kept.neurons, round_to)
-    return [
-        {"heads": heads, "neurons": stays}
-        for heads, stays in zip(kept.heads, rounded_neurons, strict=True)
-    ]
+    return DenseScores(
+        heads,
+        neurons,
+        [by_reader(arch, scores) for scores, _, _ in records],
+        [mean for _, mean, _ in records],
+        arch.group("heads").reader.width,
+    )

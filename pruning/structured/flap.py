@@ -12,7 +12,7 @@ from models.arch import Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.programs import Program
-from pruning.structured.channel_scores import round_neurons, score_dense
+from pruning.structured.channel_scores import score_dense
 from pruning.structured.flap_core import (
     Metric,
     Structure,
@@ -29,7 +29,13 @@ from pruning.structured.remove import (
     removed_outcome,
     units_per_block,
 )
-from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
+from pruning.types import (
+    BlockSink,
+    Outcome,
+    Request,
+    reject_experts,
+    reject_weight_settings,
+)
 
 # Head groups a block from which heads and neurons compete in one list: one group is then at most an
 # eighth of a block's attention (docs/decisions/032-flap-head-groups.md).
@@ -148,6 +154,8 @@ class Flap:
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("flap", request)
+        if self._official:
+            reject_experts("flap", model)
 
     def _score(self, w: jax.Array, stats: Any) -> jax.Array:
         return _metrics(w, stats)[self.metric]
@@ -168,7 +176,7 @@ class Flap:
         dense = score_dense(
             model, tokens, runtime, observer, self._score, "measuring fluctuation", key
         )
-        heads, neurons, sparsity = dense.heads, dense.neurons, request.sparsity
+        (heads, neurons), sparsity = dense.lists(), request.sparsity
         structure, rule = self._choose_structure(model)
         if self._official and sparsity:
             kept = select_official(heads, neurons, sparsity, structure, self.heads_removed)
@@ -176,7 +184,7 @@ class Flap:
             # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
             to_remove = self.heads_removed if sparsity else 0
             kept = select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
-        keeps = round_neurons(kept, neurons.metric, self.round_to)
+        keeps = dense.keeps(kept, self.round_to)
         # A bias alone needs only the means, which the dense pass has measured.
         means = dense.means if self._repair == "bias" else None
         remove(model, tokens, runtime, sink, keeps, self._repair, means)

@@ -105,12 +105,18 @@ class Units(NamedTuple):
     Attributes:
       metric: By block: scores of the channels [units * width].
       width: Channels of one unit.
-      cost: Parameters that one unit holds.
+      costs: By block: parameters that one unit holds.
     """
 
     metric: Sequence[np.ndarray]
     width: int
-    cost: float
+    costs: Sequence[float]
+
+    @property
+    def total(self) -> float:
+        """Return the parameters that all units hold."""
+        counts = (len(m) // self.width for m in self.metric)
+        return sum(n * cost for n, cost in zip(counts, self.costs, strict=True))
 
     def sums(self) -> list[np.ndarray]:
         """Return the sum of each unit's channel scores, float64 [units] by block."""
@@ -186,19 +192,22 @@ def select_official(
         h, n = squared.sums(), neurons.sums()
         per_block = heads_removed // len(h)
         keep_neurons = []
-        for block_heads, s in zip(h, n, strict=True):
-            total = len(block_heads) * heads.cost + len(s) * neurons.cost
+        costs = zip(heads.costs, neurons.costs, strict=True)
+        for block_heads, s, (head, neuron) in zip(h, n, costs, strict=True):
+            total = len(block_heads) * head + len(s) * neuron
             # The heads alone may exceed the budget, hence the maximum with 0.
-            count = int((ratio * total - heads.cost * per_block) / neurons.cost)
+            count = int((ratio * total - head * per_block) / neuron)
             keep_neurons.append(drop_lowest(s, max(0, count)))
         return Kept([drop_lowest(s, per_block) for s in h], keep_neurons)
     h, n = squared.standardised_means(), neurons.standardised_means()
     if structure == "AL-MM":
-        total = _count(h) * heads.cost + _count(n) * neurons.cost
-        count = int((ratio * total - heads.cost * heads_removed) / neurons.cost)
+        # The official code takes all blocks to be alike.
+        head, neuron = heads.costs[0], neurons.costs[0]
+        total = _count(h) * head + _count(n) * neuron
+        count = int((ratio * total - head * heads_removed) / neuron)
         # Unlike `select_lowest_overall`, the official code may empty a block.
         return Kept(_drop_lowest_overall(h, heads_removed), _drop_lowest_overall(n, max(0, count)))
-    return _select_official_by_threshold(h, n, ratio, int(heads.cost / neurons.cost))
+    return _select_official_by_threshold(h, n, ratio, int(heads.costs[0] / neurons.costs[0]))
 
 
 def _select_official_by_threshold(
@@ -259,8 +268,7 @@ def select_corrected(
         return _heads_then_neurons_overall(heads, neurons, ratio, heads_removed, spread)
     scores = [*heads.standardised_means(), *neurons.standardised_means()]
     blocks = len(heads.metric)
-    costs = [heads.cost] * blocks + [neurons.cost] * blocks
-    keeps = select_lowest_overall(scores, ratio, costs)
+    keeps = select_lowest_overall(scores, ratio, [*heads.costs, *neurons.costs])
     return Kept(keeps[:blocks], keeps[blocks:])
 
 
@@ -276,11 +284,12 @@ def _heads_then_neurons_per_block(
     h, n = heads.sums(), neurons.sums()
     keep_heads = [drop_lowest(s, min(heads_removed // len(h), len(s) - 1)) for s in h]
     keep_neurons = []
-    for keep, s in zip(keep_heads, n, strict=True):
-        budget = ratio * (len(keep) * heads.cost + len(s) * neurons.cost)
-        remaining = budget - (~keep).sum() * heads.cost
+    costs = zip(heads.costs, neurons.costs, strict=True)
+    for keep, s, (head, neuron) in zip(keep_heads, n, costs, strict=True):
+        budget = ratio * (len(keep) * head + len(s) * neuron)
+        remaining = budget - (~keep).sum() * head
         # At least 0, as the heads may exceed the budget; and one neuron stays.
-        count = min(max(0, round(remaining / neurons.cost)), len(s) - 1)
+        count = min(max(0, round(remaining / neuron)), len(s) - 1)
         keep_neurons.append(drop_lowest(s, count))
     return Kept(keep_heads, keep_neurons)
 
@@ -290,13 +299,15 @@ def _heads_then_neurons_overall(
 ) -> Kept:
     """Drop a number of the model's heads, and neurons of all blocks for the rest of the budget."""
     h, n = heads.standardised_means(), neurons.standardised_means()
-    all_heads, all_neurons = _count(h), _count(n)
-    equal_costs = [1.0] * len(h)
-    keep_heads = select_lowest_overall(h, min(1.0, heads_removed / all_heads), equal_costs)
+    share = min(1.0, heads_removed / _count(h))
+    keep_heads = select_lowest_overall(h, share, [1.0] * len(h))
     # Counted, not assumed: the best head of every block stays, so fewer may be removed than asked.
-    removed = sum(int((~keep).sum()) for keep in keep_heads)
-    budget = ratio * (all_heads * heads.cost + all_neurons * neurons.cost)
-    remaining = budget - removed * heads.cost
-    share = min(1.0, max(0.0, remaining / (all_neurons * neurons.cost)))
-    keep_neurons = select_lowest_overall(clamp_to_band(n, share, spread), share, equal_costs)
+    removed = sum(
+        int((~keep).sum()) * cost for keep, cost in zip(keep_heads, heads.costs, strict=True)
+    )
+    remaining = ratio * (heads.total + neurons.total) - removed
+    share = min(1.0, max(0.0, remaining / neurons.total))
+    # Relative costs: those of blocks alike are exactly 1, and counts decide.
+    costs = [cost / neurons.costs[0] for cost in neurons.costs]
+    keep_neurons = select_lowest_overall(clamp_to_band(n, share, spread), share, costs)
     return Kept(keep_heads, keep_neurons)

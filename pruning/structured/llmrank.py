@@ -1,190 +1,41 @@
 """LLMRank over a model: dense statistics, importance along the blocks, selection, removal."""
 
 import dataclasses
-import itertools
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from calibration.observers import Observer, batch_norms
-from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
-from models.arch import Block, Model
+from models.arch import Model, linear_of
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
-from models.programs import Program, program
-from models.sharding import to_host, tree_to_host
 from models.surgery import zero_rows
 from pruning.structured.llmrank_core import (
-    Centrality,
-    Ffn,
     corrected_centrality,
-    flow,
     official_centrality,
 )
+from pruning.structured.llmrank_importance import Ranks, importance, linears_of, measure_norms
 from pruning.structured.remove import Keep, Repair, check_round_to, remove, removed_outcome
 from pruning.structured.select_core import (
-    round_kept,
     select_lowest_by_count,
     select_lowest_overall,
     select_lowest_per_block,
 )
+from pruning.structured.unit_scores import block_units
 from pruning.types import (
     BlockSink,
     Outcome,
     Removed,
     Request,
     dropped_indices,
+    reject_experts,
     reject_weight_settings,
 )
 
 ScorerName = Literal["wpr", "mpr", "norm", "activation", "wanda", "random"]
 Scope = Literal["local", "global"]
 ZEROED = 0.3  # share that mpr zeroes: the authors' scorer has its own, whatever the pruner's is
-STACK_BYTES = 2 << 30  # most weights stacked for one scan; importance is carried between scans
-
-_flow = Program(flow, "importance", static=(0, 1))
-
-
-class Ranks(NamedTuple):
-    """Importance of one block, on the host.
-
-    Attributes:
-      neurons: Of its neurons [f].
-      channels: Of the residual channels it writes [d].
-    """
-
-    neurons: np.ndarray
-    channels: np.ndarray
-
-
-class _Linears(NamedTuple):
-    """Slots of the feed-forward part.
-
-    Attributes:
-      gates: Linears that gate the neurons: ("gate",) for LLaMA, () for OPT.
-      up: Linear path into the neurons.
-      down: Reader of the neurons.
-    """
-
-    gates: tuple[str, ...]
-    up: str
-    down: str
-
-
-def _linears(model: Model) -> _Linears:
-    group = model.arch.group("neurons")
-    *gates, up = (writer.name for writer in group.writers)
-    return _Linears(tuple(gates), up, group.reader.name)
-
-
-def _statistics(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[dict[str, np.ndarray]]:
-    """Return every block's activation norms at the inputs and outputs of up and down."""
-    names = _linears(model)
-    into_up, into_down = model.arch.tap(names.up), model.arch.tap(names.down)
-    # Outputs too: PageRank teleports to their norms.
-    # Norms over a micro-batch, then their mean: the official ranks depend on the batch.
-    watch: dict[str, Observer] = dict.fromkeys(
-        (into_up, into_down, names.up, names.down), batch_norms
-    )
-
-    def visit(i: int, block: Block, stats: Any) -> tuple[Block, Any]:
-        norms = {name: tree_to_host(s).mean for name, s in stats.items()}
-        return block, {
-            "a_in": norms[into_up],
-            "a_up": norms[names.up],
-            "a_mid": norms[into_down],
-            "a_down": norms[names.down],
-        }
-
-    return calibrate_blocks(
-        model,
-        tokens,
-        runtime,
-        visit,
-        watch=watch,
-        propagate="dense",  # as official: nothing is measured anew after pruning
-        name="measuring activations",
-        key="norms",  # not the scorer: a sweep over scorers measures once
-    )
-
-
-def _noise(seed: int, i: int, width: int, which: int) -> jax.Array:
-    """Return uniform noise [width] for block i, for the scorer "random"."""
-    # A key for each block and linear: noise must not depend on how blocks are stacked.
-    return jax.random.uniform(jax.random.fold_in(jax.random.key(seed), 2 * i + which), (width,))
-
-
-@program("feed-forward parts stacked")
-def _stack(parts: Sequence[Ffn]) -> Ffn:
-    """Return the parts of several blocks as one, every array stacked [blocks ...]."""
-    return jax.tree.map(lambda *xs: jnp.stack(xs), *parts)
-
-
-def _stacked(model: Model, stats: Sequence[dict[str, np.ndarray]], blocks: range, seed: int) -> Ffn:
-    """Return the feed-forward parts of these blocks, every array stacked [blocks ...]."""
-    names = _linears(model)
-    parts = []
-    for i in blocks:
-        block, s = model.blocks[i], {n: jnp.asarray(x) for n, x in stats[i].items()}
-        parts.append(
-            Ffn(
-                getattr(block, names.up).w,
-                tuple(getattr(block, gate).w for gate in names.gates),
-                getattr(block, names.down).w,
-                s["a_in"],
-                s["a_up"],
-                s["a_mid"],
-                s["a_down"],
-                _noise(seed, i, s["a_up"].shape[0], 0),
-                _noise(seed, i, s["a_down"].shape[0], 1),
-            )
-        )
-    return _stack(parts)
-
-
-def _stacks(stats: Sequence[dict[str, np.ndarray]], linears: int) -> list[range]:
-    """Return runs of consecutive blocks of equal widths whose weights fit in STACK_BYTES."""
-
-    def widths(i: int) -> tuple[int, int]:
-        return stats[i]["a_up"].shape[0], stats[i]["a_in"].shape[0]
-
-    stacks = []
-    for (f, d), equal in itertools.groupby(range(len(stats)), widths):
-        blocks = list(equal)
-        # 4 bytes: the scan takes |W| in float32, whatever the type of the weights.
-        most = max(1, STACK_BYTES // (4 * linears * f * d))
-        for start in range(0, len(blocks), most):
-            part = blocks[start : start + most]
-            stacks.append(range(part[0], part[-1] + 1))
-    return stacks
-
-
-def _importance(
-    model: Model,
-    stats: Sequence[dict[str, np.ndarray]],
-    centrality: Centrality,
-    backward: bool,
-    seed: int,
-) -> list[Ranks]:
-    """Return every block's ranks, with the importance carried along all blocks."""
-    stacks = _stacks(stats, len(model.arch.group("neurons").writers) + 1)
-    first = stats[0]["a_in"]
-    # At the output every channel matters alike; at the input by its norm.
-    carried = np.ones_like(first) if backward else first
-    ranks: dict[int, Ranks] = {}
-    for blocks in reversed(stacks) if backward else stacks:
-        carried, (neurons, channels) = _flow(
-            centrality, backward, _stacked(model, stats, blocks, seed), carried
-        )
-        # To the host before the next stack, so that one stack at a time takes device memory.
-        neurons, channels = to_host(neurons), to_host(channels)
-        for k, i in enumerate(blocks):
-            ranks[i] = Ranks(neurons[k], channels[k])
-    return [ranks[i] for i in range(len(stats))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,6 +121,8 @@ class LLMRank:
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("llmrank", request)
+        if self._official or self.units == "rows":
+            reject_experts("llmrank", model)
 
     def run(
         self,
@@ -285,24 +138,34 @@ class LLMRank:
         centrality = make(self.scorer, self._gamma, self.theta, zeroed, self.chain)
         # Only corrected PageRank follows importance from the outputs back.
         backward = not self._official and self.scorer == "wpr"
-        stats = _statistics(model, tokens, runtime)
-        ranks = _importance(model, stats, centrality, backward, request.seed)
+        stats = measure_norms(model, tokens, runtime)
+        ranks = importance(model, stats, centrality, backward, request.seed)
         if self.units == "rows":
-            return self._zero_rows(model, ranks, request, sink)
-        neurons = [r.neurons for r in ranks]  # channels matter to `rows` alone
-        keeps = self._keep_neurons(neurons, request.sparsity)
+            return self._zero_rows(model, [r["neurons"] for r in ranks], request, sink)
+        # Channels matter to `rows` alone.
+        neurons = [{name: r.neurons for name, r in block.items()} for block in ranks]
+        keeps = self._keep_neurons(model, neurons, request.sparsity)
         remove(model, tokens, runtime, sink, keeps, self.repair)  # a repair measures pruned inputs
-        up = _linears(model).up
         label = f"importance of MLP neurons ({self.scorer})"
-        return removed_outcome(model.arch, keeps, request, [{up: n} for n in neurons], label)
+        scores = [
+            {linears_of(model.arch.group(name)).up: s for name, s in block.items()}
+            for block in neurons
+        ]
+        return removed_outcome(model.arch, keeps, request, scores, label)
 
-    def _keep_neurons(self, neurons: Sequence[np.ndarray], fraction: float) -> list[Keep]:
-        """Return the neurons that stay; all of a model's hold the same number of parameters."""
+    def _keep_neurons(
+        self, model: Model, neurons: Sequence[Mapping[str, np.ndarray]], fraction: float
+    ) -> list[Keep]:
+        """Return the neurons that stay, by block and group."""
+        # A neuron of every expert, or one of a block without experts, by its number of matrices.
+        units = [block_units("neurons", scores, float(len(scores))) for scores in neurons]
+        scores = [u.scores for u in units]
         if self.scope == "local":
-            keeps = select_lowest_per_block(neurons, fraction)
+            keeps = select_lowest_per_block(scores, fraction)
         else:
-            keeps = select_lowest_overall(neurons, fraction, [1.0] * len(neurons))
-        return [{"neurons": keep} for keep in round_kept(neurons, keeps, self.round_to)]
+            keeps = select_lowest_overall(scores, fraction, [u.cost for u in units])
+        rounded = (u.round_kept(k, self.round_to) for u, k in zip(units, keeps, strict=True))
+        return [u.keep(k) for u, k in zip(units, rounded, strict=True)]
 
     def _keep_rows(
         self, ranks: Sequence[Ranks], fraction: float
@@ -328,13 +191,13 @@ class LLMRank:
         self, model: Model, ranks: Sequence[Ranks], request: Request, sink: BlockSink
     ) -> Outcome:
         """Zero the rows of up and down with the lowest ranks."""
-        names = _linears(model)
+        names = linears_of(model.arch.group("neurons"))
         keeps = self._keep_rows(ranks, request.sparsity)
         removed = []
         for i, (block, kept) in enumerate(zip(model.blocks, keeps, strict=True)):
             # The gate and the columns of down stay, as in the official code.
             rows = dict(zip((names.up, names.down), map(dropped_indices, kept), strict=True))
-            zeroed = {n: zero_rows(getattr(block, n), np.array(r, int)) for n, r in rows.items()}
+            zeroed = {n: zero_rows(linear_of(block, n), np.array(r, int)) for n, r in rows.items()}
             sink(i, block.replace(**zeroed))
             removed.append({name: Removed(rows=dropped) for name, dropped in rows.items()})
         return Outcome(

@@ -12,19 +12,27 @@ import numpy as np
 from calibration.observers import Observer, gram, moments, pair
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
-from models.arch import Arch, Block, Group, Model
+from models.arch import Arch, Block, Group, Model, linear_of, with_linears
 from models.errors import InputError
+from models.experts import expert_of
 from models.programs import Program
 from models.sharding import tree_to_host
 from models.surgery import cut, mask
 from pruning.budget import all_shapes
 from pruning.figures import kept_map
 from pruning.structured.repair_core import add_lost_mean, refit_kept_columns
-from pruning.types import BlockSink, Outcome, Removed, Request, dropped_indices
+from pruning.types import (
+    FEW_TOKENS,
+    BlockSink,
+    Outcome,
+    Removed,
+    Request,
+    dropped_indices,
+)
 
 GROUPS = ("heads", "neurons")
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; absent groups stay whole
-Repair = Literal["none", "bias", "refit"]
+Repair = Literal["none", "bias", "refit", "refit_weights"]
 
 _repair_by_bias = Program(add_lost_mean, "readers repaired")
 _repair_by_refit = Program(refit_kept_columns, "readers repaired")
@@ -45,7 +53,9 @@ REPAIR_OBSERVERS: Mapping[Repair, Observer | None] = {
     "none": None,
     "bias": moments,
     "refit": pair(moments, gram),  # the covariance needs the means too
+    "refit_weights": pair(moments, gram),
 }
+ADDS_BIAS: tuple[Repair, ...] = ("bias", "refit")
 
 
 def check_round_to(method: str, round_to: int) -> None:
@@ -73,7 +83,7 @@ def cost(block: Block, group: Group) -> float:
     """
     # A unit has `width` rows or columns of each linear, each as long as the other axis.
     members = (group.reader, *group.writers)
-    return float(sum(m.width * getattr(block, m.name).w.shape[1 - m.axis] for m in members))
+    return float(sum(m.width * linear_of(block, m.name).w.shape[1 - m.axis] for m in members))
 
 
 def units_per_block(model: Model, group: str) -> float:
@@ -117,28 +127,34 @@ def repair_readers(
       block: Dense parameters.
       stats: By tap: something with the channels' `mean` for "bias", (Moments, Gram) for "refit".
       keep: Units that stay, by group.
-      how: The repair.
+      how: The repair. Readers of experts are refitted without a bias, which none of them has.
     """
     repaired = {}
     for name, stays in keep.items():
         if stays.all() or how == "none":
             continue  # a reader that loses nothing stays as it is, bit for bit
         reader = arch.group(name).reader
-        linear = getattr(block, reader.name)
+        linear = linear_of(block, reader.name)
         channels = np.repeat(stays, reader.width)
         tap_stats = stats[arch.tap(reader.name)]
+        of_expert = expert_of(reader.name)[1] is not None
         if how == "bias":
-            mean = tree_to_host(tap_stats).mean
-            repaired[reader.name] = _repair_by_bias(linear, mean, channels)
-        else:
-            of_channels, of_pairs = tap_stats
-            host = tree_to_host(of_channels)
-            # The observer counts windows; its sum of x x^T runs over their tokens.
-            tokens = tree_to_host(of_pairs.samples) * host.length
-            repaired[reader.name] = _repair_by_refit(
-                linear, of_pairs.total, host.mean, tokens, channels
-            )
-    return block.replace(**repaired)
+            if not of_expert:  # no class has biases in experts
+                mean = tree_to_host(tap_stats).mean
+                repaired[reader.name] = _repair_by_bias(linear, mean, channels)
+            continue
+        of_channels, of_pairs = tap_stats
+        host = tree_to_host(of_channels)
+        # The observer counts windows; its sum of x x^T runs over their tokens.
+        tokens = tree_to_host(of_pairs.samples) * host.length
+        if of_expert and tokens < FEW_TOKENS:
+            continue  # nothing to fit to
+        adds_bias = how == "refit" and not of_expert
+        # Without a bias the fit is to the products themselves, not to their distance from the mean.
+        mean = host.mean if adds_bias else np.zeros_like(host.mean)
+        new = _repair_by_refit(linear, of_pairs.total, mean, tokens, channels)
+        repaired[reader.name] = new if adds_bias else new.replace(b=linear.b)
+    return with_linears(block, repaired)
 
 
 def watch_readers(
@@ -149,11 +165,12 @@ def watch_readers(
     Args:
       arch: Architecture.
       observer: Observer of the readers' inputs.
-      groups: Names of groups.
+      groups: Kinds of groups.
     """
     if observer is None:
         return {}
-    return {arch.tap(arch.group(name).reader.name): observer for name in groups}
+    of_kinds = (group for group in arch.groups if group.kind in groups)
+    return {arch.tap(group.reader.name): observer for group in of_kinds}
 
 
 def calibrate_readers(
@@ -224,7 +241,8 @@ def remove(
 
     # The official FLAP takes the bias from the dense means too. That saves a second forward.
     observer = REPAIR_OBSERVERS[how] if means is None else None
-    groups = list(keeps[0])  # the same in every block
+    kinds = {model.arch.group(name).kind for keep in keeps for name in keep}
+    groups = [kind for kind in GROUPS if kind in kinds]
     calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning", groups)
 
 
@@ -259,18 +277,30 @@ def removed_outcome(
                 rows = dropped_indices(np.repeat(stays, writer.width))
                 linears[writer.name] = Removed(rows=rows, cut=True)
         removed.append(linears)
-    # JSON has no NumPy integers.
-    kept_units = {
-        f"kept_{name}": [[int(i) for i in np.flatnonzero(keep[name])] for keep in keeps]
-        for name in keeps[0]
-    }
+    kinds = dict.fromkeys(arch.group(name).kind for keep in keeps for name in keep)
+    kept_units = {f"kept_{kind}": [_indices(keep, kind) for keep in keeps] for kind in kinds}
+    masks = {kind: [_mask(keep, kind) for keep in keeps] for kind in kinds}
     # By block: a model that was pruned before may have blocks of different widths.
-    units = {name: [len(keep[name]) for keep in keeps] for name in keeps[0]}
+    units = {kind: [len(mask) for mask in by_block] for kind, by_block in masks.items()}
     return Outcome(
         asked=tuple(dict.fromkeys(linears, request.sparsity) for linears in removed),
         removed=tuple(removed),
         scores=tuple(scores),
         scores_label=scores_label,
         details={**kept_units, "units": units},
-        figures=tuple(kept_map(name, [keep[name] for keep in keeps]) for name in units),
+        figures=tuple(kept_map(kind, by_block) for kind, by_block in masks.items()),
     )
+
+
+def _indices(keep: Keep, kind: str) -> list[Any]:
+    """Return the indices of a block's kept units; of experts a list for each."""
+    kept = [np.flatnonzero(keep[n]).tolist() for n in keep if n.rpartition(".")[2] == kind]
+    return kept[0] if kind in keep else kept
+
+
+def _mask(keep: Keep, kind: str) -> np.ndarray:
+    """Return the keep mask of a block's units, bool [units]; of experts the number, kept first."""
+    if kind in keep:
+        return keep[kind]
+    of_one = next(mask for name, mask in keep.items() if name.endswith(f".{kind}"))
+    return np.sort(of_one)[::-1]

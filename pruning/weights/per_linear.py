@@ -20,6 +20,7 @@ from models.programs import Program, program
 from models.sharding import to_host
 from pruning.budget import Uniform, all_shapes, mean_fractions
 from pruning.types import (
+    FEW_TOKENS,
     SAME_SHAPES,
     Allocation,
     BlockSink,
@@ -35,8 +36,6 @@ from pruning.weights import scores
 from pruning.weights.patterns import n_of_m
 
 Notes = Mapping[str, jax.Array]  # figures of a pruner by name, float32 ()
-# An expert that saw fewer calibration tokens is pruned by magnitude: its statistics are noise.
-FEW_TOKENS = 32
 FEW = "tokens_of_experts_by_magnitude"  # what details call them
 
 

@@ -20,6 +20,7 @@ from pruning.types import (
     Layerwise,
     Outcome,
     Request,
+    reject_experts,
     reject_refinement,
 )
 from pruning.weights import patterns, sparsegpt, sparsegpt_core
@@ -110,10 +111,6 @@ class SparseLLM:
     def _settings(self, arch: Arch, request: Request) -> Settings:
         """Return the settings of the alternation; InputError where the authors have no step."""
         gated, act = any(s.name.endswith("gate") for s in arch.slots), arch.config.act
-        if self._official and any(s.part_of for s in arch.slots):
-            raise InputError(
-                "sparsellm: the official code has no step for experts", 'use variant="corrected"'
-            )
         # The authors' steps are eq. 7 for relu without a gate and gradient steps for silu with one.
         if self._official and act not in OFFICIAL_ACTIVATIONS[gated]:
             raise InputError(
@@ -134,6 +131,8 @@ class SparseLLM:
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_refinement("sparsellm", request)
+        if self._official:
+            reject_experts("sparsellm", model)
         check_pattern(model, self._settings(model.arch, request).pattern)
 
     def run(

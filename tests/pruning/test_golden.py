@@ -16,8 +16,8 @@ from calibration.observers import SecondMoment, second_moment
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
 from models.arch import Block
-from pruning.structured import llmrank as wiring
-from pruning.structured.llmrank import LLMRank, Scope
+from pruning.structured.llmrank import ZEROED, LLMRank, Scope
+from pruning.structured.llmrank_importance import importance, measure_norms
 from pruning.structured.llmrank_core import official_centrality
 from pruning.types import Request, prune
 from pruning.weights import scores
@@ -206,7 +206,8 @@ class Ranked(NamedTuple):
 @functools.cache
 def ranked(r: Reference) -> Ranked:
     """Measure the statistics with the official runs' micro-batches of four."""
-    return Ranked(r, wiring._statistics(r.model, r.calibration, Runtime(batch=4)))
+    norms = measure_norms(r.model, r.calibration, Runtime(batch=4))
+    return Ranked(r, [dict(block["neurons"]) for block in norms])
 
 
 def by_block(flat: np.ndarray, stats: list[dict[str, Any]], keys: tuple[str, str]) -> Pairs:
@@ -234,9 +235,11 @@ def check_ranks(shared: pathlib.Path, name: str, r: Ranked, scorer: str, chain: 
     want = by_block(stored["importance"], r.stats, ("a_up", "a_down"))
     s = {"gamma": 0.0, "theta": 0.5, "zero_pruned": False, **RANKS[scorer]}
     centrality = official_centrality(
-        s["scorer"], s["gamma"], s["theta"], wiring.ZEROED * s["zero_pruned"], CHAINS[chain]
+        s["scorer"], s["gamma"], s["theta"], ZEROED * s["zero_pruned"], CHAINS[chain]
     )
-    got = wiring._importance(r.reference.model, r.stats, centrality, False, 0)
+    stats = [{"neurons": block} for block in r.stats]
+    ranks = importance(r.reference.model, stats, centrality, False, 0)
+    got = [block["neurons"] for block in ranks]
     for pair, expected in zip(got, want, strict=True):
         for a, b in zip(pair, expected, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4)

@@ -56,8 +56,8 @@ def units() -> tuple[Units, Units]:
     A head holds as many parameters as eight neurons.
     """
     rng = np.random.default_rng(1)
-    heads = Units([rng.random(8) for _ in range(3)], 2, 24.0)
-    neurons = Units([rng.random(10) for _ in range(3)], 1, 3.0)
+    heads = Units([rng.random(8) for _ in range(3)], 2, [24.0] * 3)
+    neurons = Units([rng.random(10) for _ in range(3)], 1, [3.0] * 3)
     return heads, neurons
 
 
@@ -71,7 +71,7 @@ def test_corrected_selection_removes_the_share_of_parameters(structure: Any, rat
     heads, neurons = units()
     kept = select_corrected(heads, neurons, ratio, structure, 3)
     removed = sum(
-        (~k).sum() * u.cost for u, ks in zip((heads, neurons), kept, strict=True) for k in ks
+        (~k).sum() * u.costs[0] for u, ks in zip((heads, neurons), kept, strict=True) for k in ks
     )
     total = 3 * (4 * 24 + 10 * 3)
     most = 3 * 24 + 27 * 3 if structure.endswith("MM") else total
@@ -86,8 +86,8 @@ def test_official_selection_equals_the_one_by_hand() -> None:
     A head is worth 2.67 neurons, truncated to 2.
     """
     heads, neurons = (
-        Units([np.array([1.0, 2.0])], 1, 8.0),
-        Units([np.array([3.0, 1.0, 2.0])], 1, 3.0),
+        Units([np.array([1.0, 2.0])], 1, [8.0]),
+        Units([np.array([3.0, 1.0, 2.0])], 1, [3.0]),
     )
     assert [k.tolist() for k in select_official(heads, neurons, 0.5, "UL-UM", 0).heads] == [
         [False, True]

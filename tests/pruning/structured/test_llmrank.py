@@ -12,7 +12,7 @@ from models.arch import Model, embed
 from models.errors import InputError
 from models.surgery import cut, mask
 from pruning.budget import Uniform
-from pruning.structured import llmrank as wiring
+from pruning.structured import llmrank_importance as wiring
 from pruning.structured.llmrank import LLMRank
 from pruning.types import Outcome, Request, prune
 from reference import llmrank as reference
@@ -209,7 +209,7 @@ def test_several_scans_give_what_one_gives(variant: Any, monkeypatch: pytest.Mon
     two_blocks = 2 * 4 * 3 * 24 * 16
     for limit, lengths in ((1, [1, 1, 1]), (two_blocks, [2, 1]), (two_blocks - 1, [1, 1, 1])):
         monkeypatch.setattr(wiring, "STACK_BYTES", limit)
-        stats = [{"a_up": np.zeros(24), "a_in": np.zeros(16)}] * 3
+        stats = [{"neurons": {"a_up": np.zeros(24), "a_in": np.zeros(16)}}] * 3
         assert [len(r) for r in wiring._stacks(stats, 3)] == lengths
         many = run(m, variant=variant, **arguments)
         assert same(one[0].blocks, many[0].blocks)
