@@ -13,9 +13,10 @@ from calibration.runtime import Runtime
 from models.arch import Model
 from models.errors import InputError
 from pruning.budget import all_shapes
-from pruning.methods import METHODS
+from pruning.methods import ALLOCATIONS, METHODS
 from pruning.structured.llmrank_importance import _flow
 from pruning.types import Outcome, Request, prune, reads_activations
+from pruning.weights.dsnot import DSnoT
 from reference import tiny
 from reference.small import EVERY_FAMILY, FAMILIES, logits, model, same, tokens, weight, zeros
 
@@ -414,3 +415,35 @@ def test_heads_need_not_make_up_the_hidden_size(case: Case) -> None:
         assert [len(b.q.w) for b in pruned.blocks] == [
             10 * len(kept) for kept in outcome.details["kept_heads"]
         ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("name", [n for n in ALLOCATIONS if n != "uniform"])
+def test_every_allocation_meets_the_sparsity_of_a_mixture_of_experts(
+    name: str, family: str
+) -> None:
+    m = model(family)
+    request = Request(0.5, allocation=ALLOCATIONS[name]())
+    pruned, outcome = prune(m, METHODS["wanda"](), tokens(), request)
+    assert np.isfinite(logits(pruned, tokens())).all()
+    gone, sizes = (
+        sum(f(zero) for block in zeros(pruned) for zero in block.values())
+        for f in (np.sum, np.size)
+    )
+    assert abs(gone / sizes - 0.5) < 0.01
+    assert [set(asked) for asked in outcome.asked] == [set(slots) for slots in all_shapes(m)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
+def test_masks_of_experts_are_refined_and_follow_a_pattern(family: str) -> None:
+    m = model(family)
+    refined, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5, refine=DSnoT()))
+    plain, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5))
+    assert not same(refined.blocks, plain.blocks)
+    for name in ("wanda", "sparsegpt"):
+        pruned, _ = prune(m, METHODS[name](), tokens(), Request(0.5, pattern=(2, 4)))
+        for block in zeros(pruned):
+            for zero in block.values():
+                assert (zero.reshape(len(zero), -1, 4).sum(axis=2) == 2).all()

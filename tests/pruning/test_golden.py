@@ -17,8 +17,8 @@ from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
 from models.arch import Block
 from pruning.structured.llmrank import ZEROED, LLMRank, Scope
-from pruning.structured.llmrank_importance import importance, measure_norms
 from pruning.structured.llmrank_core import official_centrality
+from pruning.structured.llmrank_importance import importance, measure_norms
 from pruning.types import Request, prune
 from pruning.weights import scores
 from pruning.weights.patterns import n_of_m, per_row
