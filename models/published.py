@@ -140,6 +140,37 @@ _SMOLLM3 = {
 }
 
 
+_MIXTRAL = {
+    **_LLAMA2,
+    "model_type": "mixtral",
+    "max_position_embeddings": 32768,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_theta": 1000000.0,
+}
+_QWEN3_MOE = {
+    **_QWEN3,
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+}
+_OLMOE = {
+    "model_type": "olmoe",
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "norm_topk_prob": False,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "vocab_size": 50304,
+}
+
+
 def _llama(
     base: dict[str, Any], dim: int, ffn: int, blocks: int, heads: int, kv: int
 ) -> dict[str, Any]:
@@ -176,6 +207,9 @@ MODELS = {
     "Gemma-3-4B": Published(_llama(_GEMMA3, 2560, 10240, 34, 8, 4), 3_880_263_168),
     "OLMo-2-7B": Published(_llama(_OLMO2, 4096, 11008, 32, 32, 32), 7_298_617_344),
     "SmolLM3-3B": Published(_llama(_SMOLLM3, 2048, 11008, 36, 16, 4), 3_075_098_624),
+    "Mixtral-8x7B": Published(_llama(_MIXTRAL, 4096, 14336, 32, 32, 8), 46_702_792_704),
+    "Qwen3-30B-A3B": Published(_llama(_QWEN3_MOE, 2048, 6144, 48, 32, 4), 30_532_122_624),
+    "OLMoE-1B-7B": Published(_llama(_OLMOE, 2048, 1024, 16, 16, 16), 6_919_161_856),
     "OPT-350M": Published({**_opt(1024, 4096, 24, 16), **_OPT_350M}, 331_196_416),
     "OPT-66B": Published(_opt(9216, 36864, 64, 72), 65_719_701_504),
 }

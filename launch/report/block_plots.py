@@ -5,6 +5,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+import numpy as np
+
 from launch.report import summary
 from launch.report.svg import BLUE, INK, ORANGE, TEAL, block_axis, finite, render, tick
 
@@ -13,6 +15,8 @@ if TYPE_CHECKING:
 
 V = TypeVar("V")
 _SAME = 0.005  # kinds whose sparsities differ less than this in every block share a panel
+_EXPERTS = "experts."
+_EXPERT = re.compile(r"experts\.\d+\.")
 _LOG_RANGE = 100  # a larger ratio of scores takes a log axis
 
 
@@ -100,12 +104,20 @@ def scores_by_block(quantiles: Mapping[str, Sequence[float]], label: str) -> str
 
 
 def _by_kind(per_linear: Mapping[str, V]) -> dict[str, dict[int, V]]:
-    """Group values by kind of linear, then by block."""
+    """Group values by kind of linear, then by block; of experts the mean of a block's."""
     kinds: dict[str, dict[int, V]] = {}
+    of_experts: dict[tuple[str, int], list[V]] = {}
     for name, value in per_linear.items():
         place = block_and_kind(name)
-        if place and value is not None:
-            kinds.setdefault(place[1], {})[place[0]] = value
+        if not place or value is None:
+            continue
+        block, kind = place
+        shared = _EXPERT.sub("experts.", kind)
+        kinds.setdefault(shared, {})[block] = value
+        if shared != kind:
+            of_experts.setdefault((shared, block), []).append(value)
+    for (shared, block), values in of_experts.items():
+        kinds[shared][block] = np.mean(values, axis=0).tolist()
     return kinds
 
 
@@ -133,7 +145,9 @@ def _colour(kinds: Sequence[str]) -> str:
 
 
 def _title(ax: "Axes", kinds: Sequence[str]) -> None:
-    ax.set_title(textwrap.fill(", ".join(kind.rpartition(".")[2] for kind in kinds), 40))
+    names = [kind.rpartition(".")[2] for kind in kinds]
+    mean = ["mean of experts"] if any(_EXPERTS in kind for kind in kinds) else []
+    ax.set_title(textwrap.fill(", ".join(names + mean), 40))
 
 
 def _boxes(ax: "Axes", boxes: Mapping[int, Sequence[float]], colour: str) -> None:
