@@ -31,13 +31,13 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Compile the quick tests without most optimizations, as compilation is most of their time."""
+    """Compile without what takes most of the time: compilation is most of what tests take."""
+    if jax.__version_info__ < (0, 11):
+        # These emitters take half of the compilation there; later versions have no such flag.
+        os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
     if config.option.markexpr == "not slow":
         os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start
         jax.config.update("jax_disable_most_optimizations", True)
-        if jax.__version_info__ < (0, 11):
-            # These emitters take half of the compilation there; later versions have no such flag.
-            os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 
 
 SHARED = ROOT.parent / "shared"

@@ -28,8 +28,8 @@ KINDS = {
     "blocks": ["--method=sleb(blocks=2)"],
     "allocation": ["--method=wanda", "--sparsity=0.5", "--allocation=neuroal(samples=2)"],
 }
-LAST = 40  # acts at the end that are all tried: the final renames and removals
-ELSEWHERE = 8
+LAST = 24  # acts at the end that are all tried: the final renames and removals
+ELSEWHERE = 6
 EVERY_ACT = "TOPIARY_EVERY_ACT" in os.environ
 
 

@@ -68,7 +68,15 @@ def test_transformers_loads_a_pruned_tiny_opt(method: str, shared: Path, tmp_pat
 def test_transformers_loads_a_pruned_smollm2(
     method: str, smollm2: Path, shared: Path, tmp_path: Path
 ) -> None:
-    pruned(smollm2, "smollm2", shared, tmp_path / "out", f"--method={method}", "--sparsity=0.3")
+    pruned(
+        smollm2,
+        "smollm2",
+        shared,
+        tmp_path / "out",
+        f"--method={method}",
+        "--sparsity=0.3",
+        "--calibration_samples=4",
+    )
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/smollm2_eval.npy")[:1, :128])
 
 

@@ -83,7 +83,7 @@ def test_the_report_has_tasks_of_both_models_and_the_cache_repeats_them(
         and "--limit=4" in r["command"]
     )
     said = capsys.readouterr()
-    assert "stories, acc" in said.out and said.err.count("model: log-likelihoods: ") == 2
+    assert "stories, acc" in said.out and said.err.count("model: log-likelihoods: 256 tokens") == 2
     page = (out / "report.html").read_text()
     assert "Accuracy before and after" in page and facts["sha256"] in page
 
