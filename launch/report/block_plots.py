@@ -3,7 +3,7 @@
 import re
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -117,7 +117,8 @@ def _by_kind(per_linear: Mapping[str, V]) -> dict[str, dict[int, V]]:
         if shared != kind:
             of_experts.setdefault((shared, block), []).append(value)
     for (shared, block), values in of_experts.items():
-        kinds[shared][block] = np.mean(values, axis=0).tolist()
+        mean: Any = np.mean(np.asarray(values), axis=0).tolist()
+        kinds[shared][block] = mean
     return kinds
 
 

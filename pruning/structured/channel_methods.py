@@ -23,6 +23,7 @@ from pruning.structured.channel_scores import (
 )
 from pruning.structured.flap_core import select_corrected
 from pruning.structured.remove import (
+    ADDS_BIAS,
     GROUPS,
     REPAIR_OBSERVERS,
     Keep,
@@ -77,7 +78,7 @@ class ChannelMethod:
       scope: "local" removes the same share of every block's heads and of its neurons; "global" the
         lowest of all by parameters removed, standardised within blocks.
       repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
-        what stays by least squares.
+        what stays by least squares, "refit_weights" without a bias, for every stock type.
       round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
     """
 
@@ -95,7 +96,7 @@ class ChannelMethod:
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that heads and neurons are cut."""
         # A choice over the model leaves blocks of different widths.
-        return ShapeChange(GROUPS, self.scope == "local", self.repair != "none")
+        return ShapeChange(GROUPS, self.scope == "local", self.repair in ADDS_BIAS)
 
     @property
     def sets_sparsity(self) -> bool:
@@ -137,7 +138,8 @@ class ChannelMethod:
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             # A refit observes (Moments, Gram); the score reads the moments.
-            seen = {tap: s[0] for tap, s in stats.items()} if self.repair == "refit" else stats
+            fitted = self.repair in ("refit", "refit_weights")
+            seen = {tap: s[0] for tap, s in stats.items()} if fitted else stats
             scores = score_groups(arch, block, seen, self.score)
             keep: dict[str, np.ndarray] = {}
             for kind in GROUPS:
@@ -191,7 +193,7 @@ def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0)
       scope: "local" removes the same share of every block's heads and of its neurons; "global" the
         lowest of all by parameters removed, standardised within blocks.
       repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
-        what stays by least squares.
+        what stays by least squares, "refit_weights" without a bias, for every stock type.
       round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
     """
     label = "Wanda's score of channels"
@@ -207,7 +209,7 @@ def magnitude_sp(
       scope: "local" removes the same share of every block's heads and of its neurons; "global" the
         lowest of all by parameters removed, standardised within blocks.
       repair: Repair of the readers: "bias" adds the mean output of what is removed, "refit" fits
-        what stays by least squares.
+        what stays by least squares, "refit_weights" without a bias, for every stock type.
       round_to: Keep a multiple of this many neurons in each block; 0: as many as asked.
     """
     label = "norm of the columns"

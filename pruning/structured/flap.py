@@ -22,6 +22,7 @@ from pruning.structured.flap_core import (
     select_official,
 )
 from pruning.structured.remove import (
+    ADDS_BIAS,
     GROUPS,
     Repair,
     check_round_to,
@@ -63,9 +64,11 @@ class Flap:
       spread: Largest difference between the fraction of its neurons that a block loses and the
         model's, for "AL-MM" in the corrected variant. 1: no limit, as in the paper. On SmolLM2-135M
         0.1 gives 49.8 at 30 % where blocks alike give 51.3, but blocks of different widths.
-      bias: Add the mean output of what is removed to the bias of its reader.
+      bias: Add the mean output of what is removed to the bias of its reader. Some stock types have
+        no such bias, and experts never have one.
       refit: Also fit the columns that stay to the dense output, by least squares over the
         calibration tokens; costs a second pass. None: in the corrected variant, unless bias=False.
+        With bias=False the columns alone are fitted, so that every stock type holds the result.
       round_to: Keep a multiple of this many neurons in each block, as hardware likes it (8 to 128);
         0: as many as asked.
       variant: "official" is the authors' code to the letter (its fluctuation, squares,
@@ -99,13 +102,6 @@ class Flap:
                 field="spread",
                 value=self.spread,
             )
-        if self.refit and not self.bias:
-            raise InputError(
-                "of flap fits the bias too, so that it excludes bias=False",
-                "leave one of them out",
-                field="refit",
-                value=True,
-            )
         check_round_to("flap", self.round_to)
 
     @property
@@ -132,14 +128,14 @@ class Flap:
         # A refit fits the bias as well, so it needs no repair by the bias before it.
         refit = self.bias and not self._official if self.refit is None else self.refit
         if refit:
-            return "refit"
+            return "refit" if self.bias else "refit_weights"
         return "bias" if self.bias else "none"
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that heads and neurons are cut."""
         structure, _ = self._choose_structure(model)
         # UL structures leave all blocks the same widths, so that a stock architecture holds them.
-        return ShapeChange(GROUPS, structure.startswith("UL"), self.bias)
+        return ShapeChange(GROUPS, structure.startswith("UL"), self._repair in ADDS_BIAS)
 
     @property
     def sets_sparsity(self) -> bool:

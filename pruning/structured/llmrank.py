@@ -16,7 +16,14 @@ from pruning.structured.llmrank_core import (
     official_centrality,
 )
 from pruning.structured.llmrank_importance import Ranks, importance, linears_of, measure_norms
-from pruning.structured.remove import Keep, Repair, check_round_to, remove, removed_outcome
+from pruning.structured.remove import (
+    ADDS_BIAS,
+    Keep,
+    Repair,
+    check_round_to,
+    remove,
+    removed_outcome,
+)
 from pruning.structured.select_core import (
     select_lowest_by_count,
     select_lowest_overall,
@@ -57,7 +64,8 @@ class LLMRank:
         output rows of up and down, as the authors' code does: a row of down is a channel that the
         block no longer writes.
       repair: Repair of the readers of removed neurons: "bias" adds the mean output of what is
-        removed, "refit" fits what stays by least squares.
+        removed, "refit" fits what stays by least squares, "refit_weights" without a bias, which
+        every stock type holds.
       round_to: Keep a multiple of this many neurons in each block, as hardware likes it (8 to 128);
         0: as many as asked.
       variant: "official" is the authors' graph and counts to the letter. "corrected", the default,
@@ -106,7 +114,7 @@ class LLMRank:
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that neurons are cut, or nothing where rows are zeroed."""
         cut = ("neurons",) if self.units == "neurons" else ()
-        return ShapeChange(cut, self.scope == "local", self.repair != "none")
+        return ShapeChange(cut, self.scope == "local", self.repair in ADDS_BIAS)
 
     @property
     def sets_sparsity(self) -> bool:

@@ -1,7 +1,8 @@
 """Remove heads and neurons, repair their readers, and report what was removed.
 
 Any choice of units goes with any repair of the linear that reads them: none; the mean output of the
-removed channels added to its bias (FLAP); or a least-squares refit of the columns that stay.
+removed channels added to its bias (FLAP); a least-squares refit of the columns that stay and the
+bias; or of the columns alone, for types without such a bias.
 """
 
 from collections.abc import Callable, Hashable, Mapping, Sequence

@@ -30,7 +30,7 @@ every_family = pytest.mark.parametrize(
     "family",
     [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
 )
-SCOPES, REPAIRS = ("local", "global"), ("none", "bias", "refit")
+SCOPES, REPAIRS = ("local", "global"), ("none", "bias", "refit", "refit_weights")
 STRUCTURES = ["UL-UM", "UL-MM", "AL-MM", "AL-AM"]
 
 
@@ -60,7 +60,7 @@ CHOICES: list[tuple[str, dict[str, Any]]] = [
     *(
         ("flap", {"structure": s, "heads_removed": 3, **o})
         for s in STRUCTURES
-        for o in ({"refit": False}, {"bias": False}, {})
+        for o in ({"refit": False}, {"bias": False}, {"bias": False, "refit": True}, {})
     ),
     *(("flap", {"structure": s, "heads_removed": 3, "variant": "official"}) for s in STRUCTURES),
     *(
@@ -228,6 +228,19 @@ def test_lost_means_are_added_to_the_biases_of_opt() -> None:
     assert same(without.blocks[0].o.b, m.blocks[0].o.b)
 
 
+def test_a_refit_without_bias_adds_none_and_fits_the_columns() -> None:
+    (pruned, _), (plain, _) = (
+        run("llama", structure="UL-UM", bias=False, refit=refit) for refit in (True, False)
+    )
+    for fitted, unfitted in zip(pruned.blocks, plain.blocks, strict=True):
+        for reader in ("o", "down"):
+            assert getattr(fitted, reader).b is None
+            assert not same(getattr(fitted, reader).w, getattr(unfitted, reader).w)
+        assert fitted.up.w.shape == unfitted.up.w.shape
+    method = METHODS["flap"](structure="UL-UM", bias=False, refit=True)
+    assert not method.shape_change(model("llama")).biased
+
+
 def test_the_outcome_names_the_removed_rows_and_columns() -> None:
     m, (pruned, outcome) = (
         model("llama-gqa"),
@@ -256,7 +269,6 @@ def test_the_outcome_names_the_removed_rows_and_columns() -> None:
     ("arguments", "message"),
     [
         ({"heads_removed": -1}, "heads_removed=-1 of flap must not be negative"),
-        ({"bias": False, "refit": True}, "leave one of them out"),
         ({"spread": 1.5}, "spread=1.5 of flap must lie between 0 and 1"),
     ],
 )

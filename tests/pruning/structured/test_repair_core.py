@@ -54,6 +54,20 @@ def test_the_refit_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(exact.b, b + 1, atol=2e-2)
 
 
+def test_the_refit_without_a_bias_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12)) + 1
+    w, keep = RNG.normal(size=(5, 12)), np.arange(12) % 3 > 0
+    monkeypatch.setattr(repair_core, "RIDGE", 1e-7)
+    # Means of zero leave the products as they are, so that the bias has nothing to make up for.
+    total, tokens_seen = jnp.asarray(x.T @ x, jnp.float32), jnp.float32(400)
+    p = Linear(jnp.asarray(w, jnp.float32))
+    got = repair_core.refit_kept_columns(p, total, jnp.zeros(12), tokens_seen, jnp.asarray(keep))
+    want = np.zeros_like(w)
+    want[:, keep] = np.linalg.lstsq(x[:, keep], x @ w.T, rcond=None)[0].T
+    np.testing.assert_allclose(got.w, want, atol=2e-3)
+    assert not np.any(got.b)
+
+
 def test_the_refit_changes_nothing_where_nothing_is_removed() -> None:
     x = RNG.normal(size=(50, 6))
     p = Linear(jnp.asarray(W))
