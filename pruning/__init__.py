@@ -32,7 +32,7 @@ _MODULES = {
 }
 _MAKERS = (
     *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "llmrank"),
-    *("flap", "wanda_sp", "magnitude_sp", "sleb", "owl", "alpha", "neuroal", "dsnot"),
+    *("flap", "wanda_sp", "magnitude_sp", "sleb", "reap", "owl", "alpha", "neuroal", "dsnot"),
 )
 __all__ = (*_MODULES, *_MAKERS)
 

@@ -79,7 +79,7 @@ def model_settings(config: Mapping[str, Any]) -> decoder_config.Config:
     """
     c = hf.family(config).arch(config).config
     if not isinstance(c, decoder_config.Config) or not (_is_llama(c) or _own(config)):
-        raise unwritable(f"is not possible: llama.cpp has no architecture for {kind_of(config)}")
+        raise unwritable(f"is not possible: Topiary writes no GGUF of {kind_of(config)}")
     if _is_llama(c) and c.act != "silu":
         raise unwritable(f"is not possible: llama.cpp's LLaMA computes silu, not {c.act}")
     if c.rope.kind == "yarn" and not c.rope.truncate:

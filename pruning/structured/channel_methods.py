@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.observers import Observer, moments
+from calibration.moments import moments
+from calibration.observers import Observer
 from calibration.runtime import Runtime
 from models.arch import Block, Model
 from models.checkpoint.output_format import ShapeChange

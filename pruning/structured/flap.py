@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from calibration.observers import moments
+from calibration.moments import moments
 from calibration.runtime import Runtime
 from models.arch import Model
 from models.checkpoint.output_format import ShapeChange

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.observers import Moments, Observer, SecondMoment, second_moment
+from calibration.moments import Moments
+from calibration.observers import Observer, SecondMoment, second_moment
 from pruning.structured.select_core import (
     Keeps,
     clamp_to_band,

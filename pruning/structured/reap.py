@@ -121,7 +121,7 @@ class Reap:
         experts = max(all_experts(model))
         if not experts:
             raise InputError(
-                "reap removes experts, and this model has none",
+                "removes experts, and this model has none",
                 "choose flap, llmrank or wanda_sp for heads and neurons",
                 field="method",
                 value="reap",

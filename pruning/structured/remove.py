@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from calibration.observers import Observer, gram, moments, pair
+from calibration.moments import moments
+from calibration.observers import Observer, gram, pair
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
 from models.arch import Arch, Block, Group, Model, linear_of, with_linears

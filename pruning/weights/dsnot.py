@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 import jax
 
-from calibration.observers import moments, pair
+from calibration.moments import moments
+from calibration.observers import pair
 from models.arch import Arch
 from models.errors import InputError
 from pruning.types import Mask, Pruner

@@ -10,7 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from calibration.observers import Moments
+from calibration.moments import Moments
 from pruning.weights.patterns_core import Mask
 
 # Bits of a metric that decide, of float32's 23.

@@ -110,7 +110,9 @@ class SparseLLM:
 
     def _settings(self, arch: Arch, request: Request) -> Settings:
         """Return the settings of the alternation; InputError where the authors have no step."""
-        gated, act = any(s.name.endswith("gate") for s in arch.slots), arch.config.act
+        neurons = next(group for group in arch.groups if group.kind == "neurons")
+        # A path into the neurons besides the linear one gates them.
+        gated, act = len(neurons.writers) > 1, arch.config.act
         # The authors' steps are eq. 7 for relu without a gate and gradient steps for silu with one.
         if self._official and act not in OFFICIAL_ACTIVATIONS[gated]:
             raise InputError(

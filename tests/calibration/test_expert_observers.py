@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from calibration.moments import moments
 from calibration.observers import (
     Observer,
     batch_norms,
     fading_second_moment,
     gram,
-    moments,
     pair,
     second_moment,
 )

@@ -50,7 +50,7 @@ def test_opt_as_gguf_is_refused_before_any_work(
     assert call(argv) == 2
     said = capsys.readouterr().err
     assert said == (
-        "error: --output_format=gguf is not possible: llama.cpp has no architecture for opt: leave "
+        "error: --output_format=gguf is not possible: Topiary writes no GGUF of opt: leave "
         "--output_format out\n"
     )
     assert not list(tmp_path.iterdir())

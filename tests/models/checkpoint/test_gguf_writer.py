@@ -217,7 +217,7 @@ def test_a_window_limits_the_context(kind: str, tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        (tiny.OPT, "output_format=gguf is not possible: llama.cpp has no architecture for opt"),
+        (tiny.OPT, "output_format=gguf is not possible: Topiary writes no GGUF of opt"),
         ({**tiny.GQA, "hidden_act": "gelu"}, "llama.cpp's LLaMA computes silu, not gelu"),
         (
             {**LLAMA, "rope_scaling": {**YARN, "truncate": False}},

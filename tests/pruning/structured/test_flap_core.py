@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.observers import moments
+from calibration.moments import moments
 from pruning.structured.flap_core import (
     Units,
     input_feature_metrics,

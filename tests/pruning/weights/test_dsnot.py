@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from calibration.observers import moments
+from calibration.moments import moments
 from models.arch import embed
 from models.errors import InputError
 from pruning.methods import METHODS, REFINEMENTS
