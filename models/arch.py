@@ -109,18 +109,6 @@ def experts_of(block: Block) -> int:
     return len(getattr(block, "experts", ()))
 
 
-def first_experts(block: Block, count: int) -> Block:
-    """Return the block with its first experts only.
-
-    Args:
-      block: Parameters or specs of the block.
-      count: Experts that stay; the router is left as it is.
-    """
-    if count == experts_of(block):
-        return block
-    return block.replace(experts=getattr(block, "experts", ())[:count])
-
-
 def has_linear(block: Block, slot: str) -> bool:
     """Return True if a block has a linear in a slot.
 

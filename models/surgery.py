@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from models.arch import Block, Group, Member, linear_of, with_linears
+from models.arch import Block, Group, Member, experts_of, linear_of, with_linears
 from models.layers import Linear, Norm
 from models.programs import program
 
@@ -126,6 +126,18 @@ def _scale_gains(gains: jax.Array, factors: jax.Array) -> jax.Array:
 def _take_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
     assert p.scale is not None
     return Norm(_take_entries(p.scale, _indices(member, units), 0), p.bias)
+
+
+def first_experts(block: Block, count: int) -> Block:
+    """Return the block with its first experts only.
+
+    Args:
+      block: Parameters or specs of the block.
+      count: Experts that stay; the router is left as it is.
+    """
+    if count == experts_of(block):
+        return block
+    return block.replace(experts=getattr(block, "experts", ())[:count])
 
 
 def keep_experts(block: Block, keep: np.ndarray) -> Block:

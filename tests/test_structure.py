@@ -50,6 +50,7 @@ CORE_MODULES = {
     "jax.numpy",
     "numpy",
     "models.layers",
+    "calibration.moments",
     "calibration.observers",
     "pruning.linalg",
 }

@@ -18,7 +18,6 @@ from models.arch import (
     NonBlockParams,
     Slot,
     experts_of,
-    first_experts,
     linear_of,
     with_linears,
 )
@@ -41,6 +40,7 @@ from models.layers import Linear
 from models.processes import run_on_primary
 from models.progress import Progress, no_progress
 from models.sharding import to_host
+from models.surgery import first_experts
 
 SHARD_BYTES = 1 << 30  # a shard waits in host memory, and saving it takes as much again
 
