@@ -16,7 +16,8 @@ from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
 from pruning.weights.dsnot import DSnoT
-from pruning.weights.per_linear import PerLinear, score_solver
+from pruning.weights.per_linear import PerLinear
+from pruning.weights.score_solver import score_solver
 from pruning.weights.sparsegpt import sparsegpt
 from pruning.weights.sparsellm import SparseLLM
 

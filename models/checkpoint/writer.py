@@ -16,11 +16,11 @@ from models.arch import (
     Block,
     Model,
     NonBlockParams,
-    Slot,
     experts_of,
     linear_of,
     with_linears,
 )
+from models.checkpoint.block_specs import bias_name, specs_of, with_biases
 from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import load_tensor
 from models.checkpoint.fused import join, parts_of, stored_name
@@ -31,8 +31,8 @@ from models.checkpoint.output_format import (
     Shape,
     choose_form,
     shape_of,
-    with_dtype,
 )
+from models.checkpoint.spelling import with_dtype
 from models.checkpoint.stored import narrowed
 from models.checkpoint.tensors import save_tensors
 from models.families import hf
@@ -40,7 +40,6 @@ from models.layers import Linear
 from models.processes import run_on_primary
 from models.progress import Progress, no_progress
 from models.sharding import to_host
-from models.surgery import first_experts
 
 SHARD_BYTES = 1 << 30  # a shard waits in host memory, and saving it takes as much again
 
@@ -134,17 +133,8 @@ class Writer:
         self._shapes.append(shape_of(self._arch, block))
         slots = self._arch.slots_of(block)
         self._biases |= {s.name for s in slots if linear_of(block, s.name).b is not None}
-        specs = self._specs_of(i, experts_of(block))
-        self._add(_with_biases(specs, block, slots), block)
-
-    def _specs_of(self, i: int, experts: int) -> Block:
-        """Return the specs of the i-th block that was put, which has so many experts."""
-        specs = self._block_specs[i]
-        # Where blocks were left out, another one stands here, maybe with experts, maybe without.
-        if bool(experts_of(specs)) != bool(experts):
-            specs = hf.block_of_kind(self._config, i, bool(experts))
-        # Experts that are left have the first numbers.
-        return first_experts(specs, experts)
+        specs = specs_of(self._config, self._block_specs[i], i, experts_of(block))
+        self._add(with_biases(specs, block, slots), block)
 
     def _add(self, specs: Any, values: Any) -> None:
         """Put the arrays of a tree into the buffer under the names of its specs."""
@@ -215,11 +205,11 @@ class Writer:
             return jnp.asarray(load_tensor(self._shard_path(shard_of[spec.name]), spec.name))
 
         for i, shape in enumerate(self._shapes):
-            specs = self._specs_of(i, shape.experts)
+            specs = specs_of(self._config, self._block_specs[i], i, shape.experts)
             linears = {}
             for slot in self._arch.slots_of(specs):
                 spec = linear_of(specs, slot.name)
-                name = _bias_name(spec)
+                name = bias_name(spec)
                 # Any: a tree of specs has the type of the tree of arrays that it describes.
                 bias: Any = hf.Spec(name, ()) if name in shard_of else None
                 linears[slot.name] = Linear(spec.w, bias)
@@ -325,23 +315,6 @@ class Writer:
                 padding = [(0, w - h) for h, w in zip(x.shape, wanted[name], strict=True)]
                 tensors[name] = np.pad(x, padding)
         save_tensors(join(tensors, list(wanted)), path)
-
-
-def _bias_name(spec: Any) -> str:
-    """Return the name of a linear's bias, present or not."""
-    return spec.w.name.removesuffix("weight") + "bias"
-
-
-def _with_biases(specs: Block, block: Block, slots: Sequence[Slot]) -> Block:
-    """Give the specs the biases that the block has; ValueError if it lost one."""
-    linears = {}
-    for slot in slots:
-        spec, b = linear_of(specs, slot.name), linear_of(block, slot.name).b
-        if b is None and spec.b is not None:
-            raise ValueError(f"{spec.b.name} was lost")
-        bias: Any = None if b is None else hf.Spec(_bias_name(spec), b.shape)
-        linears[slot.name] = Linear(spec.w, bias)
-    return with_linears(specs, linears)
 
 
 def save(

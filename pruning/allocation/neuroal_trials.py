@@ -17,13 +17,13 @@ from models.sharding import place, to_host, tree_to_host
 from pruning.allocation.neuroal_core import misalignment
 from pruning.budget import Shapes
 from pruning.types import Budget, Layerwise, Pruner, Request
+from pruning.weights.expert_tokens import with_token_counts
 from pruning.weights.per_linear import (
     counts_for,
     every_tap,
     prepare_tap,
     readers,
     solve_block,
-    with_token_counts,
     with_weights,
 )
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from calibration.observers import Observer, token_counts
+from calibration.observers import Observer
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model, linear_of, with_linears
@@ -20,49 +19,20 @@ from models.programs import Program, program
 from models.sharding import to_host
 from pruning.budget import Uniform, all_shapes, mean_fractions
 from pruning.types import (
-    FEW_TOKENS,
     SAME_SHAPES,
     Allocation,
     BlockSink,
     Layerwise,
-    Mask,
     Outcome,
     Pattern,
     Pruner,
     Request,
     unprepared,
 )
-from pruning.weights import scores
+from pruning.weights.expert_tokens import few_token_warnings, pruner_of, with_token_counts
 from pruning.weights.patterns import n_of_m
 
 Notes = Mapping[str, jax.Array]  # figures of a pruner by name, float32 ()
-FEW = "tokens_of_experts_by_magnitude"  # what details call them
-
-
-@functools.cache  # static arguments of jit must be equal objects
-def score_solver(
-    score: Callable[[jax.Array, Any], jax.Array], keep: Callable[[jax.Array, jax.Array], Mask]
-) -> Callable:
-    """Return the solver that zeroes the entries that `keep` drops by their score.
-
-    Args:
-      score: (W [out in], statistics) -> score [out in].
-      keep: `Pattern.keep`.
-    """
-
-    def solve(
-        ws: Sequence[jax.Array], stats: Any, counts: Sequence[jax.Array]
-    ) -> list[tuple[jax.Array, Mask]]:
-        pruned = []
-        for w, count in zip(ws, counts, strict=True):
-            with jax.named_scope("score"):
-                scored = score(w, stats)
-            with jax.named_scope("select"):
-                kept = keep(scored, count)
-            pruned.append((jnp.where(kept, w, jnp.zeros_like(w)), kept))
-        return pruned
-
-    return solve
 
 
 @program("linears pruned", static=(0,))
@@ -121,29 +91,6 @@ def with_weights(block: Block, ws: Mapping[str, jax.Array]) -> Block:
     )
 
 
-def pruner_of(
-    pruners: Mapping[str, Pruner], pattern: Pattern, stats: Mapping[str, Any], tap: str
-) -> tuple[Pruner, Notes]:
-    """Return the pruner of a tap: by magnitude where an expert saw too few tokens.
-
-    Args:
-      pruners: Tap -> pruner.
-      pattern: Turns scores into masks.
-      stats: Tap -> statistics, with the tokens of each expert.
-      tap: Name of the tap.
-
-    Returns:
-      The pruner, and its figures: the tokens of an expert that saw too few.
-    """
-    expert = expert_of(tap)[1]
-    if expert is None or pruners[tap].observer is None:
-        return pruners[tap], {}
-    tokens = stats[EXPERT_TOKENS][expert]
-    if tokens >= FEW_TOKENS:
-        return pruners[tap], {}
-    return Pruner(None, score_solver(scores.magnitude, pattern.keep_whole)), {FEW: tokens}
-
-
 def solve_block(
     arch: Arch,
     pruners: Mapping[str, Pruner],
@@ -196,16 +143,6 @@ def every_tap(arch: Arch, pruner: Pruner) -> dict[str, Pruner]:
 def watched(pruners: Mapping[str, Pruner]) -> dict[str, Observer]:
     """Return the observers that pruners need, by tap."""
     return with_token_counts({tap: p.observer for tap, p in pruners.items() if p.observer})
-
-
-def with_token_counts(watch: Mapping[str, Observer]) -> dict[str, Observer]:
-    """Return the observers with that of the experts' tokens, where experts are observed.
-
-    Args:
-      watch: Tap -> observer.
-    """
-    of_experts = any(expert_of(tap)[1] is not None for tap in watch)
-    return {**watch, EXPERT_TOKENS: token_counts} if of_experts else dict(watch)
 
 
 def figures(i: int, notes: Mapping[str, Notes]) -> dict[str, dict[str, float]]:
@@ -311,27 +248,6 @@ def counts_if_any(
     if not any(np.any(fraction) for fraction in fractions.values()):
         return {}
     return counts_for(arch, pattern, block, fractions)
-
-
-def few_token_warnings(details: Mapping[str, Any]) -> list[str]:
-    """Return a sentence that names the experts that were pruned by magnitude.
-
-    Args:
-      details: Figures of the outcome.
-    """
-    few = {
-        f"block {i}, expert {expert_of(tap)[1]}: {tokens:.0f}"
-        for i, taps in enumerate(details.get(FEW, ()))
-        for tap, tokens in taps.items()
-    }
-    if not few:
-        return []
-    listed = sorted(few)
-    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
-    return [
-        f"{len(listed)} experts were pruned by magnitude, as fewer than {FEW_TOKENS} calibration "
-        f"tokens reached them ({'; '.join(listed[:5])}{more})"
-    ]
 
 
 @dataclasses.dataclass(frozen=True)

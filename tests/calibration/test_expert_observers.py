@@ -20,7 +20,7 @@ from calibration.passes import observe
 from calibration.states import States
 from models.arch import Model, embed
 from models.experts import EXPERT_TOKENS, expert_of, route
-from pruning.weights.per_linear import with_token_counts
+from pruning.weights.expert_tokens import with_token_counts
 from reference.small import model, tokens
 
 FAMILY = "olmoe"

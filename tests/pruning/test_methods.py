@@ -10,7 +10,7 @@ from calibration.runtime import Runtime
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.types import Layerwise, Pruner, Request, prune, reads_activations
 from pruning.weights.patterns import per_row
-from pruning.weights.per_linear import score_solver
+from pruning.weights.score_solver import score_solver
 from pruning.weights.scores import magnitude
 from reference import wanda as reference
 from reference.small import FAMILIES, model, same, tokens, weight, zeros

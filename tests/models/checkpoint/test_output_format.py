@@ -19,9 +19,9 @@ from models.checkpoint.output_format import (
     ShapeChange,
     choose_form,
     preview,
-    with_dtype,
 )
 from models.checkpoint.reader import open_checkpoint
+from models.checkpoint.spelling import with_dtype
 from models.errors import InputError
 from models.families import hf
 from models.generate import generate

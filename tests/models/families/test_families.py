@@ -17,8 +17,8 @@ from models.arch import (
     logits,
     with_linears,
 )
-from models.checkpoint.output_format import with_dtype
 from models.checkpoint.reader import abstract, in_memory, open_checkpoint
+from models.checkpoint.spelling import with_dtype
 from models.checkpoint.writer import Writer
 from models.families import hf
 from models.generate import generate

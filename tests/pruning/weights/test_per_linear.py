@@ -25,7 +25,8 @@ from pruning.types import (
 )
 from pruning.weights import scores
 from pruning.weights.patterns import n_of_m, per_matrix, per_row
-from pruning.weights.per_linear import PerLinear, score_solver
+from pruning.weights.per_linear import PerLinear
+from pruning.weights.score_solver import score_solver
 from reference import wanda as reference
 from reference.small import (
     FAMILIES,
