@@ -14,6 +14,7 @@ from pruning.structured.llmrank import LLMRank
 from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
+from pruning.weights.admm import Admm
 from pruning.weights.dsnot import DSnoT
 from pruning.weights.per_linear import PerLinear, score_solver
 from pruning.weights.sparsegpt import sparsegpt
@@ -68,6 +69,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "multiflow": multiflow,
     "sparsegpt": sparsegpt,
     "sparsellm": SparseLLM,
+    "admm": Admm,
     "llmrank": LLMRank,
     "flap": Flap,
     "wanda_sp": wanda_sp,
