@@ -14,12 +14,15 @@ import jax.numpy as jnp
 from calibration.observers import Gram, gram
 from calibration.passes import all_finite, observe, overflow
 from calibration.states import States
-from models.arch import Arch, Block, Taps
+from models.arch import Arch, Block, Taps, linear_of
+from models.experts import expert_of
 from models.programs import program
 from models.sharding import to_host
 from pruning.types import Pruner
 from pruning.weights.admm_core import Residual, Settings, System, solve_linear
+from pruning.weights.expert_tokens import with_token_counts
 from pruning.weights.per_linear import prepare_tap, readers, with_weights
+from pruning.weights.per_linear import solve_block as solve_own
 
 
 class Sums(NamedTuple):
@@ -107,7 +110,7 @@ def _sum_over_tokens(
     """
     if pruned is dense:
         return Sums(observe(arch, {tap: gram}, i, dense, xs)[tap], None)
-    shapes = [getattr(dense, names[0]).w.shape for names in sources]
+    shapes = [linear_of(dense, names[0]).w.shape for names in sources]
     sums = _start(shapes[0][1], tuple(rows for rows, _ in shapes))
     for x in xs:
         sums = _add(arch.block, tap, sources, dense, pruned, x, sums, name=f"{tap}: residuals")
@@ -169,7 +172,8 @@ def solve_block(
     solved: list[str] = []
     pruned = dense
     errors: dict[str, float] = {}
-    for tap, names in readers(arch, counts).items():
+    of_experts, taps = _stages(readers(arch, counts))
+    for tap, names in taps.items():
         sources = error_sources(arch, solved, names)
         sums = _sum_over_tokens(arch, i, tap, sources, dense, pruned, xs)
         system, _ = prepare_tap(pruner, sums.inputs, tap)
@@ -177,7 +181,7 @@ def solve_block(
             settings,
             system,
             sums.residuals,
-            [getattr(dense, n).w for n in names],
+            [linear_of(dense, n).w for n in names],
             [counts[n] for n in names],
             name=f"{tap}: {', '.join(names)} pruned",
         )
@@ -185,4 +189,44 @@ def solve_block(
         # float32 holds no more than six digits.
         errors |= {n: float(f"{e:.6g}") for n, e in zip(names, to_host(relative), strict=True)}
         solved += names
+    for stage in of_experts:
+        pruned = _solve_experts(arch, pruner, settings, i, pruned, xs, counts, stage)
     return PrunedBlock(pruned, errors)
+
+
+def _stages(
+    taps: Mapping[str, list[str]],
+) -> tuple[list[dict[str, list[str]]], dict[str, list[str]]]:
+    """Return the taps of experts, those of one stage of all experts together, and the other taps.
+
+    Args:
+      taps: Tap -> slots that read it.
+    """
+    stages: dict[str, dict[str, list[str]]] = {}
+    for tap, names in taps.items():
+        shared, expert = expert_of(tap)
+        if expert is not None:
+            stages.setdefault(shared, {})[tap] = names
+    others = {tap: names for tap, names in taps.items() if expert_of(tap)[1] is None}
+    return list(stages.values()), others
+
+
+def _solve_experts(
+    arch: Arch,
+    pruner: Pruner,
+    settings: Settings,
+    i: int,
+    block: Block,
+    xs: States,
+    counts: Mapping[str, Any],
+    taps: Mapping[str, list[str]],
+) -> Block:
+    """Prune what experts have at one stage, each toward its own outputs on its own tokens.
+
+    The pruned block routes tokens to other experts than the dense one, so that the two have no
+    outputs of an expert on the same inputs.
+    """
+    stats = observe(arch, with_token_counts(dict.fromkeys(taps, gram)), i, block, xs)
+    own_counts = {name: counts[name] for names in taps.values() for name in names}
+    pruners = dict.fromkeys(taps, pruner)
+    return solve_own(arch, pruners, settings.pattern, block, stats, own_counts)[0]
