@@ -128,7 +128,7 @@ class Arch(NamedTuple):
     residual: bool = True  # False for OPT-350M, whose blocks end in a norm
     branch_norms: bool = False
     branch_scale: float = 1.0
-    rescale: Callable[[Block, jax.Array], Block] | None = None
+    rescale: Callable[[Any, jax.Array], Any] | None = None
 
     @property
     def outputs_add(self) -> bool:

@@ -21,7 +21,6 @@ from flax import struct
 from models.arch import Arch, Group, Member, Slot, Taps
 from models.cache import AttendFn, Cache, Start, T, attend
 from models.decoder_config import Config, StaticConfig
-from models.rescale import rescale_block
 from models.layers import (
     ACTIVATIONS,
     AttentionSettings,
@@ -33,6 +32,7 @@ from models.layers import (
     rms_norm,
     split_heads,
 )
+from models.rescale import rescale_block
 from models.rotary import Rope, rotate
 
 

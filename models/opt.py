@@ -14,7 +14,6 @@ from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
 from models.cache import AttendFn, Cache, Start, T, attend
-from models.rescale import scale_output
 from models.layers import (
     ACTIVATIONS,
     AttentionSettings,
@@ -25,6 +24,7 @@ from models.layers import (
     linear,
     split_heads,
 )
+from models.rescale import scale_output
 
 # The first two rows of the position table are never read: a relic of padding in fairseq.
 POSITION_OFFSET = 2

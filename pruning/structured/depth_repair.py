@@ -1,12 +1,13 @@
 """Repair what is left of a model whose blocks were removed, beside the dense model.
 
-Both models run over the calibration windows together. Their hidden states lie in one array, a
+Both models run over the calibration windows together. Their hidden states lie in one array, each
 window of the dense model before the same window of the pruned one.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from calibration.runtime import Runtime
 from calibration.states import States
 from models.arch import Arch, Block, Model, Taps
 from models.checkpoint.blocks import prefetch
+from models.errors import InputError
 from models.programs import Program, program
 from models.sharding import to_host
 from pruning.structured.depth_repair_core import (
@@ -24,50 +26,106 @@ from pruning.structured.depth_repair_core import (
     add_cut_stats,
     begin_cut_stats,
     refit_before_cut,
+    sum_of_ratios,
 )
 from pruning.structured.sleb_paths import Path, Piece
 from pruning.structured.sleb_runner import silenced
 from pruning.types import BlockSink
 
+Repair = Literal["none", "scale", "refit", "scale+refit"]
 Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
 
 _refit = Program(refit_before_cut, "linear before a cut fitted")
+
+
+class Remains(NamedTuple):
+    """A model whose blocks were removed.
+
+    Attributes:
+      model: The dense model.
+      path: Pieces that stay.
+      writers: All linears of a block that write to the residual stream, in order.
+      silent: Linears to zero, by piece.
+    """
+
+    model: Model
+    path: Path
+    writers: tuple[str, ...]
+    silent: Mapping[Piece, Sequence[str]]
+
+    def finished(self, index: int, block: Block) -> Block:
+        """Return the block of a piece without its silent linears.
+
+        Args:
+          index: Number of the piece.
+          block: The dense block.
+        """
+        return silenced(block, self.silent[self.path[index]])
 
 
 class Cut(NamedTuple):
     """A place in the pruned model behind which something is missing.
 
     Attributes:
-      index: Number of the last piece before it in the pruned model.
-      piece: That piece.
-      end: Dense block whose input the stream should equal behind the cut; the number of blocks
-        behind the last one.
-      linear: Last linear that writes to the stream before the cut.
+      piece: Number of the piece before it; -1 at the start of the model.
+      end: Dense block whose input the stream should equal behind the cut; behind the last block,
+        the number of blocks.
+      linear: Last linear that writes to the stream before the cut; empty at the start.
     """
 
-    index: int
-    piece: Piece
+    piece: int
     end: int
     linear: str
 
 
-def cuts_of(path: Path, depth: int, writers: Sequence[str]) -> list[Cut]:
-    """Return the cuts of a path that have a piece before them, in order.
+def cuts_of(remains: Remains) -> list[Cut]:
+    """Return the cuts of a model, in order.
 
     Args:
-      path: Pieces that stay.
-      depth: Number of blocks of the dense model.
-      writers: All linears of a block that write to the residual stream, in order.
+      remains: What stays of the model.
     """
+    path, depth = remains.path, len(remains.model.blocks)
     ends = [*(piece.block for piece in path[1:]), depth]
-    cuts = []
+    cuts = [Cut(-1, path[0].block, "")] if path[0].block else []
     for k, (piece, end) in enumerate(zip(path, ends, strict=True)):
         if piece.silent or end > piece.block + 1:
-            # Behind the last writer nothing of the block reads the stream any more, so that its
-            # output is linear in it.
-            linear = [w for w in writers if w not in piece.silent][-1]
-            cuts.append(Cut(k, piece, end, linear))
+            # Behind its last writer nothing of a block reads the stream any more, so the output is
+            # linear in this one.
+            linear = [w for w in remains.writers if w not in piece.silent][-1]
+            cuts.append(Cut(k, end, linear))
     return cuts
+
+
+def default_repair(arch: Arch) -> Repair:
+    """Return the repair of the corrected variant.
+
+    Args:
+      arch: Architecture.
+    """
+    if arch.outputs_add:
+        return "refit"
+    return "scale" if arch.rescale else "none"
+
+
+def check_repair(arch: Arch, repair: Repair) -> None:
+    """Raise InputError for a repair that has no exact form in an architecture.
+
+    Args:
+      arch: Architecture.
+      repair: What is asked for.
+    """
+    reason = ""
+    if "refit" in repair and not arch.outputs_add:
+        reason = "fits the last linear before a cut, and here a norm follows it"
+    elif "scale" in repair and not arch.rescale:
+        reason = "needs a final norm and blocks that only add to the residual stream"
+    if reason:
+        raise InputError(
+            f"of sleb {reason}",
+            f'give repair="{default_repair(arch)}"',
+            field="repair",
+            value=repair,
+        )
 
 
 def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -103,6 +161,27 @@ def _advance_pruned(function: Forward, block: Block, x: jax.Array) -> jax.Array:
     return _joined(dense, function(block, pruned)[0])
 
 
+@program("magnitudes at a cut")
+def _add_ratios(x: jax.Array, total: jax.Array) -> jax.Array:
+    """Add the ratios of the dense states to the pruned ones."""
+    return total + sum_of_ratios(*_halves(x))
+
+
+@program("stream scaled")
+def _scale_pruned(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """Return the states with the pruned model's times a factor."""
+    dense, pruned = _halves(x)
+    return _joined(dense, (pruned.astype(jnp.float32) * factor).astype(x.dtype))
+
+
+@program("block rescaled", static=(0,))
+def _rescale(
+    function: Callable[[Block, jax.Array], Block], block: Block, scale: jax.Array
+) -> Block:
+    """Return the block for a stream of another scale, `Arch.rescale`."""
+    return function(block, scale)
+
+
 @program("statistics of a cut begun", static=(0, 1))
 def _begin(function: Forward, tap: str, block: Block, x: jax.Array) -> CutStats:
     """Return the sums over no tokens."""
@@ -125,88 +204,142 @@ def _run_all(step: Program, arch: Arch, block: Block, xs: States) -> None:
         xs[j] = step(arch.block, block, x)
 
 
-def _fit(arch: Arch, cut: Cut, block: Block, xs: States) -> tuple[Block, dict[str, Any]]:
-    """Return the block with its last linear fitted, and the figures of the fit."""
+def _fit(arch: Arch, cut: Cut, block: Block, xs: States, i: int) -> tuple[Block, dict[str, Any]]:
+    """Return block i with its last linear fitted, and the figures of the fit."""
     tap = arch.tap(cut.linear)
     stats = _begin(arch.block, tap, block, xs[0])
     for x in xs:
         stats = _observe(arch.block, tap, block, x, stats)
     linear, errors = _refit(getattr(block, cut.linear), stats, np.float32(arch.branch_scale))
     before, after = (float(e) for e in to_host(errors))
-    if not np.isfinite([before, after]).all():
-        raise overflow(cut.piece.block)
-    record = {
-        "block": cut.piece.block,
-        "linear": cut.linear,
-        "error": [before, after],
-    }
-    return block.replace(**{cut.linear: linear}), record
+    if not math.isfinite(before + after):
+        raise overflow(i)
+    return block.replace(**{cut.linear: linear}), {"error": [before, after]}
 
 
-def refit_blocks(
-    model: Model,
-    path: Path,
-    tokens: np.ndarray,
-    runtime: Runtime,
-    sink: BlockSink,
-    writers: Sequence[str],
-    silent_linears: Mapping[Piece, Sequence[str]],
-) -> list[dict[str, Any]]:
-    """Fit the last linear before each cut to the dense stream behind it; hand on all blocks.
+def _scale(xs: States, i: int) -> float:
+    """Scale the pruned model's states to the dense one's at a cut behind block i."""
+    total: Any = np.zeros(2, np.float32)
+    for x in xs:
+        total = _add_ratios(x, total)
+    ratios, tokens = to_host(total)
+    factor = float(ratios / tokens)
+    if not math.isfinite(factor) or not factor:
+        raise overflow(i)
+    for j, x in enumerate(xs):
+        xs[j] = _scale_pruned(x, np.float32(factor))
+    return factor
+
+
+class _Repairer:
+    """A visitor of the dense blocks that hands on the repaired ones.
 
     Args:
-      model: The dense model.
-      path: Pieces that stay.
+      remains: What stays of the model.
+      cuts: Cuts to repair, in order; at least one.
+      repair: Kind of repair.
+      runtime: How to execute.
+      sink: Takes the finished blocks in order.
+
+    Attributes:
+      records: Of every dense block: figures of the cut that ends there, or None.
+    """
+
+    def __init__(self, remains: Remains, repair: Repair, runtime: Runtime, sink: BlockSink) -> None:
+        self.records: list[dict[str, Any] | None] = []
+        self._remains, self._repair, self._mesh = remains, repair, runtime.mesh
+        self._arch: Arch = remains.model.arch
+        self._sink = sink
+        self._before = {remains.path[cut.piece].block: cut for cut in cuts if cut.linear}
+        self._ends = {cut.end - 1: cut for cut in cuts}
+        self._index = {piece.block: k for k, piece in enumerate(remains.path)}
+        # Up to the first of these dense blocks both models are equal; behind the last one's cut
+        # nothing is repaired.
+        changed = [i for i in range(len(remains.model.blocks)) if i not in self._index]
+        self._first = min([*changed, *self._before])
+        self._last = max(self._ends)
+        self._held: dict[int, Block] = {}
+
+    def _hand_on(self, index: int, block: Block) -> None:
+        """Give a finished block to the sink, for the stream as the file will have it."""
+        factors = [record["factor"] for record in self.records if record and "factor" in record]
+        scale = math.prod(factors)
+        if factors:
+            # The stream before a cut stays as it is, and all that is added behind it is divided.
+            block = _rescale(self._arch.rescale, block, np.float32(1 / scale))
+        self._sink(index, block)
+
+    def _mend(self, cut: Cut, xs: States, i: int) -> dict[str, Any]:
+        """Repair a cut that ends behind dense block i, and return its figures."""
+        record: dict[str, Any] = {"behind": None}
+        if cut.linear:
+            before = self._remains.path[cut.piece].block
+            record = {"behind": before, "linear": cut.linear}
+            # A run that goes on behind the block reads it again.
+            held = self._held.pop(before, None)
+            dense = held or next(prefetch(self._remains.model.blocks, [before], self._mesh))
+            block = self._remains.finished(cut.piece, dense)
+            if "refit" in self._repair:
+                block, figures = _fit(self._arch, cut, block, xs, before)
+                record |= figures
+            self._hand_on(cut.piece, block)
+            if "scale" in self._repair or i != self._last:
+                _run_all(_advance_pruned, self._arch, block, xs)
+        if "scale" in self._repair:
+            record["factor"] = _scale(xs, i)
+        return record
+
+    def visit(self, i: int, block: Block, xs: States, last: bool) -> BlockResult:
+        """Run both models up to behind dense block i.
+
+        Args:
+          i: Index of the block.
+          block: The dense block.
+          xs: States of both models, by micro-batch.
+          last: Whether it is the last block.
+        """
+        if i <= self._last:
+            step = _advance_both if i < self._first else _advance_dense
+            _run_all(step, self._arch, block, xs)
+        if i in self._before:
+            self._held[i] = block
+        elif i in self._index:
+            new = self._remains.finished(self._index[i], block)
+            self._hand_on(self._index[i], new)
+            if self._first < i < self._last:
+                _run_all(_advance_pruned, self._arch, new, xs)
+        record = self._mend(self._ends[i], xs, i) if i in self._ends else None
+        return BlockResult(block, record, propagated=True)
+
+
+def repair_and_write(
+    remains: Remains, tokens: np.ndarray, runtime: Runtime, sink: BlockSink, repair: Repair
+) -> dict[str, Any]:
+    """Hand the blocks that stay to the sink, repaired.
+
+    Args:
+      remains: What stays of the model.
       tokens: Calibration windows, int [samples length].
       runtime: How to execute.
       sink: Takes the finished blocks in order.
-      writers: All linears of a block that write to the residual stream, in order.
-      silent_linears: Linears to zero, by piece.
+      repair: Kind of repair.
 
     Returns:
-      Figures of each cut: the block before it, the linear, and the error before and after.
+      Details for the report: `repair`, and `cuts`, the figures of each place that was repaired.
     """
-    arch, depth = model.arch, len(model.blocks)
-    cuts = {cut.piece.block: cut for cut in cuts_of(path, depth, writers)}
-    ends = {cut.end - 1: cut for cut in cuts.values()}
-    index = {piece.block: k for k, piece in enumerate(path)}
-    missing = [i for i in range(depth) if i not in index or i in cuts]
-    first, last = missing[0], max(ends, default=-1)
-    held: dict[int, Block] = {}
-
-    def finished(i: int, block: Block) -> Block:
-        return silenced(block, silent_linears[path[index[i]]])
-
-    def repair(cut: Cut, xs: States) -> dict[str, Any]:
-        i = cut.piece.block
-        # A run that goes on behind the block reads it again.
-        block = held.pop(i, None) or next(prefetch(model.blocks, [i], runtime.mesh))
-        new, record = _fit(arch, cut, finished(i, block), xs)
-        sink(cut.index, new)
-        if cut.end <= last:
-            _run_all(_advance_pruned, arch, new, xs)
-        return record
-
-    def visit(i: int, block: Block, xs: States, is_last: bool) -> BlockResult:
-        record = None
-        if i <= last:
-            _run_all(_advance_both if i < first else _advance_dense, arch, block, xs)
-        if i in cuts:
-            held[i] = block
-        elif i in index:
-            new = finished(i, block)
-            sink(index[i], new)
-            if first < i < last:
-                _run_all(_advance_pruned, arch, new, xs)
-        if i in ends:
-            record = repair(ends[i], xs)
-        return BlockResult(block, record, propagated=True)
-
-    records = visit_blocks(
-        model,
+    # Before a cut at the start there is no linear to fit.
+    cuts = [cut for cut in cuts_of(remains) if cut.linear or "scale" in repair]
+    if repair == "none" or not cuts:
+        for index, piece in enumerate(remains.path):
+            sink(index, remains.finished(index, remains.model.blocks[piece.block]))
+        return {"repair": repair, "cuts": []}
+    repairer = _Repairer(remains, cuts, repair, runtime, sink)
+    visit_blocks(
+        remains.model,
         np.repeat(tokens, 2, axis=0),
         dataclasses.replace(runtime, batch=2 * runtime.batch),
-        visit,
-        name="fitting before cuts",
+        repairer.visit,
+        name="repairing cuts",
+        records=repairer.records,
     )
-    return [record for record in records if record is not None]
+    return {"repair": repair, "cuts": [record for record in repairer.records if record]}

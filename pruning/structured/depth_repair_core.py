@@ -126,3 +126,18 @@ def refit_before_cut(
             b = (b.astype(jnp.float32) + more).astype(b.dtype)
         errors = jnp.stack([stats.error, left]) / stats.tokens
         return Linear(w.astype(linear.w.dtype), b), errors
+
+
+def sum_of_ratios(target: jax.Array, stream: jax.Array) -> jax.Array:
+    """Return the sum over tokens of |target| / |stream|, and their number, float32 [2].
+
+    Args:
+      target: States of the dense model [b t d].
+      stream: States of the pruned model [b t d].
+    """
+    chex.assert_rank(target, 3)
+    chex.assert_equal_shape([target, stream])
+    with jax.named_scope("magnitudes"):
+        target, stream = target.astype(jnp.float32), stream.astype(jnp.float32)
+        squares = jnp.sum(target * target, axis=-1) / (jnp.sum(stream * stream, axis=-1) + TINY)
+        return jnp.stack([jnp.sum(jnp.sqrt(squares)), jnp.float32(squares.size)])
