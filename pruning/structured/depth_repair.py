@@ -1,8 +1,4 @@
-"""Repair what is left of a model whose blocks were removed, beside the dense model.
-
-Both models run over the calibration windows together. Their hidden states lie in one array, each
-window of the dense model before the same window of the pruned one.
-"""
+"""Repair what is left of a model whose blocks were removed, beside the dense model."""
 
 import dataclasses
 import math
@@ -10,30 +6,31 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from calibration.passes import BlockResult, overflow, visit_blocks
 from calibration.runtime import Runtime
 from calibration.states import States
-from models.arch import Arch, Block, Model, Taps
+from models.arch import Arch, Block, Model
 from models.checkpoint.blocks import prefetch
 from models.errors import InputError
 from models.programs import Program, program
 from models.sharding import to_host
-from pruning.structured.depth_repair_core import (
-    CutStats,
-    add_cut_stats,
-    begin_cut_stats,
-    refit_before_cut,
-    sum_of_ratios,
+from pruning.structured.depth_repair_core import refit_before_cut
+from pruning.structured.depth_streams import (
+    add_ratios,
+    advance_both,
+    advance_dense,
+    advance_pruned,
+    begin_stats,
+    observe_cut,
+    scale_pruned,
 )
 from pruning.structured.sleb_paths import Path, Piece
 from pruning.structured.sleb_runner import silenced
 from pruning.types import BlockSink
 
 Repair = Literal["none", "scale", "refit", "scale+refit"]
-Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
 
 _refit = Program(refit_before_cut, "linear before a cut fitted")
 
@@ -128,74 +125,12 @@ def check_repair(arch: Arch, repair: Repair) -> None:
         )
 
 
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the states of the dense and of the pruned model, both [b t d]."""
-    # Neighbours in pairs, so that the devices that share the windows hold both of each.
-    pairs = x.reshape(-1, 2, *x.shape[1:])
-    return pairs[:, 0], pairs[:, 1]
-
-
-def _joined(dense: jax.Array, pruned: jax.Array) -> jax.Array:
-    """Return the states of both models as one array [2b t d]."""
-    return jnp.stack([dense, pruned], axis=1).reshape(-1, *dense.shape[1:])
-
-
-@program("block of both models", static=(0,))
-def _advance_both(function: Forward, block: Block, x: jax.Array) -> jax.Array:
-    """Return the states behind a block of models that are equal up to there."""
-    y = function(block, _halves(x)[0])[0]
-    return _joined(y, y)
-
-
-@program("block of the dense model", static=(0,))
-def _advance_dense(function: Forward, block: Block, x: jax.Array) -> jax.Array:
-    """Return the states with the dense model's behind a block."""
-    dense, pruned = _halves(x)
-    return _joined(function(block, dense)[0], pruned)
-
-
-@program("block of the pruned model", static=(0,))
-def _advance_pruned(function: Forward, block: Block, x: jax.Array) -> jax.Array:
-    """Return the states with the pruned model's behind a block."""
-    dense, pruned = _halves(x)
-    return _joined(dense, function(block, pruned)[0])
-
-
-@program("magnitudes at a cut")
-def _add_ratios(x: jax.Array, total: jax.Array) -> jax.Array:
-    """Add the ratios of the dense states to the pruned ones."""
-    return total + sum_of_ratios(*_halves(x))
-
-
-@program("stream scaled")
-def _scale_pruned(x: jax.Array, factor: jax.Array) -> jax.Array:
-    """Return the states with the pruned model's times a factor."""
-    dense, pruned = _halves(x)
-    return _joined(dense, (pruned.astype(jnp.float32) * factor).astype(x.dtype))
-
-
 @program("block rescaled", static=(0,))
 def _rescale(
     function: Callable[[Block, jax.Array], Block], block: Block, scale: jax.Array
 ) -> Block:
     """Return the block for a stream of another scale, `Arch.rescale`."""
     return function(block, scale)
-
-
-@program("statistics of a cut begun", static=(0, 1))
-def _begin(function: Forward, tap: str, block: Block, x: jax.Array) -> CutStats:
-    """Return the sums over no tokens."""
-    y, taps = jax.eval_shape(function, block, x)
-    return begin_cut_stats(taps[tap].shape[-1], y.shape[-1])
-
-
-# The old sums are donated: a Gram matrix of 70B's widths would lie in memory twice.
-@program("statistics of a cut", static=(0, 1), donated=(4,))
-def _observe(function: Forward, tap: str, block: Block, x: jax.Array, stats: CutStats) -> CutStats:
-    """Run the pruned model's block and compare its output with the dense model's states."""
-    target, inputs = _halves(x)
-    y, taps = function(block, inputs)
-    return add_cut_stats(stats, taps[tap], y, target)
 
 
 def _run_all(step: Program, arch: Arch, block: Block, xs: States) -> None:
@@ -207,9 +142,9 @@ def _run_all(step: Program, arch: Arch, block: Block, xs: States) -> None:
 def _fit(arch: Arch, cut: Cut, block: Block, xs: States, i: int) -> tuple[Block, dict[str, Any]]:
     """Return block i with its last linear fitted, and the figures of the fit."""
     tap = arch.tap(cut.linear)
-    stats = _begin(arch.block, tap, block, xs[0])
+    stats = begin_stats(arch.block, tap, block, xs[0])
     for x in xs:
-        stats = _observe(arch.block, tap, block, x, stats)
+        stats = observe_cut(arch.block, tap, block, x, stats)
     linear, errors = _refit(getattr(block, cut.linear), stats, np.float32(arch.branch_scale))
     before, after = (float(e) for e in to_host(errors))
     if not math.isfinite(before + after):
@@ -221,13 +156,13 @@ def _scale(xs: States, i: int) -> float:
     """Scale the pruned model's states to the dense one's at a cut behind block i."""
     total: Any = np.zeros(2, np.float32)
     for x in xs:
-        total = _add_ratios(x, total)
+        total = add_ratios(x, total)
     ratios, tokens = to_host(total)
     factor = float(ratios / tokens)
     if not math.isfinite(factor) or not factor:
         raise overflow(i)
     for j, x in enumerate(xs):
-        xs[j] = _scale_pruned(x, np.float32(factor))
+        xs[j] = scale_pruned(x, np.float32(factor))
     return factor
 
 
@@ -245,7 +180,14 @@ class _Repairer:
       records: Of every dense block: figures of the cut that ends there, or None.
     """
 
-    def __init__(self, remains: Remains, repair: Repair, runtime: Runtime, sink: BlockSink) -> None:
+    def __init__(
+        self,
+        remains: Remains,
+        cuts: Sequence[Cut],
+        repair: Repair,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> None:
         self.records: list[dict[str, Any] | None] = []
         self._remains, self._repair, self._mesh = remains, repair, runtime.mesh
         self._arch: Arch = remains.model.arch
@@ -284,7 +226,7 @@ class _Repairer:
                 record |= figures
             self._hand_on(cut.piece, block)
             if "scale" in self._repair or i != self._last:
-                _run_all(_advance_pruned, self._arch, block, xs)
+                _run_all(advance_pruned, self._arch, block, xs)
         if "scale" in self._repair:
             record["factor"] = _scale(xs, i)
         return record
@@ -299,7 +241,7 @@ class _Repairer:
           last: Whether it is the last block.
         """
         if i <= self._last:
-            step = _advance_both if i < self._first else _advance_dense
+            step = advance_both if i < self._first else advance_dense
             _run_all(step, self._arch, block, xs)
         if i in self._before:
             self._held[i] = block
@@ -307,7 +249,7 @@ class _Repairer:
             new = self._remains.finished(self._index[i], block)
             self._hand_on(self._index[i], new)
             if self._first < i < self._last:
-                _run_all(_advance_pruned, self._arch, new, xs)
+                _run_all(advance_pruned, self._arch, new, xs)
         record = self._mend(self._ends[i], xs, i) if i in self._ends else None
         return BlockResult(block, record, propagated=True)
 
