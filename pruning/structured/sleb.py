@@ -128,11 +128,13 @@ class Sleb:
                 )
 
     def _check_remove(self, remove: Sequence[int]) -> None:
-        """Raise InputError for units named together with a number, or twice."""
-        if self.blocks is not None:
-            raise InputError(
-                "of sleb contradicts `remove`", "leave it out", field="blocks", value=self.blocks
-            )
+        """Raise InputError for units named together with a search, or twice."""
+        searched = {"blocks": self.blocks, "search": self.search}
+        for field, value in searched.items():
+            if value not in (None, "greedy"):
+                raise InputError(
+                    "of sleb contradicts `remove`", "leave it out", field=field, value=value
+                )
         if len(set(remove)) < len(remove):
             raise InputError(
                 "of sleb names one twice", "name each once", field="remove", value=list(remove)
@@ -149,8 +151,9 @@ class Sleb:
 
     @property
     def reads_activations(self) -> bool:
-        """Return that losses, influence and repairs are those of the windows."""
-        return True
+        """Return whether a search or a repair reads the windows."""
+        repair = self.repair or ("none" if self.variant == "official" else "refit")
+        return self.remove is None or repair != "none"
 
     def _repair(self, arch: Arch) -> Repair:
         """Return the repair that is asked for, or the variant's."""
