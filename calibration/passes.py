@@ -148,6 +148,7 @@ def visit_blocks(
     name: str,
     durable: bool = True,
     key: Hashable = None,
+    records: list[Any] | None = None,
 ) -> list[Any]:
     """Visit every block with the hidden states that reach it.
 
@@ -162,6 +163,8 @@ def visit_blocks(
         again.
       key: For a pass that changes nothing: everything its records depend on, as `Journal.step` has
         it. Where the journal remembers them from another run, no block is visited.
+      records: Empty list that the records go into, for a visitor that needs those of the blocks
+        before, also of a run that goes on; None for a new one.
 
     Returns:
       Record of every block, in order.
@@ -169,11 +172,12 @@ def visit_blocks(
     depth, mesh = len(model.blocks), runtime.mesh
     journal = runtime.journal if durable else None
     non_block = place(model.non_block, mesh)
-    records: list[Any] = []
+    records = [] if records is None else records
     saved = None
     if journal:
         shapes = _state_shapes(model, tokens, runtime.batch, mesh, runtime.offload)
-        records, saved = journal.begin(shapes, key)
+        finished, saved = journal.begin(shapes, key)
+        records += finished
     advance = runtime.progress(name, depth, unit="blocks", tokens=tokens.size, done=len(records))
     xs = States([], runtime.offload, mesh)
     if saved is not None:

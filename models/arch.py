@@ -176,6 +176,9 @@ class Arch(NamedTuple):
       residual: True if the residual stream is a sum to which the branches are added, with no norm
         of the sum.
       branch_norms: True if a norm follows the last linear of each branch before it is added.
+      branch_scale: Factor of each branch before it is added.
+      rescale: (block f, s float32 ()) -> block g with g(s x) = s f(x), but for the constants of
+        norms. None where there is none, or where the head sees the scale of the stream.
     """
 
     config: Any
@@ -187,6 +190,8 @@ class Arch(NamedTuple):
     groups: tuple[Group, ...]
     residual: bool = True  # False for OPT-350M, whose blocks end in a norm
     branch_norms: bool = False
+    branch_scale: float = 1.0
+    rescale: Callable[[Any, jax.Array], Any] | None = None
 
     @property
     def outputs_add(self) -> bool:

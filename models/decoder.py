@@ -34,6 +34,7 @@ from models.layers import (
     rms_norm,
     split_heads,
 )
+from models.rescale import rescale_block
 from models.rotary import Rope, rotate
 
 
@@ -300,8 +301,8 @@ def _groups(config: Config) -> tuple[Group, ...]:
 # from it: jit compares functions by identity.
 @functools.cache
 def _functions(c: StaticConfig) -> tuple[Callable[..., Any], ...]:
-    """Bind `embed`, `block`, `head` and `step` to static settings."""
-    return tuple(functools.partial(f, c) for f in (_embed, _block, _head, _step))
+    """Bind `embed`, `block`, `head`, `step` and `rescale` to static settings."""
+    return tuple(functools.partial(f, c) for f in (_embed, _block, _head, _step, rescale_block))
 
 
 @functools.cache
@@ -314,7 +315,7 @@ def arch(config: Config) -> Arch:
     Returns:
       Architecture.
     """
-    embed, block, head, step = _functions(config.static)
+    embed, block, head, step, rescale = _functions(config.static)
     return Arch(
         config,
         embed,
@@ -324,4 +325,6 @@ def arch(config: Config) -> Arch:
         _slots(config),
         _groups(config),
         branch_norms=config.branch_norms,
+        branch_scale=config.static.branch_scale,
+        rescale=rescale,
     )

@@ -24,6 +24,7 @@ from models.layers import (
     linear,
     split_heads,
 )
+from models.rescale import scale_output
 
 # The first two rows of the position table are never read: a relic of padding in fairseq.
 POSITION_OFFSET = 2
@@ -214,6 +215,11 @@ def _step(
     return x, cache
 
 
+def _rescale(p: Block, scale: jax.Array) -> Block:
+    """Return the block g with g(scale * x) = scale * f(x), for a pre-norm block f."""
+    return p.replace(o=scale_output(p.o, scale), fc2=scale_output(p.fc2, scale))
+
+
 # In the order of OPT's checkpoints; reports and budgets follow it.
 SLOTS = (
     Slot("k", "attn_in", "attn_mid"),
@@ -259,4 +265,6 @@ def arch(config: Config) -> Arch:
         SLOTS,
         (heads, neurons),
         residual=config.pre_norm,
+        # Without a norm at the end the head sees the scale of the stream.
+        rescale=_rescale if config.pre_norm and config.final_norm else None,
     )

@@ -8,7 +8,7 @@ import inspect
 import re
 import typing
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ _TYPE_NAMES = {
     bool: "True or False",
     str: "a text",
     type(None): "None",
+    Sequence[int]: "a list of integers",
 }
 
 
@@ -181,7 +182,8 @@ def matches_type(value: Any, hint: Any) -> bool:
 
     Args:
       value: The literal.
-      hint: A Literal, int, float, bool, str, None or a union of these. An int is also a float.
+      hint: A Literal, int, float, bool, str, None, Sequence[int] or a union of these. An int is
+        also a float.
     """
     for option in _options(hint):
         if typing.get_origin(option) is Literal:
@@ -190,6 +192,9 @@ def matches_type(value: Any, hint: Any) -> bool:
                 return True
         elif option is float:
             if isinstance(value, int | float) and not isinstance(value, bool):
+                return True
+        elif option == Sequence[int]:
+            if isinstance(value, list | tuple) and all(type(v) is int for v in value):
                 return True
         elif type(value) is option:
             return True

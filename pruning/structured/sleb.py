@@ -1,26 +1,31 @@
 """SLEB over a model: remove whole blocks, or their halves, one after the other."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
 from calibration.runtime import Runtime
-from calibration.states import OFFLOADS
 from models.arch import Arch, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.budget import all_shapes
-from pruning.structured.sleb_figures import search_figures
-from pruning.structured.sleb_paths import Path, Unit
-from pruning.structured.sleb_runner import Runner, silenced
-from pruning.structured.sleb_search import SearchResult, search_units, writers_of
-from pruning.structured.sleb_trials import Trial
+from pruning.structured.depth_repair import (
+    Remains,
+    Repair,
+    check_repair,
+    default_repair,
+    repair_and_write,
+)
+from pruning.structured.sleb_figures import search_details, search_figures, search_warnings
+from pruning.structured.sleb_paths import Path, Piece, Unit
+from pruning.structured.sleb_runner import Runner
+from pruning.structured.sleb_search import SearchResult, given_units, search_units, writers_of
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
-Search = Literal["greedy", "perplexity", "influence"]
+Search = Literal["greedy", "perplexity", "influence", "contiguous"]
 GIB = 1 << 30
 
 
@@ -49,73 +54,20 @@ def _units(arch: Arch, blocks: int, kind: Kind) -> list[Unit]:
     return [Unit(i, part) for i in range(blocks) for part in parts]
 
 
-def _by_unit(
-    phases: Sequence[Mapping[int, Trial]],
-    field: Literal["loss", "stopped_at"],
-    units: int,
-) -> list[list[float | None]]:
-    """Return a figure of each unit's trial, by phase; None where a unit was not tried."""
-    rows = []
-    for trials in phases:
-        rows.append([getattr(trials[u], field) if u in trials else None for u in range(units)])
-    return rows
-
-
-def _details(
-    runner: Runner, result: SearchResult, units: Sequence[Unit], kind: Kind
-) -> dict[str, Any]:
-    """Return the figures of a search for the report."""
-    count = len(units)
-    cache: dict[str, Any] = {
-        "surviving_every": runner.shared.limits.every,
-        "candidates_every": runner.own.limits.every,
-        "blocks_held": runner.blocks_held,
-    }
-    for memory, shared, own in zip(OFFLOADS, runner.shared.most, runner.own.most, strict=True):
-        cache[f"{memory}_bytes"] = shared + own
-    details = {
-        "removal_order": result.removed,
-        "losses": _by_unit(result.phases, "loss", count),
-        "stopped_at": _by_unit(result.phases, "stopped_at", count),
-        "influence": [result.influence.get(u) for u in range(count)],
-        "block_evaluations": {
-            "run": result.evaluations,
-            "plain_search": result.plain_evaluations,
-        },
-        "cache": cache,
-    }
-    if kind == "sublayers":
-        removed = [units[u] for u in result.removed]
-        details["removed_parts"] = [[unit.block, unit.writers[0]] for unit in removed]
-    return details
-
-
-def _warnings(result: SearchResult) -> Iterator[str]:
-    """Yield the candidates without a finite loss, and the zeros that stay in the file."""
-    for p, trials in enumerate(result.phases, start=1):
-        lost = sorted(u for u, t in trials.items() if t.loss is None and t.stopped_at is None)
-        if lost:
-            names = ", ".join(map(str, lost))
-            yield f"phase {p}: the loss without {names} is not finite, so it was not chosen"
-    halves = sum(bool(piece.silent) for piece in result.path)
-    if halves:
-        yield f"{halves} blocks have one part zeroed in place: the file holds its zeros"
-
-
-def _write_blocks(model: Model, path: Path, sink: BlockSink) -> None:
-    """Hand the pieces that stay to the sink.
+def _silent_linears(arch: Arch, path: Path) -> dict[Piece, tuple[str, ...]]:
+    """Return the linears to zero in each piece.
 
     Of a removed sublayer every linear is zeroed, so that all of it counts as removed.
     """
-    for new, piece in enumerate(path):
-        # A block that lost all its parts is not in the path at all.
-        names = [name for w in piece.silent for name in _sublayer(model.arch, w)]
-        sink(new, silenced(model.blocks[piece.block], names))
+    # A block that lost all its parts is not in the path at all.
+    return {
+        piece: tuple(name for w in piece.silent for name in _sublayer(arch, w)) for piece in path
+    }
 
 
 def _rounds(search: Search, n: int) -> int:
     """Return the number of phases of trials that remove n units."""
-    return {"greedy": n, "perplexity": min(n, 1), "influence": 0}[search]
+    return {"greedy": n, "influence": 0}.get(search, min(n, 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +83,11 @@ class Sleb:
       latter_barrier: Blocks at the end that must stay.
       search: "greedy" is SLEB; "perplexity" takes the units of lowest loss after the first phase
         (Shortened LLaMA, Kim et al. 2024); "influence" those whose output is most like their input
-        (ShortGPT, Men et al. 2024), without a loss.
+        (ShortGPT, Men et al. 2024), without a loss; "contiguous" the neighbours that are missed
+        least together.
+      remove: Units to remove, such as another run's `removal_order`; None: they are searched for.
+        Barriers do not hold for them.
+      repair: REPAIRDOC
       units: "blocks", or "sublayers", where a block's attention and feed-forward part are removed
         separately; a part removed alone is zeroed.
       device_gib: Room on the devices for hidden states between blocks, which saves running blocks
@@ -148,6 +104,8 @@ class Sleb:
     early_barrier: int = 1  # both barriers as in the official code
     latter_barrier: int = 1
     search: Search = "greedy"
+    remove: Sequence[int] | None = None
+    repair: Repair | None = None
     units: Kind = "blocks"
     device_gib: float = 2.0
     host_gib: float = 4.0
@@ -163,11 +121,28 @@ class Sleb:
             "host_gib": self.host_gib,
             "disk_gib": self.disk_gib,
         }
+        if self.remove is not None:
+            # A tuple, because methods are compared and hashed by value.
+            object.__setattr__(self, "remove", tuple(self.remove))
+            self._check_remove(self.remove)
         for field, value in numbers.items():
             if not value >= 0:  # so that NaN is refused too
                 raise InputError(
                     "of sleb must not be negative", "give 0 or more", field=field, value=value
                 )
+
+    def _check_remove(self, remove: Sequence[int]) -> None:
+        """Raise InputError for units named together with a search, or twice."""
+        searched = {"blocks": self.blocks, "search": self.search}
+        for field, value in searched.items():
+            if value not in (None, "greedy"):
+                raise InputError(
+                    "of sleb contradicts `remove`", "leave it out", field=field, value=value
+                )
+        if len(set(remove)) < len(remove):
+            raise InputError(
+                "of sleb names one twice", "name each once", field="remove", value=list(remove)
+            )
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that blocks are left out, and the shapes of what stays do not change."""
@@ -175,18 +150,28 @@ class Sleb:
 
     @property
     def sets_sparsity(self) -> bool:
-        """Return whether `blocks` says how much to remove."""
-        return self.blocks is not None
+        """Return whether `blocks` or `remove` says how much to remove."""
+        return self.blocks is not None or self.remove is not None
 
     @property
     def reads_activations(self) -> bool:
-        """Return that losses and influence are those of the windows."""
-        return True
+        """Return whether a search or a repair reads the windows."""
+        repair = self.repair or ("none" if self.variant == "official" else "refit")
+        return self.remove is None or repair != "none"
+
+    def _repair(self, arch: Arch) -> Repair:
+        """Return the repair that is asked for, or the variant's."""
+        if self.repair is not None:
+            return self.repair
+        return "none" if self.variant == "official" else default_repair(arch)
 
     def _choice(self, model: Model, request: Request) -> tuple[int, dict[int, Unit]]:
         """Return the number of units to remove, and the candidates by index."""
         total = len(model.blocks)
         units = _units(model.arch, total, self.units)
+        if self.remove is not None:
+            self._check_units(self.remove, len(units))
+            return len(self.remove), dict(enumerate(units))
         n = self.blocks
         if n is None:
             n = round(request.sparsity * len(units))
@@ -203,6 +188,18 @@ class Sleb:
             )
         return n, candidates
 
+    def _check_units(self, remove: Sequence[int], count: int) -> None:
+        """Raise InputError for units that the model does not have, or for all of them."""
+        wrong = [u for u in remove if not 0 <= u < count]
+        if wrong or len(remove) == count:
+            what = f"{wrong[0]} is none of them" if wrong else "something must stay"
+            raise InputError(
+                f"of sleb must be some of the {count} {self.units}, and {what}",
+                f"name some from 0 to {count - 1}",
+                field="remove",
+                value=list(remove),
+            )
+
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("sleb", request)
@@ -213,7 +210,25 @@ class Sleb:
                 field="units",
                 value=self.units,
             )
+        check_repair(model.arch, self._repair(model.arch))
         self._choice(model, request)
+
+    def _search(
+        self, model: Model, tokens: np.ndarray, request: Request, runtime: Runtime
+    ) -> tuple[SearchResult, Runner | None]:
+        """Return the units to remove, and the runner that tried them."""
+        n, candidates = self._choice(model, request)
+        if self.remove is not None:
+            depth, writers = len(model.blocks), writers_of(model.arch)
+            return given_units(depth, candidates, self.remove, writers), None
+        room = [int(gib * GIB) for gib in (self.device_gib, self.host_gib, self.disk_gib)]
+        runner = Runner(model, tokens, runtime, room)
+        rounds = _rounds(self.search, n)
+        # Either way the same units go: a candidate that is stopped could not be the best.
+        stop_early = self.variant == "corrected"
+        contiguous = self.search == "contiguous"
+        result = search_units(runner, candidates, n, rounds, stop_early, runtime, contiguous)
+        return result, runner
 
     def run(
         self,
@@ -224,25 +239,24 @@ class Sleb:
         sink: BlockSink,
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
-        total = len(model.blocks)
-        units = _units(model.arch, total, self.units)
-        n, candidates = self._choice(model, request)
+        arch, total = model.arch, len(model.blocks)
+        units = _units(arch, total, self.units)
+        result, runner = self._search(model, tokens, request, runtime)
+        details = search_details(runner, result, units, self.units == "sublayers")
+        runner = None  # its states and blocks need the memory that the repair may take
+        silent = _silent_linears(arch, result.path)
+        remains = Remains(model, result.path, writers_of(arch), silent)
+        details |= repair_and_write(remains, tokens, runtime, sink, self._repair(arch))
         # The report compares fractions, so a number of units becomes one.
-        asked = request.sparsity if self.blocks is None else n / len(units)
-        room = [int(gib * GIB) for gib in (self.device_gib, self.host_gib, self.disk_gib)]
-        runner = Runner(model, tokens, runtime, room)
-        rounds = _rounds(self.search, n)
-        # Either way the same units go: a candidate that is stopped could not be the best.
-        stop_early = self.variant == "corrected"
-        result = search_units(runner, candidates, n, rounds, stop_early, runtime)
-        _write_blocks(model, result.path, sink)
+        asked = len(result.removed) / len(units) if self.sets_sparsity else request.sparsity
         shapes = all_shapes(model)
-        details = _details(runner, result, units, self.units)
-        parts = details.get("removed_parts")
+        together = len(result.removed) if self.search == "contiguous" else 1
         return Outcome(
             asked=tuple(dict.fromkeys(slots, asked) for slots in shapes),
             kept_blocks=tuple(piece.block for piece in result.path),
             details=details,
-            warnings=tuple(_warnings(result)),
-            figures=search_figures(details["losses"], result.removed, parts),
+            warnings=tuple(search_warnings(result)),
+            figures=search_figures(
+                details["losses"], result.removed, details.get("removed_parts"), together
+            ),
         )

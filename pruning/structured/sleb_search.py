@@ -118,6 +118,35 @@ def _search_by_influence(
     return SearchResult(path, removed, [], influence, [runner.evaluations], [runner.evaluations])
 
 
+def _run_of(
+    path: Path, units: Mapping[int, Unit], u: int, n: int, writers: tuple[str, ...]
+) -> Candidate | None:
+    """Return the path without n neighbouring units from u on; None if one may not go."""
+    run = [units.get(v) for v in range(u, u + n)]
+    first, *others = run
+    if first is None or None in others:
+        return None
+    candidate = remove_unit(path, first, writers)
+    rest = [unit for unit in others if unit is not None]
+    return candidate._replace(path=_without(candidate.path, rest, writers))
+
+
+def _search_contiguous(
+    runner: Runner, units: Mapping[int, Unit], n: int, stop_early: bool, runtime: Runtime
+) -> SearchResult:
+    """Remove the n neighbouring units whose absence gives the lowest loss."""
+    writers = writers_of(runner.arch)
+    path = whole_path(runner.depth)
+    runs = {u: _run_of(path, units, u, n, writers) for u in units}
+    candidates = {u: run for u, run in runs.items() if run is not None}
+    advance = runtime.progress("trying removals", len(candidates), unit="trials")
+    trials, evaluations = _run_phase(runner, candidates, 1, stop_early, advance, runtime)
+    (start,) = _lowest_units({u: t.loss for u, t in trials.items()}, 1, "loss")
+    removed = list(range(start, start + n))
+    plain = sum(len(c.path) for c in candidates.values()) * sum(runner.windows)
+    return SearchResult(candidates[start].path, removed, [trials], {}, [evaluations], [plain])
+
+
 def _search_by_loss(
     runner: Runner,
     units: Mapping[int, Unit],
@@ -163,6 +192,21 @@ def _search_by_loss(
     return result._replace(path=path)
 
 
+def given_units(
+    depth: int, units: Mapping[int, Unit], removed: Sequence[int], writers: tuple[str, ...]
+) -> SearchResult:
+    """Remove the units that the user names, without a search.
+
+    Args:
+      depth: Number of blocks.
+      units: All units by index.
+      removed: Units to remove.
+      writers: All linears of a block that write to the residual stream.
+    """
+    path = _without(whole_path(depth), [units[u] for u in removed], writers)
+    return SearchResult(path, list(removed), [], {}, [], [])
+
+
 def search_units(
     runner: Runner,
     units: Mapping[int, Unit],
@@ -170,6 +214,7 @@ def search_units(
     rounds: int,
     stop_early: bool,
     runtime: Runtime,
+    contiguous: bool = False,
 ) -> SearchResult:
     """Choose the units to remove.
 
@@ -180,6 +225,7 @@ def search_units(
       rounds: Phases of trials, each of which removes the same number; 0 to go by influence alone.
       stop_early: Whether to stop candidates that cannot be the best.
       runtime: Progress and journal.
+      contiguous: Whether the units must be neighbours; they are then chosen in one phase.
 
     Returns:
       The units removed, and the figures of the search.
@@ -189,6 +235,8 @@ def search_units(
     """
     if not n:
         return SearchResult(whole_path(runner.depth), [], [], {}, [], [])
+    if contiguous:
+        return _search_contiguous(runner, units, n, stop_early, runtime)
     if not rounds:
         return _search_by_influence(runner, units, n, runtime)
     return _search_by_loss(runner, units, n, rounds, stop_early, runtime)

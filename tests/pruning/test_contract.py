@@ -55,8 +55,9 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "sleb": [
         {"latter_barrier": 0},
         {"latter_barrier": 0, "variant": "official"},
-        {"latter_barrier": 0, "search": "perplexity"},
-        {"latter_barrier": 0, "search": "influence"},
+        {"latter_barrier": 0, "search": "perplexity", "repair": "none"},
+        {"latter_barrier": 0, "search": "influence", "repair": "scale"},
+        {"latter_barrier": 0, "search": "contiguous", "repair": "refit"},
         {"early_barrier": 0, "units": "sublayers"},
     ],
 }
@@ -156,7 +157,7 @@ def test_every_method_prunes_every_family(case: Case, family: str) -> None:
         shares = [zero.mean() for gone in zeros(pruned) for zero in gone.values()]
         assert np.allclose(shares, 0.5, atol=0.05)
     elif case in BLOCKS:
-        assert len(pruned.blocks) == 1 and same(pruned.blocks[0], m.blocks[outcome.kept_blocks[0]])
+        assert len(pruned.blocks) == 1
     else:
         before, after = (
             sum(out * into for block in all_shapes(x) for out, into in block.values())
@@ -234,6 +235,12 @@ def test_units_are_removed_as_asked(case: Case, family: str) -> None:
             assert np.array_equal(np.flatnonzero((w == 0).all(axis=1)), gone.rows)
 
 
+def repaired(case: Case) -> bool:
+    """Return whether blocks that stay make up for those removed."""
+    arguments = dict(case.arguments)
+    return arguments.get("repair") != "none" and arguments.get("variant") != "official"
+
+
 @every_family
 @pytest.mark.parametrize("case", quick(BLOCKS), ids=str)
 def test_blocks_are_removed_as_asked(case: Case, family: str) -> None:
@@ -247,7 +254,7 @@ def test_blocks_are_removed_as_asked(case: Case, family: str) -> None:
         pruned.blocks
     ) == len(outcome.kept_blocks)
     for i, block in zip(outcome.kept_blocks, pruned.blocks, strict=True):
-        assert sublayers or same(block, m.blocks[i])
+        assert sublayers or repaired(case) or same(block, m.blocks[i])
     assert sublayers or len(pruned.blocks) == 1
 
 

@@ -1,5 +1,7 @@
 """Method calls are literals checked against a signature, and nothing is ever evaluated."""
 
+import ast
+from collections.abc import Sequence
 from typing import Literal
 
 import pytest
@@ -14,11 +16,15 @@ def maker(
     return kind, share, on, count
 
 
+def with_list(items: Sequence[int] | None = None) -> object:
+    return items
+
+
 def with_required(name: str) -> str:
     return name
 
 
-KNOWN = {"maker": maker, "with_required": with_required}
+KNOWN = {"maker": maker, "with_list": with_list, "with_required": with_required}
 
 
 @pytest.mark.parametrize(
@@ -70,10 +76,21 @@ def test_build_calls_with_the_arguments() -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["[4, 5, 12]", "(4, 5, 12)", "[]", "None"])
+def test_a_list_of_integers_is_a_literal(text: str) -> None:
+    assert build("method", f"with_list(items={text})", KNOWN) == ast.literal_eval(text)
+
+
+@pytest.mark.parametrize("text", ["[4.0]", "[True]", "4", "'45'", "[[4]]", "{4: 5}"])
+def test_other_lists_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match="give a list of integers or None"):
+        build("method", f"with_list(items={text})", KNOWN)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("zebra", "maker, with_required"),
+        ("zebra", "maker, with_list, with_required"),
         ("maker(zebra=1)", "kind, share, on, count"),
         ('maker(kind="c")', "'a', 'b'"),
         ("maker(share=True)", "a number"),

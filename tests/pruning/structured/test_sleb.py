@@ -33,7 +33,9 @@ families = pytest.mark.parametrize("family", ["llama", "opt"])
 
 
 def run(m: Model, n: int, batch: int = 2, **arguments: Any) -> tuple[Model, Outcome]:
-    return prune(m, Sleb(n, **arguments), TOKENS, Request(0.0), Runtime(batch=batch))
+    # The search alone; test_depth_repair.py has the repairs.
+    method = Sleb(n, **{"repair": "none"} | arguments)
+    return prune(m, method, TOKENS, Request(0.0), Runtime(batch=batch))
 
 
 def details(m: Model, n: int, batch: int = 2, **arguments: Any) -> dict[str, Any]:
@@ -286,6 +288,42 @@ def test_a_tie_goes_to_the_earliest(search: str) -> None:
         )
 
 
+@pytest.mark.parametrize("variant", ["official", "corrected"])
+def test_neighbours_are_those_missed_least_together(variant: str) -> None:
+    m = deep("llama")
+    d = details(m, 3, batch=1, search="contiguous", variant=variant)
+    losses = {
+        i: loss(m, [b for k, b in enumerate(m.blocks) if not i <= k < i + 3]) for i in range(1, 5)
+    }
+    best = min(losses, key=lambda i: losses[i])
+    assert d["removal_order"] == [best, best + 1, best + 2]
+    assert d["losses"][0][best] == pytest.approx(losses[best], rel=1e-5)
+    known = [i for i, x in enumerate(d["losses"][0]) if x is not None]
+    assert known == list(losses) or variant == "corrected"
+
+
+def test_named_blocks_go_without_a_search() -> None:
+    """Another run's order gives its model."""
+    m = deep("llama")
+    searched, outcome = run(m, 3)
+    order = outcome.details["removal_order"]
+    named, again = run(m, None, remove=order)
+    assert small.same(named.blocks, searched.blocks)
+    assert again.kept_blocks == outcome.kept_blocks and again.asked == outcome.asked
+    assert again.details["removal_order"] == order and again.details["losses"] == []
+    # Barriers are for a search.
+    assert len(run(m, None, remove=[0, 7])[0].blocks) == 6
+
+
+def test_named_sublayers_are_those_of_the_report() -> None:
+    m = deep("llama", 4)
+    searched, outcome = run(m, 3, units="sublayers")
+    order = outcome.details["removal_order"]
+    named, again = run(m, None, units="sublayers", remove=order)
+    assert small.same(named.blocks, searched.blocks)
+    assert again.details["removed_parts"] == outcome.details["removed_parts"]
+
+
 def test_a_loss_that_is_not_finite_is_not_chosen() -> None:
     """A block that overflows is removed if it may be; if it must stay, no candidate is finite."""
     m = deep("llama")
@@ -316,6 +354,18 @@ def test_a_loss_that_is_not_finite_is_not_chosen() -> None:
         ({"blocks": -1}, "blocks=-1 of sleb must not be negative"),
         ({"early_barrier": -1}, "early_barrier=-1 of sleb must not be negative"),
         ({"device_gib": -1.0}, "device_gib=-1.0 of sleb must not be negative"),
+        ({"remove": [1], "blocks": 1}, "blocks=1 of sleb contradicts remove: leave it out"),
+        (
+            {"remove": [1], "search": "influence"},
+            "search=influence of sleb contradicts remove: leave it out",
+        ),
+        ({"remove": [2, 1, 2]}, r"remove=\[2, 1, 2\] of sleb names one twice"),
+        (
+            {"remove": [8]},
+            r"remove=\[8\] of sleb must be some of the 8 blocks, and 8 is none of them: name some "
+            "from 0 to 7",
+        ),
+        ({"remove": range(8)}, "and something must stay"),
     ],
 )
 def test_arguments_that_the_model_cannot_follow_are_refused(
