@@ -173,8 +173,7 @@ class Arch(NamedTuple):
         the cache is empty and the work is that of `block`.
       slots: Prunable linears of all kinds of blocks; `slots_of` has those of one.
       groups: Coupled channels of all kinds of blocks; `groups_of` has those of one.
-      residual: True if the residual stream is a sum to which the branches are added, with no norm
-        of the sum.
+      residual: True if the branches are added to the residual stream, with no norm of the sum.
       branch_norms: True if a norm follows the last linear of each branch before it is added.
       branch_scale: Factor of each branch before it is added.
       rescale: (block f, s float32 ()) -> block g with g(s x) = s f(x), but for the constants of
