@@ -101,7 +101,7 @@ def _observe(
 
 
 @program("statistics checked")
-def _finite(states: Stats) -> jax.Array:
+def all_finite(states: Stats) -> jax.Array:
     """Return whether all numbers of the statistics are finite."""
     # One number, so that the host reads back once for a block.
     return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(states)]))
@@ -249,7 +249,7 @@ def observe(
             xs[j] = y
     # This also waits for the block. Otherwise blocks would gather on a device that is given work
     # faster than it does it.
-    if static and not _finite(states):
+    if static and not all_finite(states):
         raise overflow(i)
     return _by_name(states, own)
 

@@ -9,6 +9,7 @@ from models.errors import InputError
 from pruning.weights.patterns_core import (
     Pattern,
     keep_budget_per_matrix,
+    keep_count_per_matrix,
     keep_in_column_block,
     keep_n_of_m,
     keep_over_column_blocks,
@@ -54,6 +55,7 @@ def _counts_per_column_block(
 
 
 per_matrix = Pattern(_counts_per_matrix, keep_budget_per_matrix, by_row=False)
+exact_per_matrix = Pattern(_counts_per_matrix, keep_count_per_matrix, by_row=False)
 per_row = Pattern(_counts_per_row, keep_per_row)
 
 

@@ -146,6 +146,16 @@ def keep_per_row(score: jax.Array, count: jax.Array) -> Mask:
     return ~(below | (tied & (nth <= left)))
 
 
+def keep_count_per_matrix(score: jax.Array, count: jax.Array) -> Mask:
+    """Keep all but the lowest entries of a matrix, as many as asked; of equal ones the first go.
+
+    Args:
+      score: Scores, float32 [out in].
+      count: Entries to remove, int32 [].
+    """
+    return keep_per_row(score.reshape(1, -1), count).reshape(score.shape)
+
+
 def keep_in_column_block(score: jax.Array, count: jax.Array) -> Mask:
     """Keep entries of a block of columns, by row where every row has its own count.
 
