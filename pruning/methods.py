@@ -15,6 +15,7 @@ from pruning.structured.reap import Reap
 from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
+from pruning.weights.admm import Admm
 from pruning.weights.dsnot import DSnoT
 from pruning.weights.per_linear import PerLinear
 from pruning.weights.score_solver import score_solver
@@ -70,6 +71,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "multiflow": multiflow,
     "sparsegpt": sparsegpt,
     "sparsellm": SparseLLM,
+    "admm": Admm,
     "llmrank": LLMRank,
     "flap": Flap,
     "wanda_sp": wanda_sp,

@@ -134,11 +134,11 @@ def _select(score: jax.Array, count: jax.Array, left: jax.Array, s: Settings) ->
     return s.unstructured.keep(jnp.where(kept, jnp.inf, score), removed_now(total))
 
 
-def _shares_left(s: Settings) -> np.ndarray:
+def _shares_left(s: Settings) -> jax.Array:
     """Return the share of the entries that is still to go after each selection, float32."""
     rounds = np.arange(1, s.selections + 1) / s.selections
     # A cubic schedule: most go early, while the others can still make up for them.
-    return np.float32((1 - rounds) ** 3 if s.gradual else np.zeros(s.selections))
+    return jnp.asarray((1 - rounds) ** 3 if s.gradual else np.zeros(s.selections), jnp.float32)
 
 
 def _rounds(

@@ -63,14 +63,13 @@ def solve(
     """
     w0 = weight.astype(np.float64).T
     gram = gram.astype(np.float64)
-    inputs, outputs = w0.shape
     norm = np.sqrt(np.diag(gram)) + 1e-8
     xx = gram / norm[:, None] / norm[None, :]
     ridge = damp * np.mean(np.diag(xx))
     w = w0 * norm[:, None]
     xy = xx @ w if target is None else target / norm[:, None]
     xy = xy + ridge * w
-    system = xx + (ridge + 1.0) * np.eye(inputs)
+    system = xx + (ridge + 1.0) * np.eye(len(gram))
     u, gone = np.zeros_like(w), np.zeros(w.shape, bool)
     selections = max(1, int(0.75 * iterations))
     for t in range(iterations):
@@ -120,6 +119,7 @@ def solve_block(
     stages: Sequence[tuple[str, Sequence[str]]],
     last: str,
     fraction: float,
+    scale: float = 1.0,
     **options: Any,
 ) -> dict[str, np.ndarray]:
     """Return {slot: W [out in]} of a block whose linears are solved in turn.
@@ -132,12 +132,15 @@ def solve_block(
       last: Slot whose target is the dense residual stream less the pruned one; the others keep
         their dense outputs. Empty: all do.
       fraction: To remove.
+      scale: Factor of a branch before it is added to the stream.
       **options: Of `solve`.
     """
     dense_y, dense_taps = run_block(m, block, x)
     solved: dict[str, np.ndarray] = {}
     for tap, slots in stages:
-        y, taps = run_block(m, block.replace(**{n: changed(block, n, w) for n, w in solved.items()}), x)
+        y, taps = run_block(
+            m, block.replace(**{n: changed(block, n, w) for n, w in solved.items()}), x
+        )
         inputs = taps[tap].reshape(-1, taps[tap].shape[-1])
         new = {}
         for slot in slots:
@@ -145,7 +148,7 @@ def solve_block(
             if slot == last:
                 # Of what the dense block adds to the stream, all that is not this linear's.
                 change = np.asarray(dense_y, np.float64) - np.asarray(y, np.float64)
-                wanted = taps[slot] + change / getattr(m.arch.config, "branch_scale", 1.0)
+                wanted = taps[slot] + change / scale
             bias = getattr(block, slot).b
             if bias is not None:
                 wanted = wanted - np.asarray(bias, np.float64)
