@@ -9,6 +9,8 @@
 --what selects the measurement:
   calibration  statistics of every block, against PyTorch's forward pass
   sparsegpt    a whole run, against SparseGPT written plainly in PyTorch
+  admm         a whole run with the targets of the block and with own ones, against SparseGPT, and
+               against the first in plain PyTorch
   sparsellm    a whole run with four iterations and with two, against four of the official loop of
                pseudo-inverses, ours and plainly in PyTorch
   neuroal      the search of both steps for Wanda, against the official search, and against as
@@ -32,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from launch.benchmarks import speed, torch_solvers
+from launch.benchmarks import speed, torch_admm, torch_solvers
 from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
@@ -65,7 +67,7 @@ def options() -> Flags:
     f.choice(
         "what",
         "calibration",
-        ("calibration", "sparsegpt", "sparsellm", "neuroal", "sleb", "speed"),
+        ("calibration", "sparsegpt", "admm", "sparsellm", "neuroal", "sleb", "speed"),
         "the measurement",
     )
     f.number("sparsity", 0.5, "sparsity of the pruning runs")
@@ -131,12 +133,19 @@ def time_solvers(
         return functools.partial(run_in_process, function, task, argument)
 
     has_torch = values["torch"] and importlib.util.find_spec("torch")
+    is_gated = any(s.name == "gate" for s in checkpoint.model.arch.slots)
     programs: dict[str, Callable[[], Run]] = {}
-    if what == "sparsellm":
+    if what == "admm":
+        programs["ADMM"] = program(time_method, "admm")
+        programs["own targets"] = program(time_method, 'admm(targets="own")')
+        programs["SparseGPT"] = program(time_method, "sparsegpt")
+        if has_torch and is_gated:
+            programs["PyTorch"] = program(torch_admm.time_admm)
+    elif what == "sparsellm":
         programs["SparseLLM"] = program(time_method, "sparsellm")
         programs["two iterations"] = program(time_method, "sparsellm(iterations=2)")
         programs["official loop"] = program(time_method, 'sparsellm(variant="official")')
-        if has_torch and any(s.name == "gate" for s in checkpoint.model.arch.slots):
+        if has_torch and is_gated:
             programs["PyTorch, by pseudo-inverses"] = program(torch_solvers.time_sparsellm)
     elif what == "sleb":
         programs["SLEB"] = program(time_method, "sleb")

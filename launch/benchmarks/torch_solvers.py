@@ -51,13 +51,13 @@ def _neuroal_block(layer: Any, calls: Calls, sparsity: float) -> Calls:
     weights = [m.weight.clone() for m in linears]
     dense = [torch.zeros(m.in_features) for m in linears]
     sparse = [torch.zeros(m.in_features) for m in linears]
-    _run(layer, linears, [_add_squares(total) for total in dense], calls)
+    run_layer(layer, linears, [_add_squares(total) for total in dense], calls)
     for m, w, squares in zip(linears, weights, dense, strict=True):
         order = (w.abs() * squares.sqrt()).sort(dim=1, stable=True)[1]
         counts = torch.linspace(sparsity - 0.01, sparsity + 0.01, len(w)) * w.shape[1]
         dropped = torch.arange(w.shape[1])[None, :] < counts[:, None]
         m.weight[torch.zeros_like(dropped).scatter_(1, order, dropped)] = 0
-    outputs = _run(layer, linears, [_add_squares(total) for total in sparse], calls)
+    outputs = run_layer(layer, linears, [_add_squares(total) for total in sparse], calls)
     # The trial's score; nothing depends on it here, but it is part of the work.
     sum(
         float((a / a.sum() - b / b.sum()).norm()) / len(a)
@@ -76,7 +76,7 @@ def time_sparsegpt(task: Task, _: str) -> float:
     Args:
       task: The work.
     """
-    return _layer_by_layer(task, sparsegpt_layer)
+    return layer_by_layer(task, sparsegpt_layer)
 
 
 def time_sparsellm(task: Task, _: str) -> float:
@@ -87,11 +87,16 @@ def time_sparsellm(task: Task, _: str) -> float:
     Args:
       task: The work.
     """
-    return _layer_by_layer(task, sparsellm_layer)
+    return layer_by_layer(task, sparsellm_layer)
 
 
-def _layer_by_layer(task: Task, prune: Callable[[Any, Calls, float], Calls]) -> float:
-    """Return the seconds of pruning each layer on the outputs of the pruned layers before it."""
+def layer_by_layer(task: Task, prune: Callable[[Any, Calls, float], Calls]) -> float:
+    """Return the seconds of pruning each layer on the outputs of the pruned layers before it.
+
+    Args:
+      task: The work.
+      prune: (layer, its arguments, sparsity) -> arguments of the next layer.
+    """
     import torch
 
     model, layers = _torch_layers(task)
@@ -116,7 +121,7 @@ def sparsegpt_layer(layer: Any, calls: Calls, sparsity: float) -> Calls:
     """
     for m, h in _hessians(layer, calls, {}).items():
         _solve(m, h, sparsity)
-    return _run(layer, [], [], calls)
+    return run_layer(layer, [], [], calls)
 
 
 def sparsellm_layer(layer: Any, calls: Calls, sparsity: float) -> Calls:
@@ -157,7 +162,7 @@ def sparsellm_layer(layer: Any, calls: Calls, sparsity: float) -> Calls:
             on = torch.sigmoid(s)
             slope = on * (1 + s * (1 - on))
             s = s - 2 * PENALTY * RATE * (s - m - (p - s * on * z) * z * slope)
-    return _run(layer, [], [], calls)
+    return run_layer(layer, [], [], calls)
 
 
 def time_sleb(task: Task, _: str) -> float:
@@ -222,8 +227,15 @@ def _linears(layer: Any) -> list[Any]:
     return [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
 
 
-def _run(layer: Any, linears: list[Any], shows: list[Show], calls: Calls) -> Calls:
-    """Run a layer on its arguments and return those of the next; show each linear's inputs."""
+def run_layer(layer: Any, linears: list[Any], shows: list[Show], calls: Calls) -> Calls:
+    """Run a layer on its arguments and return those of the next; show each linear's inputs.
+
+    Args:
+      layer: The layer.
+      linears: Linears to watch.
+      shows: What takes the inputs [tokens in] of each.
+      calls: The layer's arguments.
+    """
 
     def hook(show: Show) -> Callable[[Any, tuple[Any, ...]], None]:
         # A value returned from a hook would replace the input, so it must return None.
@@ -245,7 +257,7 @@ def _hessians(layer: Any, calls: Calls, shows: dict[Any, Show]) -> dict[Any, Any
 
     hessians = {m: torch.zeros(m.in_features, m.in_features) for m in _linears(layer)}
     adding = [_add_outer_products(h, len(calls)) for h in hessians.values()]
-    _run(layer, [*hessians, *shows], [*adding, *shows.values()], calls)
+    run_layer(layer, [*hessians, *shows], [*adding, *shows.values()], calls)
     return hessians
 
 

@@ -44,7 +44,6 @@ SCOPES: Mapping[Scope, Pattern] = {
     "matrix": patterns.exact_per_matrix,
 }
 ITERATIONS = 20
-OFFICIAL_PATTERN = (2, 4)  # the official code has no other N:M
 
 
 # Cached: a function made anew would be another program for every tap.
@@ -103,9 +102,9 @@ class Admm:
       scope: "row" removes the same share of every row, "matrix" that of the matrix, wherever the
         entries are. With N:M it decides which groups lose their entries first. None: "row", in the
         official variant "matrix".
-      variant: "official" is the authors' code to the letter: its matrix-wide branch removes all
-        entries in the first round, because it leaves out its own schedule; its only N:M is 2:4.
-        "corrected", the default, follows the schedule.
+      variant: "official" is the authors' code to the letter. Its matrix-wide branch leaves out its
+        own schedule, and removes all entries from the first round on. 2:4 is its only N:M; others
+        follow the same rule here. "corrected", the default, follows the schedule.
     """
 
     targets: Targets | None = None
@@ -166,14 +165,6 @@ class Admm:
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
-        if self._official and request.pattern not in (None, OFFICIAL_PATTERN):
-            n, m = request.pattern or OFFICIAL_PATTERN
-            raise InputError(
-                "is unknown to the official code, which has 2:4 alone",
-                'use variant="corrected"',
-                field="pattern",
-                value=f"{n}:{m}",
-            )
         if not self._own:
             reject_refinement('admm(targets="block")', request)
         self._per_linear.check(model, request)

@@ -57,6 +57,7 @@ def test_the_command_writes_its_results(
     ("what", "torch", "programs"),
     [
         ("sparsegpt", True, ["SparseGPT", "PyTorch"]),
+        ("admm", True, ["ADMM", "own targets", "SparseGPT", "PyTorch"]),
         (
             "sparsellm",
             True,

@@ -26,6 +26,7 @@ METHODS = (
     "wanda",
     "multiflow",
     "sparsegpt",
+    "admm",
     "sparsellm",
     'sparsellm(variant="official")',
     "llmrank",

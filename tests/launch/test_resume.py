@@ -52,6 +52,7 @@ RUNS = {
     ),
     "wanda with owl": ("opt", ["--method=wanda", "--sparsity=0.5", "--allocation=owl"]),
     "wanda with alpha": ("llama", ["--method=wanda", "--sparsity=0.5", "--allocation=alpha"]),
+    "admm": ("llama", ["--method=admm", "--sparsity=0.5"]),
     "sparsellm": ("opt", ["--method=sparsellm(iterations=1)", "--sparsity=0.5"]),
     "llmrank": ("llama", ['--method=llmrank(repair="refit")', "--sparsity=0.5"]),
     "rows": ("opt", ['--method=llmrank(units="rows")', "--sparsity=0.5"]),

@@ -34,6 +34,7 @@ class Case(NamedTuple):
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "magnitude": [{}, {"scope": "row"}],
     "sparsellm": [{}, {"variant": "official"}],
+    "admm": [{}, {"targets": "own"}, {"scope": "matrix"}, {"variant": "official"}],
     "llmrank": [
         {},
         {"scorer": "mpr", "zero_pruned": True},
@@ -180,6 +181,10 @@ def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
     for asked, gone in zip(outcome.asked, zeros(pruned), strict=True):
         for slot, zero in gone.items():
             by_matrix = case in (Case("magnitude"), Case("sparsegpt")) or case.name == "sparsellm"
+            by_matrix |= case in (
+                Case("admm", (("scope", "matrix"),)),
+                Case("admm", (("variant", "official"),)),
+            )
             target, removed = (
                 (asked[slot] * n for n in (zero.size, zero.shape[1])),
                 (zero.sum(), zero.sum(axis=1)),

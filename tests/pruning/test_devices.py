@@ -153,6 +153,7 @@ def expected(step: core.Centrality) -> Any:
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "wanda": ("wanda", {}),
     "magnitude": ("magnitude", {}),
+    "admm": ("admm", {}),
     "llmrank": ("llmrank", {}),
     "llmrank rows": (
         "llmrank",

@@ -27,6 +27,8 @@ RUNS = [
     ("wanda", {}, "uniform", {}, "none"),
     ("multiflow", {}, "uniform", {}, "none"),
     ("sparsegpt", {}, "uniform", {}, "none"),
+    ("admm", {}, "uniform", {}, "none"),
+    ("admm", {"targets": "own"}, "uniform", {}, "none"),
     ("sparsellm", {}, "uniform", {}, "none"),
     ("sparsellm", {"variant": "official"}, "uniform", {}, "none"),
     ("llmrank", {}, "uniform", {}, "none"),

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from launch.benchmarks import torch_solvers
+from launch.benchmarks import torch_admm, torch_solvers
 from models.checkpoint.writer import save
 from models.init import init_model
 from pruning.methods import METHODS
@@ -63,6 +63,26 @@ def test_plain_sparsellm_gives_the_weights_of_the_official_variant(tmp_path: Pat
     for name in ("up", "gate", "down", "q"):
         want = np.asarray(getattr(block, name).w)
         part = layer.self_attn if name == "q" else layer.mlp
+        got = getattr(part, f"{name}_proj").weight.detach().numpy()
+        assert np.array_equal(got == 0, want == 0), name
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max(), err_msg=name)
+
+
+def test_plain_admm_gives_the_weights_of_ours(tmp_path: Path) -> None:
+    torch = pytest.importorskip("torch")
+    config = CONFIG | {"num_hidden_layers": 1, "initializer_range": 0.3}
+    model = init_model(config, jax.random.key(0))
+    save(tmp_path / "model", model, config, tmp_path)
+    tokens = np.random.default_rng(0).integers(0, 64, (8, 16), np.int32)
+    theirs = torch_models.load(tmp_path / "model")
+    (layer,) = theirs.get_decoder().layers
+    with torch.no_grad():
+        calls = torch_solvers._first_calls(theirs, layer, torch.tensor(tokens.astype(np.int64)))
+        torch_admm.admm_layer(layer, calls, 0.5)
+    block = prune(model, METHODS["admm"](), tokens, Request(0.5))[0].blocks[0]
+    for name in ("q", "k", "v", "o", "up", "gate", "down"):
+        want = np.asarray(getattr(block, name).w)
+        part = layer.self_attn if name in "qkvo" else layer.mlp
         got = getattr(part, f"{name}_proj").weight.detach().numpy()
         assert np.array_equal(got == 0, want == 0), name
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-3 * np.abs(want).max(), err_msg=name)
