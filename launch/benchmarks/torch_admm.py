@@ -6,7 +6,7 @@ from typing import Any
 from launch.benchmarks.solvers import Task
 from launch.benchmarks.torch_solvers import Calls, layer_by_layer, run_layer
 
-DAMP, ITERATIONS, SELECTIONS = 0.1, 20, 15
+DAMP, ITERATIONS, SELECTIONS = 0.3, 20, 15
 
 
 def time_admm(task: Task, _: str) -> float:
