@@ -3,6 +3,7 @@
 Linears that read one tap are solved together, on the inputs that the already pruned ones give. The
 target of a linear is its output in the dense block. The last linear of a later branch also makes
 good what the branches before it got wrong, where their outputs add up in the residual stream.
+Experts keep their own outputs: pruned attention may route other tokens to them than dense attention.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -139,7 +140,8 @@ class PrunedBlock(NamedTuple):
 
     Attributes:
       block: The block.
-      errors: Slot -> squared error of its outputs over the sum of squares of their target.
+      errors: Slot -> squared error of its outputs over the sum of squares of their target; without
+        the slots of experts.
     """
 
     block: Block
