@@ -3,7 +3,7 @@
 Linears that read one tap are solved together, on the inputs that the already pruned ones give. The
 target of a linear is its output in the dense block. The last linear of a later branch also makes
 good what the branches before it got wrong, where their outputs add up in the residual stream.
-Experts keep their own outputs: pruned attention may route other tokens to them than dense attention.
+Experts keep their own outputs: pruned attention may route other tokens to them than dense did.
 """
 
 from collections.abc import Callable, Mapping, Sequence
