@@ -3,6 +3,7 @@
 Linears that read one tap are solved together, on the inputs that the already pruned ones give. The
 target of a linear is its output in the dense block. The last linear of a later branch also makes
 good what the branches before it got wrong, where their outputs add up in the residual stream.
+Experts keep their own outputs: pruned attention may route other tokens to them than dense attention.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,12 +15,13 @@ import jax.numpy as jnp
 from calibration.observers import Gram, gram
 from calibration.passes import all_finite, observe, overflow
 from calibration.states import States
-from models.arch import Arch, Block, Taps
+from models.arch import Arch, Block, Taps, linear_of
 from models.programs import program
 from models.sharding import to_host
 from pruning.types import Pruner
+from pruning.weights import per_linear
 from pruning.weights.admm_core import Residual, Settings, System, solve_linear
-from pruning.weights.per_linear import prepare_tap, readers, with_weights
+from pruning.weights.per_linear import prepare_tap, readers, watched, with_weights
 
 
 class Sums(NamedTuple):
@@ -107,7 +109,7 @@ def _sum_over_tokens(
     """
     if pruned is dense:
         return Sums(observe(arch, {tap: gram}, i, dense, xs)[tap], None)
-    shapes = [getattr(dense, names[0]).w.shape for names in sources]
+    shapes = [linear_of(dense, names[0]).w.shape for names in sources]
     sums = _start(shapes[0][1], tuple(rows for rows, _ in shapes))
     for x in xs:
         sums = _add(arch.block, tap, sources, dense, pruned, x, sums, name=f"{tap}: residuals")
@@ -136,11 +138,31 @@ class PrunedBlock(NamedTuple):
 
     Attributes:
       block: The block.
-      errors: Slot -> squared error of its outputs over the sum of squares of their target.
+      errors: Slot -> squared error of its outputs over the sum of squares of their target; without
+        the slots of experts.
     """
 
     block: Block
     errors: dict[str, float]
+
+
+def _solve_experts(
+    arch: Arch,
+    pruner: Pruner,
+    settings: Settings,
+    i: int,
+    block: Block,
+    xs: States,
+    counts: Mapping[str, Any],
+) -> Block:
+    """Return the block with its experts pruned, each toward its own outputs for its own tokens."""
+    slots = [s for s in arch.slots if s.part_of and s.name in counts]
+    if not slots:
+        return block
+    pruners = {s.reads: pruner for s in slots}
+    stats = observe(arch, watched(pruners), i, block, xs)
+    own = {s.name: counts[s.name] for s in slots}
+    return per_linear.solve_block(arch, pruners, settings.pattern, block, stats, own)[0]
 
 
 def solve_block(
@@ -169,7 +191,8 @@ def solve_block(
     solved: list[str] = []
     pruned = dense
     errors: dict[str, float] = {}
-    for tap, names in readers(arch, counts).items():
+    whole = [s.name for s in arch.slots if s.name in counts and not s.part_of]
+    for tap, names in readers(arch, whole).items():
         sources = error_sources(arch, solved, names)
         sums = _sum_over_tokens(arch, i, tap, sources, dense, pruned, xs)
         system, _ = prepare_tap(pruner, sums.inputs, tap)
@@ -177,7 +200,7 @@ def solve_block(
             settings,
             system,
             sums.residuals,
-            [getattr(dense, n).w for n in names],
+            [linear_of(dense, n).w for n in names],
             [counts[n] for n in names],
             name=f"{tap}: {', '.join(names)} pruned",
         )
@@ -185,4 +208,4 @@ def solve_block(
         # float32 holds no more than six digits.
         errors |= {n: float(f"{e:.6g}") for n, e in zip(names, to_host(relative), strict=True)}
         solved += names
-    return PrunedBlock(pruned, errors)
+    return PrunedBlock(_solve_experts(arch, pruner, settings, i, pruned, xs, counts), errors)
