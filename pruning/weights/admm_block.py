@@ -3,7 +3,7 @@
 Linears that read one tap are solved together, on the inputs that the already pruned ones give. The
 target of a linear is its output in the dense block. The last linear of a later branch also makes
 good what the branches before it got wrong, where their outputs add up in the residual stream.
-Experts keep their own outputs: pruned attention may route other tokens to them than dense attention.
+Experts keep their own outputs: pruned attention may route other tokens to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +16,7 @@ from calibration.observers import Gram, gram
 from calibration.passes import all_finite, observe, overflow
 from calibration.states import States
 from models.arch import Arch, Block, Taps, linear_of
+from models.experts import expert_of
 from models.programs import program
 from models.sharding import to_host
 from pruning.types import Pruner
@@ -156,12 +157,11 @@ def _solve_experts(
     counts: Mapping[str, Any],
 ) -> Block:
     """Return the block with its experts pruned, each toward its own outputs for its own tokens."""
-    slots = [s for s in arch.slots if s.part_of and s.name in counts]
-    if not slots:
+    own = {n: count for n, count in counts.items() if expert_of(n)[1] is not None}
+    if not own:
         return block
-    pruners = {s.reads: pruner for s in slots}
+    pruners = {arch.tap(n): pruner for n in own}
     stats = observe(arch, watched(pruners), i, block, xs)
-    own = {s.name: counts[s.name] for s in slots}
     return per_linear.solve_block(arch, pruners, settings.pattern, block, stats, own)[0]
 
 
@@ -191,8 +191,8 @@ def solve_block(
     solved: list[str] = []
     pruned = dense
     errors: dict[str, float] = {}
-    whole = [s.name for s in arch.slots if s.name in counts and not s.part_of]
-    for tap, names in readers(arch, whole).items():
+    of_all_tokens = [n for n in counts if expert_of(n)[1] is None]
+    for tap, names in readers(arch, of_all_tokens).items():
         sources = error_sources(arch, solved, names)
         sums = _sum_over_tokens(arch, i, tap, sources, dense, pruned, xs)
         system, _ = prepare_tap(pruner, sums.inputs, tap)
