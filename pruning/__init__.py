@@ -31,7 +31,7 @@ _MODULES = {
     "REFINEMENTS": "pruning.methods",
 }
 _MAKERS = (
-    *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "llmrank"),
+    *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "admm", "llmrank"),
     *("flap", "wanda_sp", "magnitude_sp", "sleb", "reap", "owl", "alpha", "neuroal", "dsnot"),
 )
 __all__ = (*_MODULES, *_MAKERS)

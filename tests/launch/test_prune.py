@@ -296,7 +296,7 @@ BAD = {
     "nan": (["--method=wanda", "--sparsity=nan"], "less than 1"),
     "unknown method": (
         ["--method=zebra", "--sparsity=0.5"],
-        "there are flap, llmrank, magnitude, ",
+        "there are admm, flap, llmrank, magnitude, ",
     ),
     "unknown parameter": (["--method=wanda(zebra=1)", "--sparsity=0.5"], "no parameter"),
     "unknown allocation": (["--method=wanda", "--sparsity=0.5", "--allocation=zebra"], "uniform"),
@@ -570,7 +570,7 @@ def test_a_number_of_blocks_needs_no_sparsity(inputs: Path, tmp_path: Path) -> N
 MISTAKES = {
     "sparsity of 2": (["--sparsity=2"], "--sparsity=2 must", "give the fraction to remove"),
     "no sparsity": ([], "--sparsity", "give the fraction to remove"),
-    "unknown method": (["--method=zebra"], "--method=zebra", "there are flap, llmrank"),
+    "unknown method": (["--method=zebra"], "--method=zebra", "there are admm, flap, llmrank"),
     "unknown parameter": (
         ["--method=wanda(a=1)"],
         "--method=wanda(a=1)",
