@@ -87,7 +87,10 @@ class Sleb:
         least together.
       remove: Units to remove, such as another run's `removal_order`; None: they are searched for.
         Barriers do not hold for them.
-      repair: REPAIRDOC
+      repair: "none"; "scale" divides what is added behind each cut by the factor that the stream
+        lacks (Prune&Comp, Chen et al. 2026); "refit" fits the last linear before each cut to the
+        dense stream behind it; "scale+refit" does both. None: "none" in the official variant; else
+        "refit", or "scale" where norms follow the branches.
       units: "blocks", or "sublayers", where a block's attention and feed-forward part are removed
         separately; a part removed alone is zeroed.
       device_gib: Room on the devices for hidden states between blocks, which saves running blocks

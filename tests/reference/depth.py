@@ -9,7 +9,7 @@ from models.arch import Model, embed
 from models.layers import Linear
 from reference.small import run_block
 
-RIDGE = 0.1
+RIDGE = 0.3
 
 
 def refit(
