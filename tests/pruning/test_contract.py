@@ -1,8 +1,7 @@
 """The contract of every method on every family; a method in METHODS is held to it."""
 
-import functools
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,105 +11,27 @@ import pytest
 from calibration.runtime import Runtime
 from models.arch import Model
 from models.errors import InputError
-from pruning.budget import all_shapes
-from pruning.methods import ALLOCATIONS, METHODS
+from pruning.methods import METHODS
 from pruning.structured.llmrank_importance import _flow
 from pruning.types import Outcome, Request, prune, reads_activations
-from pruning.weights.dsnot import DSnoT
 from reference import tiny
-from reference.small import EVERY_FAMILY, FAMILIES, logits, model, same, tokens, weight, zeros
-
-
-class Case(NamedTuple):
-    """A method with arguments; hashable, so that runs can be cached."""
-
-    name: str
-    arguments: tuple[tuple[str, Any], ...] = ()
-
-    def __str__(self) -> str:
-        return " ".join((self.name, *(str(v) for _, v in self.arguments)))
-
-
-ARGUMENTS: dict[str, list[dict[str, Any]]] = {
-    "magnitude": [{}, {"scope": "row"}],
-    "sparsellm": [{}, {"variant": "official"}],
-    "admm": [{}, {"targets": "own"}, {"scope": "matrix"}, {"variant": "official"}],
-    "llmrank": [
-        {},
-        {"scorer": "mpr", "zero_pruned": True},
-        {"scorer": "norm", "units": "rows"},
-        {"scorer": "random"},
-        {"scorer": "wanda", "scope": "global", "units": "rows", "variant": "official"},
-        {"scorer": "mpr", "chain": False, "variant": "official"},
-    ],
-    "flap": [
-        {},
-        {"structure": "AL-AM"},
-        {"structure": "UL-UM", "bias": False},
-        {"metric": "WIFN", "structure": "UL-MM", "heads_removed": 3},
-        {"metric": "IFV", "structure": "AL-MM", "heads_removed": 2, "refit": True},
-        {"variant": "official"},
-    ],
-    # Three blocks: with the released code's barriers, two could not go.
-    "sleb": [
-        {"latter_barrier": 0},
-        {"latter_barrier": 0, "variant": "official"},
-        {"latter_barrier": 0, "search": "perplexity", "repair": "none"},
-        {"latter_barrier": 0, "search": "influence", "repair": "scale"},
-        {"latter_barrier": 0, "search": "contiguous", "repair": "refit"},
-        {"early_barrier": 0, "units": "sublayers"},
-    ],
-}
-# REAP removes experts, which most families do not have: tests/pruning/structured/test_reap.py.
-EVERYWHERE = [name for name in METHODS if name != "reap"]
-CASES = [Case(name, tuple(a.items())) for name in EVERYWHERE for a in ARGUMENTS.get(name, [{}])]
-WEIGHTS = [
-    c for c in CASES if c.name not in ("llmrank", "flap", "wanda_sp", "magnitude_sp", "sleb")
-]  # methods that zero single weights
-UNITS = [c for c in CASES if c not in WEIGHTS]
-BLOCKS = [c for c in CASES if c.name == "sleb"]
-LLMRANK = [c for c in CASES if c.name == "llmrank"]
-ALIKE = [
-    c
-    for c in UNITS
-    if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
-]  # as many in each block
-
-
-def quick(cases: list[Case], names: tuple[str, ...] = tuple(METHODS)) -> list[Any]:
-    """Mark slow all but the first case of each named method."""
-    first = {c.name: c for c in reversed(cases) if c.name in names}.values()
-    return [c if c in first else pytest.param(c, marks=pytest.mark.slow) for c in cases]
-
-
-# The quick tests take every method's first arguments and the first family, the slow ones the rest.
-every_case = pytest.mark.parametrize("case", quick(CASES), ids=str)
-every_family = pytest.mark.parametrize(
-    "family",
-    [FAMILIES[0], *(pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES[1:])],
+from reference.contract import (
+    ALIKE,
+    BLOCKS,
+    CASES,
+    EVERYWHERE,
+    LLMRANK,
+    UNITS,
+    WEIGHTS,
+    Case,
+    covered,
+    every_case,
+    every_family,
+    fresh,
+    quick,
+    run,
 )
-
-first_case = pytest.mark.parametrize(
-    "case", [next(c for c in CASES if c.name == name) for name in EVERYWHERE], ids=str
-)
-other_families = pytest.mark.parametrize("family", EVERY_FAMILY[len(FAMILIES) :])
-
-
-ONE_DEVICE = Runtime()
-
-
-def fresh(
-    case: Case, m: Model, sparsity: float, runtime: Runtime = ONE_DEVICE, **options: Any
-) -> tuple[Model, Outcome]:
-    """Run the case on its own."""
-    method = METHODS[case.name](**dict(case.arguments))
-    return prune(m, method, tokens(), Request(sparsity, **options), runtime)
-
-
-@functools.cache
-def run(case: Case, family: str) -> tuple[Model, Outcome]:
-    """The run at sparsity 0.5 that several tests look at."""
-    return fresh(case, model(family), 0.5)
+from reference.small import logits, model, same, tokens, weight, zeros
 
 
 class Compilations:
@@ -138,39 +59,6 @@ def test_the_pruned_model_runs_and_is_another(case: Case, family: str) -> None:
     pruned = logits(run(case, family)[0], tokens())
     assert np.isfinite(pruned).all()
     assert not np.allclose(pruned, logits(model(family), tokens()), rtol=1e-2, atol=1e-2)
-
-
-@pytest.mark.slow
-@other_families
-@first_case
-def test_every_method_prunes_every_family(case: Case, family: str) -> None:
-    """Every linear is covered, what goes is near what was asked, and all else is untouched."""
-    m, (pruned, outcome) = model(family), run(case, family)
-    result = logits(pruned, tokens())
-    assert np.isfinite(result).all()
-    assert not np.allclose(result, logits(m, tokens()), rtol=1e-2, atol=1e-2)
-    assert same(fresh(case, m, 0.0)[0].blocks, m.blocks)
-    shapes = all_shapes(m)
-    assert all(set(asked) <= set(slots) for asked, slots in zip(outcome.asked, shapes, strict=True))
-    if case in WEIGHTS:
-        assert len(covered(pruned, outcome)) == sum(map(len, shapes))
-        shares = [zero.mean() for gone in zeros(pruned) for zero in gone.values()]
-        assert np.allclose(shares, 0.5, atol=0.05)
-    elif case in BLOCKS:
-        assert len(pruned.blocks) == 1
-    else:
-        before, after = (
-            sum(out * into for block in all_shapes(x) for out, into in block.values())
-            for x in (m, pruned)
-        )
-        assert 0.3 < after / before < 0.9
-
-
-def covered(m: Model, outcome: Outcome) -> list[tuple[int, str]]:
-    """The linears that the method says it covers."""
-    return [
-        (i, slot) for i, asked in enumerate(outcome.asked) for slot in asked if i < len(m.blocks)
-    ]
 
 
 @every_family
@@ -427,35 +315,3 @@ def test_heads_need_not_make_up_the_hidden_size(case: Case) -> None:
         assert [len(b.q.w) for b in pruned.blocks] == [
             10 * len(kept) for kept in outcome.details["kept_heads"]
         ]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-@pytest.mark.parametrize("name", [n for n in ALLOCATIONS if n != "uniform"])
-def test_every_allocation_meets_the_sparsity_of_a_mixture_of_experts(
-    name: str, family: str
-) -> None:
-    m = model(family)
-    request = Request(0.5, allocation=ALLOCATIONS[name]())
-    pruned, outcome = prune(m, METHODS["wanda"](), tokens(), request)
-    assert np.isfinite(logits(pruned, tokens())).all()
-    gone, sizes = (
-        sum(f(zero) for block in zeros(pruned) for zero in block.values())
-        for f in (np.sum, np.size)
-    )
-    assert abs(gone / sizes - 0.5) < 0.01
-    assert [set(asked) for asked in outcome.asked] == [set(slots) for slots in all_shapes(m)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "olmoe"])
-def test_masks_of_experts_are_refined_and_follow_a_pattern(family: str) -> None:
-    m = model(family)
-    refined, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5, refine=DSnoT()))
-    plain, _ = prune(m, METHODS["wanda"](), tokens(), Request(0.5))
-    assert not same(refined.blocks, plain.blocks)
-    for name in ("wanda", "sparsegpt"):
-        pruned, _ = prune(m, METHODS[name](), tokens(), Request(0.5, pattern=(2, 4)))
-        for block in zeros(pruned):
-            for zero in block.values():
-                assert (zero.reshape(len(zero), -1, 4).sum(axis=2) == 2).all()
