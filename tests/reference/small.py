@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Arch, Block, Model, embed, linear_of
+from models.experts import Routed
 from models.families import hf
 from pruning.types import Outcome
 from reference import wanda
@@ -111,9 +112,10 @@ def _taps(arch: Arch) -> Callable[..., Any]:
 
 
 def run_block(model: Model, block: Block, x: jax.Array) -> tuple[jax.Array, dict[str, np.ndarray]]:
-    """Return a block's output [b t d], and its taps on the host in float64."""
+    """Return a block's output [b t d], and its taps on the host in float64, without experts'."""
     y, taps = _taps(model.arch)(block, x)
-    return y, {name: np.asarray(tap).astype(np.float64) for name, tap in taps.items()}
+    whole = {name: tap for name, tap in taps.items() if not isinstance(tap, Routed)}
+    return y, {name: np.asarray(tap).astype(np.float64) for name, tap in whole.items()}
 
 
 def logits(model: Model, tokens: np.ndarray) -> np.ndarray:

@@ -19,7 +19,12 @@ from pruning.types import Outcome, Request, prune
 from reference import depth, small, tiny
 from reference.sleb import LENGTH, TOKENS, WINDOWS, deep, loss
 
-ADDING = [f for f in small.EVERY_FAMILY if small.model(f).arch.outputs_add]
+# Where the last linear before a cut can be fitted: no norm follows it, and it is one for all tokens.
+ADDING = [
+    f
+    for f in small.EVERY_FAMILY
+    if small.model(f).arch.outputs_add and not any(s.part_of for s in small.model(f).arch.slots)
+]
 REMOVED = (2, 5, 3)
 
 
