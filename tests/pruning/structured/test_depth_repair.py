@@ -19,7 +19,7 @@ from pruning.types import Outcome, Request, prune
 from reference import depth, small, tiny
 from reference.sleb import LENGTH, TOKENS, WINDOWS, deep, loss
 
-# Where the last linear before a cut can be fitted: no norm follows it, and it is one for all tokens.
+# Where the last linear before a cut can be fitted: no norm follows it, and all tokens meet it.
 ADDING = [
     f
     for f in small.EVERY_FAMILY
