@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models.cache import Cache, Start
+from models.experts import split_name
 from models.layers import Linear
 from models.programs import program
 
@@ -54,8 +55,7 @@ class Slot(NamedTuple):
         name.
       reads: Tap that the linear consumes. Linears that read one tap share its statistics.
       feeds: Tap that the output reaches, or "next" for the residual stream.
-      part_of: Tap of all tokens, of which an expert's `reads` has those routed to it; empty where
-        `reads` has all.
+      part_of: Tap of all tokens, of which an expert's `reads` has some; empty if it has all.
     """
 
     name: str
@@ -116,10 +116,8 @@ def has_linear(block: Block, slot: str) -> bool:
       block: Parameters or specs of the block.
       slot: Name of the slot; of an expert's linear such as "experts.3.up".
     """
-    name, _, rest = slot.partition(".")
-    if not rest:
-        return getattr(block, name) is not None
-    return int(rest.partition(".")[0]) < len(getattr(block, name, ()))
+    name, expert, _ = split_name(slot)
+    return getattr(block, name) is not None if expert is None else expert < experts_of(block)
 
 
 def linear_of(block: Block, slot: str) -> Any:
@@ -129,11 +127,9 @@ def linear_of(block: Block, slot: str) -> Any:
       block: Parameters or specs of the block.
       slot: Name of the slot; of an expert's linear such as "experts.3.up".
     """
-    name, _, rest = slot.partition(".")
-    if not rest:
-        return getattr(block, name)
-    index, _, field = rest.partition(".")
-    return getattr(getattr(block, name)[int(index)], field)
+    name, expert, field = split_name(slot)
+    part = getattr(block, name)
+    return part if expert is None else getattr(part[expert], field)
 
 
 def with_linears(block: Block, linears: Mapping[str, Linear]) -> Block:
@@ -145,13 +141,12 @@ def with_linears(block: Block, linears: Mapping[str, Linear]) -> Block:
     """
     fields: dict[str, Any] = {}
     for slot, new in linears.items():
-        name, _, rest = slot.partition(".")
-        if not rest:
+        name, expert, field = split_name(slot)
+        if expert is None:
             fields[name] = new
-            continue
-        index, _, field = rest.partition(".")
-        experts = fields.setdefault(name, list(getattr(block, name)))
-        experts[int(index)] = experts[int(index)].replace(**{field: new})
+        else:
+            experts = fields.setdefault(name, list(getattr(block, name)))
+            experts[expert] = experts[expert].replace(**{field: new})
     return block.replace(**{n: tuple(v) if isinstance(v, list) else v for n, v in fields.items()})
 
 
@@ -191,6 +186,11 @@ class Arch(NamedTuple):
     branch_norms: bool = False
     branch_scale: float = 1.0
     rescale: Callable[[Any, jax.Array], Any] | None = None
+
+    @property
+    def has_experts(self) -> bool:
+        """Return True if blocks may have experts."""
+        return any(slot.part_of for slot in self.slots)
 
     @property
     def outputs_add(self) -> bool:

@@ -79,8 +79,23 @@ class Routed(NamedTuple):
 EXPERT_TOKENS = "experts.tokens"
 
 
+def split_name(name: str) -> tuple[str, int | None, str]:
+    """Split the name of an expert's tap or slot, such as "experts.3.up".
+
+    Args:
+      name: Name of a tap or slot.
+
+    Returns:
+      Field of the block, expert's number and field of the expert, such as ("experts", 3, "up"); the
+      name itself, None and "" where it is no expert's.
+    """
+    root, _, rest = name.partition(".")
+    number, _, field = rest.partition(".")
+    return (root, int(number), field) if field else (name, None, "")
+
+
 def expert_of(name: str) -> tuple[str, int | None]:
-    """Split the name of an expert's tap or slot, such as "experts.3.in".
+    """Return what all experts' taps or slots share with one such as "experts.3.in", and its number.
 
     Args:
       name: Name of a tap or slot.
@@ -89,9 +104,8 @@ def expert_of(name: str) -> tuple[str, int | None]:
       Name that all experts share, such as "experts.in", and the expert's number; the name itself
       and None where it is no expert's.
     """
-    root, _, rest = name.partition(".")
-    number, _, field = rest.partition(".")
-    return (f"{root}.{field}", int(number)) if field else (name, None)
+    root, number, field = split_name(name)
+    return (name, None) if number is None else (f"{root}.{field}", number)
 
 
 class Layout(NamedTuple):

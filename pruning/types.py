@@ -259,7 +259,7 @@ def reject_experts(name: str, model: Model) -> None:
       name: Name of the method.
       model: Only its architecture is read.
     """
-    if any(slot.part_of for slot in model.arch.slots):
+    if model.arch.has_experts:
         raise InputError(
             f"{name}: the official code has no step for experts", 'use variant="corrected"'
         )

@@ -99,14 +99,10 @@ def default_repair(arch: Arch) -> Repair:
     Args:
       arch: Architecture.
     """
-    if arch.outputs_add and not _has_experts(arch):
+    # Outputs of several linears add up before a cut where there are experts.
+    if arch.outputs_add and not arch.has_experts:
         return "refit"
     return "scale" if arch.rescale else "none"
-
-
-def _has_experts(arch: Arch) -> bool:
-    """Return True if outputs of several linears, those of experts, add up before a cut."""
-    return any(slot.part_of for slot in arch.slots)
 
 
 def check_repair(arch: Arch, repair: Repair) -> None:
@@ -119,7 +115,7 @@ def check_repair(arch: Arch, repair: Repair) -> None:
     reason = ""
     if "refit" in repair and not arch.outputs_add:
         reason = "fits the last linear before a cut, and here a norm follows it"
-    elif "refit" in repair and _has_experts(arch):
+    elif "refit" in repair and arch.has_experts:
         reason = "fits the last linear before a cut, and experts have one each"
     elif "scale" in repair and not arch.rescale:
         reason = "needs a final norm and blocks that only add to the residual stream"
