@@ -30,9 +30,11 @@ from pruning.types import (
 from pruning.weights import patterns
 from pruning.weights.admm_block import solve_block
 from pruning.weights.admm_core import Settings, System, prepare, solve
+from pruning.weights.expert_tokens import few_token_warnings
 from pruning.weights.per_linear import (
     PerLinear,
     allocate,
+    by_figure,
     counts_if_any,
     pattern_of,
 )
@@ -195,17 +197,20 @@ class Admm:
 
         def visit(i: int, block: Block, xs: States, last: bool) -> BlockResult:
             errors: dict[str, float] = {}
+            of_experts: dict[str, dict[str, float]] = {}
             counts = counts_if_any(arch, pattern, block, allocation.budget[i])
             # Without counts the block stays: a fit that removes nothing would still change it.
             if counts:
-                block, errors = solve_block(arch, rule, settings, i, block, xs, counts)
+                block, errors, of_experts = solve_block(arch, rule, settings, i, block, xs, counts)
             sink(i, block)
-            return BlockResult(block, record=errors)
+            return BlockResult(block, record=(errors, of_experts))
 
-        errors = visit_blocks(model, tokens, runtime, visit, name="pruning")
+        records = visit_blocks(model, tokens, runtime, visit, name="pruning")
+        errors = [of_block for of_block, _ in records]
+        few = by_figure([of_experts for _, of_experts in records])
         return Outcome(
             mean_fractions(allocation.budget),
-            details={**allocation.details, "error": errors},
-            warnings=allocation.warnings,
+            details={**allocation.details, "error": errors, **few},
+            warnings=(*allocation.warnings, *few_token_warnings(few)),
             figures=(*allocation.figures, *error_figures(errors)),
         )

@@ -22,7 +22,7 @@ from models.sharding import to_host
 from pruning.types import Pruner
 from pruning.weights.admm_core import Residual, Settings, System, solve_linear
 from pruning.weights.expert_tokens import with_token_counts
-from pruning.weights.per_linear import prepare_tap, readers, with_weights
+from pruning.weights.per_linear import Notes, figures, prepare_tap, readers, with_weights
 from pruning.weights.per_linear import solve_block as solve_own
 
 
@@ -142,10 +142,12 @@ class PrunedBlock(NamedTuple):
       block: The block.
       errors: Slot -> squared error of its outputs over the sum of squares of their target; without
         the slots of experts.
+      figures: Figures of experts: tap -> name -> value.
     """
 
     block: Block
     errors: dict[str, float]
+    figures: dict[str, dict[str, float]]
 
 
 def solve_block(
@@ -191,9 +193,11 @@ def solve_block(
         # float32 holds no more than six digits.
         errors |= {n: float(f"{e:.6g}") for n, e in zip(names, to_host(relative), strict=True)}
         solved += names
+    notes: dict[str, Notes] = {}
     for stage in of_experts:
-        pruned = _solve_experts(arch, pruner, settings, i, pruned, xs, counts, stage)
-    return PrunedBlock(pruned, errors)
+        pruned, own = _solve_experts(arch, pruner, settings, i, pruned, xs, counts, stage)
+        notes |= own
+    return PrunedBlock(pruned, errors, figures(i, notes))
 
 
 def _stages(
@@ -222,8 +226,8 @@ def _solve_experts(
     xs: States,
     counts: Mapping[str, Any],
     taps: Mapping[str, list[str]],
-) -> Block:
-    """Prune what experts have at one stage, each toward its own outputs on its own tokens.
+) -> tuple[Block, dict[str, Notes]]:
+    """Prune experts at one stage toward their own outputs, and return the figures by tap.
 
     The pruned block routes tokens to other experts than the dense one, so that the two have no
     outputs of an expert on the same inputs.
@@ -231,4 +235,4 @@ def _solve_experts(
     stats = observe(arch, with_token_counts(dict.fromkeys(taps, gram)), i, block, xs)
     own_counts = {name: counts[name] for names in taps.values() for name in names}
     pruners = dict.fromkeys(taps, pruner)
-    return solve_own(arch, pruners, settings.pattern, block, stats, own_counts)[0]
+    return solve_own(arch, pruners, settings.pattern, block, stats, own_counts)

@@ -24,6 +24,7 @@ from pruning.types import (
     reject_refinement,
 )
 from pruning.weights import patterns, sparsegpt, sparsegpt_core
+from pruning.weights.expert_tokens import few_token_warnings
 from pruning.weights.per_linear import (
     allocate,
     by_figure,
@@ -206,6 +207,6 @@ class SparseLLM:
         return Outcome(
             asked,
             details=details,
-            warnings=(*allocation.warnings, *warnings, *raised),
+            warnings=(*allocation.warnings, *warnings, *raised, *few_token_warnings(details)),
             figures=(*allocation.figures, *loss_figures(losses)),
         )

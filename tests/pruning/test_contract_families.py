@@ -86,3 +86,12 @@ def test_masks_of_experts_are_refined_and_follow_a_pattern(family: str) -> None:
         for block in zeros(pruned):
             for zero in block.values():
                 assert (zero.reshape(len(zero), -1, 4).sum(axis=2) == 2).all()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "sparsellm", "admm"])
+def test_experts_that_saw_few_tokens_are_listed(name: str) -> None:
+    _, outcome = prune(model("olmoe"), METHODS[name](), tokens(samples=2), Request(0.5))
+    assert any("experts were pruned by magnitude" in w for w in outcome.warnings)
+    few = outcome.details["tokens_of_experts_by_magnitude"]
+    assert few[0] and all(0 <= n < 32 for taps in few for n in taps.values())
