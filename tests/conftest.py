@@ -30,14 +30,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-def pytest_configure(config: pytest.Config) -> None:
+def pytest_configure() -> None:
     """Compile without what takes most of the time: compilation is most of what tests take."""
     if jax.__version_info__ < (0, 11):
         # These emitters take half of the compilation there; later versions have no such flag.
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
-    if config.option.markexpr == "not slow":
-        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for processes that tests start
-        jax.config.update("jax_disable_most_optimizations", True)
+    optimize(False)
+
+
+def optimize(on: bool) -> None:
+    """Let XLA optimize programs or not, here and in processes that tests start."""
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if on else "1"
+    jax.config.update("jax_disable_most_optimizations", not on)
 
 
 SHARED = ROOT.parent / "shared"
@@ -51,6 +55,14 @@ def forget_compilations() -> Iterator[None]:
     """Drop compiled programs after every file; the cache on disk still has them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def optimized_programs() -> Iterator[None]:
+    """Optimize the programs of a file of tests that run for longer than they compile."""
+    optimize(True)
+    yield
+    optimize(False)
 
 
 @pytest.fixture(scope="session")

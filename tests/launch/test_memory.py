@@ -21,7 +21,7 @@ from pruning.methods import METHODS
 from pruning.types import Request
 from reference import synthetic
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = synthetic.LARGE | {

@@ -35,7 +35,7 @@ from reference.golden import (
 )
 from reference.small import weight, zeros
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 RANKS = {
     "wpr-default": {"scorer": "wpr"},

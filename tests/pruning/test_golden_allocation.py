@@ -20,7 +20,7 @@ from pruning.types import Outcome, Request, prune
 from reference.golden import Reference, bits, tiny
 from reference.small import zeros
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 FOLDER = "golden/sparsellm_neuroal"
 NOISY = {"tiny-llama": 0.02, "tiny-opt": 0.05}  # SparseGPT's trials

@@ -11,7 +11,7 @@ from pruning.methods import METHODS
 from pruning.types import Request, prune
 from reference.golden import golden, index, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 RUNS = [
     *(

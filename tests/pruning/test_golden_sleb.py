@@ -12,7 +12,7 @@ from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
 from reference.golden import Reference, golden, index, load, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 
 def removed(r: Reference, rows: int, **arguments: object) -> tuple[Model, Outcome]:

@@ -28,7 +28,7 @@ from reference.golden import (
 )
 from reference.small import zeros
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 NOISE = {"0.5": 5e-4, "0.7": 1.5e-3, "2of4": 1.4e-2, "4of8": 1.4e-2}
 TINY = pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])

@@ -22,7 +22,7 @@ from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
 from reference.golden import SPARSITY, bits, tiny
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("optimized_programs")]
 
 _UNIT = {
     "hidden_size": 64,
