@@ -25,6 +25,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from reference.local_hub import LocalHub  # noqa: E402
+from reference.processes import xla_flags  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -110,4 +111,5 @@ def local_hub(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 def hub_environment(tmp_path: pathlib.Path, local_hub: LocalHub) -> dict[str, str]:
     """Return the environment of a process whose clients use the hub of this machine."""
     home = {"HF_HOME": str(tmp_path / "home"), "HF_ENDPOINT": local_hub.url}
-    return os.environ | home | {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    process = {"HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(1)}
+    return os.environ | home | process

@@ -18,6 +18,7 @@ from launch import prune
 from launch.flags.cli import run
 from launch.flags.common import open_model
 from launch.run.measure import read_calibration, tokenizer_of
+from reference.processes import xla_flags
 
 ROOT = pathlib.Path(__file__).parents[2]
 QUICK = (config, data, flag_file, flags, gguf, index, weights)  # kinds without a run of their own
@@ -136,7 +137,8 @@ def test_the_judge_excuses_what_transformers_refuses_in_the_source_too(
 @pytest.mark.slow
 def test_a_larger_sample_ends_well() -> None:
     """Run another hundred than those that the head of run.py names."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "XLA_FLAGS": ""}
+    paths = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    environment = os.environ | paths | {"XLA_FLAGS": xla_flags(1)}
     argv = [sys.executable, ROOT / "tests/fuzz/run.py", "--first=100000", "--inputs=100"]
     done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:]

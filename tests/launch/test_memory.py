@@ -76,8 +76,8 @@ def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
 @pytest.mark.parametrize(
     ("flags", "many"),
     [
-        (["--method=wanda", "--sparsity=0.5"], 36),
-        (["--method=sleb(blocks=1, device_gib=0, host_gib=0)"], 18),
+        (["--method=wanda", "--sparsity=0.5"], 24),
+        (["--method=sleb(blocks=1, device_gib=0, host_gib=0)"], 12),
     ],
     ids=["one walk", "a search"],
 )

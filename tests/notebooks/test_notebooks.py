@@ -85,8 +85,8 @@ def executed(name: str) -> NotebookNode:
         cell.execution_count = None
     notebook.cells.insert(0, nbformat.v4.new_code_cell(STRICT))
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    # XLA_FLAGS of the tests gives eight devices; a reader has one.
-    removed = {"XLA_FLAGS", "PYTEST_CURRENT_TEST"}
+    # A reader has one device and all optimizations, so that the figures are the stored ones.
+    removed = {"XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "PYTEST_CURRENT_TEST"}
     environment = {k: v for k, v in os.environ.items() if k not in removed}
     environment["PYTHONPATH"] = path
     client = NotebookClient(

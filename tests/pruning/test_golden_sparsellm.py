@@ -171,7 +171,6 @@ def test_corrected_is_not_worse_than_sparsegpt_on_tiny_opt(
     ("name", "variant"),
     [
         ("tiny-llama", "0.7"),
-        ("tiny-llama", "2of4"),
         ("tiny-llama-gqa", "0.7"),
     ],
 )

@@ -17,6 +17,7 @@ from launch import prune
 from launch.flags.cli import run
 from models.checkpoint.writer import save
 from models.init import init_model
+from reference.processes import xla_flags
 from reference.prune_runs import weights
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,7 @@ def started(
     """Start a process with a number of CPU devices."""
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     paths = {"PYTHONPATH": os.pathsep.join(map(str, (TESTS, TESTS.parent)))}
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = {"XLA_FLAGS": xla_flags(devices)}
     # Processes that share JAX's compilation cache can load one program and compile another, and
     # then wait for each other for ever in a collective of the CPU backend.
     flags |= {"JAX_ENABLE_COMPILATION_CACHE": "false"}
