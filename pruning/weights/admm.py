@@ -72,6 +72,15 @@ def pruner(damp: float, settings: Settings) -> Pruner:
     return Pruner(gram, functools.partial(solve, s=settings), _prepare_with(damp))
 
 
+def rounds(pattern: Pattern) -> Settings:
+    """Return the rounds of the corrected variant, by row.
+
+    Args:
+      pattern: Chooses the entries to remove.
+    """
+    return Settings(ITERATIONS, pattern, patterns.per_row)
+
+
 def error_figures(errors: Sequence[Mapping[str, float]]) -> tuple[Figure, ...]:
     """Return a plot of the error that every linear is left with, if any was pruned.
 

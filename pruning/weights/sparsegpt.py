@@ -13,6 +13,8 @@ from pruning.weights.patterns import per_column_block
 from pruning.weights.per_linear import PerLinear
 from pruning.weights.sparsegpt_core import COLUMNS, Factor, factor, hessian, solve
 
+DAMP = 0.01  # as the authors' code
+
 
 # Cached: a function made anew would be another program for every tap.
 @functools.cache
@@ -54,7 +56,7 @@ def damping_warnings(damp: float, details: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def sparsegpt(damp: float = 0.01) -> PerLinear:
+def sparsegpt(damp: float = DAMP) -> PerLinear:
     """SparseGPT (Frantar & Alistarh 2023): remove weights by their effect on the output.
 
     The weights that stay in a row make up for each removed one.

@@ -1,4 +1,4 @@
-"""SparseLLM over a model: attention by SparseGPT, each feed-forward part jointly."""
+"""SparseLLM over a model: attention by SparseGPT or ADMM, each feed-forward part jointly."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,11 +19,13 @@ from pruning.types import (
     BlockSink,
     Layerwise,
     Outcome,
+    Pattern,
+    Pruner,
     Request,
     reject_experts,
     reject_refinement,
 )
-from pruning.weights import patterns, sparsegpt, sparsegpt_core
+from pruning.weights import admm, patterns, sparsegpt, sparsegpt_core
 from pruning.weights.expert_tokens import few_token_warnings
 from pruning.weights.per_linear import (
     allocate,
@@ -35,6 +37,7 @@ from pruning.weights.per_linear import (
 from pruning.weights.sparsellm_block import BlockSolver
 from pruning.weights.sparsellm_core import Penalties, Settings
 from pruning.weights.sparsellm_figures import loss_figures
+from pruning.weights.sparsellm_solvers_core import by_admm, by_sparsegpt
 
 # Activations of the authors' code: relu without a gate (OPT), silu with one (LLaMA).
 OFFICIAL_ACTIVATIONS = {False: ("relu",), True: ("silu", "swish")}
@@ -51,16 +54,19 @@ class SparseLLM:
     """SparseLLM (Bai et al. 2024): SparseGPT for attention, a joint solve of the feed-forward part.
 
     Args:
-      iterations: Iterations of the alternation; the first is SparseGPT.
+      iterations: Iterations of the alternation; the first is the solver alone.
       alpha: Penalty on the outputs of W1 and its gate. None: the authors' in the official variant
         (0.1 for OPT, 5 for LLaMA), else 0.01.
       beta: Penalty on the part's output. None: the authors' (0.1, 5), else 10.
       gamma: Penalty on the input of W2. None: the authors' (0.1, 5), else 1.
       first_half: Prune only the first half of the blocks, as the paper's tables do.
-      damp: SparseGPT's damping, as a share of H's mean diagonal.
+      damp: The solver's damping, as a share of H's mean diagonal. None: 0.01 for SparseGPT, 0.3 for
+        ADMM.
       ridge: How firmly the corrected variant's fits hold to the weights they start from: what they
         add to H's diagonal, as a share of its mean. None: 1. At 0.01 they follow the calibration
-        text, and other text suffers (docs/methods/sparsellm.md).
+        text, and other text suffers (docs/methods/sparsellm.md). ADMM has `damp` for this.
+      solver: Solver of every linear. "sparsegpt" as in the paper. "admm": ADMM for attention, and
+        inside the alternation in place of SparseGPT and its fits, in the corrected variant.
       variant: "official" is the authors' code to the letter, which diverges on SmolLM2 and on tiny
         OPT models. "corrected", the default, has the same objective with sums over tokens and
         Cholesky factors in place of pseudo-inverses. W2 is fitted to the outputs of the pruned W1
@@ -74,26 +80,40 @@ class SparseLLM:
     beta: float | None = None
     gamma: float | None = None
     first_half: bool = False
-    damp: float = 0.01
+    damp: float | None = None
     ridge: float | None = None
+    solver: Literal["sparsegpt", "admm"] = "sparsegpt"
     variant: Literal["corrected", "official"] = "corrected"
 
     def __post_init__(self) -> None:
         if self.iterations < 1:
             raise InputError(f"sparsellm: iterations={self.iterations} must be at least 1")
         penalties = (self.alpha, self.beta, self.gamma)
-        if not self.damp >= 0 or any(x is not None and not x > 0 for x in penalties):
+        if not self._damp >= 0 or any(x is not None and not x > 0 for x in penalties):
             raise InputError(
                 "sparsellm: alpha, beta and gamma must be positive, and damp not negative"
             )
-        if self.ridge is not None and (self._official or not self.ridge >= 0):
+        if self._official and self._admm:
+            raise InputError('sparsellm: solver="admm" belongs to the corrected variant')
+        if self.ridge is not None and (self._official or self._admm or not self.ridge >= 0):
             raise InputError(
-                "sparsellm: ridge must not be negative, and belongs to the corrected variant"
+                "sparsellm: ridge must not be negative, and belongs to the corrected variant with "
+                "SparseGPT"
             )
 
     @property
     def _official(self) -> bool:
         return self.variant == "official"
+
+    @property
+    def _admm(self) -> bool:
+        return self.solver == "admm"
+
+    @property
+    def _damp(self) -> float:
+        if self.damp is None:
+            return admm.DAMP if self._admm else sparsegpt.DAMP
+        return self.damp
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that all shapes stay."""
@@ -126,10 +146,21 @@ class SparseLLM:
             default = OFFICIAL_GATED if gated else OFFICIAL_PLAIN
         given = (self.alpha, self.beta, self.gamma)
         penalties = Penalties(*(d if x is None else x for d, x in zip(default, given, strict=True)))
-        # SparseGPT prunes inside the loop, so entries are counted by its blocks of columns.
-        pattern = pattern_of(request, patterns.per_column_block(sparsegpt_core.COLUMNS))
-        ridge = RIDGE if self.ridge is None else self.ridge
-        return Settings(act, pattern, self.damp, ridge, penalties, self.iterations)
+        # SparseGPT counts entries by blocks of columns, ADMM by rows.
+        by_columns = patterns.per_column_block(sparsegpt_core.COLUMNS)
+        pattern = pattern_of(request, patterns.per_row if self._admm else by_columns)
+        if self._admm:
+            solver = by_admm(self._damp, admm.rounds(pattern))
+        else:
+            ridge = RIDGE if self.ridge is None else self.ridge
+            solver = by_sparsegpt(self._damp, ridge, pattern)
+        return Settings(act, pattern, self._damp, solver, penalties, self.iterations)
+
+    def _pruner(self, pattern: Pattern) -> Pruner:
+        """Return the solver as a layer-wise rule."""
+        if self._admm:
+            return admm.pruner(self._damp, admm.rounds(pattern))
+        return sparsegpt.pruner(self._damp, pattern)
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
@@ -148,9 +179,10 @@ class SparseLLM:
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
         arch, settings = model.arch, self._settings(model.arch, request)
-        solver = BlockSolver(arch, settings, self._official)
-        # Budgets are tried with SparseGPT, which the alternation starts from.
-        layerwise = Layerwise(sparsegpt.pruner(self.damp, settings.pattern), settings.pattern)
+        rule = self._pruner(settings.pattern)
+        solver = BlockSolver(arch, settings, rule, self._official)
+        # Budgets are tried with the solver alone, which the alternation starts from.
+        layerwise = Layerwise(rule, settings.pattern)
         allocation = allocate(model, tokens, request, runtime, layerwise)
         depth = len(model.blocks)
         covered = depth // 2 if self.first_half else depth
@@ -198,12 +230,13 @@ class SparseLLM:
             "iteration_kept": kept,
             **figures_by_name,
         }
+        alone = "ADMM" if self._admm else "SparseGPT"
         warnings = [
-            f"block {i}: no iteration was better than SparseGPT's solution, which stays"
+            f"block {i}: no iteration was better than {alone}'s solution, which stays"
             for i, (k, block_losses) in enumerate(zip(kept, losses, strict=True))
             if k == 0 and len(block_losses) > 1
         ]
-        raised = sparsegpt.damping_warnings(self.damp, details)
+        raised = sparsegpt.damping_warnings(self._damp, details)
         return Outcome(
             asked,
             details=details,

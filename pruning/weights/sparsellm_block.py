@@ -1,4 +1,4 @@
-"""SparseLLM on one block: SparseGPT for attention, then the joint solution of the other part."""
+"""SparseLLM on one block: the solver alone for attention, then the joint solution of the rest."""
 
 import functools
 from collections.abc import Mapping, Sequence
@@ -15,7 +15,8 @@ from models.arch import Arch, Block, experts_of
 from models.errors import InputError
 from models.programs import Program, program
 from models.sharding import to_host
-from pruning.weights import sparsegpt, sparsegpt_core
+from pruning.types import Pruner
+from pruning.weights import sparsegpt_core
 from pruning.weights.per_linear import every_tap, figures, solve_block, watched
 from pruning.weights.sparsellm_core import Counts, Ffn, Settings, Solution
 from pruning.weights.sparsellm_corrected_core import solve_corrected
@@ -203,10 +204,18 @@ class PrunedBlock(NamedTuple):
 
 
 class BlockSolver(NamedTuple):
-    """Solver of blocks, with the settings that all blocks share."""
+    """Solver of blocks, with what all blocks share.
+
+    Attributes:
+      arch: Architecture.
+      settings: Settings of the alternation.
+      pruner: Layer-wise rule for attention and for experts.
+      official: Whether the alternation is the authors' own.
+    """
 
     arch: Arch
     settings: Settings
+    pruner: Pruner
     official: bool
 
     def _official(
@@ -237,10 +246,10 @@ class BlockSolver(NamedTuple):
     def _solve_experts(
         self, i: int, block: Block, xs: States, counts: Mapping[str, Any]
     ) -> PrunedBlock:
-        """Prune a block with experts by SparseGPT, each expert by its own tokens."""
+        """Prune a block with experts by the rule, each expert by its own tokens."""
         # The joint solution changes what enters an expert's last linear, not which tokens do: it
         # would need every expert's tokens apart.
-        pruners = every_tap(self.arch, sparsegpt.pruner(self.settings.damp, self.settings.pattern))
+        pruners = every_tap(self.arch, self.pruner)
         stats = observe(self.arch, watched(pruners), i, block, xs)
         pruned, notes = solve_block(self.arch, pruners, self.settings.pattern, block, stats, counts)
         return PrunedBlock(pruned, figures(i, notes), [])
@@ -266,7 +275,7 @@ class BlockSolver(NamedTuple):
         # here. The largest Gram matrix of a block, f x f of the hidden activations, is left out.
         taps = [s.reads for s in arch.slots if self.official or s.name in attention]
         stats = observe(arch, dict.fromkeys(taps, gram), i, block, xs)
-        pruners = every_tap(arch, sparsegpt.pruner(self.settings.damp, pattern))
+        pruners = every_tap(arch, self.pruner)
         pruned, notes = solve_block(arch, pruners, pattern, block, stats, attention)
         of_part = Counts(tuple(counts[name] for name in names.writers), counts[names.w2])
         if self.official:
@@ -282,7 +291,7 @@ class BlockSolver(NamedTuple):
                 f"block {i}: the official alternation diverged, as it does on this model",
                 'use variant="corrected"',
             )
-        # Iteration 0 is SparseGPT: if even its loss is not finite, the activations are not.
+        # Iteration 0 is the solver alone: if even its loss is not finite, the activations are not.
         if not np.any(np.isfinite(losses)):
             raise overflow(i)
         return PrunedBlock(_with_ffn(arch, pruned, solution.ffn), block_figures, losses)

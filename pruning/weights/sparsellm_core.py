@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from models.layers import ACTIVATIONS, Linear, linear
 from pruning import linalg
-from pruning.weights import sparsegpt_core as sparsegpt
 from pruning.weights.patterns_core import Pattern
+from pruning.weights.sparsellm_solvers_core import Solver
 
 
 class Ffn(NamedTuple):
@@ -52,7 +52,7 @@ class Ffn(NamedTuple):
 
 
 class Counts(NamedTuple):
-    """Entries to remove, as `sparsegpt.solve` takes them.
+    """Entries to remove, as `Pattern.counts` gives them.
 
     Attributes:
       writers: Counts of W1 and its gate.
@@ -83,8 +83,8 @@ class Settings(NamedTuple):
     Attributes:
       act: Name of the activation.
       pattern: Chooses the entries to remove.
-      damp: SparseGPT's damping, as a share of H's mean diagonal.
-      ridge: Damping of the fits of `sparsellm_corrected_core.solve_corrected`, likewise.
+      damp: SparseGPT's damping in the official alternation, as a share of H's mean diagonal.
+      solver: Solver of linears in the corrected alternation.
       penalties: Weights of the objective's terms.
       iterations: Iterations, at least 1.
     """
@@ -92,7 +92,7 @@ class Settings(NamedTuple):
     act: str
     pattern: Pattern
     damp: float
-    ridge: float
+    solver: Solver
     penalties: Penalties
     iterations: int
 
@@ -304,17 +304,3 @@ def residuals_and_error(
         return [activated_step(m[0], z, p, act, c) - m[0]], error
     z = z_gated(m[0], p, ACTIVATIONS[act](s), c)
     return [z - m[0], activated_step(m[1], s, p, act, c, z) - m[1]], error
-
-
-def sparsegpt_pruned(
-    ws: Sequence[jax.Array], f: sparsegpt.Factor, counts: Sequence[jax.Array], pattern: Pattern
-) -> list[jax.Array]:
-    """Prune matrices [out in] that read the same inputs by SparseGPT.
-
-    Args:
-      ws: The matrices.
-      f: Factor of their inputs' H.
-      counts: Entries to remove from each.
-      pattern: Chooses them.
-    """
-    return [w for w, _ in sparsegpt.solve(ws, f, counts, pattern.keep, pattern.group)]

@@ -1,4 +1,4 @@
-"""SparseLLM (Bai et al. 2024), corrected maths: sums over tokens and Cholesky factors.
+"""SparseLLM (Bai et al. 2024), corrected maths: sums over tokens in place of all activations.
 
 The letters are those of `pruning.weights.sparsellm_core`.
 """
@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from calibration.observers import outer_products
-from pruning.weights import sparsegpt_core as sparsegpt
 from pruning.weights.sparsellm_core import (
     Counts,
     Ffn,
@@ -21,7 +20,6 @@ from pruning.weights.sparsellm_core import (
     hidden_input,
     p_gain,
     residuals_and_error,
-    sparsegpt_pruned,
     squared_error,
 )
 
@@ -51,22 +49,6 @@ def _sum_over_batches(f: Callable[..., Any], *xs: Stacks) -> Any:
     return total
 
 
-def ridge_step(w: jax.Array, residual: jax.Array, f: sparsegpt.Factor) -> jax.Array:
-    """Return the ridge solution that starts at W: W + R X^T H^-1.
-
-    Args:
-      w: W [out in].
-      residual: R X^T in H's scale, [out in].
-      f: Factor of H, damped as strongly as the solution should hold to W.
-
-    Returns:
-      The solution, [out in].
-    """
-    chex.assert_equal_shape([w, residual])
-    # U^T U = H^-1, so two products with the triangle take the place of a solve.
-    return w + residual @ f.u.T @ f.u
-
-
 class _Best(NamedTuple):
     """The part of least error so far, and its sum of squared errors []."""
 
@@ -80,22 +62,21 @@ def _keep_best(best: _Best, ffn: Ffn, loss: jax.Array) -> _Best:
     return jax.tree.map(lambda a, b: jnp.where(loss < best.loss, b, a), best, _Best(ffn, loss))
 
 
-def _prune_with_sparsegpt(
+def _prune_toward_own_outputs(
     dense: Ffn, x: Stacks, counts: Counts, scale: float, c: Settings
-) -> tuple[Ffn, jax.Array, sparsegpt.Factor, jax.Array]:
-    """Return SparseGPT's part, H of X, its factor, and the damping of both factors [2]."""
+) -> tuple[Ffn, Any, jax.Array]:
+    """Return the solver's own part, X's H as prepared, and the damping of both H [2]."""
 
     def grams(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = hidden_input(dense, x, c.act)
         return outer_products(x), outer_products(h)
 
     h1, h2 = (scale * h for h in _sum_over_batches(grams, x))
-    # SparseGPT's own damping: iteration 0 is SparseGPT. The ridge serves the fits alone.
-    f1, f2 = (sparsegpt.factor(h, c.damp) for h in (h1, h2))
-    writers = sparsegpt_pruned([p.w for p in dense.writers], f1, counts.writers, c.pattern)
-    (w2,) = sparsegpt_pruned([dense.w2.w], f2, [counts.w2], c.pattern)
+    (prepared1, damping1), (prepared2, damping2) = (c.solver.prepare(h) for h in (h1, h2))
+    writers = c.solver.prune([p.w for p in dense.writers], None, prepared1, counts.writers)
+    (w2,) = c.solver.prune([dense.w2.w], None, prepared2, [counts.w2])
     ffn = dense.with_writers(writers).with_w2(w2)
-    return ffn, h1, f1, jnp.stack([f1.damping, f2.damping])
+    return ffn, prepared1, jnp.stack([damping1, damping2])
 
 
 def _w2_sums(
@@ -108,12 +89,12 @@ def _w2_sums(
 
 
 def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Settings) -> Solution:
-    """Prune a feed-forward part with sums over tokens and Cholesky factors.
+    """Prune a feed-forward part with sums over tokens.
 
-    Iteration 0 is SparseGPT. Each further one sets p, z and s from the pruned part's own
-    activations, fits W1 and Wg to z and s and prunes them, then fits W2 to y from the outputs of
-    these (p as the constraint has it) and prunes it. The iteration of least error is kept, so the
-    part is never worse than SparseGPT's on these tokens.
+    Iteration 0 is the solver alone, by default SparseGPT. Each further one sets p, z and s from the
+    pruned part's own activations, fits W1 and Wg to z and s and prunes them, then fits W2 to y from
+    the outputs of these (p as the constraint has it) and prunes it. The iteration of least error is
+    kept, so the part is never worse than the solver's own on these tokens.
 
     Args:
       dense: The dense part.
@@ -143,27 +124,24 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
             residuals, error = _sum_over_batches(residual_sums, x, y)
         best = _keep_best(best, ffn, error)
         with jax.named_scope("fit_w1"):
-            fitted = [
-                ridge_step(p.w, scale * r, fit1)
-                for p, r in zip(ffn.writers, residuals, strict=True)
-            ]
-            ffn = ffn.with_writers(sparsegpt_pruned(fitted, f1, counts.writers, c.pattern))
+            scaled = [scale * r for r in residuals]
+            matrices = [p.w for p in ffn.writers]
+            ffn = ffn.with_writers(c.solver.prune(matrices, scaled, prepared1, counts.writers))
         with jax.named_scope("fit_w2"):
             h2, wanted = _sum_over_batches(
                 functools.partial(_w2_sums, ffn, dense.w2.b, c.act), x, y
             )
             # R X^T of y less the output of the dense W2, whose sums H holds already.
             residual = wanted - dense.w2.w @ h2
-            f2, fit2 = (sparsegpt.factor(scale * h2, share) for share in (c.damp, c.ridge))
-            fitted = [ridge_step(dense.w2.w, scale * residual, fit2)]
-            ffn = ffn.with_w2(sparsegpt_pruned(fitted, f2, [counts.w2], c.pattern)[0])
-        return (ffn, best), (error, f2.damping)
+            prepared2, damping2 = c.solver.prepare(scale * h2)
+            (w2,) = c.solver.prune([dense.w2.w], [scale * residual], prepared2, [counts.w2])
+            ffn = ffn.with_w2(w2)
+        return (ffn, best), (error, damping2)
 
     with jax.default_matmul_precision("highest"):  # TPUs' bfloat16 passes are too coarse for H
-        with jax.named_scope("sparsegpt"):
-            ffn, h1, f1, damping = _prune_with_sparsegpt(dense, x, counts, scale, c)
-        # X stays the same, so one factor serves the fits of all iterations.
-        fit1 = sparsegpt.factor(h1, c.ridge)
+        with jax.named_scope("solver_alone"):
+            # X stays the same, so H is prepared once for all iterations.
+            ffn, prepared1, damping = _prune_toward_own_outputs(dense, x, counts, scale, c)
         start = (ffn, _Best(ffn, jnp.asarray(jnp.inf)))
         (ffn, best), (errors, dampings) = jax.lax.scan(iterate, start, None, c.iterations - 1)
         last = _sum_over_batches(functools.partial(squared_error, ffn, act=c.act), x, y)

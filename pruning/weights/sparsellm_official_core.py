@@ -23,10 +23,10 @@ from pruning.weights.sparsellm_core import (
     p_gain,
     p_step,
     relu_minimum,
-    sparsegpt_pruned,
     squared_error,
     z_gated,
 )
+from pruning.weights.sparsellm_solvers_core import sparsegpt_pruned
 
 # The rate is fixed, whatever the activations. A step on s is stable only while RATE (2 alpha + 2
 # gamma (z act'(s))^2) <= 2, and massive activations of SmolLM2 take that to 634.

@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "magnitude": [{}, {"scope": "row"}],
-    "sparsellm": [{}, {"variant": "official"}],
+    "sparsellm": [{}, {"solver": "admm"}, {"variant": "official"}],
     "admm": [{}, {"targets": "own"}, {"scope": "matrix"}, {"variant": "official"}],
     "llmrank": [
         {},

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from reference import sparsegpt
+from reference import admm, sparsegpt
 
 Activation = Callable[[np.ndarray], np.ndarray]
 _erf = np.vectorize(math.erf, otypes=[np.float64])
@@ -57,9 +57,10 @@ class Settings(NamedTuple):
       act: Name of the activation.
       fraction: Fraction of each matrix to remove.
       alpha, beta, gamma: Weights of the objective's terms.
-      damp: SparseGPT's damping, as a share of H's mean diagonal.
-      ridge: Damping of the fits, likewise.
+      damp: The solver's damping, as a share of H's mean diagonal.
+      ridge: Damping of the fits before SparseGPT, likewise.
       iterations: Iterations, at least 1.
+      solver: "sparsegpt" or "admm".
     """
 
     act: str
@@ -70,6 +71,7 @@ class Settings(NamedTuple):
     damp: float
     ridge: float
     iterations: int
+    solver: str = "sparsegpt"
 
 
 class Linear(NamedTuple):
@@ -133,7 +135,10 @@ def _targets(c: Settings, ffn: Ffn, x: np.ndarray, y: np.ndarray) -> Sequence[np
 def _fit(
     c: Settings, start: Linear, x: np.ndarray, residual: np.ndarray, h: np.ndarray
 ) -> np.ndarray:
-    """Return W after the ridge fit that starts at W, pruned by SparseGPT with H [in in]."""
+    """Return W after the fit that starts at W, pruned with H [in in]."""
+    if c.solver == "admm":
+        wanted = x.T @ (x @ start.w.T + residual)
+        return admm.solve(start.w, x.T @ x, c.fraction, target=wanted, damp=c.damp)[0]
     ridge = c.ridge * np.mean(np.diag(h)) * np.eye(len(h))
     w = start.w + (2 / len(x)) * residual.T @ x @ np.linalg.inv(h + ridge)
     return sparsegpt.solve(w, h, c.fraction, damp=c.damp)[0]
@@ -154,6 +159,8 @@ def solve(dense: Ffn, x: np.ndarray, y: np.ndarray, c: Settings) -> tuple[list[F
     h1 = 2 / len(x) * x.T @ x
 
     def pruned(p: Linear, h: np.ndarray) -> Linear:
+        if c.solver == "admm":
+            return p._replace(w=admm.solve(p.w, h, c.fraction, damp=c.damp)[0])
         return p._replace(w=sparsegpt.solve(p.w, h, c.fraction, damp=c.damp)[0])
 
     hidden = _hidden(c, dense, x)

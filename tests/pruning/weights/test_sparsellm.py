@@ -21,6 +21,7 @@ from pruning.types import Allocation, Outcome, Request, prune
 from pruning.weights import sparsegpt_core, sparsellm_block
 from pruning.weights import sparsellm_core as core
 from pruning.weights import sparsellm_corrected_core as corrected_core
+from pruning.weights import sparsellm_solvers_core as solvers
 from reference.small import CONFIGS, FAMILIES, model, run_block, same, tokens, zeros
 
 PENALTIES = core.Penalties(0.3, 2.0, 0.7)
@@ -99,7 +100,7 @@ def test_a_fit_has_no_slope() -> None:
     """Of |R - D X|^2 + ridge mean(H_ii) |D|^2, D what the fit adds to W: in float64."""
     w, x, r, ridge = normal(5, 8), normal(20, 8, seed=1), normal(20, 5, seed=2), 0.3
     h = x.T @ x
-    got = corrected_core.ridge_step(
+    got = solvers.ridge_step(
         jnp.asarray(w), jnp.asarray(r.T @ x), sparsegpt_core.factor(jnp.asarray(h), ridge)
     )
     added, x64 = np.asarray(got, np.float64) - w, x.astype(np.float64)

@@ -15,8 +15,9 @@ from models.families import hf
 from models.layers import Linear
 from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
-from pruning.weights import patterns, sparsegpt_core, sparsellm_corrected_core
+from pruning.weights import admm, patterns, sparsegpt_core, sparsellm_corrected_core
 from pruning.weights import sparsellm_core as core
+from pruning.weights import sparsellm_solvers_core as solvers
 from reference import prune_runs, tiny
 from reference import sparsellm as reference
 from reference.small import CONFIGS, model, run_block, tokens
@@ -45,20 +46,27 @@ def in_float64(p: Linear | None) -> Any:
 
 
 @functools.cache
-def both(act: str, gated: bool) -> tuple[core.Ffn, core.Solution, list[Any], list[float]]:
+def both(
+    act: str, gated: bool, solver: str = "sparsegpt"
+) -> tuple[core.Ffn, core.Solution, list[Any], list[float]]:
     """The dense part, our solution, and the port's parts and losses."""
     dense, rng = random_part(gated), np.random.default_rng(1)
     # Inputs that depend on each other, or SparseGPT would have nothing to make up for.
     x = rng.normal(0, 1, (TOKENS, WIDTH)) @ rng.normal(0, WIDTH**-0.5, (WIDTH, WIDTH))
     x = (1.5 * x).astype(np.float32)
     port = reference.Ffn(*(in_float64(p) for p in dense))
-    c = reference.Settings(act, FRACTION, *PENALTIES, DAMP, RIDGE, ITERATIONS)
+    damp = admm.DAMP if solver == "admm" else DAMP
+    c = reference.Settings(act, FRACTION, *PENALTIES, damp, RIDGE, ITERATIONS, solver)
     x64 = x.astype(np.float64)
     y = port.w2(reference._hidden(c, port, x64))
     parts, losses = reference.solve(port, x64, y, c)
-    pattern = patterns.per_column_block(sparsegpt_core.COLUMNS)
+    pattern, rule = patterns.per_column_block(sparsegpt_core.COLUMNS), None
+    if solver == "admm":
+        pattern = patterns.per_row
+        rule = solvers.by_admm(damp, admm.rounds(pattern))
+    rule = rule or solvers.by_sparsegpt(damp, RIDGE, pattern)
     *writers, w2 = (pattern.counts(p.w.shape, np.asarray(FRACTION)) for p in _linears(dense))
-    settings = core.Settings(act, pattern, DAMP, RIDGE, PENALTIES, ITERATIONS)
+    settings = core.Settings(act, pattern, damp, rule, PENALTIES, ITERATIONS)
     stacked = (jnp.asarray(a, jnp.float32).reshape(4, 3, -1, WIDTH) for a in (x, y))
     ours = jax.jit(sparsellm_corrected_core.solve_corrected, static_argnums=4)(
         dense, *((a,) for a in stacked), core.Counts(tuple(writers), w2), settings
@@ -76,9 +84,10 @@ def _linears(part: Any) -> list[Any]:
     "act",
     ["gelu", *(pytest.param(a, marks=pytest.mark.slow) for a in ("gelu_new", "silu", "relu"))],
 )
-def test_the_alternation_is_that_of_a_float64_port(act: str, gated: bool) -> None:
+@pytest.mark.parametrize("solver", ["sparsegpt", "admm"])
+def test_the_alternation_is_that_of_a_float64_port(act: str, gated: bool, solver: str) -> None:
     """Errors of every iteration to 1e-3, the kept weights to 1e-3 of a matrix's largest."""
-    _, ours, parts, losses = both(act, gated)
+    _, ours, parts, losses = both(act, gated, solver)
     np.testing.assert_allclose(ours.losses, losses, rtol=1e-3)
     best = parts[int(np.argmin(losses))]
     for got, want in zip(_linears(ours.ffn), _linears(best), strict=True):
