@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from launch.report import measures
+
 ABSENT = "—"
 _STAGES = {
     "load": "load",
@@ -286,11 +288,13 @@ def _perplexity_rows(report: Mapping[str, Any]) -> list[Row]:
         if spread := draw_spread(report, name):
             label = f"… over {len(report['draws'])} calibration draws"
             rows.append(Row(label, "", spread.mean, spread.span))
+        for label, value, unit in measures.rows(report, name):
+            rows.append(Row(label, "", value, unit))
     return rows
 
 
 def quality_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Return the summary's rows: perplexity, tasks, sparsity, parameters, bytes and speed.
+    """Return the summary's rows: quality by data set and task, sparsity, size and speed.
 
     Args:
       report: Content of pruning_report.json; every key may be missing.
