@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from eval.forward import last_states
 from models.arch import Model, NonBlockParams
 from models.errors import InputError
-from models.progress import Progress, no_progress
 from models.programs import program
+from models.progress import Progress, no_progress
 from models.sharding import place, to_host
 
 # Positions of each window whose logits are computed together: those of a whole window would be
@@ -90,7 +90,10 @@ def _agreement(
 
     def position(states: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dense_x, x = states  # [b d]
-        z, w = dense_head(dense_non_block, dense_x[:, None])[:, 0], head(non_block, x[:, None])[:, 0]
+        z, w = (
+            dense_head(dense_non_block, dense_x[:, None])[:, 0],
+            head(non_block, x[:, None])[:, 0],
+        )
         log_p, log_q = jax.nn.log_softmax(z), jax.nn.log_softmax(w)
         p, q = jnp.exp(log_p), jnp.exp(log_q)
         # q - p sums to zero. With it every term is at least 0, and an error of a log-sum-exp enters
@@ -104,6 +107,25 @@ def _agreement(
     return jnp.mean(kl, axis=0), jnp.mean(same, axis=0, dtype=jnp.float32)
 
 
+def check_vocabularies(dense: Model, model: Model) -> None:
+    """Check that two models predict the same tokens.
+
+    Args:
+      dense: Dense model.
+      model: Model to compare with it.
+
+    Raises:
+      InputError: Their vocabularies have different sizes.
+    """
+    theirs, ours = dense.arch.config.vocab, model.arch.config.vocab
+    if theirs != ours:
+        raise InputError(
+            f"has a vocabulary of {theirs} tokens, the model {ours}",
+            "give the model that was pruned",
+            field="dense",
+        )
+
+
 class Comparison:
     """Comparison of a model with the dense one, a micro-batch of last hidden states at a time.
 
@@ -114,21 +136,11 @@ class Comparison:
       dense_states: Its hidden states after the last block, [b t d] of each micro-batch on the mesh.
       model: Model to compare with it, likewise.
       mesh: Mesh of the hidden states; None for one device.
-
-    Raises:
-      InputError: The models have different vocabularies.
     """
 
     def __init__(
         self, dense: Model, dense_states: Sequence[jax.Array], model: Model, mesh: Mesh | None
     ):
-        theirs, ours = dense.arch.config.vocab, model.arch.config.vocab
-        if theirs != ours:
-            raise InputError(
-                f"has a vocabulary of {theirs} tokens, the model {ours}",
-                "give the model that was pruned",
-                field="dense",
-            )
         self._heads = (dense.arch.head, model.arch.head)
         self._non_block = (place(dense.non_block, mesh), place(model.non_block, mesh))
         self._dense_states = dense_states
@@ -180,14 +192,17 @@ def agreement(
       name: What it says.
 
     Raises:
-      InputError: The models have different vocabularies.
+      InputError: The vocabularies have different sizes.
     """
+    check_vocabularies(dense, model)
     batches = [windows[start : start + batch] for start in range(0, len(windows), batch)]
     steps = windows.size * (len(dense.blocks) + len(model.blocks))
     advance = progress(name, steps, tokens=windows.size)
     states: list[jax.Array] = []
     comparison = Comparison(dense, states, model, mesh)
-    passes = (last_states(m, place(m.non_block, mesh), batches, mesh, advance) for m in (dense, model))
+    passes = (
+        last_states(m, place(m.non_block, mesh), batches, mesh, advance) for m in (dense, model)
+    )
     for (_, dense_x), (_, x) in zip(*passes, strict=True):
         states.append(dense_x)
         comparison(x)

@@ -44,7 +44,14 @@ from launch.run.optional import optional
 from launch.run.places import check_free, check_space
 from launch.run.processes import process_flags, start
 from launch.run.push import check_push, push
-from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal, open_writer, shared_context
+from launch.run.resume import (
+    JOURNAL,
+    Attempt,
+    fingerprint,
+    open_journal,
+    open_writer,
+    shared_context,
+)
 from launch.run.samples import Samples, samples
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
@@ -187,8 +194,8 @@ def _prune_into(
     (result["samples"], greedy), missed = run_on_primary(
         lambda: optional("no sample texts", generate, nothing)
     )
-    for name, counted in greedy.items():
-        result["agreement"][name] |= counted
+    agreement = result["agreement"].items()
+    result["agreement"] = {name: found | greedy.get(name, {}) for name, found in agreement}
     result["warnings"] += missed
     clock.record("eval")
     return result

@@ -10,7 +10,7 @@ class Measure(NamedTuple):
     Attributes:
       key: Name in the report's `agreement`, or "perplexity".
       label: Name in a table of one run.
-      heading: Name of a column, or of a plot's axis.
+      heading: Name of a column.
       form: Format of a value.
       unit: Unit, in words.
       less: True if a lower value is better.
@@ -24,6 +24,11 @@ class Measure(NamedTuple):
     unit: str
     less: bool
     best: float | None
+
+    @property
+    def axis(self) -> str:
+        """Return the name of a plot's axis, with the unit."""
+        return f"{self.heading} ({self.unit})" if self.unit else self.heading
 
     def text(self, value: float | None, error: float | None = None) -> str:
         """Format a value, with its standard error where it is known; a dash if there is none."""
@@ -47,15 +52,13 @@ class Measure(NamedTuple):
         return figures[f"{self.key}_most"] if self.best is None else self.best
 
 
-PERPLEXITY = Measure("perplexity", "Perplexity", "perplexity", "{:.3f}", "", True, None)
-KL = Measure(
-    "kl", "KL from the dense model", "KL", "{:.4f}", "nats per token", less=True, best=0.0
-)
+PERPLEXITY = Measure("perplexity", "perplexity", "perplexity", "{:.3f}", "", True, None)
+KL = Measure("kl", "KL from the dense model", "KL", "{:.4f}", "nats per token", less=True, best=0.0)
 TOP1 = Measure(
-    "top1", "Same top token", "same top token", "{:.2%}", "share of positions", False, 1.0
+    "top1", "same top token", "same top token", "{:.2%}", "share of positions", False, 1.0
 )
 GREEDY = Measure(
-    "greedy", "Same greedy tokens", "same greedy tokens", "{:.1f}", "tokens", False, None
+    "greedy", "same greedy tokens", "same greedy tokens", "{:.1f}", "tokens", False, None
 )
 AGREEMENT = (KL, TOP1, GREEDY)
 MEASURES = {m.key: m for m in (PERPLEXITY, *AGREEMENT)}

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from calibration.data import Tokens
 from calibration.states import States
-from eval.agreement import Comparison
+from eval.agreement import Comparison, check_vocabularies
 from eval.forward import last_states
 from models.arch import Model
 from models.progress import Progress
@@ -49,8 +49,12 @@ class DenseStates:
         Args:
           model: The model.
           progress: Shows the passes of the dense model that are missing, since an interrupted run
-            evaluated it, or another run of this process whose files are gone.
+            evaluated it.
+
+        Raises:
+          InputError: The vocabularies have different sizes.
         """
+        check_vocabularies(self._model, model)
         return {
             name: Comparison(self._model, self._complete(name, progress), model, self._mesh)
             for name in self._data
@@ -63,7 +67,7 @@ class DenseStates:
         if len(self._states.get(name, ())) != len(starts):
             model, record = self._model, self._recorder(name)
             steps = windows.size * len(model.blocks)
-            advance = progress(f"dense model again on {name}", steps, tokens=windows.size)
+            advance = progress(f"the dense model's states on {name}", steps, tokens=windows.size)
             batches = [windows[start : start + self._batch] for start in starts]
             non_block = place(model.non_block, self._mesh)
             for _, x in last_states(model, non_block, batches, self._mesh, advance):

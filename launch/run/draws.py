@@ -134,7 +134,8 @@ def spread(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns:
       Mean, sample standard deviation, least and greatest value: {"perplexity": {data set: ...},
-      "agreement": {data set: {measure: ...}}, "tasks": {task: {metric: ...}}}. A perplexity that is not finite makes its mean not finite.
+      "agreement": {data set: {measure: ...}}, "tasks": {task: {metric: ...}}}. A value
+      that is not finite makes its mean not finite.
     """
     first = draws[0]
     perplexity = {

@@ -102,7 +102,9 @@ def test_one_pass_gives_perplexity_and_agreement() -> None:
 
 def test_a_broken_model_has_no_divergence() -> None:
     dense = tiny.random_model(tiny.GQA)
-    broken = dense.non_block.replace(head=jax.tree.map(lambda w: w * math.nan, dense.non_block.head))
+    broken = dense.non_block.replace(
+        head=jax.tree.map(lambda w: w * math.nan, dense.non_block.head)
+    )
     got = agreement(dense, dense._replace(non_block=broken), WINDOWS)
     assert math.isnan(got.kl.value) and got.kl.error is None
 
@@ -110,7 +112,7 @@ def test_a_broken_model_has_no_divergence() -> None:
 def test_models_of_other_vocabularies_are_refused() -> None:
     dense, other = tiny.random_model({**tiny.GQA, "vocab_size": 97}), tiny.random_model(tiny.GQA)
     with pytest.raises(InputError, match="vocabulary of 97 tokens, the model 96"):
-        Comparison(dense, [], other, None)
+        agreement(dense, other, WINDOWS)
 
 
 def test_the_standard_error_is_that_of_a_mean_over_windows() -> None:
