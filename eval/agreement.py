@@ -86,7 +86,7 @@ def _agreement(
     dense_x: jax.Array,
     x: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return mean KL divergence and share of equal top tokens of each window, float32 [b] each."""
+    """Return mean KL divergence, float32 [b], and number of equal top tokens, int32 [b]."""
 
     def position(states: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         dense_x, x = states  # [b d]
@@ -104,7 +104,7 @@ def _agreement(
     # The last position predicts no token of the window.
     by_position = tuple(jnp.moveaxis(s[:, :-1], 1, 0) for s in (dense_x, x))
     kl, same = jax.lax.map(position, by_position, batch_size=POSITIONS)
-    return jnp.mean(kl, axis=0), jnp.mean(same, axis=0, dtype=jnp.float32)
+    return jnp.mean(kl, axis=0), jnp.sum(same, axis=0, dtype=jnp.int32)
 
 
 def check_vocabularies(dense: Model, model: Model) -> None:
@@ -154,7 +154,8 @@ class Comparison:
         """
         dense_x = self._dense_states[len(self._parts)]
         kl, same = _agreement(*self._heads, *self._non_block, dense_x, x)
-        self._parts.append((_float64(kl), _float64(same)))
+        # Shares in float64, in which all of a window is exactly 1.
+        self._parts.append((_float64(kl), _float64(same) / (x.shape[1] - 1)))
 
     def result(self) -> Agreement:
         """Return the agreement over all windows so far."""

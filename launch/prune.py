@@ -188,8 +188,18 @@ def _prune_into(
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
-    models = (checkpoint, written.loaded)
-    generate = functools.partial(samples, *models, inputs.tokenizer, inputs.data, shown)
+    _add_samples(result, inputs, written.loaded, shown)
+    clock.record("eval")
+    return result
+
+
+def _add_samples(
+    result: dict[str, Any], inputs: Inputs, pruned: Checkpoint, shown: Progress
+) -> None:
+    """Add to a report the texts of both models and how long their greedy texts are equal."""
+    generate = functools.partial(
+        samples, inputs.checkpoint, pruned, inputs.tokenizer, inputs.data, shown
+    )
     nothing = Samples([], {})
     (result["samples"], greedy), missed = run_on_primary(
         lambda: optional("no sample texts", generate, nothing)
@@ -197,8 +207,6 @@ def _prune_into(
     agreement = result["agreement"].items()
     result["agreement"] = {name: found | greedy.get(name, {}) for name, found in agreement}
     result["warnings"] += missed
-    clock.record("eval")
-    return result
 
 
 def _remarks(resumed: bool, is_trial: bool) -> list[str]:
