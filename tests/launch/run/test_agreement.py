@@ -45,10 +45,10 @@ def test_states_that_are_missing_are_computed_again_to_the_bit(mesh: str) -> Non
     first = compare(evaluated, other, told)
     assert not told.stages
     assert compare(resumed, other, told) == first and len(told.stages) == len(DATA)
-    # Another model is compared with the same states.
-    assert compare(evaluated, dense) == {
-        name: {"kl": 0.0, "kl_stderr": 0.0, "top1": 1.0, "top1_stderr": 0.0} for name in DATA
-    }
+    # Another model is compared with the same states. A mesh may round the two otherwise.
+    itself = {"kl": 0.0, "kl_stderr": 0.0, "top1": 1.0, "top1_stderr": 0.0}
+    for measured in compare(evaluated, dense).values():
+        assert measured == pytest.approx(itself, abs=0 if mesh == "data=1" else 1e-8)
     if mesh != "data=1":
         alone = compare(DenseStates(dense, DATA, 4, None), other)
         for name, measured in first.items():
