@@ -201,7 +201,8 @@ class Metric(NamedTuple):
     @property
     def fraction(self) -> bool:
         """Return True if the metric is a fraction of the documents."""
-        return self.name.startswith(("acc", "exact_match"))
+        name = self.name.partition(",")[0]
+        return name.startswith(("acc", "exact_match")) or name.endswith("_acc")
 
     def of(self, model: str) -> tuple[float, float | None] | None:
         """Return the value of the "dense" or the "pruned" model."""
