@@ -178,8 +178,5 @@ def test_a_task_whose_packages_are_missing_names_them(
     for module in [m for m in sys.modules if m.startswith("lm_eval.tasks.ifeval")]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(builtins, "__import__", missing)
-    with (
-        contextlib.nullcontext(),
-        pytest.raises(InputError, match=r"langdetect.*lm-eval\[ifeval\]"),
-    ):
+    with pytest.raises(InputError, match=r"langdetect.*lm-eval\[ifeval\]"):
         open_tasks(["ifeval"])
