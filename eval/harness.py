@@ -268,6 +268,7 @@ class HarnessModel(TemplateLM):
         tokens = np.zeros((len(rows), length), np.int32)
         for row, prompt in zip(tokens, rows, strict=True):
             row[: len(prompt)] = prompt
+        stops = handle_stop_sequences(list(settings["until"]), None)
         out = generate(
             model,
             split(tokens, self._mesh, "sample"),
@@ -277,11 +278,18 @@ class HarnessModel(TemplateLM):
             key=jax.random.key(seed),
             eos=self._vocabulary.eos or None,
             lengths=np.asarray([len(row) for row in rows]),
+            stop=lambda new: all(self._has_ended(row, stops) for row in new),
         )
-        stops = handle_stop_sequences(list(settings["until"]), None)
         return [
             postprocess_generated_text(self._text(row), stops, None) for row in out[: len(prompts)]
         ]
+
+    def _has_ended(self, row: np.ndarray, stops: Sequence[str]) -> bool:
+        """Return True if new tokens have an end token, or one of `stops` in their text."""
+        if np.isin(row, self._vocabulary.eos).any():
+            return True
+        text = self._vocabulary.tokenizer.decode(row.tolist())
+        return any(stop in text for stop in stops if stop)
 
     def _text(self, row: np.ndarray) -> str:
         """Decode the tokens before the first end token."""

@@ -3,8 +3,10 @@
 Windows are cut from one stream, without BOS, and the incomplete tail is dropped.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -49,6 +51,7 @@ def perplexity(
     mesh: Mesh | None = None,
     progress: Progress = no_progress,
     name: str = "evaluating",
+    visit: Callable[[jax.Array], None] | None = None,
 ) -> Perplexity:
     """Compute the perplexity of a model over token windows.
 
@@ -59,6 +62,8 @@ def perplexity(
       mesh: Mesh, windows are split over its `data` axis; None for one device.
       progress: Shows the progress.
       name: What it says.
+      visit: Called with the hidden states after the last block, [b t d], of each micro-batch in
+        order, to measure more in the same pass; None for nothing more.
 
     Returns:
       Perplexity, inf or nan where the model's own output is.
@@ -74,6 +79,8 @@ def perplexity(
     for t, x in last_states(model, non_block, batches, mesh, advance):
         # float64 from here on: the mean over many windows must not depend on their order.
         per_batch.append(to_host(cross_entropy(model.arch, non_block, x, t)).astype(np.float64))
+        if visit is not None:
+            visit(x)
         advance(t.size * head_blocks)
     ce = np.concatenate(per_batch)
     with np.errstate(over="ignore"):

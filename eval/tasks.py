@@ -140,9 +140,13 @@ def _load(name: str, catalogue: TaskManager) -> Mapping[str, Any]:
         raise
     except Exception as e:
         # YAML, templates, data sets and the network raise exceptions of every kind.
+        remedy = "check its data, and the network if they are on the hub"
+        if isinstance(e, ModuleNotFoundError):
+            # The functions of some tasks, as ifeval's, need packages of their own.
+            remedy = "install it, or all that lm-eval's tasks need: pip install 'lm-eval[ifeval]'"
         raise InputError(
             f"cannot be opened ({first_line(e)})",
-            "check its data, and the network if they are on the hub",
+            remedy,
             field="tasks",
             value=name,
         ) from e

@@ -5,6 +5,7 @@ python -m launch.compare out/* --speed=speed.json --markdown=table.md --latex=ta
   --plot=pareto.svg
 """
 
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from launch.flags.cli import Flags, run
 from launch.report import compare_plot, compare_table, console, run_names, summary
 from launch.report.compare_plot import DENSE, OTHER, WEIGHTS, Axis, Point, speed_axis
 from launch.report.compare_table import PARTS, Marks, Run, data_sets, marks_of, rows
+from launch.report.measures import MEASURES, PERPLEXITY, Measure
 from launch.run import export
 from models.errors import InputError
 from models.untrusted import UserFile, user_path
@@ -27,8 +29,9 @@ def options() -> Flags:
     f.string("speed", None, "output of launch.bench --what=speed --json=FILE for these directories")
     f.string("markdown", None, "file to write the table to, as Markdown")
     f.string("latex", None, "file to write the table to, as a LaTeX tabular")
-    f.string("plot", None, "file for a plot of perplexity against size and speed: .svg or .png")
+    f.string("plot", None, "file for a plot of quality against size and speed: .svg or .png")
     f.string("plot_dark", None, "file for the same plot for dark pages: .svg or .png")
+    f.choice("measure", "perplexity", tuple(MEASURES), "quality on the y axis of the plots")
     return f
 
 
@@ -67,6 +70,7 @@ def _read_report(directory: str) -> dict[str, Any]:
         report = UserFile(user_path(directory, "directories") / export.REPORT).read_json()
         for key in ("settings", "sparsity", "parameters", "bytes", "perplexity", "seconds"):
             report[key].items()
+        report.get("agreement", {}).items()
         report["method"], report["sparsity"]["total"], report["parameters"]["dense"]
         return report
     except (InputError, KeyError, TypeError, AttributeError):
@@ -91,30 +95,62 @@ def _speedups(file: str) -> dict[str, dict[str, float]]:
         ) from None
 
 
-def points(runs: Sequence[Run], marks: Marks, data: str) -> dict[Axis, list[Point]]:
+def points(
+    runs: Sequence[Run], marks: Marks, data: str, measure: Measure = PERPLEXITY
+) -> dict[Axis, list[Point]]:
     """Return the plot's points of a data set by x axis.
 
     Args:
       runs: The runs.
       marks: Marks of the runs that cannot be compared with the others.
       data: Name of the data set.
+      measure: Quality on the y axis.
+
+    Returns:
+      The points; empty if no run has the measure.
     """
-    evaluated = {k: r for k, r in enumerate(runs) if data in r.report["perplexity"]}
+    evaluated = {k: r for k, r in enumerate(runs) if measure.of(r.report, data) is not None}
     timed = {k: r for k, r in evaluated.items() if r.speedup}
-    first = next(k for k in evaluated if (k, data) not in marks.data and k not in marks.model)
-    dense = Point("dense", 1.0, evaluated[first].report["perplexity"][data]["dense"], DENSE)
+    usual = (k for k in evaluated if (k, data) not in marks.data and k not in marks.model)
+    first = next(usual, None)
+    if first is None:
+        return {}
+    dense = Point("dense", 1.0, _known(measure.of_dense(evaluated[first].report, data)), DENSE)
 
     def pruned(k: int, x: float) -> Point:
         r = runs[k]
         mark = marks.model.get(k, "") + marks.data.get((k, data), "")
         kind = OTHER if mark else compare_plot.kind_of(r.stored, r.total)
-        return Point(r.name + mark, x, r.report["perplexity"][data]["pruned"], kind)
+        return Point(r.name + mark, x, _known(measure.of(r.report, data)), kind)
 
     panels = {WEIGHTS: [dense, *(pruned(k, 1 - r.total) for k, r in evaluated.items())]}
     if timed:
         for part, label in PARTS.items():
             speeds = [pruned(k, r.speedup[part]) for k, r in timed.items()]
             panels[speed_axis(label)] = [dense, *speeds]
+    return panels
+
+
+def _known(value: float | None) -> float:
+    """Return a value; NaN, which no plot shows, if there is none."""
+    return math.nan if value is None else value
+
+
+def _panels(runs: Sequence[Run], marks: Marks, measure: Measure) -> dict[str, dict[Axis, Any]]:
+    """Return the points of the plots by data set and x axis.
+
+    Raises:
+      InputError: No run has the measure.
+    """
+    panels = {name: points(runs, marks, name, measure) for name in data_sets(runs)}
+    panels = {name: by_axis for name, by_axis in panels.items() if by_axis}
+    if not panels:
+        raise InputError(
+            "is in none of the reports",
+            "prune the models again, or leave it out",
+            field="measure",
+            value=measure.key,
+        )
     return panels
 
 
@@ -145,6 +181,14 @@ def main(values: dict[str, Any]) -> None:
     for flag in plots:
         if pathlib.Path(values[flag]).suffix not in (".svg", ".png"):
             raise InputError("must end in .svg or .png", field=flag, value=values[flag])
+    measure = MEASURES[values["measure"]]
+    if measure is not PERPLEXITY and not plots:
+        raise InputError(
+            "does nothing without `plot`",
+            "give both, or leave it out",
+            field="measure",
+            value=measure.key,
+        )
     runs = read(values["directories"], values["speed"])
     marks = marks_of(runs)
     table = rows(runs, marks)
@@ -156,10 +200,10 @@ def main(values: dict[str, Any]) -> None:
         _write("markdown", values["markdown"], compare_table.markdown(table, marks.notes))
     if values["latex"]:
         _write("latex", values["latex"], compare_table.latex(table, marks.notes))
-    panels = {name: points(runs, marks, name) for name in data_sets(runs)} if plots else {}
+    panels = _panels(runs, marks, measure) if plots else {}
     for flag in plots:
         dark = flag == "plot_dark"
-        compare_plot.save_comparison(panels, pathlib.Path(values[flag]), dark)
+        compare_plot.save_comparison(panels, pathlib.Path(values[flag]), dark, measure)
 
 
 if __name__ == "__main__":

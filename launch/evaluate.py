@@ -1,6 +1,7 @@
 """Measure perplexity and zero-shot accuracy of a checkpoint.
 
 python -m launch.evaluate --model=DIR --eval_data=wikitext2 --tasks=hellaswag,piqa --json=FILE
+python -m launch.evaluate --model=PRUNED --dense=DIR --eval_data=wikitext2
 """
 
 import sys
@@ -10,12 +11,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calibration.data import Tokens
 from launch.flags.cli import Flags, run
 from launch.flags.common import evaluation_flags, mesh_of, model_flags, open_model
 from launch.flags.protocols import protocol_flag, stamp
 from launch.report import console as terminal
-from launch.report import summary
+from launch.report import measures, summary
 from launch.report.progress import progress
+from launch.run.agreement import DenseStates, figures
 from launch.run.measure import (
     Clock,
     evaluate,
@@ -26,14 +29,24 @@ from launch.run.measure import (
     write_report,
 )
 from launch.run.processes import process_flags, start
-from launch.run.tasks import evaluate_tasks, read_tasks, task_flags
-from models.processes import is_primary
+from launch.run.samples import samples
+from launch.run.tasks import ZeroShot, evaluate_tasks, read_tasks, task_flags
+from models.checkpoint import hub
+from models.checkpoint.reader import Checkpoint
+from models.processes import is_primary, run_on_primary
 
 
 def options() -> Flags:
     """Define the flags of `launch.evaluate`."""
     f = Flags("launch.evaluate", __doc__ or "")
     model_flags(f)
+    f.string(
+        "dense",
+        "",
+        "the model that --model was pruned from, to measure how far the two agree",
+        names=hub.embedded_models(),
+        files=True,
+    )
     protocol_flag(f)
     evaluation_flags(f)
     f.integer("eval_batch", 8, "windows, or requests of a task, at a time", 1)
@@ -63,31 +76,52 @@ def main(values: dict[str, Any]) -> None:
         checkpoint,
         tokenizer,
     )
+    dense = open_model(values["dense"], values["dtype"], "") if values["dense"] else None
     clock.record("load")
     with progress() as shown:
-        scores = evaluate(checkpoint.model, data, values["eval_batch"], mesh, shown)
-        results = evaluate_tasks(
-            zero_shot, checkpoint, values["eval_batch"], mesh, values["task_cache"], shown
-        )
+        batch = values["eval_batch"]
+        comparisons = {}
+        if dense:
+            states = DenseStates(dense.model, data, batch, mesh)
+            comparisons = states.comparisons(checkpoint.model, shown)
+        scores = evaluate(checkpoint.model, data, batch, mesh, shown, comparisons)
+        results = evaluate_tasks(zero_shot, checkpoint, batch, mesh, values["task_cache"], shown)
+        agreement = figures(comparisons)
+        if dense:
+            _, greedy = run_on_primary(lambda: samples(dense, checkpoint, tokenizer, data, shown))
+            agreement = {name: agreement[name] | greedy.get(name, {}) for name in agreement}
     clock.record("eval")
     if not is_primary():
         return
-    perplexity = {
-        name: {"dense": s["perplexity"], "dense_stderr": s["error"], "tokens": s["tokens"]}
-        for name, s in scores.items()
-    }
     report = {
         "model": values["model"],
-        "perplexity": perplexity,
+        "perplexity": {
+            name: {"dense": s["perplexity"], "dense_stderr": s["error"], "tokens": s["tokens"]}
+            for name, s in scores.items()
+        },
+        **({"agreement": agreement} if dense else {}),
         "tasks": {name: {"dense": metrics} for name, metrics in results.items()},
-        "protocol": stamp(values["protocol"], values)
-        | model_origin(checkpoint.directory)
-        | protocol(data, zero_shot),
+        "protocol": _protocol(values, checkpoint, data, zero_shot),
         "seconds": clock.seconds,
     }
     show(report, Console())
     if values["json"]:
         write_report(values["json"], report)
+
+
+def _protocol(
+    values: dict[str, Any],
+    checkpoint: Checkpoint,
+    data: dict[str, Tokens],
+    zero_shot: ZeroShot | None,
+) -> dict[str, Any]:
+    """Return the report's `protocol`."""
+    return (
+        stamp(values["protocol"], values)
+        | model_origin(checkpoint.directory)
+        | protocol(data, zero_shot)
+        | ({"dense": values["dense"]} if values["dense"] else {})
+    )
 
 
 def show(report: dict[str, Any], console: Console) -> None:
@@ -105,6 +139,8 @@ def show(report: dict[str, Any], console: Console) -> None:
     for name, s in report["perplexity"].items():
         value = summary.measured((s["dense"], s["dense_stderr"]), fraction=False)
         table.add_row(Text(labels[name]), value, summary.count(s["tokens"]))
+        for label, value, unit in measures.rows(report, name):
+            table.add_row(Text(label), value, unit)
     console.print(table)
     if report["tasks"]:
         table = Table("task, metric", "value ± standard error")

@@ -8,7 +8,7 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 import dataclasses
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,18 +33,26 @@ from launch.report import console
 from launch.report.files import write_reports
 from launch.report.progress import prefixed, progress
 from launch.run import draws, export, tracking
+from launch.run.agreement import DenseStates, figures
 from launch.run.card import write_card
 from launch.run.complete import complete, least_bytes
 from launch.run.describe import Results, describe
 from launch.run.inputs import Inputs, read_inputs
 from launch.run.job import Job, RunConfig, resolve
-from launch.run.measure import Clock, measure_checkpoint
+from launch.run.measure import Clock, Visit, measure_checkpoint
 from launch.run.optional import optional
 from launch.run.places import check_free, check_space
 from launch.run.processes import process_flags, start
 from launch.run.push import check_push, push
-from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal, open_writer
-from launch.run.samples import samples
+from launch.run.resume import (
+    JOURNAL,
+    Attempt,
+    fingerprint,
+    open_journal,
+    open_writer,
+    shared_context,
+)
+from launch.run.samples import Samples, samples
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
@@ -155,8 +163,9 @@ def _prune_into(
     if attempt.resumed:
         console.note(RESUMING.format(writer.blocks))
     clock.record("load")
-    measure = _measure(job, inputs)
-    dense = journal.step(lambda: measure(checkpoint, prefixed(shown, "dense model: ")), "dense")
+    states = _dense_states(job, inputs, facts, cache or StepCache(0))
+    measure = _measure(job, inputs, states)
+    dense = journal.step(lambda: _measure_dense(job, inputs, states), "dense")
     clock.record("eval")
     check = export.RoundTripCheck(checkpoint.model, writer)
     runtime = _with_offload(job, inputs)
@@ -179,11 +188,25 @@ def _prune_into(
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
-    texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer, shown)
-    result["samples"], missed = run_on_primary(lambda: optional("no sample texts", texts, []))
-    result["warnings"] += missed
+    _add_samples(result, inputs, written.loaded, shown)
     clock.record("eval")
     return result
+
+
+def _add_samples(
+    result: dict[str, Any], inputs: Inputs, pruned: Checkpoint, shown: Progress
+) -> None:
+    """Add to a report the texts of both models and how long their greedy texts are equal."""
+    generate = functools.partial(
+        samples, inputs.checkpoint, pruned, inputs.tokenizer, inputs.data, shown
+    )
+    nothing = Samples([], {})
+    (result["samples"], greedy), missed = run_on_primary(
+        lambda: optional("no sample texts", generate, nothing)
+    )
+    agreement = result["agreement"].items()
+    result["agreement"] = {name: found | greedy.get(name, {}) for name, found in agreement}
+    result["warnings"] += missed
 
 
 def _remarks(resumed: bool, is_trial: bool) -> list[str]:
@@ -196,20 +219,41 @@ def _remarks(resumed: bool, is_trial: bool) -> list[str]:
     return remarks
 
 
-def _measure(job: Job, inputs: Inputs) -> Callable[[Checkpoint, Progress], dict[str, Any]]:
-    """Return the function that measures the dense and the pruned model alike."""
-    runtime = job.runtime
+def _dense_states(
+    job: Job, inputs: Inputs, facts: Mapping[str, Any], cache: StepCache
+) -> DenseStates:
+    """Return the dense model's hidden states, which trials of a sweep share."""
+    model, runtime = inputs.checkpoint.model, job.runtime
+    key = ("dense states", shared_context(facts))
+    return cache.get_or_compute(
+        key, lambda: DenseStates(model, inputs.data, runtime.batch, runtime.mesh)
+    )
+
+
+def _measure_with(
+    job: Job, inputs: Inputs, checkpoint: Checkpoint, shown: Progress, visits: Mapping[str, Visit]
+) -> dict[str, Any]:
+    """Measure the dense or a pruned model, both alike."""
+    runtime, cache = job.runtime, job.config.task_cache
+    settings = (inputs.data, inputs.zero_shot, runtime.batch, runtime.mesh, cache)
+    return measure_checkpoint(checkpoint, *settings, shown, visits)
+
+
+def _measure_dense(job: Job, inputs: Inputs, states: DenseStates) -> dict[str, Any]:
+    """Measure the dense model and keep the hidden states that pruned ones are compared with."""
+    shown = prefixed(job.runtime.progress, "dense model: ")
+    return _measure_with(job, inputs, inputs.checkpoint, shown, states.recorders())
+
+
+def _measure(
+    job: Job, inputs: Inputs, states: DenseStates
+) -> Callable[[Checkpoint, Progress], dict[str, Any]]:
+    """Return the function that measures a pruned model and compares it with the dense one."""
 
     def measure(checkpoint: Checkpoint, shown: Progress) -> dict[str, Any]:
-        return measure_checkpoint(
-            checkpoint,
-            inputs.data,
-            inputs.zero_shot,
-            runtime.batch,
-            runtime.mesh,
-            job.config.task_cache,
-            shown,
-        )
+        comparisons = states.comparisons(checkpoint.model, shown)
+        measured = _measure_with(job, inputs, checkpoint, shown, comparisons)
+        return measured | {"agreement": figures(comparisons)}
 
     return measure
 

@@ -5,7 +5,7 @@ every model and prompt of the same shapes.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,9 @@ import numpy as np
 
 from models.arch import Arch, Block, Model, NonBlockParams
 from models.cache import Cache, empty_cache
+
+# New tokens after which a caller is asked whether the texts are long enough.
+PART = 32
 
 
 class Sampling(NamedTuple):
@@ -215,6 +218,33 @@ def decode(
     return state.text, state.caches
 
 
+# A program of its own, between two calls of `decode`.
+_feed = jax.jit(_next_logits, static_argnums=0, donate_argnums=4)
+
+
+def _decode_parts(
+    model: Model,
+    logits: jax.Array,
+    caches: tuple[Cache, ...],
+    start: jax.Array,
+    new_tokens: int,
+    eos: jax.Array,
+    stop: Callable[[np.ndarray], bool],
+) -> np.ndarray:
+    """Generate greedily in parts until `stop` says that the texts are long enough."""
+    arch, non_block, blocks = model
+    text = np.zeros((logits.shape[0], 0), np.int32)
+    while True:
+        part = min(PART, new_tokens - text.shape[1])
+        more, caches = decode(arch, non_block, blocks, logits, caches, start, part, None, eos)
+        text = np.concatenate([text, np.asarray(more)], axis=1)
+        if text.shape[1] == new_tokens or stop(text):
+            return text
+        start = start + part
+        # The last new token of a part has not been read yet.
+        logits, caches = _feed(arch, non_block, blocks, more[:, -1], caches, start - 1)
+
+
 def _generate_across(
     restart: int,
     model: Model,
@@ -261,6 +291,7 @@ def generate(
     key: jax.Array | None = None,
     eos: int | Sequence[int] | None = None,
     lengths: np.ndarray | None = None,
+    stop: Callable[[np.ndarray], bool] | None = None,
 ) -> np.ndarray:
     """Continue prompts.
 
@@ -275,9 +306,12 @@ def generate(
       eos: Token or tokens that end a text. The rest of a row that has ended is the first of them.
       lengths: Number of tokens of each prompt, int [b], where the rest of its row is padding; None
         for t.
+      stop: Asked after every PART new tokens of a greedy text, with all new tokens so far, int32
+        [b n]; True ends the generation there. What follows a token that ends a row's text is then
+        undefined.
 
     Returns:
-      Continuations, int32 [b new_tokens].
+      Continuations, int32 [b new_tokens]; fewer tokens if `stop` ended them.
 
     Raises:
       ValueError: A setting is out of range, there is no new token, a prompt is empty, a temperature
@@ -308,5 +342,7 @@ def generate(
     logits, caches = prefill(
         arch, non_block, blocks, prompts, capacity, None if lengths is None else start
     )
+    if stop is not None and sampling is None:
+        return _decode_parts(model, logits, caches, start, new_tokens, eos_ids, stop)
     text, _ = decode(arch, non_block, blocks, logits, caches, start, new_tokens, sampling, eos_ids)
     return np.asarray(text)

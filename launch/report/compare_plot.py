@@ -1,4 +1,4 @@
-"""Plot perplexity against what is left and against speed, and the runs that no other run beats."""
+"""Plot quality against what is left and against speed, and the runs that no other run beats."""
 
 import itertools
 import math
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from launch.report import run_names, summary
+from launch.report.measures import PERPLEXITY, TOP1, Measure
 from launch.report.removal import TOLERANCE
 from launch.report.svg import (
     GREY,
@@ -55,13 +56,13 @@ class Point(NamedTuple):
     Attributes:
       name: Name of the run.
       x: Fraction of the weights left, or speed relative to the dense model.
-      perplexity: Perplexity of the pruned model.
+      y: Quality of the pruned model: perplexity, or another measure.
       kind: Key of STYLES.
     """
 
     name: str
     x: float
-    perplexity: float
+    y: float
     kind: str = SMALLER
 
 
@@ -101,56 +102,65 @@ def kind_of(stored: float, total: float) -> str:
     return SMALLER if 1 - stored > total / 2 else ZEROS
 
 
-def pareto_front(points: Sequence[Point], less: bool, tolerance: float = 0.0) -> list[Point]:
+def pareto_front(
+    points: Sequence[Point], less: bool, tolerance: float = 0.0, less_y: bool = True
+) -> list[Point]:
     """Return the points that no other point beats on both axes, in order of x.
 
     Args:
       points: The runs.
       less: True if a lower x is better, False if a higher one is.
       tolerance: Differences of x up to this count as none.
+      less_y: True if a lower y is better, False if a higher one is.
     """
 
     def beats(a: Point, b: Point) -> bool:
         gain = b.x - a.x if less else a.x - b.x
-        if a.perplexity == b.perplexity:
+        if a.y == b.y:
             return gain > tolerance
-        return a.perplexity < b.perplexity and gain >= -tolerance
+        return (a.y < b.y) == less_y and gain >= -tolerance
 
     front = [p for p in points if not any(beats(other, p) for other in points)]
-    return sorted(front, key=lambda p: (p.x, p.perplexity))
+    return sorted(front, key=lambda p: (p.x, p.y))
 
 
-def fronts(points: Sequence[Point], axis: Axis) -> dict[str, list[Point]]:
+def fronts(points: Sequence[Point], axis: Axis, less_y: bool = True) -> dict[str, list[Point]]:
     """Return each front by the kind whose style it takes; a front has the dense model, too.
 
     Args:
       points: The runs of a panel.
       axis: Its x axis.
+      less_y: True if a lower y is better, False if a higher one is.
     """
     comparable = [p for p in points if p.kind != OTHER]
     if not axis.by_kind:
-        return {DENSE: pareto_front(comparable, axis.less, axis.tolerance)}
+        return {DENSE: pareto_front(comparable, axis.less, axis.tolerance, less_y)}
     result = {}
     for kind in (SMALLER, ZEROS):
         members = [p for p in comparable if p.kind in (kind, DENSE)]
         if any(p.kind == kind for p in members):
-            result[kind] = pareto_front(members, axis.less, axis.tolerance)
+            result[kind] = pareto_front(members, axis.less, axis.tolerance, less_y)
     return result
 
 
-def _draw(ax: "Axes", title: str, axis: Axis, points: Sequence[Point]) -> None:
+def _draw(
+    ax: "Axes", title: str, axis: Axis, points: Sequence[Point], measure: Measure = PERPLEXITY
+) -> None:
     """Draw the runs of one data set, and a line through those that no other run beats."""
-    every = fronts(points, axis)
+    every = fronts(points, axis, measure.less)
     for kind, front in every.items():
         line = "--" if kind == ZEROS else "-"
-        xs, ys = [p.x for p in front], [p.perplexity for p in front]
+        xs, ys = [p.x for p in front], [p.y for p in front]
         ax.step(xs, ys, line, where="post", color=STYLES[kind]["color"], linewidth=1.0)
     best = {p for front in every.values() for p in front}
     for p in points:
         look = {key: value for key, value in STYLES[p.kind].items() if key != "label"}
         alpha = 1.0 if p in best or p.kind in (DENSE, OTHER) else _PALE
-        ax.plot(p.x, p.perplexity, markersize=6, linestyle="", alpha=alpha, **look)
-    perplexity_axis(ax, [p.perplexity for p in points])
+        ax.plot(p.x, p.y, markersize=6, linestyle="", alpha=alpha, **look)
+    if measure is PERPLEXITY:
+        perplexity_axis(ax, [p.y for p in points])
+    elif measure is TOP1:
+        ax.yaxis.set_major_formatter(lambda value, _: summary.percent(value))
     if axis.less:
         ax.xaxis.set_major_formatter(lambda value, _: summary.percent(value))
     ax.grid(axis="both")
@@ -182,10 +192,10 @@ def label_points(
       lines: The fronts that were drawn, as steps.
     """
     frame = ax.get_window_extent()
-    at = ax.transData.transform([(p.x, p.perplexity) for p in points])
+    at = ax.transData.transform([(p.x, p.y) for p in points])
     taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in at]
     for line in lines:
-        corners = ax.transData.transform([(p.x, p.perplexity) for p in line])
+        corners = ax.transData.transform([(p.x, p.y) for p in line])
         for (x0, y0), (x1, y1) in itertools.pairwise(corners):  # across, then down
             taken += [(x0, y0, x1, y0 + 1), (x1, min(y0, y1), x1 + 1, max(y0, y1))]
     labels = run_names.short([p.name for p in points])
@@ -194,7 +204,7 @@ def label_points(
         name = textwrap.fill(labels[points[k].name], _NAME_WIDTH)
         text = ax.annotate(
             name,
-            (points[k].x, points[k].perplexity),
+            (points[k].x, points[k].y),
             (0, 0),
             textcoords="offset points",
             ha="left",
@@ -210,7 +220,7 @@ def label_points(
         if np.hypot(*(near - at[k])) > _LEADER:
             ax.annotate(
                 "",
-                (points[k].x, points[k].perplexity),
+                (points[k].x, points[k].y),
                 tuple((near - at[k]) * to_points),
                 textcoords="offset points",
                 arrowprops={
@@ -255,7 +265,7 @@ def _nearest_place(
 
 
 def _finite(points: Sequence[Point]) -> list[Point]:
-    return [p for p in points if math.isfinite(p.perplexity)]
+    return [p for p in points if math.isfinite(p.y)]
 
 
 def _height(points: Sequence[Point]) -> float:
@@ -284,24 +294,32 @@ def front_svg(title: str, points: Sequence[Point]) -> str:
     return render(title, 1, _height(finite) + 0.8, draw)
 
 
-def _place(figure: "Figure", panels: Sequence[tuple["Axes", Axis, Sequence[Point]]]) -> None:
+def _place(
+    figure: "Figure",
+    panels: Sequence[tuple["Axes", Axis, Sequence[Point]]],
+    measure: Measure = PERPLEXITY,
+) -> None:
     """Write the names of all panels."""
     figure.draw_without_rendering()  # lays the axes out
     for ax, axis, points in panels:
-        label_points(ax, points, fronts(points, axis).values())
+        label_points(ax, points, fronts(points, axis, measure.less).values())
 
 
 def save_comparison(
-    panels: Mapping[str, Mapping[Axis, Sequence[Point]]], path: Path, dark: bool = False
+    panels: Mapping[str, Mapping[Axis, Sequence[Point]]],
+    path: Path,
+    dark: bool = False,
+    measure: Measure = PERPLEXITY,
 ) -> None:
     """Draw the runs to .svg or .png, a row per data set and a column per x axis.
 
-    Lines join the runs that no other run beats. Runs without a finite perplexity are left out.
+    Lines join the runs that no other run beats. Runs without a finite y are left out.
 
     Args:
       panels: {data set: {x axis: points}}.
       path: File to write.
       dark: Draw for a dark page, on no background.
+      measure: What the y axes show.
     """
     from matplotlib.figure import Figure
 
@@ -321,9 +339,10 @@ def save_comparison(
             for ax in axes[len(by_axis) :]:  # speed may be measured for some data sets alone
                 ax.set_axis_off()
             for ax, (axis, points) in zip(axes, by_axis.items(), strict=False):
-                _draw(ax, f"perplexity, {summary.shorten(labels[data])}", axis, points)
+                title = f"{measure.axis}, {summary.shorten(labels[data])}"
+                _draw(ax, title, axis, points, measure)
                 placed.append((ax, axis, points))
         front = FRONT if columns == 1 else f"{FRONT} (for speed: of any kind)"
         _legend(figure, [p for points in drawn for p in points], front)
-        _place(figure, placed)
+        _place(figure, placed, measure)
         save(figure, path, transparent=dark)

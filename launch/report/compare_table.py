@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from launch.report import summary
+from launch.report.measures import AGREEMENT, PERPLEXITY, Measure
 from launch.report.removal import TOLERANCE
 
 LATEX = str.maketrans(
@@ -120,12 +121,14 @@ class Columns(NamedTuple):
 
     Attributes:
       data: Data sets.
+      agreement: By data set, the measures of agreement with the dense model.
       metrics: (task, metric) of the accuracies.
       speed: True to show measured speed-ups.
       protocol: True to show the names of protocols.
     """
 
     data: Sequence[str]
+    agreement: Mapping[str, Sequence[Measure]]
     metrics: Sequence[tuple[str, str]]
     speed: bool
     protocol: bool
@@ -143,8 +146,13 @@ def _columns(runs: Sequence[Run]) -> Columns:
         for m in summary.metrics(r.report.get("tasks", {}))
         if m.fraction
     ]
+    data = data_sets(runs)
     return Columns(
-        data=data_sets(runs),
+        data=data,
+        agreement={
+            name: [m for m in AGREEMENT if any(m.of(r.report, name) is not None for r in runs)]
+            for name in data
+        },
         metrics=list(dict.fromkeys(metrics)),
         speed=any(r.speedup for r in runs),
         protocol=any(summary.protocol_note(r.report) for r in runs),
@@ -172,7 +180,9 @@ def rows(runs: Sequence[Run], marks: Marks) -> list[list[str]]:
     columns = _columns(runs)
     labels = summary.short_names(columns.data)
     heads = ["run", "removed", "parameters", "size"]
-    heads += [f"perplexity, {summary.shorten(labels[name])}" for name in columns.data]
+    for name in columns.data:
+        label = summary.shorten(labels[name])
+        heads += [f"{m.heading}, {label}" for m in (PERPLEXITY, *columns.agreement[name])]
     heads += [f"{task}, {metric}" for task, metric in columns.metrics]
     if len(columns.tasks) > 1:
         heads.append(MEAN)
@@ -193,8 +203,11 @@ def _dense_row(runs: Sequence[Run], columns: Columns, marks: Marks) -> list[str]
     cells.append(summary.size(report["bytes"]["dense"]))
     for name in columns.data:
         usual = (r for k, r in enumerate(runs) if (k, name) not in marks.data)
-        values = (r.report["perplexity"].get(name, {}).get("dense") for r in usual)
-        cells.append(summary.perplexity(_first(values)))
+        reports = [r.report for r in usual]
+        dense = _first(PERPLEXITY.of_dense(report, name) for report in reports)
+        cells.append(summary.perplexity(dense))
+        for m in columns.agreement[name]:
+            cells.append(m.text(_first(m.of_dense(report, name) for report in reports)))
     cells += _accuracy_cells(columns, lambda task, name: _accuracy(runs, "dense", task, name))
     if columns.speed:
         cells += ["1.00x"] * len(PARTS)
@@ -211,10 +224,12 @@ def _run_row(k: int, r: Run, columns: Columns, marks: Marks) -> list[str]:
     cells.append(summary.count(report["parameters"]["pruned"]))
     cells.append(summary.size(report["bytes"]["pruned"]))
     for name in columns.data:
-        cell = summary.perplexity(report["perplexity"].get(name, {}).get("pruned"))
+        cell = summary.perplexity(PERPLEXITY.of(report, name))
         if spread := summary.draw_spread(report, name):
             cell += f" ({spread.mean} over {len(report['draws'])} draws)"
-        cells.append(cell + marks.data.get((k, name), ""))
+        mark = marks.data.get((k, name), "")
+        texts = [cell, *(m.text(m.of(report, name)) for m in columns.agreement[name])]
+        cells += [text + mark for text in texts]
     cells += _accuracy_cells(columns, lambda task, name: _accuracy([r], "pruned", task, name))
     if columns.speed:
         cells += [f"{r.speedup[p]:.2f}x" if r.speedup else summary.ABSENT for p in PARTS]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.flags import quoting
-from launch.report import documentation, figures, quality, summary
+from launch.report import documentation, figures, measures, quality, summary
 from launch.report.outline import outline
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, scores in perplexity.items():
         dense, pruned = scores.get("dense"), scores.get("pruned")
         note = f"dense {summary.perplexity(dense)} ({summary.ratio(dense, pruned)})"
+        if agreement := measures.brief(report, name):
+            note += f"; {agreement}"
         if spread := summary.draw_spread(report, name):
             note += f"; {spread.mean} over {len(report['draws'])} draws"
         tiles.append((f"perplexity, {labels[name]}", summary.perplexity(pruned), note))

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from launch.report import measures
+
 ABSENT = "—"
 _STAGES = {
     "load": "load",
@@ -199,7 +201,8 @@ class Metric(NamedTuple):
     @property
     def fraction(self) -> bool:
         """Return True if the metric is a fraction of the documents."""
-        return self.name.startswith(("acc", "exact_match"))
+        name = self.name.partition(",")[0]
+        return name.startswith(("acc", "exact_match")) or name.endswith("_acc")
 
     def of(self, model: str) -> tuple[float, float | None] | None:
         """Return the value of the "dense" or the "pruned" model."""
@@ -286,11 +289,13 @@ def _perplexity_rows(report: Mapping[str, Any]) -> list[Row]:
         if spread := draw_spread(report, name):
             label = f"… over {len(report['draws'])} calibration draws"
             rows.append(Row(label, "", spread.mean, spread.span))
+        for label, value, unit in measures.rows(report, name):
+            rows.append(Row(label, "", value, unit))
     return rows
 
 
 def quality_rows(report: Mapping[str, Any]) -> list[Row]:
-    """Return the summary's rows: perplexity, tasks, sparsity, parameters, bytes and speed.
+    """Return the summary's rows: quality by data set and task, sparsity, size and speed.
 
     Args:
       report: Content of pruning_report.json; every key may be missing.

@@ -1,11 +1,12 @@
 """Summarise the trials of a sweep over seeds: rows of a file, lines and columns of a table."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from launch.report import compare_plot, run_names, summary
+from launch.report.measures import AGREEMENT, MEASURES
 from launch.report.seeds import Spread, spread
 from launch.report.sweep_plot import Point
 from launch.trials.trial import Trial
@@ -50,7 +51,8 @@ def finished_row(trial: Trial, report: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
       The settings; `sparsity` as requested; `reached`, the fraction removed of the prunable
       weights; `total`, of all weights; `stored`, the parameters that are stored as a fraction of
-      the dense model's; size, seconds, perplexities and accuracies.
+      the dense model's; size, seconds, perplexities, agreements with the dense model (and those of
+      the dense model with itself where they are no constants) and accuracies.
     """
     row = pending_row(trial, "finished") | {
         "sparsity": report["sparsity"]["target"],
@@ -63,11 +65,17 @@ def finished_row(trial: Trial, report: Mapping[str, Any]) -> dict[str, Any]:
     }
     for prefix, model in ((DENSE, "dense"), (PRUNED, "pruned")):
         row |= {f"{prefix}{name}": s[model] for name, s in report["perplexity"].items()}
+    for m in AGREEMENT:
+        for name in report["perplexity"]:
+            if (value := m.of(report, name)) is not None:
+                row[f"{m.key}:{name}"] = value
+                if m.best is None:
+                    row[f"{m.key}_dense:{name}"] = m.of_dense(report, name)
     metrics = [m for m in summary.metrics(report.get("tasks", {})) if m.fraction]
     for prefix, model in ((DENSE_ACCURACY, "dense"), (ACCURACY, "pruned")):
-        for m in metrics:
-            if value := m.of(model):
-                row[f"{prefix}{m.task}, {m.name}"] = value[0]
+        for metric in metrics:
+            if measured := metric.of(model):
+                row[f"{prefix}{metric.task}, {metric.name}"] = measured[0]
     return row
 
 
@@ -87,6 +95,7 @@ class Line(NamedTuple):
       stored: Mean of the parameters stored, as a fraction of the dense model's; None likewise.
       bytes: Mean size in bytes; None without a finished trial.
       perplexity: Spread over seeds by data set.
+      agreement: The same of each measure of agreement with the dense model, by its key.
       accuracy: Spread over seeds by task and metric.
     """
 
@@ -102,6 +111,7 @@ class Line(NamedTuple):
     stored: float | None
     bytes: float | None
     perplexity: Mapping[str, Spread]
+    agreement: Mapping[str, Mapping[str, Spread]]
     accuracy: Mapping[str, Spread]
 
     @property
@@ -120,7 +130,7 @@ def _spreads(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Spread
     # A collapsed model has an infinite perplexity, whose standard deviation is NaN.
     with np.errstate(invalid="ignore"):
         return {
-            name: spread([row[f"{prefix}{name}"] for row in rows])
+            name: spread([row[f"{prefix}{name}"] for row in rows if f"{prefix}{name}" in row])
             for name in with_prefix(rows, prefix)
         }
 
@@ -145,6 +155,7 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
             stored=_mean(done, "stored"),
             bytes=_mean(done, "bytes"),
             perplexity=_spreads(done, PRUNED),
+            agreement={m.key: _spreads(done, f"{m.key}:") for m in AGREEMENT},
             accuracy=_spreads(done, ACCURACY),
         )
         result.append(line)
@@ -165,13 +176,13 @@ class Column(NamedTuple):
     """One of the table's columns of quality.
 
     Attributes:
-      kind: Field of `Line` that holds the values.
+      kind: "perplexity", the key of a measure of agreement, or "accuracy".
       name: Data set, or task and metric.
       label: Short name for the heading.
       dense: Value of the dense model.
     """
 
-    kind: Literal["perplexity", "accuracy"]
+    kind: str
     name: str
     label: str
     dense: float
@@ -179,18 +190,33 @@ class Column(NamedTuple):
     @property
     def heading(self) -> str:
         """Return the heading of the column."""
-        return f"perplexity, {self.label}" if self.kind == "perplexity" else self.label
+        measure = MEASURES.get(self.kind)
+        return f"{measure.heading}, {self.label}" if measure else self.label
 
     def text(self, value: float | None) -> str:
         """Format a value of this column."""
-        return summary.perplexity(value) if self.kind == "perplexity" else summary.percent(value)
+        if self.kind == "perplexity":
+            return summary.perplexity(value)
+        measure = MEASURES.get(self.kind)
+        return measure.text(value) if measure else summary.percent(value)
+
+    def spread(self, line: Line) -> Spread | None:
+        """Return the values of a line; None if it has none."""
+        agreement = line.agreement.get(self.kind, {})
+        by_kind = {"perplexity": line.perplexity, "accuracy": line.accuracy}
+        return by_kind.get(self.kind, agreement).get(self.name)
 
 
 def columns(rows: Sequence[Mapping[str, Any]]) -> list[Column]:
-    """Return the columns for which a row has values: perplexities, then accuracies."""
-    dense = with_prefix(rows, DENSE)
+    """Return the columns for which a row has values: those of data sets, then accuracies."""
+    dense, result = with_prefix(rows, DENSE), []
     labels = summary.short_names(dense)
-    result = [Column("perplexity", name, labels[name], value) for name, value in dense.items()]
+    for name, value in dense.items():
+        result.append(Column("perplexity", name, labels[name], value))
+        for m in AGREEMENT:
+            if name in with_prefix(rows, f"{m.key}:"):
+                best = with_prefix(rows, f"{m.key}_dense:")[name] if m.best is None else m.best
+                result.append(Column(m.key, name, labels[name], best))
     for name, value in with_prefix(rows, DENSE_ACCURACY).items():
         result.append(Column("accuracy", name, name, value))
     return result
@@ -213,8 +239,7 @@ def _cells(line: Line, quality: Sequence[Column]) -> list[str]:
     """Return a line of the table as text."""
     cells = [line.name, line.target or summary.ABSENT]
     for c in quality:
-        values = line.perplexity if c.kind == "perplexity" else line.accuracy
-        cells.append(spread_text(values.get(c.name), line.finished, c.text))
+        cells.append(spread_text(c.spread(line), line.finished, c.text))
     seeds = str(line.finished)
     if line.finished < line.trials:
         seeds += f" of {line.trials}"

@@ -33,7 +33,7 @@ class Results(NamedTuple):
       counts: Weights by linear.
       parameters: Parameters of the pruned model, padding not counted.
       dense: Measurements of the dense model: "perplexity" by data set, "tasks" by task.
-      pruned: The same of the pruned model.
+      pruned: The same of the pruned model, and "agreement" with the dense one by data set.
       further_draws: `draws.record` of each draw but the first.
       remarks: Sentences about the files of the checkpoint that its reader must see.
     """
@@ -82,6 +82,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "bytes": {"dense": checkpoint.stored_bytes, "pruned": written.loaded.stored_bytes},
         "dtype": types,
         "perplexity": _perplexity(results),
+        "agreement": results.pruned["agreement"],
         "tasks": {
             name: {"dense": results.dense["tasks"][name], "pruned": metrics}
             for name, metrics in results.pruned["tasks"].items()

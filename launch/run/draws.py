@@ -113,37 +113,46 @@ def record(tokens: Tokens, pruned: Mapping[str, Any]) -> dict[str, Any]:
       pruned: Measurements of the model pruned on them.
 
     Returns:
-      The seed, the SHA-256 of the tokens, perplexity by data set, and metrics by task.
+      The seed, the SHA-256 of the tokens, perplexity and agreement with the dense model by data
+      set, and metrics by task.
     """
     perplexity = pruned["perplexity"]
     return {
         "seed": tokens.protocol["seed"],
         "sha256": tokens.protocol["sha256"],
         "perplexity": {name: figures["perplexity"] for name, figures in perplexity.items()},
+        "agreement": pruned["agreement"],
         "tasks": pruned["tasks"],
     }
 
 
 def spread(draws: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Summarise each perplexity and each metric over the draws.
+    """Summarise each perplexity, each agreement and each metric over the draws.
 
     Args:
       draws: `record` of every draw.
 
     Returns:
       Mean, sample standard deviation, least and greatest value: {"perplexity": {data set: ...},
-      "tasks": {task: {metric: ...}}}. A perplexity that is not finite makes its mean not finite.
+      "agreement": {data set: {measure: ...}}, "tasks": {task: {metric: ...}}}. A value
+      that is not finite makes its mean not finite.
     """
     first = draws[0]
     perplexity = {
         name: _summarise([d["perplexity"][name] for d in draws]) for name in first["perplexity"]
     }
-    tasks = {}
-    for task, metrics in first["tasks"].items():
-        # The standard errors over documents are none of the draws' figures.
-        names = [m for m in metrics if not m.partition(",")[0].endswith("_stderr")]
-        tasks[task] = {m: _summarise([d["tasks"][task][m] for d in draws]) for m in names}
-    return {"perplexity": perplexity, "tasks": tasks}
+    further = {}
+    for part in ("agreement", "tasks"):
+        further[part] = {
+            name: {
+                m: _summarise([d[part][name][m] for d in draws])
+                for m in measured
+                # The standard errors over windows or documents are none of the draws' figures.
+                if not m.partition(",")[0].endswith("_stderr")
+            }
+            for name, measured in first[part].items()
+        }
+    return {"perplexity": perplexity, **further}
 
 
 def _summarise(values: Sequence[float]) -> dict[str, float]:

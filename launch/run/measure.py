@@ -38,6 +38,9 @@ PACKAGES = (
     "datasets",
 )
 
+Visit = Callable[[jax.Array], None]  # gets the last hidden states of a micro-batch, [b t d]
+NO_VISITS: Mapping[str, Visit] = {}
+
 
 class Clock:
     """Seconds spent in each phase of a command.
@@ -163,6 +166,7 @@ def evaluate(
     batch: int,
     mesh: Mesh | None,
     progress: Progress = no_progress,
+    visits: Mapping[str, Visit] = NO_VISITS,
 ) -> dict[str, dict[str, Any]]:
     """Measure perplexity on each data set.
 
@@ -172,6 +176,7 @@ def evaluate(
       batch: Windows at a time.
       mesh: Devices; None: one.
       progress: Shows the progress.
+      visits: By data set, what else looks at the last hidden states of each micro-batch.
 
     Returns:
       By data set: "perplexity", its standard error over windows as "error", and "tokens".
@@ -179,7 +184,15 @@ def evaluate(
     results = {}
     for name, tokens in data.items():
         what = f"perplexity on {name}"
-        p = perplexity(model, tokens.ids, batch=batch, mesh=mesh, progress=progress, name=what)
+        p = perplexity(
+            model,
+            tokens.ids,
+            batch=batch,
+            mesh=mesh,
+            progress=progress,
+            name=what,
+            visit=visits.get(name),
+        )
         results[name] = {"perplexity": p.value, "error": p.error, "tokens": p.tokens}
     return results
 
@@ -192,6 +205,7 @@ def measure_checkpoint(
     mesh: Mesh | None,
     task_cache: bool,
     progress: Progress = no_progress,
+    visits: Mapping[str, Visit] = NO_VISITS,
 ) -> dict[str, Any]:
     """Measure perplexity and zero-shot tasks of a checkpoint.
 
@@ -203,12 +217,13 @@ def measure_checkpoint(
       mesh: Devices; None: one.
       task_cache: Whether to use and keep the model's answers to tasks.
       progress: Shows the progress.
+      visits: As for `evaluate`.
 
     Returns:
       "perplexity" as `evaluate` returns it, and "tasks" as `evaluate_tasks` does.
     """
     tasks = evaluate_tasks(zero_shot, checkpoint, batch, mesh, task_cache, progress)
-    scores = evaluate(checkpoint.model, data, batch, mesh, progress)
+    scores = evaluate(checkpoint.model, data, batch, mesh, progress, visits)
     return {"perplexity": scores, "tasks": tasks}
 
 

@@ -119,11 +119,19 @@ def open_journal(
     Raises:
       InputError: The directory belongs to a different run.
     """
-    shared = json.dumps({name: fact for name, fact in facts.items() if name not in PER_TRIAL})
-    journal = Journal(directory, facts, writer, cache, shared)
+    journal = Journal(directory, facts, writer, cache, shared_context(facts))
     for sentence in journal.damage:
         console.note(f"warning: unfinished run: {sentence}")
     return journal
+
+
+def shared_context(facts: Mapping[str, Any]) -> str:
+    """Return what runs of one process have in common that use each other's results.
+
+    Args:
+      facts: A run's fingerprint.
+    """
+    return json.dumps({name: fact for name, fact in facts.items() if name not in PER_TRIAL})
 
 
 class Attempt:

@@ -1,14 +1,18 @@
 """Generate text with the dense and the pruned model, for the report.
 
-Figures do not show a model that repeats itself; a text does.
+Figures do not show a model that repeats itself; a text does. Texts that continue the beginnings of
+evaluation windows are not shown: the tokens until they part from the dense model's are counted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from calibration.data import Tokens
 from calibration.states import fits_in_memory
 from calibration.tokenizer import TextTokenizer, has_tokenizer
+from eval.agreement import equal_starts, estimate
 from launch.generate import continuation, eos_tokens, prompt_tokens
 from models.checkpoint.reader import Checkpoint
 from models.generate import generate
@@ -19,54 +23,125 @@ PROMPTS = (
     "The three largest cities of Europe are London,",
 )
 NEW_TOKENS = 32
+# Windows of a data set whose beginnings are continued, and tokens of each.
+WINDOWS = 16
+BEGINNING = 32
+
+
+class Samples(NamedTuple):
+    """Texts of both models, and how long they are equal.
+
+    Attributes:
+      texts: {"prompt", "dense", "pruned"} for each prompt.
+      greedy: By data set: "greedy", the mean number of tokens before the pruned model's greedy
+        continuation first differs from the dense model's; its standard error over prompts as
+        "greedy_stderr"; "greedy_most", the tokens of a continuation; "greedy_prompts", their
+        number.
+    """
+
+    texts: list[dict[str, str]]
+    greedy: dict[str, dict[str, Any]]
 
 
 def samples(
     dense: Checkpoint,
     pruned: Checkpoint,
     tokenizer: Callable[[], TextTokenizer],
+    data: Mapping[str, Tokens],
     progress: Progress = no_progress,
-) -> list[dict[str, str]]:
-    """Continue the prompts greedily with both models.
+) -> Samples:
+    """Continue the prompts and the beginnings of evaluation windows greedily with both models.
+
+    One batch holds all of them, so that each model generates once.
 
     Args:
       dense: The dense model.
       pruned: The pruned model.
       tokenizer: Returns the model's tokenizer.
+      data: Evaluation windows by data set.
       progress: Shows the progress.
 
     Returns:
-      {"prompt", "dense", "pruned"} for each prompt. Empty if the model has no tokenizer, is too
-      large to be held whole, or has too few positions.
+      The samples. Without texts if the model has no tokenizer; empty if it is too large to be held
+      whole, or has too few positions.
 
     Raises:
       InputError: The tokenizer or the generation settings do not fit the model.
     """
+    itemsize = dense.model.non_block.embed.dtype.itemsize
+    shown = _prompts(dense, tokenizer)
+    beginnings = {name: _beginnings(tokens.ids) for name, tokens in data.items()}
+    rows = [*shown, *(row for part in beginnings.values() for row in part)]
+    longest = max(map(len, rows), default=0)
+    positions = getattr(dense.model.arch.config, "positions", longest + NEW_TOKENS)
+    if not rows or positions < longest + NEW_TOKENS:
+        return Samples([], {})
+    if not fits_in_memory(dense.parameters * itemsize):
+        return Samples([], {})
+    advance = progress("generating samples", 2, unit="models")
+    new = []
+    for checkpoint in (dense, pruned):
+        new.append(_continue(checkpoint, rows, longest))
+        advance()
+    texts = _texts(tokenizer, shown, new, eos_tokens(dense)) if shown else []
+    return Samples(texts, _greedy(beginnings, *(ids[len(shown) :] for ids in new)))
+
+
+def _prompts(dense: Checkpoint, tokenizer: Callable[[], TextTokenizer]) -> list[list[int]]:
+    """Return the tokens of the prompts; none without a tokenizer."""
     if not has_tokenizer(dense.directory):
         return []
     encoded = [prompt_tokens(tokenizer(), prompt, dense) for prompt in PROMPTS]
-    # Cut to the same number of tokens, so that one batch and one compilation serve both.
-    length = min(map(len, encoded))
-    prompts = np.asarray([ids[:length] for ids in encoded], np.int32)
-    needed = length + NEW_TOKENS
-    itemsize = dense.model.non_block.embed.dtype.itemsize
-    if getattr(dense.model.arch.config, "positions", needed) < needed:
-        return []
-    if not fits_in_memory(dense.parameters * itemsize):
-        return []
-    eos = eos_tokens(dense)
-    advance = progress("generating samples", 2, unit="models")
-    dense_ids = generate(dense.model, prompts, NEW_TOKENS, eos=eos)
-    advance()
-    pruned_ids = generate(pruned.model, prompts, NEW_TOKENS, eos=eos)
-    advance()
-    result = []
-    for i, ids in enumerate(prompts.tolist()):
-        result.append(
-            {
-                "prompt": tokenizer().decode(ids),
-                "dense": continuation(tokenizer(), ids, dense_ids[i], eos),
-                "pruned": continuation(tokenizer(), ids, pruned_ids[i], eos),
-            }
-        )
+    # One length for all, as a cut text shows what a model makes of its middle.
+    return [ids[: min(map(len, encoded))] for ids in encoded]
+
+
+def _beginnings(windows: np.ndarray) -> list[list[int]]:
+    """Return the first tokens of windows that are spread evenly over a data set."""
+    count = min(WINDOWS, len(windows))
+    # Windows next to each other may be of one document.
+    return [windows[k * len(windows) // count, :BEGINNING].tolist() for k in range(count)]
+
+
+def _continue(checkpoint: Checkpoint, rows: list[list[int]], longest: int) -> np.ndarray:
+    """Continue prompts greedily, beyond a token that ends a text, int32 [prompts NEW_TOKENS]."""
+    prompts = np.zeros((len(rows), longest), np.int32)
+    for prompt, row in zip(prompts, rows, strict=True):
+        prompt[: len(row)] = row
+    lengths = np.asarray([len(row) for row in rows])
+    return generate(checkpoint.model, prompts, NEW_TOKENS, lengths=lengths)
+
+
+def _texts(
+    tokenizer: Callable[[], TextTokenizer],
+    prompts: list[list[int]],
+    new: list[np.ndarray],
+    eos: list[int],
+) -> list[dict[str, str]]:
+    """Return the prompts with the continuations of both models as text."""
+    return [
+        {
+            "prompt": tokenizer().decode(ids),
+            "dense": continuation(tokenizer(), ids, new[0][i], eos),
+            "pruned": continuation(tokenizer(), ids, new[1][i], eos),
+        }
+        for i, ids in enumerate(prompts)
+    ]
+
+
+def _greedy(
+    beginnings: Mapping[str, list[list[int]]], dense: np.ndarray, pruned: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Return `Samples.greedy` from the continuations of all beginnings in order."""
+    result, start = {}, 0
+    counts = equal_starts(dense, pruned)
+    for name, rows in beginnings.items():
+        mean = estimate(counts[start : start + len(rows)])
+        result[name] = {
+            "greedy": mean.value,
+            "greedy_stderr": mean.error,
+            "greedy_most": NEW_TOKENS,
+            "greedy_prompts": len(rows),
+        }
+        start += len(rows)
     return result

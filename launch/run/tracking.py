@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from launch.flags.cli import Flags
 from launch.report import console, summary
 from launch.report.block_plots import block_and_kind
+from launch.report.measures import AGREEMENT
 from models.errors import InputError
 from models.processes import is_primary
 from models.untrusted import user_path
@@ -181,6 +182,9 @@ def _values(report: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
         for model in ("dense", "pruned"):
             if scores.get(model) is not None:
                 yield f"perplexity/{labels[data]}/{model}", scores[model]
+        for m in AGREEMENT:
+            if (value := m.of(report, data)) is not None:
+                yield f"agreement/{labels[data]}/{m.key}", value
     for metric in summary.metrics(report.get("tasks", {})):
         for model in ("dense", "pruned"):
             if measured := metric.of(model):

@@ -8,6 +8,7 @@ import pytest
 
 from launch import prune
 from launch.run import export
+from launch.run.samples import Samples
 from models.checkpoint.writer import save
 from models.init import init_model
 
@@ -37,7 +38,7 @@ def trial_inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def no_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the report's samples, which compile anew for every shape of model."""
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
+    monkeypatch.setattr(prune, "samples", lambda *_: Samples([], {}))
 
 
 @pytest.fixture

@@ -141,14 +141,13 @@ def test_there_are_no_samples_without_tokenizer_positions_or_memory(
     bare = open_checkpoint(
         tiny.write(tmp_path, tiny.state_of(tiny.GQA, tiny.random_model(tiny.GQA)))
     )
-    assert samples.samples(bare, bare, lambda: load_tokenizer(tmp_path)) == []
-    assert samples.samples(bare, bare, lambda: tokenizer) == []  # 96 tokens
+    assert samples.samples(bare, bare, lambda: load_tokenizer(tmp_path), {}) == ([], {})
     short = jax.tree.map(lambda x: x, dense.model.arch.config)
     few = dense._replace(
         model=dense.model._replace(
             arch=dense.model.arch._replace(config=type(short)(**vars(short) | {"positions": 40}))
         )
     )
-    assert samples.samples(few, few, lambda: tokenizer) == []
+    assert samples.samples(few, few, lambda: tokenizer, {}) == ([], {})
     monkeypatch.setattr(samples, "fits_in_memory", lambda size: size < 100)
-    assert samples.samples(dense, dense, lambda: tokenizer) == []
+    assert samples.samples(dense, dense, lambda: tokenizer, {}) == ([], {})

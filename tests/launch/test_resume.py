@@ -144,6 +144,8 @@ def test_a_run_killed_anywhere_gives_the_same_bytes(
         for tensor, x in want.items():
             np.testing.assert_array_equal(got[tensor], x, err_msg=f"killed at {n}: {tensor}")
         assert (tmp_path / "cut" / "pruning.json").read_bytes() == record
+        for part in ("perplexity", "agreement"):
+            assert report_of(tmp_path / "cut")[part] == report_of(tmp_path / "whole")[part]
         assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "whole"]
         shutil.rmtree(tmp_path / "cut")
 

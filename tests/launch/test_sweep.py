@@ -15,6 +15,7 @@ from launch.flags.cli import run
 from launch.flags.termination import Terminated
 from launch.report.files import read_report
 from launch.run import export
+from launch.run.samples import Samples
 from launch.trials import trial as trials
 from models.errors import InputError
 
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def _skip_samples_and_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skip the steps of a trial that take seconds and that no test here is about."""
-    monkeypatch.setattr(prune, "samples", lambda *_: [])
+    monkeypatch.setattr(prune, "samples", lambda *_: Samples([], {}))
     monkeypatch.setattr(export, "_by_transformers", lambda *_: export.Check(True, "not asked"))
 
 
@@ -232,8 +233,9 @@ def test_a_trial_equals_the_run_of_its_reports_command_to_the_bit(
     assert call(argv(trial_inputs, tmp_path / "sweep", *flags, "--sparsities=0.3,0.5")) == 0
     rows = table_of(tmp_path / "sweep")
     assert {row["state"] for row in rows.values()} == {"finished"}
-    # Two sets of tokens, which are also read before the first trial, and the dense perplexity.
-    assert memory.reused == 2 * (2 * len(rows) - 1) + len(rows) - 1 + measured
+    # Two sets of tokens, which are also read before the first trial, and the dense model's
+    # perplexity and hidden states.
+    assert memory.reused == 2 * (2 * len(rows) - 1) + 2 * (len(rows) - 1) + measured
     for trial in [
         path for path in (tmp_path / "sweep" / "trials").iterdir() if "-0.5-" in path.name
     ]:
@@ -247,7 +249,8 @@ def test_a_trial_equals_the_run_of_its_reports_command_to_the_bit(
                 f"{trial.name}: {file}"
             )
         report, again = read_report(trial), read_report(tmp_path / "alone")
-        assert again["perplexity"] == report["perplexity"] and again["scores"] == report["scores"]
+        for part in ("perplexity", "agreement", "scores"):
+            assert again[part] == report[part]
         assert any("a trial of a sweep" in note for note in report["notes"])
         assert not any("a trial of a sweep" in note for note in again["notes"])
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models import generate as module
 from models.arch import Arch, Block, Model, NonBlockParams, logits
 from models.cache import empty_cache
 from models.checkpoint.reader import in_memory, open_checkpoint
@@ -244,6 +245,27 @@ def test_a_text_ends_at_eos() -> None:
     assert (
         generate(model, prompts[:1], 12, eos=[tiny.VOCAB - 1, eos])[0, 4:] == tiny.VOCAB - 1
     ).all()
+
+
+@pytest.mark.parametrize("lengths", [None, np.asarray([6, 3])])
+def test_a_caller_may_stop_a_text_after_each_part(
+    lengths: np.ndarray | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The parts continue each other: together they are the text that is made at once."""
+    monkeypatch.setattr(module, "PART", 5)
+    model, prompts = tiny.random_model(tiny.GQA), tiny.tokens(2, 6)
+    whole = generate(model, prompts, 12, lengths=lengths)
+    asked: list[np.ndarray] = []
+
+    def stop(text: np.ndarray) -> bool:
+        asked.append(text)
+        return False
+
+    np.testing.assert_array_equal(generate(model, prompts, 12, lengths=lengths, stop=stop), whole)
+    assert [text.shape[1] for text in asked] == [5, 10]
+    np.testing.assert_array_equal(asked[1], whole[:, :10])
+    stopped = generate(model, prompts, 12, lengths=lengths, stop=lambda text: True)
+    np.testing.assert_array_equal(stopped, whole[:, :5])
 
 
 def test_the_loop_stops_when_all_rows_have_ended() -> None:

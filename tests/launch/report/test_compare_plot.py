@@ -45,13 +45,11 @@ def test_a_front_falls_and_leaves_out_only_what_is_beaten(less: bool) -> None:
     rng = np.random.default_rng(0)
     points = [Point(str(k), x, p) for k, (x, p) in enumerate(rng.uniform(0.1, 1, (60, 2)))]
     front = pareto_front(points, less, 0.02)
-    heights = [p.perplexity for p in front]
+    heights = [p.y for p in front]
     assert heights == sorted(heights, reverse=less)
     for p in points:
         better = [
-            q
-            for q in points
-            if q.perplexity < p.perplexity and (q.x - p.x <= 0.02 if less else p.x - q.x <= 0.02)
+            q for q in points if q.y < p.y and (q.x - p.x <= 0.02 if less else p.x - q.x <= 0.02)
         ]
         assert (p in front) == (not better)
 

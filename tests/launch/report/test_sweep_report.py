@@ -158,7 +158,7 @@ def test_the_front_of_a_sweep_has_every_line_by_its_weights_left(board: Board) -
         ("wanda 50%", 0.75, "zeros"),
         ("flap 30%", 0.85, "smaller"),
     ]
-    assert points[0].perplexity == pytest.approx(statistics.mean(SCORES["wanda", 0.3]))
+    assert points[0].y == pytest.approx(statistics.mean(SCORES["wanda", 0.3]))
 
 
 def test_the_terminal_leaves_out_arguments_that_tell_nothing_apart(tmp_path: Path) -> None:

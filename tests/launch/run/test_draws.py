@@ -73,6 +73,10 @@ def test_a_draw_is_the_run_of_its_seed(method: str, inputs: Path, tmp_path: Path
         r["protocol"]["calibration"]["sha256"] for r in alone
     ]
     assert [d["perplexity"][data] for d in got["draws"]] == values
+    assert [d["agreement"] for d in got["draws"]] == [r["agreement"] for r in alone]
+    divergences = [r["agreement"][data]["kl"] for r in alone]
+    spread = got["spread"]["agreement"][data]["kl"]
+    assert spread["mean"] == pytest.approx(np.mean(divergences), rel=1e-12)
     want = {
         "mean": np.mean(values),
         "std": np.std(values, ddof=1),
@@ -107,6 +111,8 @@ def test_every_report_shows_the_spread(inputs: Path, tmp_path: Path) -> None:
     runs = compare.read([str(tmp_path / "out")], None)
     table = compare.rows(runs, compare.marks_of(runs))
     assert f"({said} over 2 draws)" in table[2][4] and "draws" not in table[1][4]
+    kl = next(iter(got["spread"]["agreement"].values()))["kl"]
+    assert f"{kl['mean']:.4f} ± {kl['std']:.4f}" in terminal.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -176,9 +176,10 @@ def test_devices_and_processes_leave_the_same_model(
     for key, x in a.items():
         assert np.array_equal(x == 0, b[key] == 0), key
         np.testing.assert_allclose(b[key], x, atol=1e-3, err_msg=key)
-    alone, together = (
-        json.loads((f / "pruning_report.json").read_text())["perplexity"] for f in (one, other)
-    )
-    for data, found in alone.items():
+    alone, together = (json.loads((f / "pruning_report.json").read_text()) for f in (one, other))
+    for data, found in alone["perplexity"].items():
         for kind in ("dense", "pruned"):
-            assert together[data][kind] == pytest.approx(found[kind], rel=1e-5), kind
+            assert together["perplexity"][data][kind] == pytest.approx(found[kind], rel=1e-5), kind
+        agreement = alone["agreement"][data]
+        assert agreement["kl"] > 0 and agreement.keys() >= {"top1", "greedy"}
+        assert together["agreement"][data] == pytest.approx(agreement, rel=1e-4)
