@@ -242,7 +242,10 @@ def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
     if suffix is None:
         names = ", ".join(["embedded", *HUB])
         suffixes = ", ".join([".npy", *SUFFIXES])
-        raise file.error("is no known data source", f"give one of {names}, or a file {suffixes}")
+        # Only calibration takes text that the model writes.
+        own = ", or self" if purpose == "calibration" else ""
+        remedy = f"give one of {names}, or a file {suffixes}{own}"
+        raise file.error("is no known data source", remedy)
     file.check()
     stamp = {"dataset": path.name}
     if suffix == ".txt":

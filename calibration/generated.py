@@ -134,6 +134,7 @@ def generated_windows(
     ids = np.ascontiguousarray(ids[:samples], np.dtype("<i4"))
     protocol = {
         "source": "self",
+        "dataset": "self",
         "seed": seed,
         "cut": "windows that the dense model wrote",
         "temperature": settings.temperature,
@@ -206,13 +207,13 @@ def _seeds(
         # One stream: its lines are the documents.
         documents = [line for text in documents for line in text.splitlines()]
     order = random.Random(seed).sample(range(len(documents)), len(documents))
-    prompts: list[Sequence[int]] = []
+    prompts: list[list[int]] = []
     for i in order:
         if len(prompts) == rows:
             break
-        ids = tokenizer()(documents[i])[: settings.prompt_tokens]
-        if len(ids) == settings.prompt_tokens:
-            prompts.append(ids)
+        prompt = tokenizer()(documents[i])[: settings.prompt_tokens]
+        if len(prompt) == settings.prompt_tokens:
+            prompts.append(prompt)
     if not prompts:
         raise _error(
             f"finds no document of {settings.prompt_tokens} tokens in {settings.prompts}",
@@ -279,15 +280,14 @@ def _batches(
     progress: Progress,
 ) -> Iterator[np.ndarray]:
     """Yield batches of windows, int32 [BATCH length], written or read."""
-    count, length = len(seeds) // BATCH, facts["length"]
-    tokens = seeds.size // seeds.shape[1] * length
-    advance = progress("writing windows", count, unit="batches", tokens=tokens)
-    key = jax.random.key(facts["sampling"][-1])
+    length, key = facts["length"], jax.random.key(facts["sampling"][-1])
+    batches = np.split(seeds, len(seeds) // BATCH)
+    files = [window_file([facts, j, rows.tolist()]) for j, rows in enumerate(batches)]
+    stored = [read_windows(file, (BATCH, length)) for file in files]
+    done, tokens = sum(ids is not None for ids in stored), len(seeds) * length
+    advance = progress("writing windows", len(files), unit="batches", tokens=tokens, done=done)
     model = None
-    for j in range(count):
-        rows = seeds[j * BATCH : (j + 1) * BATCH]
-        file = window_file([facts, j, rows.tolist()])
-        ids = read_windows(file, (BATCH, length))
+    for j, (rows, ids) in enumerate(zip(batches, stored, strict=True)):
         if ids is None:
             model = model or _on_devices(checkpoint, mesh)
             new = generate(
@@ -299,8 +299,8 @@ def _batches(
                 key=jax.random.fold_in(key, j),
             )
             ids = np.concatenate([rows, new], axis=1)
-            write_windows(file, ids)
-        advance()
+            write_windows(files[j], ids)
+            advance()
         yield ids
 
 

@@ -231,7 +231,8 @@ def mixed_windows(
         return read(parts[0].source, samples)
     check_parts(parts, samples, length)
     total = sum(part.share for part in parts)
-    ids, records, warnings = [], [], []
+    ids, records = [], []
+    warnings: list[str] = []
     for part, count in zip(parts, window_counts(parts, samples), strict=True):
         tokens = _drawn(read(part.source, count), count, seed)
         ids.append(tokens.ids)

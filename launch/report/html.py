@@ -206,6 +206,9 @@ def _protocol(protocol: Mapping[str, Any]) -> list[tuple[str, Facts]]:
         if part in ("evaluation", "tasks") and isinstance(value, Mapping):
             labels = summary.short_names(value)
             cards += [(f"{part}: {labels[name]}", flat(facts)) for name, facts in value.items()]
+        elif part == "calibration" and "parts" in value:
+            cards.append((part, flat({k: v for k, v in value.items() if k != "parts"})))
+            cards += [(f"{part}: {own['source']}", flat(own)) for own in value["parts"]]
         else:
             cards.append((part, flat(value)))
     return [(heading, facts) for heading, facts in cards if facts]
