@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from calibration.corpora import HUB
+from calibration.corpora import HUB, check_source
 from calibration.data import Tokens, check_windows, is_token_file, token_shape
 from calibration.digests import token_digest
 from models.errors import InputError
@@ -84,7 +84,8 @@ def _items(text: str) -> list[str]:
         # The longest first: a file's name may hold commas, and so may a call.
         for count in range(len(pieces), 0, -1):
             item = ",".join(pieces[:count]).strip()
-            if _is_source(item.rpartition(":")[0]):
+            source, _, share = item.rpartition(":")
+            if "," not in share and _is_source(source.strip()):
                 break
         items.append(item)
         pieces = pieces[count:]
@@ -93,7 +94,7 @@ def _items(text: str) -> list[str]:
 
 def _parse_part(item: str, text: str) -> Part:
     """Parse SOURCE:SHARE."""
-    source, colon, share = item.rpartition(":")
+    source, colon, share = (field.strip() for field in item.rpartition(":"))
     if not colon or not source or _is_source(item):
         raise _error(f"has no share in {shown_text(item)!r}", FORM, text)
     number = _number(share)
@@ -172,15 +173,20 @@ def check_parts(parts: Sequence[Part], samples: int, length: int) -> tuple[int, 
       Samples and length of the windows; those of the file where a `.npy` file is the only part.
 
     Raises:
-      InputError: There are too many windows, a part gets none, or a `.npy` file has too few or
-        others.
+      InputError: There are too many windows, a part gets none, a file does not exist, or a `.npy`
+        file has too few windows or others.
     """
     if len(parts) == 1 and is_token_file(parts[0].source):
         return token_shape(parts[0].source, "calibration")
     check_windows(samples, length)
+    if len(parts) == 1:
+        return samples, length
+    # Of every part before any is read: reading may be a download, or the work of a model.
     for part, count in zip(parts, window_counts(parts, samples), strict=True):
         if is_token_file(part.source):
             _check_file(part.source, count, length)
+        elif part.source != "embedded" and not is_generated(part.source):
+            check_source(part.source, "calibration")
     return samples, length
 
 

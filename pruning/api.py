@@ -86,7 +86,7 @@ def _read_windows(
     tokenizer, vocab = model._tokenizer(), model.model.arch.config.vocab
 
     def read(source: str, count: int) -> Tokens:
-        options = {"samples": count, "length": length, "seed": seed}
+        options: dict[str, Any] = {"samples": count, "length": length, "seed": seed}
         if not is_generated(source):
             return calibration_tokens(source, tokenizer, **options, vocab=vocab)
         if source != SELF:
@@ -94,8 +94,8 @@ def _read_windows(
                 "has settings", "give `pruning.self_text(...)`", field="calibration", value=source
             )
         settings = calibration if isinstance(calibration, SelfText) else self_text()
-        how: dict[str, Any] = {"mesh": runtime.mesh, "progress": runtime.progress}
-        return generated_windows(settings, model.checkpoint, tokenizer, **options, **how)
+        options |= {"mesh": runtime.mesh, "progress": runtime.progress}
+        return generated_windows(settings, model.checkpoint, tokenizer, **options)
 
     parts = parse_parts(SELF if isinstance(calibration, SelfText) else calibration)
     return mixed_windows(parts, read, samples=samples, length=length, seed=seed).ids
