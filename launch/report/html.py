@@ -203,7 +203,9 @@ def _protocol(protocol: Mapping[str, Any]) -> list[tuple[str, Facts]]:
     """Return one card of facts per part of the protocol, one per data set and one per task."""
     cards = []
     for part, value in protocol.items():
-        if part in ("evaluation", "tasks") and isinstance(value, Mapping):
+        if not isinstance(value, Mapping):
+            cards.append((part, flat(value)))
+        elif part in ("evaluation", "tasks"):
             labels = summary.short_names(value)
             cards += [(f"{part}: {labels[name]}", flat(facts)) for name, facts in value.items()]
         elif part == "calibration" and "parts" in value:

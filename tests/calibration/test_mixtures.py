@@ -112,6 +112,20 @@ def test_a_mix_without_sense_is_refused(text: str, message: str) -> None:
     assert "\n" not in str(error.value)
 
 
+def test_odd_texts_are_refused_or_one_source() -> None:
+    draw = random.Random(0)
+    pieces = ["c4", "self", "self(", "self()", ":", ",", ":0.5", ",", "(", ")", '"', "\0", " ", "é"]
+    pieces += ["1e999", "~x/", "0.5", "nan", "'", "\n", "embedded", "1" * 400]
+    for _ in range(2000):
+        text = "".join(draw.choices(pieces, k=draw.randint(0, 12)))
+        try:
+            parts = parse_parts(text)
+        except InputError as error:
+            assert error.field == "calibration" and len(str(error)) < 400
+        else:
+            assert parts and all(part.share > 0 for part in parts)
+
+
 def test_calls_of_self_are_told_from_files() -> None:
     assert all(map(is_generated, ("self", "self(temperature=1)", "self(prompts='a)b')")))
     assert not any(map(is_generated, ("self.txt", "self(1):1,self(2)", "self(")))
