@@ -116,18 +116,7 @@ def generated_windows(
     batches = -(-samples // BATCH)
     start = start_token(checkpoint, tokenizer)
     seeds, origin, remarks = _seeds(settings, tokenizer, start, samples, batches * BATCH, seed)
-    if settings.temperature == 0 and len(np.unique(seeds[:samples], axis=0)) < samples:
-        raise _error(
-            f"with temperature=0 writes fewer than {samples} different windows",
-            "give a higher temperature, or more prompts",
-        )
-    if seeds.shape[1] >= length:
-        raise InputError(
-            f"leaves nothing to write behind {seeds.shape[1]} given tokens",
-            "give a larger number",
-            field="calibration_length",
-            value=length,
-        )
+    _check_seeds(seeds[:samples], settings, length, checkpoint.model.arch.config.vocab)
     weights = weights_digest(checkpoint)
     facts = _facts(settings, checkpoint, weights, mesh, length, seed)
     ids = np.concatenate(list(_batches(settings, checkpoint, seeds, facts, mesh, progress)))
@@ -172,6 +161,28 @@ def _check_model(checkpoint: Checkpoint, length: int, mesh: Mesh | None) -> None
         )
 
 
+def _check_seeds(seeds: np.ndarray, settings: SelfText, length: int, vocab: int) -> None:
+    """Check that a model can write different windows behind first tokens [samples t]."""
+    samples, given = seeds.shape
+    if settings.temperature == 0 and len(np.unique(seeds, axis=0)) < samples:
+        raise _error(
+            f"with temperature=0 writes fewer than {samples} different windows",
+            "give a higher temperature, or more prompts",
+        )
+    if given >= length:
+        raise InputError(
+            f"leaves nothing to write behind {given} given tokens",
+            "give a larger number",
+            field="calibration_length",
+            value=length,
+        )
+    if seeds.max() >= vocab:
+        raise _error(
+            f"has a prompt with token {seeds.max()}, the model's vocabulary ends at {vocab - 1}",
+            "use this model's own tokenizer",
+        )
+
+
 def memory_needed(
     blocks: Sequence[Any], parameters: int, itemsize: int, length: int, mesh: Mesh | None
 ) -> int:
@@ -186,7 +197,9 @@ def memory_needed(
     """
     sizes = dict(mesh.shape) if mesh else {"data": 1, "model": 1}
     keys = sum(block.k.w.shape[0] for block in blocks)
-    cache = 2 * keys * length * BATCH // sizes["data"]
+    # Rows that devices do not divide lie on all of them.
+    rows = BATCH if BATCH % sizes["data"] else BATCH // sizes["data"]
+    cache = 2 * keys * length * rows
     return (parameters // sizes["model"] + cache) * itemsize
 
 

@@ -102,7 +102,9 @@ def _parse_part(item: str, text: str) -> Part:
         raise _error(f"has the share {shown_text(share)!r}, which is no number", FORM, text)
     if not LEAST_SHARE <= number <= MOST_SHARE:
         raise _error(
-            f"has the share {share} for {shown_text(source)}", "give a positive number", text
+            f"has the share {shown_text(share)} for {shown_text(source)}",
+            "give a positive number",
+            text,
         )
     # The decimal digits as they stand, so that no rounding decides between equal remainders.
     return Part(source, Fraction(repr(number)))

@@ -1,5 +1,6 @@
 """Windows that the model writes: greedy ones are transformers', draws follow softmax, and keep."""
 
+import dataclasses
 import json
 import pathlib
 from typing import Any
@@ -348,6 +349,11 @@ def test_windows_that_cannot_be_written_are_refused(
         write(checkpoint, self_text(prompts=str(prompts), prompt_tokens=50))
     with pytest.raises(InputError, match=r"none\.jsonl does not exist"):
         write(checkpoint, self_text(prompts="none.jsonl"))
+    arch = checkpoint.model.arch
+    arch = arch._replace(config=dataclasses.replace(arch.config, vocab=20))
+    small = checkpoint._replace(model=checkpoint.model._replace(arch=arch))
+    with pytest.raises(InputError, match=r"has a prompt with token .*vocabulary ends at 19"):
+        write(small, self_text(prompts=str(prompts), prompt_tokens=3))
     monkeypatch.setattr(generated, "available_memory", lambda: {"device": 1 << 10, "host": 1 << 40})
     with pytest.raises(InputError, match="needs the whole model and its cache in memory"):
         write(checkpoint)
