@@ -243,8 +243,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     shapes = abstract(arch, non_block, blocks, dtype)
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
     method.check(model, request)
-    samples, length = tokens_shape(config, model_config)
-    tokens = np.zeros((samples, length), np.int32)
+    tokens = np.zeros(tokens_shape(config, model_config), np.int32)
     x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
     memory = _memory(topology)
     offload = offload_for(config.activations, x, mesh, memory)
@@ -257,7 +256,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     costs = [cost._replace(calls=cost.calls * draws) for cost in recorder.costs]
     parameters = jax.tree.leaves((shapes.non_block, shapes.blocks))
     block = max(_bytes(b) for b in shapes.blocks)
-    writing = _writing(job, shapes, mesh, length)
+    writing = _writing(job, shapes, mesh, tokens.shape[1])
     resident = _resident(recorder, offload, block, _bytes(parameters), draws, writing)
     resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
     total = _total(costs, resident["device"]["peak"])
@@ -270,8 +269,8 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(math.prod(s.shape) for s in parameters),
         "devices": {"kind": kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {
-            "samples": samples,
-            "length": length,
+            "samples": tokens.shape[0],
+            "length": tokens.shape[1],
             "batch": runtime.batch,
             "draws": draws,
         },
