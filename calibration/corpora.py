@@ -215,6 +215,35 @@ def _read_rows(reader: str, files: list[str]) -> Any:
             datasets.enable_progress_bars()
 
 
+def check_source(source: str, purpose: Purpose) -> None:
+    """Check that a source has a known name, or is a text file that exists.
+
+    Args:
+      source: As for `load_corpus`.
+      purpose: What the texts are for.
+
+    Raises:
+      InputError: It is neither.
+    """
+    if source not in HUB:
+        _text_file(user_path(source, SETTINGS[purpose]), purpose)
+
+
+def _text_file(path: pathlib.Path, purpose: Purpose) -> tuple[UserFile, str]:
+    """Return a text file that exists, and the suffix that says how to read it."""
+    file = UserFile(path, SETTINGS[purpose], "check the file")
+    suffix = text_suffix(path)
+    if suffix is None:
+        names = ", ".join(["embedded", *HUB])
+        suffixes = ", ".join([".npy", *SUFFIXES])
+        # Only calibration takes text that the model writes.
+        own = ", or self" if purpose == "calibration" else ""
+        remedy = f"give one of {names}, or a file {suffixes}{own}"
+        raise file.error("is no known data source", remedy)
+    file.check()
+    return file, suffix
+
+
 def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
     """Load a local text file, by its suffix.
 
@@ -237,13 +266,7 @@ def load_file(path: pathlib.Path, purpose: Purpose) -> Corpus:
     Raises:
       InputError: The file does not exist, has another suffix, or cannot be read.
     """
-    file = UserFile(path, SETTINGS[purpose], "check the file")
-    suffix = text_suffix(path)
-    if suffix is None:
-        names = ", ".join(["embedded", *HUB])
-        suffixes = ", ".join([".npy", *SUFFIXES])
-        raise file.error("is no known data source", f"give one of {names}, or a file {suffixes}")
-    file.check()
+    file, suffix = _text_file(path, purpose)
     stamp = {"dataset": path.name}
     if suffix == ".txt":
         return Corpus([read_text(file)], "", stamp)

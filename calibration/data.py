@@ -5,7 +5,6 @@ follow the published protocols (see `sampling` and `corpora`), and every result 
 it again.
 """
 
-import hashlib
 import itertools
 import os
 import pathlib
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from calibration.corpora import SETTINGS, Corpus, Purpose, load_corpus
+from calibration.digests import token_digest
 from calibration.sampling import (
     ShortDocuments,
     consecutive_windows,
@@ -295,8 +295,7 @@ def _checked(
     # Little-endian, so that the digest does not depend on the machine.
     ids = np.ascontiguousarray(ids, np.dtype("<i4"))
     samples, length = ids.shape
-    digest = hashlib.sha256(ids.tobytes()).hexdigest()
-    record = {**protocol, "sha256": digest, "samples": samples, "length": length}
+    record = {**protocol, "sha256": token_digest(ids), "samples": samples, "length": length}
     return Tokens(ids, record, warnings)
 
 

@@ -13,6 +13,15 @@ def digest(array: np.ndarray) -> str:
     ).hexdigest()
 
 
+def token_digest(ids: np.ndarray) -> str:
+    """Return the SHA-256 of the bytes of tokens alone, as the report has it.
+
+    Args:
+      ids: Token ids, int32 [samples length].
+    """
+    return hashlib.sha256(ids.tobytes()).hexdigest()
+
+
 def file_digest(path: pathlib.Path) -> str:
     """Return the SHA-256 of a file's content."""
     with path.open("rb") as file:

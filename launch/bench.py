@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from calibration.mixtures import SELF
 from launch.benchmarks import speed, torch_admm, torch_solvers
 from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
@@ -55,9 +56,11 @@ def options() -> Flags:
     f.string(
         "calibration",
         "embedded",
-        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .parquet file",
-        names=TEXTS,
+        "embedded, wikitext2, c4, ptb, self, a .npy, .txt, .jsonl, .parquet file, or a mix such as "
+        "c4:0.5,FILE:0.5",
+        names=(*TEXTS, SELF),
         files=True,
+        several=True,
     )
     f.integer("calibration_samples", 12, "number of windows", 1)
     f.integer("calibration_length", 512, "tokens in a window; 0: the model's own length", 0)

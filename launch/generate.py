@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from calibration.special_tokens import special_tokens
 from calibration.tokenizer import TextTokenizer, load_tokenizer
 from launch.flags.cli import Flags, run
 from launch.flags.common import mesh_of, model_flags, open_model
@@ -19,7 +20,6 @@ from models.checkpoint.reader import Checkpoint
 from models.errors import InputError
 from models.generate import generate
 from models.sharding import place
-from models.untrusted import UserFile
 
 
 def options() -> Flags:
@@ -39,19 +39,12 @@ def eos_tokens(checkpoint: Checkpoint) -> list[int]:
     """Return the tokens that end a text; empty if the checkpoint names none.
 
     Args:
-      checkpoint: Its `generation_config.json` is read first, then its `config.json`.
+      checkpoint: The model.
 
     Raises:
-      InputError: The file cannot be read, or names something else than tokens.
+      InputError: A file cannot be read, or names something else than tokens.
     """
-    file = checkpoint.directory / "generation_config.json"
-    again = "copy it again from the original model"
-    settings = UserFile(file, remedy=again).read_json() if file.is_file() else {}
-    eos = settings.get("eos_token_id", checkpoint.config.get("eos_token_id"))
-    tokens = [] if eos is None else eos if isinstance(eos, list) else [eos]
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-        raise InputError(f"eos_token_id in {file} is no token id", again)
-    return tokens
+    return special_tokens(checkpoint, "eos")
 
 
 def prompt_tokens(tokenizer: TextTokenizer, prompt: str, checkpoint: Checkpoint) -> list[int]:

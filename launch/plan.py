@@ -16,10 +16,12 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 from rich.console import Console
 from rich.table import Table
 
-from calibration.data import check_windows, is_token_file, token_shape
+from calibration.generated import memory_needed
+from calibration.mixtures import check_parts, parse_parts
 from calibration.states import Offload, available_memory
 from eval.peak import flops_per_second
 from launch import prune
@@ -27,7 +29,7 @@ from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import offload_for, window_length
 from launch.flags.dtypes import compute_dtype
 from launch.report import summary
-from launch.run.job import RunConfig, resolve
+from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import model_origin, write_report
 from models.arch import Model
 from models.checkpoint import hub
@@ -134,11 +136,10 @@ def tokens_shape(config: RunConfig, model: dict[str, Any]) -> tuple[int, int]:
       config: Settings of the run; a token file has its own shape.
       model: Configuration of the model, for the default length.
     """
-    if is_token_file(config.calibration):
-        return token_shape(config.calibration, "calibration")
-    samples, length = config.calibration_samples, window_length(config.calibration_length, model)
-    check_windows(samples, length)
-    return samples, length
+    # Without a name the windows are drawn from text, whatever the model.
+    parts = parse_parts(config.calibration or "embedded")
+    length = window_length(config.calibration_length, model)
+    return check_parts(parts, config.calibration_samples, length)
 
 
 def _bytes(tree: Any) -> int:
@@ -154,7 +155,7 @@ def _memory(topology: str) -> dict[str, int]:
 
 
 def _resident(
-    recorder: Recorder, offload: Offload, block: int, parameters: int, draws: int
+    recorder: Recorder, offload: Offload, block: int, parameters: int, draws: int, writing: int
 ) -> dict[str, Any]:
     """Return the bytes that the run takes of one device, the host and the disk.
 
@@ -164,6 +165,7 @@ def _resident(
       block: Bytes of the largest block.
       parameters: Bytes of all parameters.
       draws: Calibration draws; the model of a further one is on the disk beside the first.
+      writing: Bytes of one device that the model takes while it writes windows; 0 if it does not.
     """
     available = recorder.memory
     host = {"block_read_ahead": block, "shard_being_written": SHARD_BYTES}
@@ -173,7 +175,11 @@ def _resident(
     }
     return {
         "offload": offload,
-        "device": {"peak": recorder.peak["device"], "available": available["device"]},
+        "device": {
+            "peak": max(recorder.peak["device"], writing),
+            "writing_windows": writing,
+            "available": available["device"],
+        },
         "host": {
             **host,
             "arrays": recorder.peak["host"],
@@ -182,6 +188,15 @@ def _resident(
         },
         "disk": disk,
     }
+
+
+def _writing(job: Job, shapes: Model, mesh: Mesh, length: int) -> int:
+    """Return the bytes of one device that a model takes to write windows of a length, or 0."""
+    if not job.sources.calibration.generated:
+        return 0
+    leaves = jax.tree.leaves((shapes.non_block, shapes.blocks))
+    parameters = sum(math.prod(x.shape) for x in leaves)
+    return memory_needed(shapes.blocks, parameters, leaves[0].dtype.itemsize, length, mesh)
 
 
 def _fits(memory: Mapping[str, Any], devices: int, costs: Sequence[Cost]) -> bool:
@@ -228,8 +243,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     shapes = abstract(arch, non_block, blocks, dtype)
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
     method.check(model, request)
-    samples, length = tokens_shape(config, model_config)
-    tokens = np.zeros((samples, length), np.int32)
+    tokens = np.zeros(tokens_shape(config, model_config), np.int32)
     x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
     memory = _memory(topology)
     offload = offload_for(config.activations, x, mesh, memory)
@@ -242,9 +256,10 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     costs = [cost._replace(calls=cost.calls * draws) for cost in recorder.costs]
     parameters = jax.tree.leaves((shapes.non_block, shapes.blocks))
     block = max(_bytes(b) for b in shapes.blocks)
-    resident = _resident(recorder, offload, block, _bytes(parameters), draws)
+    writing = _writing(job, shapes, mesh, tokens.shape[1])
+    resident = _resident(recorder, offload, block, _bytes(parameters), draws, writing)
     resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
-    total = _total(costs, recorder.peak["device"])
+    total = _total(costs, resident["device"]["peak"])
     if not topology:
         total["seconds_at_peak"] = total["flops"] / (flops_per_second(dtype) * mesh.size)
     return {
@@ -254,8 +269,8 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(math.prod(s.shape) for s in parameters),
         "devices": {"kind": kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {
-            "samples": samples,
-            "length": length,
+            "samples": tokens.shape[0],
+            "length": tokens.shape[1],
             "batch": runtime.batch,
             "draws": draws,
         },
@@ -305,6 +320,11 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     if "seconds_at_peak" in total:
         work += f", {summary.duration(total['seconds_at_peak'])} at the measured peak"
     console.print(f"{work}; each device moves {summary.size(int(total['bytes_moved']))}")
+    if memory["device"]["writing_windows"]:
+        console.print(
+            "writing the calibration windows: its memory is counted, its work is not",
+            soft_wrap=True,
+        )
 
 
 def main(values: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ from launch.flags.numbers import check_sparsity, numbers, seeds
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
 from launch.run import tracking
-from launch.run.inputs import read_tokens
+from launch.run.inputs import read_data, read_draws
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import tokenizer_of
 from launch.run.places import check_free
@@ -232,7 +232,10 @@ def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
                 raise InputError(f"{axis} {value}: {reasons[with_value[0]]}")
     possible, tokenizer = [t for t in trials if t not in reasons], tokenizer_of(checkpoint)
     for trial in possible:
-        read_tokens(jobs[trial], checkpoint, tokenizer, cache)
+        read_data(jobs[trial], checkpoint, tokenizer, cache)
+        # Elsewhere the trials' own devices write the windows: this process has a CPU alone.
+        if backend == "local" or not jobs[trial].sources.calibration.generated:
+            read_draws(jobs[trial], checkpoint, tokenizer, cache)
     return Checked(possible, list(reasons.items()))
 
 

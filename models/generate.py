@@ -24,12 +24,12 @@ class Sampling(NamedTuple):
 
     Attributes:
       temperature: Divisor of the logits, float [].
-      top_p: Probability of the nucleus, float [].
+      top_p: Probability of the nucleus, float []; None for all tokens.
       key: Key of the draws.
     """
 
     temperature: jax.Array
-    top_p: jax.Array
+    top_p: jax.Array | None
     key: jax.Array
 
 
@@ -142,6 +142,8 @@ def nucleus(logits: jax.Array, sampling: Sampling) -> jax.Array:
       Logits divided by the temperature, -inf outside the nucleus, [b vocab].
     """
     logits = logits / sampling.temperature
+    if sampling.top_p is None:
+        return logits
     # From the most likely token down.
     order = -jnp.sort(-logits, axis=-1)
     p = jax.nn.softmax(order, axis=-1)
@@ -333,7 +335,9 @@ def generate(
         raise ValueError(f"{capacity} tokens, the model has {arch.config.positions} positions")
     sampling = None
     if temperature and key is not None:
-        sampling = Sampling(jnp.float32(temperature), jnp.float32(top_p), key)
+        # The whole vocabulary needs no sorting, which takes as long as a small model's step.
+        p = None if top_p == 1 else jnp.float32(top_p)
+        sampling = Sampling(jnp.float32(temperature), p, key)
     eos_ids = jnp.asarray([] if eos is None else np.atleast_1d(eos), jnp.int32)
     restart = getattr(arch.config, "restart", None)
     if restart is not None and restart < capacity - 1:

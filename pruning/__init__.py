@@ -24,6 +24,7 @@ _MODULES = {
     "unpack": "models.checkpoint.pack",
     "write_gguf": "models.checkpoint.gguf_writer",
     "Runtime": "calibration.runtime",
+    "self_text": "calibration.generated",
     "Request": "pruning.types",
     "Outcome": "pruning.types",
     "METHODS": "pruning.methods",

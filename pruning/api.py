@@ -11,7 +11,14 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from calibration.data import calibration_tokens, default_calibration, evaluation_tokens
+from calibration.data import (
+    Tokens,
+    calibration_tokens,
+    default_calibration,
+    evaluation_tokens,
+)
+from calibration.generated import SelfText, generated_windows, self_text
+from calibration.mixtures import SELF, is_generated, mixed_windows, parse_parts
 from calibration.runtime import Runtime
 from calibration.tokenizer import TextTokenizer, load_tokenizer
 from eval.perplexity import perplexity as window_perplexity
@@ -67,18 +74,37 @@ def open_model(name: str, dtype: str = "float32") -> LanguageModel:
     return LanguageModel(checkpoint.model, checkpoint)
 
 
-def _tokens(model: LanguageModel, source: Any, read: Callable[..., Any], **options: Any) -> Any:
-    """Return int windows [samples length]: `source` itself, or what `read` gives for its name."""
-    if not isinstance(source, str):
-        return np.asarray(source)
-    vocab = model.model.arch.config.vocab
-    return read(source, model._tokenizer(), vocab=vocab, **options).ids
+def _read_windows(
+    model: LanguageModel,
+    calibration: str | SelfText,
+    samples: int,
+    length: int,
+    seed: int,
+    runtime: Runtime,
+) -> np.ndarray:
+    """Read calibration windows int32 [samples length], or let the model write them."""
+    tokenizer, vocab = model._tokenizer(), model.model.arch.config.vocab
+
+    def read(source: str, count: int) -> Tokens:
+        options: dict[str, Any] = {"samples": count, "length": length, "seed": seed}
+        if not is_generated(source):
+            return calibration_tokens(source, tokenizer, **options, vocab=vocab)
+        if source != SELF:
+            raise InputError(
+                "has settings", "give `pruning.self_text(...)`", field="calibration", value=source
+            )
+        settings = calibration if isinstance(calibration, SelfText) else self_text()
+        options |= {"mesh": runtime.mesh, "progress": runtime.progress}
+        return generated_windows(settings, model.checkpoint, tokenizer, **options)
+
+    parts = parse_parts(SELF if isinstance(calibration, SelfText) else calibration)
+    return mixed_windows(parts, read, samples=samples, length=length, seed=seed).ids
 
 
 def prune(
     model: LanguageModel,
     method: str | Method,
-    calibration: str | np.ndarray | None = None,
+    calibration: str | np.ndarray | SelfText | None = None,
     *,
     sparsity: float = 0.0,
     pattern: tuple[int, int] | None = None,
@@ -95,9 +121,10 @@ def prune(
       model: The dense model, never changed.
       method: Name of a method with its default settings, or a method such as
         `pruning.flap(structure="AL-AM")`.
-      calibration: Source of the calibration text, as `--calibration` names it, or int windows
-        [samples length]; None: stories for an embedded model and where no activations are read,
-        else `wikitext2`.
+      calibration: Source of the calibration text or a mix, as `--calibration` names them; settings
+        of text that the model writes itself, such as `pruning.self_text(temperature=0.8)`; or int
+        windows [samples length]. None: stories for an embedded model and where no activations are
+        read, else `wikitext2`.
       sparsity: Fraction to remove, 0 <= s < 1; a pattern sets its own.
       pattern: (n, m) for n zeros in every m consecutive inputs.
       allocation: Spreads the sparsity over the model, such as `pruning.owl()`.
@@ -131,9 +158,9 @@ def prune(
         calibration, _ = default_calibration(
             is_embedded(model.checkpoint.directory), types.reads_activations(method, request)
         )
-    windows = _tokens(
-        model, calibration, calibration_tokens, samples=samples, length=length, seed=seed
-    )
+    if isinstance(calibration, str | SelfText):
+        calibration = _read_windows(model, calibration, samples, length, seed, runtime)
+    windows = np.asarray(calibration)
     pruned, outcome = types.prune(model.model, method, windows, request, runtime)
     return LanguageModel(pruned, model.checkpoint, outcome)
 
@@ -155,8 +182,11 @@ def perplexity(
       windows: Most windows; 0 for all.
       batch: Windows in one micro-batch.
     """
-    tokens = _tokens(model, data, evaluation_tokens, length=length, windows=windows)
-    return window_perplexity(model.model, tokens, batch=batch).value
+    if isinstance(data, str):
+        tokenizer, vocab = model._tokenizer(), model.model.arch.config.vocab
+        options = {"length": length, "windows": windows, "vocab": vocab}
+        data = evaluation_tokens(data, tokenizer, **options).ids
+    return window_perplexity(model.model, np.asarray(data), batch=batch).value
 
 
 def save(model: LanguageModel, directory: str | os.PathLike[str]) -> pathlib.Path:

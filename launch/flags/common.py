@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from calibration.corpora import HUB
+from calibration.mixtures import SELF
 from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags.cli import Flags
 from launch.flags.dtypes import compute_dtype, dtype_flag
@@ -114,10 +115,13 @@ def calibration_flags(f: Flags) -> None:
     f.string(
         "calibration",
         "",
-        "embedded, wikitext2, c4, ptb, or a .npy, .txt, .jsonl, .json, .parquet file; empty: "
-        "embedded for an embedded model and where no activations are read, else wikitext2",
-        names=TEXTS,
+        "embedded, wikitext2, c4, ptb, a .npy, .txt, .jsonl, .json, .parquet file, self or "
+        "self(temperature=1.0) for text that the model writes, or a mix such as "
+        "c4:0.5,wikitext2:0.3,FILE:0.2; empty: embedded for an embedded model and where no "
+        "activations are read, else wikitext2",
+        names=(*TEXTS, SELF),
         files=True,
+        several=True,
     )
     f.integer("calibration_samples", 128, "number of windows", 1)
     f.integer(

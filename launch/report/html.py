@@ -205,9 +205,14 @@ def _protocol(protocol: Mapping[str, Any]) -> list[tuple[str, Facts]]:
     """Return one card of facts per part of the protocol, one per data set and one per task."""
     cards = []
     for part, value in protocol.items():
-        if part in ("evaluation", "tasks") and isinstance(value, Mapping):
+        if not isinstance(value, Mapping):
+            cards.append((part, flat(value)))
+        elif part in ("evaluation", "tasks"):
             labels = summary.short_names(value)
             cards += [(f"{part}: {labels[name]}", flat(facts)) for name, facts in value.items()]
+        elif part == "calibration" and "parts" in value:
+            cards.append((part, flat({k: v for k, v in value.items() if k != "parts"})))
+            cards += [(f"{part}: {own['source']}", flat(own)) for own in value["parts"]]
         else:
             cards.append((part, flat(value)))
     return [(heading, facts) for heading, facts in cards if facts]

@@ -155,7 +155,10 @@ def _removed(result: Mapping[str, Any]) -> list[str]:
     ):
         if settings[field] != default:
             facts.append(f"{field.capitalize()}: `{settings[field]}`")
-    facts.append(f"Calibration: {_windows(calibration)}, seed {settings['seed']}")
+    for part in calibration.get("parts", [calibration]):
+        # A part has its own source and number of windows, and the rest of the whole.
+        own = calibration | {"samples": part.get("windows", calibration["samples"])} | part
+        facts.append(f"Calibration: {_windows(own)}, seed {settings['seed']}")
     facts.append(f"Type: `{settings['dtype']}`")
     facts.append(f"Loads as: {result['loads_as']}")
     return facts
@@ -217,6 +220,9 @@ def public_command(command: str, origin: Source | None) -> str:
             value = f"{origin.repository}@{origin.commit}"
         elif flag == "--output":
             value = "OUTPUT"
+        elif flag == "--calibration":
+            # A mix, or a call with the file of prompts.
+            value = re.sub(r"""[^,('"]*/""", "", value)
         elif equals and not re.search(r"[(\"']", value):
             # Calls of methods have no paths, and may hold commas.
             value = ",".join(os.path.basename(item.rstrip("/")) for item in value.split(","))

@@ -78,7 +78,25 @@ def read_tokens(
     Raises:
       InputError: A source cannot be read, or two draws are equal.
     """
-    calibration, evaluation = job.sources.calibration, job.sources.evaluation
+    draws = read_draws(job, checkpoint, tokenizer, cache)
+    return draws, read_data(job, checkpoint, tokenizer, cache)
+
+
+def read_draws(
+    job: Job, checkpoint: Checkpoint, tokenizer: Callable[[], TextTokenizer], cache: StepCache
+) -> list[Tokens]:
+    """Read the calibration windows of every draw.
+
+    Args:
+      job: The run.
+      checkpoint: The model.
+      tokenizer: Returns the model's tokenizer.
+      cache: Keeps tokens for other runs of this process.
+
+    Raises:
+      InputError: A source cannot be read, or two draws are equal.
+    """
+    calibration, mesh = job.sources.calibration, job.runtime.mesh
     if calibration.reason:
         console.note(
             f"calibrating on {calibration.name}, {calibration.reason} (--calibration names another)"
@@ -86,11 +104,33 @@ def read_tokens(
     draws = []
     for seed in calibration.seeds:
         source = (calibration.name, calibration.samples, calibration.length, seed)
-        read_draw = functools.partial(read_calibration, *source, checkpoint, tokenizer)
+        read_draw = functools.partial(read_calibration, *source, checkpoint, tokenizer, mesh)
         draws.append(cache.get_or_compute((job.sources.model, *source), read_draw))
     _check_different(draws, calibration.name)
-    read_data = functools.partial(read_evaluation, *evaluation, checkpoint, tokenizer)
-    return draws, cache.get_or_compute((job.sources.model, *evaluation), read_data)
+    return draws
+
+
+def read_data(
+    job: Job, checkpoint: Checkpoint, tokenizer: Callable[[], TextTokenizer], cache: StepCache
+) -> dict[str, Tokens]:
+    """Read the evaluation windows.
+
+    Args:
+      job: The run.
+      checkpoint: The model.
+      tokenizer: Returns the model's tokenizer.
+      cache: Keeps tokens for other runs of this process.
+
+    Returns:
+      Windows by data set.
+
+    Raises:
+      InputError: A source cannot be read.
+    """
+    evaluation = job.sources.evaluation
+    read = functools.partial(read_evaluation, *evaluation, checkpoint, tokenizer)
+    windows: dict[str, Tokens] = cache.get_or_compute((job.sources.model, *evaluation), read)
+    return windows
 
 
 def _check_different(draws: Sequence[Tokens], source: str) -> None:

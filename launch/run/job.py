@@ -4,10 +4,12 @@ import dataclasses
 from typing import NamedTuple
 
 from calibration.data import default_calibration, is_token_file
+from calibration.mixtures import is_generated, parse_parts
 from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import mesh_of
 from launch.flags.numbers import check_sparsity
+from launch.flags.sources import parse_calibration
 from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
@@ -59,7 +61,7 @@ class CalibrationSource(NamedTuple):
     """Source of the calibration windows.
 
     Attributes:
-      name: Data set or file.
+      name: Data set, file, `self`, or a mix of these.
       samples: Number of windows.
       length: Tokens in a window; 0: the model's own length.
       seeds: Seed of each draw.
@@ -71,6 +73,11 @@ class CalibrationSource(NamedTuple):
     length: int
     seeds: tuple[int, ...]
     reason: str
+
+    @property
+    def generated(self) -> bool:
+        """Return True if the model writes windows itself."""
+        return any(is_generated(part.source) for part in parse_parts(self.name))
 
 
 class EvaluationSource(NamedTuple):
@@ -222,6 +229,7 @@ def _calibration_source(config: RunConfig, reads_calibration: bool) -> Calibrati
     if not name:
         embedded = (config.model or "").startswith("embedded:")
         name, reason = default_calibration(embedded, reads_calibration)
+    parse_calibration(name)
     seeds = tuple(config.seed + k for k in range(config.calibration_draws))
     return CalibrationSource(
         name, config.calibration_samples, config.calibration_length, seeds, reason
@@ -258,7 +266,8 @@ def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method
 
 def _check_draws(count: int, source: str) -> None:
     """Check that several draws are not taken from a source without random windows."""
-    if count > 1 and is_token_file(source):
+    parts = parse_parts(source)
+    if count > 1 and len(parts) == 1 and is_token_file(parts[0].source):
         raise InputError(
             f"would repeat the same windows, as {source} is taken whole",
             "leave it out, or give text to draw windows from",

@@ -12,11 +12,15 @@ import jax
 from jax.sharding import Mesh
 
 from calibration.data import Tokens, calibration_tokens, evaluation_tokens, is_token_file
+from calibration.generated import generated_windows
+from calibration.mixtures import is_generated, mixed_windows
 from calibration.tokenizer import TextTokenizer, Tokenizer, load_tokenizer
 from eval.perplexity import perplexity
 from launch import __version__
 from launch.flags.common import check_length, dataset_list, window_length
+from launch.flags.sources import parse_calibration, self_settings
 from launch.report import console
+from launch.report.progress import progress
 from launch.run.tasks import ZeroShot, evaluate_tasks
 from models.arch import Model
 from models.checkpoint import hub
@@ -83,29 +87,42 @@ def read_calibration(
     seed: int,
     checkpoint: Checkpoint,
     tokenizer: Callable[[], Tokenizer],
+    mesh: Mesh | None = None,
 ) -> Tokens:
     """Read calibration windows.
 
     Args:
-      name: Data set or file.
+      name: Data set, file, `self`, or a mix of these.
       samples: Number of windows.
       length: Tokens in a window; 0: the model's own length.
       seed: Seed of the windows.
       checkpoint: The model.
       tokenizer: Returns the model's tokenizer.
+      mesh: Devices for a model that writes windows itself; None: one.
 
     Raises:
       InputError: The source cannot be read, or has longer windows than the model has positions.
     """
-    _note_reading("calibration", name)
-    tokens = calibration_tokens(
-        name,
-        tokenizer,
-        samples=samples,
-        length=window_length(length, checkpoint.config),
-        seed=seed,
-        vocab=checkpoint.model.arch.config.vocab,
-    )
+    length = window_length(length, checkpoint.config)
+
+    def read(source: str, count: int) -> Tokens:
+        options = {"samples": count, "length": length, "seed": seed}
+        if is_generated(source):
+            with progress() as shown:
+                settings = self_settings(source)
+                tokens = generated_windows(
+                    settings, checkpoint, tokenizer, **options, mesh=mesh, progress=shown
+                )
+            return tokens._replace(protocol=tokens.protocol | {"source": source})
+        _note_reading("calibration", source)
+        vocab = checkpoint.model.arch.config.vocab
+        return calibration_tokens(source, tokenizer, **options, vocab=vocab)
+
+    parts = parse_calibration(name)
+    tokens = mixed_windows(parts, read, samples=samples, length=length, seed=seed)
+    if "parts" in tokens.protocol:
+        counts = [f"{part['windows']} of {part['source']}" for part in tokens.protocol["parts"]]
+        console.note(f"calibration windows: {', '.join(counts)}")
     for warning in tokens.warnings:
         console.note(f"warning: {warning}")
     check_length("calibration", tokens.ids.shape[1], checkpoint)

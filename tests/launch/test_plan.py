@@ -132,6 +132,15 @@ def test_a_token_file_has_its_own_shape(shapes_only: pathlib.Path) -> None:
     )
 
 
+def test_a_mix_has_the_shape_that_is_asked_for(shapes_only: pathlib.Path) -> None:
+    np.save(shapes_only / "tokens.npy", np.zeros((9, 16), np.int32))
+    flags = values(shapes_only, f"--calibration={shapes_only / 'tokens.npy'}:1,c4:1")
+    assert plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA) == (12, 16)
+    flags = values(shapes_only, f"--calibration={shapes_only / 'tokens.npy'}:5,c4:1")
+    with pytest.raises(InputError, match="has 9 windows, its share of the mix is 10"):
+        plan.tokens_shape(plan.frozen(plan.RunConfig, flags), tiny.LLAMA)
+
+
 def test_published_models_are_known_by_name() -> None:
     assert plan.config_of("LLaMA-2-70B").config["num_key_value_heads"] == 8
     with pytest.raises(InputError, match="llama-2-7b"):

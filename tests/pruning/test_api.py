@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 import pruning
+from calibration.generated import generated_windows, self_text
+from calibration.tokenizer import load_tokenizer
 from models.errors import InputError
 
 SMALL = {"samples": 4, "length": 32}
@@ -52,6 +54,25 @@ def test_methods_take_their_settings_and_tokens_of_ones_own(dense: pruning.Langu
     assert np.all((w.reshape(len(w), -1, 4) == 0).sum(axis=2) == 2)
     owl = pruning.prune(dense, "wanda", tokens, sparsity=0.5, allocation=pruning.owl())
     assert "outliers" in owl.outcome.details
+
+
+@pytest.mark.slow
+def test_calibration_text_may_be_a_mix_or_the_models_own(
+    dense: pruning.LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tokenizer = load_tokenizer(dense.checkpoint.directory)
+    own, mixed = self_text(temperature=0.5), "embedded:1,self:1"
+    options = {**SMALL, "seed": 0}
+    windows = generated_windows(own, dense.checkpoint, lambda: tokenizer, **options).ids
+    one, two = (pruning.prune(dense, "wanda", c, sparsity=0.5, **SMALL) for c in (own, windows))
+    for a, b in zip(one.model.blocks, two.model.blocks, strict=True):
+        np.testing.assert_array_equal(a.up.w, b.up.w)
+    other = pruning.prune(dense, "wanda", mixed, sparsity=0.5, **SMALL)
+    assert not np.array_equal(other.model.blocks[0].up.w, one.model.blocks[0].up.w)
+    assert pruning.self_text is self_text
+    with pytest.raises(InputError, match=r"has settings: give `pruning\.self_text"):
+        pruning.prune(dense, "wanda", "self(temperature=0.5)", sparsity=0.5, **SMALL)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,10 @@ CASES: dict[str, set[str]] = {
     "topiary prune --seed=1": set(),
     "topiary prune --method=zebra": set(),
 }
-LISTS = {"topiary evaluate --eval_data=c4,wi": {"c4,wikitext2"}}
+LISTS = {
+    "topiary evaluate --eval_data=c4,wi": {"c4,wikitext2"},
+    "topiary prune --calibration=c4:0.5,wi": {"c4:0.5,wikitext2"},
+}
 
 
 def make() -> Flags:

@@ -191,6 +191,11 @@ def test_a_model_pruned_again_keeps_the_base_of_its_card(tmp_path: pathlib.Path)
         ("--model=../models/llama/", "--model=llama"),
         ("--model=embedded:tiny-llama", "--model=embedded:tiny-llama"),
         ("--noresume", "--noresume"),
+        ("--calibration=/home/x/a.txt:0.5,c4:0.5", "--calibration=a.txt:0.5,c4:0.5"),
+        (
+            """'--calibration=self(prompts="/home/x/p.txt"):1,/home/x/t.npy:1'""",
+            """'--calibration=self(prompts="p.txt"):1,t.npy:1'""",
+        ),
         ("--method=wanda", "--method=wanda"),
     ],
 )

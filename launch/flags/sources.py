@@ -1,0 +1,34 @@
+"""Parse the value of --calibration: sources, their shares, and the settings of `self`."""
+
+from calibration.generated import SelfText, self_text
+from calibration.mixtures import SELF, Part, is_generated, parse_parts
+from launch.flags import calls
+
+
+def parse_calibration(text: str) -> tuple[Part, ...]:
+    """Parse a source or a mix, with the settings of text that the model writes itself.
+
+    Args:
+      text: The flag's value.
+
+    Raises:
+      InputError: A part has no share or a wrong one, or `self` has wrong settings.
+    """
+    parts = parse_parts(text)
+    for part in parts:
+        if is_generated(part.source):
+            self_settings(part.source)
+    return parts
+
+
+def self_settings(source: str) -> SelfText:
+    """Return the settings that a call of `self` names.
+
+    Args:
+      source: Such as `self` or `self(temperature=0.8)`.
+
+    Raises:
+      InputError: A setting is unknown, has another type or is out of range.
+    """
+    settings: SelfText = calls.build("calibration", source, {SELF: self_text})
+    return settings
