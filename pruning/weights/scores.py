@@ -1,5 +1,8 @@
 """Scores of single weights: how much each entry of a linear's matrix matters."""
 
+import functools
+from collections.abc import Callable
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -47,3 +50,30 @@ def multiflow(w: jax.Array, stats: SecondMoment) -> jax.Array:
     # Within a row the first factor is a constant. It decides nothing where rows are ranked alone.
     flow = jnp.mean(edge, axis=1, keepdims=True) * jnp.mean(edge, axis=0, keepdims=True)
     return jnp.abs(w.astype(jnp.float32)) * flow
+
+
+@functools.cache  # equal powers must give one static argument of jit
+def ria(power: float) -> Callable[[jax.Array, SecondMoment], jax.Array]:
+    """Return the score of relative importance and activations.
+
+    Source: Zhang et al. 2024, eq. 4 and 5.
+
+    Args:
+      power: Exponent a of the norm of the input channel.
+
+    Returns:
+      (W [out in], second moments of the inputs) -> (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|)
+      ||X_j||_2^a, float32 [out in].
+    """
+
+    def relative_importance(w: jax.Array, stats: SecondMoment) -> jax.Array:
+        chex.assert_rank(w, 2)
+        chex.assert_shape(stats.total, (w.shape[1],))
+        size = jnp.abs(w.astype(jnp.float32))
+        # Without a lower bound a row or a column of zeros would give 0 / 0.
+        tiny = jnp.finfo(jnp.float32).tiny
+        of_input = size / jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
+        of_output = size / jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
+        return (of_input + of_output) * jnp.sqrt(stats.per_sample)[None, :] ** power
+
+    return relative_importance
