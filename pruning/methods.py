@@ -82,10 +82,10 @@ def ria(power: float = 0.5, scope: Literal["matrix", "row"] = "matrix") -> PerLi
     """
     if not power >= 0:  # so that NaN is refused too
         raise InputError(f"ria: power={power} must not be negative")
-    score = scores.ria(float(power))
+    prepare = scores.norm_power(float(power))
 
     def pruner(pattern: Pattern) -> Pruner:
-        return Pruner(second_moment, score_solver(score, pattern.keep))
+        return Pruner(second_moment, score_solver(scores.ria, pattern.keep), prepare)
 
     return PerLinear(pruner, patterns.per_matrix if scope == "matrix" else patterns.per_row)
 

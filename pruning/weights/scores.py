@@ -1,7 +1,7 @@
 """Scores of single weights: how much each entry of a linear's matrix matters."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import chex
 import jax
@@ -53,27 +53,38 @@ def multiflow(w: jax.Array, stats: SecondMoment) -> jax.Array:
 
 
 @functools.cache  # equal powers must give one static argument of jit
-def ria(power: float) -> Callable[[jax.Array, SecondMoment], jax.Array]:
-    """Return the score of relative importance and activations.
+def norm_power(
+    power: float,
+) -> Callable[[SecondMoment], tuple[jax.Array, Mapping[str, jax.Array]]]:
+    """Return the preparation of `ria`: second moments -> (||X_j||_2^a, float32 [in], no figures).
+
+    It is a program of its own. A power rounds differently wherever the compiler computes it again,
+    and a threshold must be one of the scores that are compared with it.
+
+    Args:
+      power: Exponent a.
+    """
+
+    def prepare(stats: SecondMoment) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+        return jnp.sqrt(stats.per_sample) ** power, {}
+
+    return prepare
+
+
+def ria(w: jax.Array, scale: jax.Array) -> jax.Array:
+    """Return (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|) ||X_j||_2^a, float32 [out in].
 
     Source: Zhang et al. 2024, eq. 4 and 5.
 
     Args:
-      power: Exponent a of the norm of the input channel.
-
-    Returns:
-      (W [out in], second moments of the inputs) -> (|W_ij| / sum_k |W_kj| + |W_ij| / sum_k |W_ik|)
-      ||X_j||_2^a, float32 [out in].
+      w: Matrix [out in].
+      scale: Powers of the norms of the inputs, as `norm_power` prepares them, float32 [in].
     """
-
-    def relative_importance(w: jax.Array, stats: SecondMoment) -> jax.Array:
-        chex.assert_rank(w, 2)
-        chex.assert_shape(stats.total, (w.shape[1],))
-        size = jnp.abs(w.astype(jnp.float32))
-        # Without a lower bound a row or a column of zeros would give 0 / 0.
-        tiny = jnp.finfo(jnp.float32).tiny
-        of_input = size / jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
-        of_output = size / jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
-        return (of_input + of_output) * jnp.sqrt(stats.per_sample)[None, :] ** power
-
-    return relative_importance
+    chex.assert_rank(w, 2)
+    chex.assert_shape(scale, (w.shape[1],))
+    size = jnp.abs(w.astype(jnp.float32))
+    # Without a lower bound a row or a column of zeros would give 0 / 0.
+    tiny = jnp.finfo(jnp.float32).tiny
+    of_input = size / jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
+    of_output = size / jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
+    return (of_input + of_output) * scale[None, :]
