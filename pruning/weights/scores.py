@@ -58,8 +58,7 @@ def norm_power(
 ) -> Callable[[SecondMoment], tuple[jax.Array, Mapping[str, jax.Array]]]:
     """Return the preparation of `ria`: second moments -> (||X_j||_2^a, float32 [in], no figures).
 
-    It is a program of its own. A power rounds differently wherever the compiler computes it again,
-    and a threshold must be one of the scores that are compared with it.
+    It is a program of its own, as a power may round differently wherever it is computed again.
 
     Args:
       power: Exponent a.
@@ -85,6 +84,8 @@ def ria(w: jax.Array, scale: jax.Array) -> jax.Array:
     size = jnp.abs(w.astype(jnp.float32))
     # Without a lower bound a row or a column of zeros would give 0 / 0.
     tiny = jnp.finfo(jnp.float32).tiny
-    of_input = size / jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
-    of_output = size / jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
-    return (of_input + of_output) * scale[None, :]
+    of_input = jnp.maximum(jnp.sum(size, axis=0, keepdims=True), tiny)
+    of_output = jnp.maximum(jnp.sum(size, axis=1, keepdims=True), tiny)
+    # Not a sum of two products: the compiler may fuse one of them with the sum in one place and
+    # not in another, and a threshold must be one of the scores that are compared with it.
+    return size * (1 / of_input + 1 / of_output) * scale[None, :]
