@@ -8,6 +8,7 @@ from models.errors import InputError
 from pruning.allocation.alpha import Alpha
 from pruning.allocation.atp import Atp
 from pruning.allocation.dlp import Dlp
+from pruning.allocation.evopress import EvoPress
 from pruning.allocation.lsa import Lsa
 from pruning.allocation.neuroal import NeuroAL
 from pruning.allocation.owl import Owl
@@ -113,5 +114,6 @@ ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "dlp": Dlp,
     "lsa": Lsa,
     "atp": Atp,
+    "evopress": EvoPress,
 }
 REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": DSnoT}
