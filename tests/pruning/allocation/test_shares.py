@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 from calibration.observers import Gram
+from calibration.runtime import Runtime
 from models.arch import embed
 from models.errors import InputError
+from models.sharding import make_mesh
 from pruning.allocation.atp import most, progression
 from pruning.allocation.dlp_core import median, relative_importance
 from pruning.allocation.lsa_core import group_counts, reconstruction_error
@@ -161,6 +163,28 @@ def test_the_official_variant_rounds_each_block_alone(name: str, arguments: dict
     corrected = run(ALLOCATIONS[name](**arguments), sparsity=sparsity)
     assert outcome.asked != corrected.asked
     assert len(outcome.asked) == len(all_shapes(m))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("dlp", {}),
+        ("lsa", {"level": "linear", "group": 8}),
+        pytest.param("atp", {"trials": 2, "samples": 4}, marks=pytest.mark.slow),
+        pytest.param(
+            "evopress",
+            {"generations": 2, "offspring": 4, "windows": (2, 4), "step": 0.15, "samples": 4},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_eight_devices_allocate_as_one(name: str, arguments: dict) -> None:
+    outcomes = []
+    for mesh in ("data=1", "data=4,model=2"):
+        runtime = Runtime(batch=4, mesh=make_mesh(mesh))
+        request = Request(0.6, allocation=ALLOCATIONS[name](**arguments))
+        outcomes.append(prune(model("llama"), METHODS["wanda"](), tokens(), request, runtime)[1])
+    assert outcomes[0].asked == outcomes[1].asked
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
