@@ -70,9 +70,8 @@ def test_the_command_of_the_page_prunes(
         cli.run(prune.options(), prune.main, [*flags, *small, *more, f"--output={output}"]) == 0
     ), capsys.readouterr().err
     report = json.loads((output / "pruning_report.json").read_text())
-    assert report["method"] == "relative_importance(a=0.5)" and report["sparsity"]["prunable"] == pytest.approx(
-        0.5, abs=2e-3
-    )
+    assert report["method"] == "relative_importance(a=0.5)"
+    assert report["sparsity"]["prunable"] == pytest.approx(0.5, abs=2e-3)
     perplexity = report["perplexity"]["embedded"]
     assert perplexity["dense"] < perplexity["pruned"] < 2 * perplexity["dense"]
     assert len(open_checkpoint(output).model.blocks)

@@ -24,6 +24,7 @@ class Case(NamedTuple):
 
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "magnitude": [{}, {"scope": "row"}],
+    "ria": [{}, {"scope": "row"}],
     "sparsellm": [{}, {"solver": "admm"}, {"variant": "official"}],
     "admm": [{}, {"targets": "own"}, {"scope": "matrix"}, {"variant": "official"}],
     "llmrank": [
