@@ -118,6 +118,11 @@ class EvoPress:
         # On all searched windows: what is chosen on few may be worse than even on most.
         ends = [[0] * len(units), levels]
         kls = runtime.step(lambda: trials.divergences(ends, range(trials.windows)))
+        if min(kls) == np.inf:
+            raise InputError(
+                "evopress: the pruned model's predictions are not finite",
+                "try `dtype`=float32 or other calibration data",
+            )
         warnings: tuple[str, ...] = ()
         if kls[1] >= kls[0]:
             levels = ends[0]
@@ -125,14 +130,19 @@ class EvoPress:
         budget = _budget(units, levels, counts, shapes)
         means = block_sparsities(budget, shapes)
         details = {
-            "kl_even": kls[0],
-            "kl_found": kls[1],
-            "kl_of_generations": [found["kl"] for found in record],
-            "kl_of_parents": [found["kl_of_parent"] for found in record],
+            "kl_even": _finite(kls[0]),
+            "kl_found": _finite(min(kls)),
+            "kl_of_generations": [_finite(found["kl"]) for found in record],
+            "kl_of_parents": [_finite(found["kl_of_parent"]) for found in record],
             "block_sparsity": means,
         }
         figures = (*allocation_figures(means, request.sparsity), _search_figure(details))
         return Allocation(budget, details, warnings, figures)
+
+
+def _finite(value: float) -> float | None:
+    """Return a number that JSON can hold, None for one that is not finite."""
+    return float(value) if np.isfinite(value) else None
 
 
 def _counts(budget: Budget, shapes: Shapes) -> Counts:

@@ -86,10 +86,19 @@ def make_units(
     return units
 
 
+def draw_switches(rng: np.random.Generator) -> int:
+    """Return the number of switches of a mutation: the fewer of two draws from one to three.
+
+    Source: Sieberling et al. 2025, section 3.2.
+
+    Args:
+      rng: Source of what is random.
+    """
+    return int(rng.integers(1, MOST_SWITCHES + 1, size=2).min())
+
+
 def mutate(levels: Sequence[int], units: Sequence[Unit], rng: np.random.Generator) -> list[int]:
     """Return levels after one to three switches, of the same number of removed weights.
-
-    Source: Sieberling et al. 2025, section 3.2: the fewer of two draws.
 
     Args:
       levels: Level of each unit.
@@ -97,8 +106,7 @@ def mutate(levels: Sequence[int], units: Sequence[Unit], rng: np.random.Generato
       rng: Source of what is random.
     """
     new = list(levels)
-    draws = rng.integers(1, MOST_SWITCHES + 1, size=2)
-    for _ in range(int(draws.min())):
+    for _ in range(draw_switches(rng)):
         rising = [k for k, u in enumerate(units) if new[k] < u.high]
         if not rising:
             break

@@ -213,5 +213,6 @@ class Trials:
                 own = dense[j * runtime.batch : (j + 1) * runtime.batch]
                 target = split(own, runtime.mesh, "sample")
                 values.append(to_host(_divergence(arch.head, non_block, target, x)))
-            means.append(float(np.mean(np.concatenate(values))))
+            mean = float(np.mean(np.concatenate(values)))
+            means.append(mean if np.isfinite(mean) else np.inf)  # NaN would be the least
         return means
