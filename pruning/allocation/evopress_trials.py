@@ -86,6 +86,9 @@ class Trials:
         self._model, self._tokens, self._layerwise = model, tokens, layerwise
         self._searched = tokens[:samples]
         self._units, self._shapes, self._counts = units, shapes, counts
+        self._of_block: list[list[int]] = [[] for _ in shapes]  # indices of a block's units
+        for k, unit in enumerate(units):
+            self._of_block[unit.block].append(k)
         self._levels = range(min(u.low for u in units), max(u.high for u in units) + 1)
 
     @property
@@ -153,11 +156,11 @@ class Trials:
     def _fractions(self, i: int, level: int) -> dict[str, np.ndarray]:
         """Return the fractions of a block's slots at a level, or at the nearest they can take."""
         fractions: dict[str, np.ndarray] = {}
-        for unit in self._units:
-            if unit.block == i:
-                inputs = {slot: self._shapes[i][slot][1] for slot in unit.steps}
-                possible = min(max(level, unit.low), unit.high)
-                fractions |= fractions_at(unit, possible, self._counts[i], inputs)
+        inputs = {slot: shape[1] for slot, shape in self._shapes[i].items()}
+        for k in self._of_block[i]:
+            unit = self._units[k]
+            possible = min(max(level, unit.low), unit.high)
+            fractions |= fractions_at(unit, possible, self._counts[i], inputs)
         return fractions
 
     @functools.cached_property
@@ -181,10 +184,9 @@ class Trials:
     def _mixed(self, i: int, block: Block, levels: Sequence[int]) -> Block:
         """Return a block with the linears of the units' levels."""
         kept = {
-            slot: self._pruned[i][slot][level - self._levels.start]
-            for unit, level in zip(self._units, levels, strict=True)
-            if unit.block == i
-            for slot in unit.steps
+            slot: self._pruned[i][slot][levels[k] - self._levels.start]
+            for k in self._of_block[i]
+            for slot in self._units[k].steps
         }
         ws = {slot: fetch(w) for slot, w in kept.items()}
         return with_weights(block, place(ws, self._runtime.mesh))
