@@ -34,6 +34,7 @@ _MODULES = {
 _MAKERS = (
     *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "admm", "llmrank"),
     *("flap", "wanda_sp", "magnitude_sp", "sleb", "reap", "owl", "alpha", "neuroal", "dsnot"),
+    *("ria", "dlp", "lsa", "atp", "evopress"),
 )
 __all__ = (*_MODULES, *_MAKERS)
 

@@ -4,7 +4,12 @@ from collections.abc import Callable
 from typing import Literal
 
 from calibration.observers import second_moment
+from models.errors import InputError
 from pruning.allocation.alpha import Alpha
+from pruning.allocation.atp import Atp
+from pruning.allocation.dlp import Dlp
+from pruning.allocation.evopress import EvoPress
+from pruning.allocation.lsa import Lsa
 from pruning.allocation.neuroal import NeuroAL
 from pruning.allocation.owl import Owl
 from pruning.budget import Uniform
@@ -65,10 +70,32 @@ def multiflow() -> PerLinear:
     return PerLinear(pruner, patterns.per_row)
 
 
+def ria(power: float = 0.5, scope: Literal["matrix", "row"] = "matrix") -> PerLinear:
+    """RIA (Zhang et al. 2024): remove weights that are small among those of their row and column.
+
+    Sizes count relative to the sums of their row and their column, times a power of the input
+    channel's norm. The weights that stay are not changed.
+
+    Args:
+      power: Power of the norm of the input channel; 0 leaves activations out, 1 is Wanda's.
+      scope: "matrix": one threshold for a whole matrix, as in the authors' code; "row": the lowest
+        of each row.
+    """
+    if not power >= 0:  # so that NaN is refused too
+        raise InputError(f"ria: power={power} must not be negative")
+    prepare = scores.norm_power(float(power))
+
+    def pruner(pattern: Pattern) -> Pruner:
+        return Pruner(second_moment, score_solver(scores.ria, pattern.keep), prepare)
+
+    return PerLinear(pruner, patterns.per_matrix if scope == "matrix" else patterns.per_row)
+
+
 METHODS: dict[str, Callable[..., Method]] = {
     "magnitude": magnitude,
     "wanda": wanda,
     "multiflow": multiflow,
+    "ria": ria,
     "sparsegpt": sparsegpt,
     "sparsellm": SparseLLM,
     "admm": Admm,
@@ -84,5 +111,9 @@ ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "owl": Owl,
     "alpha": Alpha,
     "neuroal": NeuroAL,
+    "dlp": Dlp,
+    "lsa": Lsa,
+    "atp": Atp,
+    "evopress": EvoPress,
 }
 REFINEMENTS: dict[str, Callable[..., Refiner | None]] = {"none": lambda: None, "dsnot": DSnoT}

@@ -40,19 +40,24 @@ def allocation_figures(
 
 
 def search_figure(
-    step: str, lambdas: Sequence[float], scores: Sequence[float], best: float | None
+    step: str,
+    lambdas: Sequence[float],
+    scores: Sequence[float],
+    best: float | None,
+    symbol: str = "lambda",
 ) -> LineSeries:
-    """Return a plot of the scores of a search over lambda.
+    """Return a plot of the scores of a search over one parameter.
 
     Args:
       step: Name of the step, "block" or "row".
       lambdas: Values that were tried.
       scores: Score of each value; lower is better.
       best: The chosen value; None if there is none.
+      symbol: Name of the parameter.
     """
     return LineSeries(
-        title=f"Scores of lambda, {step} step",
-        x_label="lambda",
+        title=f"Scores of {symbol}, {step} step",
+        x_label=symbol,
         y_label="score",
         series={"score": scores},
         x=lambdas,

@@ -214,11 +214,22 @@ def _take_trial(ws: Mapping[str, jax.Array], k: jax.Array) -> dict[str, jax.Arra
     }
 
 
-def _pruned_blocks(
-    search: Search, block: Block, prepared: Mapping[str, Any], counts: list[dict[str, np.ndarray]]
+def pruned_blocks(
+    arch: Arch,
+    pruner: Pruner,
+    block: Block,
+    prepared: Mapping[str, Any],
+    counts: Sequence[Mapping[str, np.ndarray]],
 ) -> Iterator[Block]:
-    """Yield the block pruned with each of the counts, solved in groups of TRIAL_BYTES."""
-    arch = search.model.arch
+    """Yield the block pruned with each of the counts, solved in groups of TRIAL_BYTES.
+
+    Args:
+      arch: Architecture.
+      pruner: The layer-wise rule.
+      block: The dense block.
+      prepared: Tap -> prepared statistics.
+      counts: Slot -> entries to remove, for each block to yield.
+    """
     slots = [s.name for s in arch.slots_of(block)]
     size = sum(linear_of(block, name).w.nbytes for name in slots)
     # One at a time where a single block exceeds the room, as LLaMA-2-70B's do.
@@ -226,7 +237,7 @@ def _pruned_blocks(
     for start in range(0, len(counts), most):
         group = counts[start : start + most]
         stacked = {name: np.stack([c[name] for c in group]) for name in slots}
-        ws = _solve_trials(arch, search.layerwise.pruner, block, prepared, stacked)
+        ws = _solve_trials(arch, pruner, block, prepared, stacked)
         for k in range(len(group)):
             yield with_weights(block, _take_trial(ws, np.int32(k)))
 
@@ -276,9 +287,9 @@ def loss_trials(
             # Hidden states once a trial: memory grows with the number of budgets.
             streams.extend(xs.copy() for _ in budgets)
         prepared, dense = _dense_statistics(search, i, block, xs, last)
-        pattern = search.layerwise.pattern
+        pruner, pattern = search.layerwise
         counts = [counts_for(arch, pattern, block, budget[i]) for budget in budgets]
-        for k, new in enumerate(_pruned_blocks(search, block, prepared, counts)):
+        for k, new in enumerate(pruned_blocks(arch, pruner, block, prepared, counts)):
             sparse = _norms(observe(arch, watch_norms, i, new, streams[k], onward=True))
             norm_drops[k].append({tap: dense[tap] - sparse[tap] for tap in dense})
         # `_dense_statistics` moves the pass's states on, until it has kept what they are for.

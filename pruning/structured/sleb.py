@@ -18,6 +18,7 @@ from pruning.structured.depth_repair import (
     default_repair,
     repair_and_write,
 )
+from pruning.structured.sleb_evolution import search_by_evolution
 from pruning.structured.sleb_figures import search_details, search_figures, search_warnings
 from pruning.structured.sleb_paths import Path, Piece, Unit
 from pruning.structured.sleb_runner import Runner
@@ -25,7 +26,7 @@ from pruning.structured.sleb_search import SearchResult, given_units, search_uni
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
-Search = Literal["greedy", "perplexity", "influence", "contiguous"]
+Search = Literal["greedy", "perplexity", "influence", "contiguous", "evolution"]
 GIB = 1 << 30
 
 
@@ -84,7 +85,8 @@ class Sleb:
       search: "greedy" is SLEB; "perplexity" takes the units of lowest loss after the first phase
         (Shortened LLaMA, Kim et al. 2024); "influence" those whose output is most like their input
         (ShortGPT, Men et al. 2024), without a loss; "contiguous" the neighbours that are missed
-        least together.
+        least together; "evolution" swaps units of the best set so far (EvoPress, Sieberling et al.
+        2025), by the divergence of predictions from the dense model's.
       remove: Units to remove, such as another run's `removal_order`; None: they are searched for.
         Barriers do not hold for them.
       repair: "none"; "scale" divides what is added behind each cut by the factor that the stream
@@ -226,6 +228,8 @@ class Sleb:
             return given_units(depth, candidates, self.remove, writers), None
         room = [int(gib * GIB) for gib in (self.device_gib, self.host_gib, self.disk_gib)]
         runner = Runner(model, tokens, runtime, room)
+        if self.search == "evolution" and n:
+            return search_by_evolution(runner, candidates, n, request.seed, runtime), runner
         rounds = _rounds(self.search, n)
         # Either way the same units go: a candidate that is stopped could not be the best.
         stop_early = self.variant == "corrected"

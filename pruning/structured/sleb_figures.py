@@ -87,6 +87,8 @@ def search_details(
             "plain_search": result.plain_evaluations,
         },
     }
+    if result.divergences:
+        details["divergences"] = [*result.divergences]
     if runner:
         details["cache"] = _cache(runner)
     if halves:

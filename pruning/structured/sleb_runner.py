@@ -25,12 +25,14 @@ from models.checkpoint.blocks import LazyBlocks, prefetch
 from models.processes import is_multiprocess
 from models.programs import Program, program
 from models.sharding import place, split, to_host
+from pruning.allocation.evopress_core import window_divergence
 from pruning.structured.sleb_core import PARTS, add_part, chosen_logits, influence
-from pruning.structured.sleb_paths import Candidate, Path, Piece, Unit, remove_unit
+from pruning.structured.sleb_paths import Candidate, Path, Piece, Unit, remove_unit, whole_path
 from pruning.structured.sleb_store import Store, plan_stores
 
 _chosen_logits = Program(chosen_logits, "logits of the next tokens", static=(0,))
 _add_part = Program(add_part, "part of a candidate's loss", static=(0,))
+_divergence = Program(window_divergence, "divergence from the dense model", static=(0,))
 _influence = Program(influence, "influence of a block")
 
 
@@ -176,6 +178,23 @@ class Runner:
                 # Summed in float64, so that candidates close to each other keep their order.
                 losses[m] = to_host(bound).astype(np.float64).sum() * tokens.shape[1]
                 yield float(losses.sum())
+
+    def divergences(self, m: int, candidate: Candidate, dense: jax.Array) -> np.ndarray:
+        """Return the divergence of each window's predictions from the dense model's, float32 [b].
+
+        Args:
+          m: Index of the micro-batch.
+          candidate: The path to run.
+          dense: What the whole path gives for the micro-batch, [b t d].
+        """
+        x = self.run(m, candidate)
+        return to_host(_divergence(self.arch.head, self._non_block, dense, x))
+
+    def whole(self) -> States:
+        """Return the last block's outputs of the dense model, by micro-batch."""
+        path = whole_path(self.depth)
+        xs = (self.run(m, Candidate(path, self.depth)) for m in range(len(self.windows)))
+        return States(xs, self._offload, self._mesh)
 
     def influences(
         self, m: int, path: Path, units: Mapping[int, Unit], writers: tuple[str, ...]

@@ -32,6 +32,7 @@ class SearchResult(NamedTuple):
       influence: Influence of each unit that it was measured for.
       evaluations: By phase: blocks times windows that were run.
       plain_evaluations: The same for a search that keeps no states and stops no candidate.
+      divergences: By generation of an evolution: divergence of the best from the dense model.
     """
 
     path: Path
@@ -40,10 +41,20 @@ class SearchResult(NamedTuple):
     influence: dict[int, float]
     evaluations: list[int]
     plain_evaluations: list[int]
+    divergences: Sequence[float] = ()
 
 
-def _lowest_units(values: Mapping[int, float | None], n: int, quantity: str) -> list[int]:
-    """Return the n units of lowest finite value, the earliest of equal ones first."""
+def lowest_units(values: Mapping[int, float | None], n: int, quantity: str) -> list[int]:
+    """Return the n units of lowest finite value, the earliest of equal ones first.
+
+    Args:
+      values: Value of each unit; None where it is unknown.
+      n: Number of units.
+      quantity: Name of the value, for the error.
+
+    Raises:
+      InputError: Fewer than n values are finite.
+    """
     # Pairs, so that the earliest of equal losses goes, as by the official strict `<`.
     finite = sorted((v, u) for u, v in values.items() if v is not None and np.isfinite(v))
     if len(finite) < n:
@@ -55,17 +66,30 @@ def _lowest_units(values: Mapping[int, float | None], n: int, quantity: str) -> 
     return [u for _, u in finite[:n]]
 
 
-def _without(path: Path, units: Sequence[Unit], writers: tuple[str, ...]) -> Path:
-    """Return the path without several units."""
+def without(path: Path, units: Sequence[Unit], writers: tuple[str, ...]) -> Path:
+    """Return the path without several units.
+
+    Args:
+      path: Holds the units' blocks.
+      units: Units to remove.
+      writers: All linears of a block that write to the residual stream.
+    """
     for unit in units:
         path = remove_unit(path, unit, writers).path
     return path
 
 
-def _measure_influence(
+def measure_influence(
     runner: Runner, units: Mapping[int, Unit], batches: range, runtime: Runtime
 ) -> dict[int, float]:
-    """Return each unit's influence in the dense model, the mean over windows, as a durable step."""
+    """Return each unit's influence in the dense model, the mean over windows, as a durable step.
+
+    Args:
+      runner: Runs the model with parts left out.
+      units: Units by index.
+      batches: Micro-batches to measure it on.
+      runtime: Progress and journal.
+    """
     path = whole_path(runner.depth)
     writers = writers_of(runner.arch)
 
@@ -111,10 +135,10 @@ def _search_by_influence(
     runner: Runner, units: Mapping[int, Unit], n: int, runtime: Runtime
 ) -> SearchResult:
     """Remove the n units of lowest influence in the dense model."""
-    influence = _measure_influence(runner, units, range(len(runner.windows)), runtime)
-    removed = _lowest_units(influence, n, "influence")
+    influence = measure_influence(runner, units, range(len(runner.windows)), runtime)
+    removed = lowest_units(influence, n, "influence")
     whole = whole_path(runner.depth)
-    path = _without(whole, [units[u] for u in removed], writers_of(runner.arch))
+    path = without(whole, [units[u] for u in removed], writers_of(runner.arch))
     return SearchResult(path, removed, [], influence, [runner.evaluations], [runner.evaluations])
 
 
@@ -128,7 +152,7 @@ def _run_of(
         return None
     candidate = remove_unit(path, first, writers)
     rest = [unit for unit in others if unit is not None]
-    return candidate._replace(path=_without(candidate.path, rest, writers))
+    return candidate._replace(path=without(candidate.path, rest, writers))
 
 
 def _search_contiguous(
@@ -141,7 +165,7 @@ def _search_contiguous(
     candidates = {u: run for u, run in runs.items() if run is not None}
     advance = runtime.progress("trying removals", len(candidates), unit="trials")
     trials, evaluations = _run_phase(runner, candidates, 1, stop_early, advance, runtime)
-    (start,) = _lowest_units({u: t.loss for u, t in trials.items()}, 1, "loss")
+    (start,) = lowest_units({u: t.loss for u, t in trials.items()}, 1, "loss")
     removed = list(range(start, start + n))
     plain = sum(len(c.path) for c in candidates.values()) * sum(runner.windows)
     return SearchResult(candidates[start].path, removed, [trials], {}, [evaluations], [plain])
@@ -163,7 +187,7 @@ def _search_by_loss(
     if stop_early:
         # A good order finds the best candidate early, so that the others stop early. One
         # micro-batch is enough for an order.
-        influence = _measure_influence(runner, units, range(1), runtime)
+        influence = measure_influence(runner, units, range(1), runtime)
         order = sorted(order, key=lambda u: (influence[u], u))
     steps = sum(len(order) - phase for phase in range(rounds))
     advance = runtime.progress("trying removals", steps, unit="trials")
@@ -175,11 +199,11 @@ def _search_by_loss(
             runner, candidates, n // rounds, stop_early, advance, runtime
         )
         losses = {u: trial.loss for u, trial in trials.items()}
-        removed = _lowest_units(losses, n // rounds, "loss")
+        removed = lowest_units(losses, n // rounds, "loss")
         for u in removed:
             # No later path holds this piece, so its states only take memory.
             runner.forget(path[candidates[u].shared])
-        path = _without(path, [units[u] for u in removed], writers)
+        path = without(path, [units[u] for u in removed], writers)
         result.phases.append(trials)
         result.removed.extend(removed)
         result.evaluations.append(evaluations)
@@ -203,7 +227,7 @@ def given_units(
       removed: Units to remove.
       writers: All linears of a block that write to the residual stream.
     """
-    path = _without(whole_path(depth), [units[u] for u in removed], writers)
+    path = without(whole_path(depth), [units[u] for u in removed], writers)
     return SearchResult(path, list(removed), [], {}, [], [])
 
 

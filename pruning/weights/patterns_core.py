@@ -4,7 +4,7 @@ A threshold is the value of a rank. `jax.lax.top_k` could not take a traced coun
 again for every budget.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
@@ -57,21 +57,58 @@ def value_of_rank(x: jax.Array, rank: jax.Array, axis: int | None = None) -> jax
     Returns:
       The value, []; with an axis, which stays with length 1, of rank's shape.
     """
-    chex.assert_type(x, jnp.float32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    # Integers in the floats' order: the map is its own inverse.
-    keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
-    def count(smaller: jax.Array) -> jax.Array:
-        return jnp.sum(smaller, axis=axis, keepdims=axis is not None, dtype=jnp.int32)
+    def count(keys: Sequence[jax.Array], below: jax.Array) -> jax.Array:
+        return jnp.sum(keys[0] < below, axis=axis, keepdims=axis is not None, dtype=jnp.int32)
+
+    return _settle([x], rank, count)
+
+
+def value_of_rank_in_all(xs: Sequence[jax.Array], rank: int) -> jax.Array:
+    """Return the entry of several matrices that `rank` entries come before in ascending order.
+
+    They are counted where they lie, and never joined.
+
+    Args:
+      xs: Values, float32, none NaN.
+      rank: Rank from 0 among all entries.
+
+    Returns:
+      The value, float32 [].
+    """
+
+    def count(keys: Sequence[jax.Array], below: jax.Array) -> jax.Array:
+        counts = [jnp.sum(key < below, dtype=jnp.int32) for key in keys]
+        return jnp.sum(jnp.stack(counts), dtype=jnp.int32)
+
+    return _settle(xs, jnp.int32(rank), count)
+
+
+def _settle(
+    xs: Sequence[jax.Array],
+    rank: jax.Array,
+    count: Callable[[Sequence[jax.Array], jax.Array], jax.Array],
+) -> jax.Array:
+    """Return the value of a rank, bit by bit.
+
+    Args:
+      xs: Values, float32.
+      rank: Rank from 0.
+      count: (the values as integers in their order, a threshold) -> how many lie below it.
+    """
+    for x in xs:
+        chex.assert_type(x, jnp.float32)
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32) for x in xs]
+    # Integers in the floats' order: the map is its own inverse.
+    keys = [b ^ ((b >> 31) & 0x7FFFFFFF) for b in bits]
 
     def settle_bit(i: jax.Array, key: jax.Array) -> jax.Array:
         # The first bit flips the sign of the least integer.
         trial = key ^ jax.lax.shift_left(jnp.int32(1), 31 - i)
-        return jnp.where(count(keys < trial) <= rank, trial, key)
+        return jnp.where(count(keys, trial) <= rank, trial, key)
 
     # A count of nothing plus a constant, so that the start is split over devices as x is.
-    least = count(keys != keys) + jnp.iinfo(jnp.int32).min
+    least = count(keys, jnp.int32(jnp.iinfo(jnp.int32).min)) + jnp.iinfo(jnp.int32).min
     key = jax.lax.fori_loop(0, 32, settle_bit, least)
     return jax.lax.bitcast_convert_type(key ^ ((key >> 31) & 0x7FFFFFFF), jnp.float32)
 

@@ -70,9 +70,8 @@ def test_the_command_of_the_page_prunes(
         cli.run(prune.options(), prune.main, [*flags, *small, *more, f"--output={output}"]) == 0
     ), capsys.readouterr().err
     report = json.loads((output / "pruning_report.json").read_text())
-    assert report["method"] == "ria(a=0.5)" and report["sparsity"]["prunable"] == pytest.approx(
-        0.5, abs=2e-3
-    )
+    assert report["method"] == "relative_importance(a=0.5)"
+    assert report["sparsity"]["prunable"] == pytest.approx(0.5, abs=2e-3)
     perplexity = report["perplexity"]["embedded"]
     assert perplexity["dense"] < perplexity["pruned"] < 2 * perplexity["dense"]
     assert len(open_checkpoint(output).model.blocks)
@@ -82,9 +81,9 @@ def test_a_wrong_parameter_ends_in_an_error_that_names_it(
     ria: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["--model=embedded:tiny-llama", "--sparsity=0.5", f"--output={tmp_path / 'out'}"]
-    assert cli.run(prune.options(), prune.main, [*argv, "--method=ria(a=-1)"]) == 2
+    assert cli.run(prune.options(), prune.main, [*argv, "--method=relative_importance(a=-1)"]) == 2
     assert "must not be negative" in capsys.readouterr().err
-    assert cli.run(prune.options(), prune.main, [*argv, "--method=ria(b=1)"]) == 2
+    assert cli.run(prune.options(), prune.main, [*argv, "--method=relative_importance(b=1)"]) == 2
     assert "has no parameter 'b'" in capsys.readouterr().err
 
 

@@ -52,6 +52,15 @@ RUNS = {
     ),
     "wanda with owl": ("opt", ["--method=wanda", "--sparsity=0.5", "--allocation=owl"]),
     "wanda with alpha": ("llama", ["--method=wanda", "--sparsity=0.5", "--allocation=alpha"]),
+    "ria with lsa": ("llama", ["--method=ria", "--sparsity=0.5", "--allocation=lsa"]),
+    "wanda with evopress": (
+        "opt",
+        [
+            "--method=wanda",
+            "--sparsity=0.5",
+            "--allocation=evopress(generations=2, offspring=3, survivors=(), windows=(2,))",
+        ],
+    ),
     "admm": ("llama", ["--method=admm", "--sparsity=0.5"]),
     "sparsellm": ("opt", ["--method=sparsellm(iterations=1)", "--sparsity=0.5"]),
     "llmrank": ("llama", ['--method=llmrank(repair="refit")', "--sparsity=0.5"]),

@@ -29,6 +29,9 @@ SEARCHES = {
     "owl": {"m": 2.0, "lam": 0.2},
     "alpha": {"epsilon": 0.3},
     "neuroal": {"samples": 4},
+    "dlp": {"alpha": 0.2},
+    "lsa": {"level": "linear", "beta": 0.2, "group": 8},
+    "atp": {"trials": 2, "samples": 4},
 }
 # The quick tests take the first family, the slow ones the others.
 every_family = pytest.mark.parametrize(
@@ -281,7 +284,9 @@ def allocated(name: str, method: str, family: str) -> tuple[Model, Outcome]:
 
 @every_family
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm"])
+@pytest.mark.parametrize(
+    "method", ["magnitude", "wanda", "multiflow", "ria", "sparsegpt", "sparsellm", "admm"]
+)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_allocator_works_with_every_weight_method(
     name: str, method: str, family: str

@@ -70,6 +70,7 @@ def test_weights_are_removed_as_asked(case: Case, family: str) -> None:
     for asked, gone in zip(outcome.asked, zeros(pruned), strict=True):
         for slot, zero in gone.items():
             by_matrix = case in (Case("magnitude"), Case("sparsegpt")) or case.name == "sparsellm"
+            by_matrix |= case == Case("ria")
             by_matrix |= case in (
                 Case("admm", (("scope", "matrix"),)),
                 Case("admm", (("variant", "official"),)),

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from calibration.runtime import Runtime
+from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.types import Layerwise, Pruner, Request, prune, reads_activations
 from pruning.weights.patterns import per_row
@@ -25,7 +26,9 @@ def test_the_names_of_the_contract_exist() -> None:
     assert {"none", "dsnot"} <= REFINEMENTS.keys()
 
 
-@pytest.mark.parametrize("name", [*METHODS, "owl", "alpha", "neuroal", "dsnot"])
+@pytest.mark.parametrize(
+    "name", [*METHODS, "owl", "alpha", "neuroal", "dsnot", "dlp", "lsa", "atp"]
+)
 def test_every_method_is_documented_has_defaults_and_literal_types(name: str) -> None:
     """`launch` builds methods from text, so parameters need defaults and checkable types."""
     maker = {**METHODS, **ALLOCATIONS, **REFINEMENTS}[name]
@@ -71,6 +74,19 @@ def test_wanda_looks_at_activations() -> None:
     assert not same(wanda.blocks, others.blocks)
 
 
+def test_ria_has_one_threshold_a_matrix_or_a_row() -> None:
+    m = model("llama")
+    by_matrix, by_row, sizes_alone = (
+        prune(m, METHODS["ria"](**arguments), tokens(), Request(0.5))[0]
+        for arguments in ({}, {"scope": "row"}, {"power": 0.0})
+    )
+    assert all((zero.sum(axis=1) == zero.shape[1] // 2).all() for zero in zeros(by_row)[0].values())
+    assert any(np.ptp(zero.sum(axis=1)) for zero in zeros(by_matrix)[0].values())
+    assert not same(by_matrix.blocks, sizes_alone.blocks)
+    with pytest.raises(InputError, match="power=-1"):
+        METHODS["ria"](power=-1.0)
+
+
 @pytest.mark.parametrize("batch", [1, 4, 64])
 def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
     m = model("opt")
@@ -83,7 +99,14 @@ def test_wanda_does_not_care_how_windows_are_batched(batch: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["uniform", "owl", "alpha", *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW)],
+    [
+        "uniform",
+        "owl",
+        "alpha",
+        "dlp",
+        "lsa",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in SLOW),
+    ],
 )
 def test_other_windows_change_budgets_and_swaps_that_read_activations_alone(name: str) -> None:
     """After magnitude, which reads none itself; `row` as NeuroAL's rows need it."""

@@ -1,4 +1,4 @@
-"""OWL, AlphaPruning, NeuroAL and DSnoT in float64 NumPy, entry by entry, as the authors' code."""
+"""Allocations and DSnoT in float64 NumPy, entry by entry, as the authors' code."""
 
 from collections.abc import Sequence
 
@@ -47,6 +47,52 @@ def exponent(w: np.ndarray, released: bool) -> float:
         if alpha > 1 and distance < best:
             best, found = distance, alpha
     return float(found)
+
+
+def medians(m: Model, tokens: np.ndarray) -> list[float]:
+    """Return DLP's lower median of all scores of each block of the dense model."""
+    x, found = embed(m.arch, m.non_block, tokens), []
+    for block in m.blocks:
+        x, taps = run_block(m, block, x)
+        scores: list[float] = []
+        for s in m.arch.slots:
+            scores += list(
+                wanda.score(weight(block, s.name), wanda.scaler_row(taps[s.reads])).ravel()
+            )
+        found.append(sorted(scores)[(len(scores) - 1) // 2])
+    return found
+
+
+def greedy_error(w: np.ndarray, h: np.ndarray, group: int, share: float) -> float:
+    """Return LSA's error of one matrix [out in]: one row, one group, one weight after the other.
+
+    The error is that of the outputs of what is removed so far, so its growth is that of a step.
+    """
+    total = 0.0
+    for row in w.astype(np.float64):
+        gone: list[int] = []
+        for start in range(0, len(row), group):
+            own = list(range(start, min(start + group, len(row))))
+            for _ in range(int(len(own) * share)):
+                left = [i for i in own if i not in gone]
+
+                def error(removed: list[int], row: np.ndarray = row) -> float:
+                    part = row[removed]
+                    return float(part @ h[np.ix_(removed, removed)] @ part)
+
+                gone.append(min(left, key=lambda i: error([*gone, i])))
+        total += error(gone)
+    return total
+
+
+def share_of_sum(values: Sequence[float]) -> np.ndarray:
+    """Return 1 less the share of the sum, DLP's and LSA's importance."""
+    return np.array([1 - v / sum(values) for v in values])
+
+
+def progression(blocks: int, sparsity: float, beta: float) -> list[float]:
+    """Return ATP's sparsities, eq. 10."""
+    return [sparsity - beta * (blocks - 1) / 2 + beta * (i - 1) for i in range(1, blocks + 1)]
 
 
 def misalignment(m: Model, tokens: np.ndarray, sparsities: Sequence[float]) -> float:

@@ -24,6 +24,7 @@ class Case(NamedTuple):
 
 ARGUMENTS: dict[str, list[dict[str, Any]]] = {
     "magnitude": [{}, {"scope": "row"}],
+    "ria": [{}, {"scope": "row"}],
     "sparsellm": [{}, {"solver": "admm"}, {"variant": "official"}],
     "admm": [{}, {"targets": "own"}, {"scope": "matrix"}, {"variant": "official"}],
     "llmrank": [
@@ -50,6 +51,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"latter_barrier": 0, "search": "influence", "repair": "scale"},
         {"latter_barrier": 0, "search": "contiguous", "repair": "refit"},
         {"early_barrier": 0, "units": "sublayers"},
+        {"early_barrier": 0, "latter_barrier": 0, "search": "evolution", "repair": "none"},
     ],
 }
 # REAP removes experts, which most families do not have: tests/pruning/structured/test_reap.py.

@@ -9,6 +9,7 @@ from calibration.observers import SecondMoment, second_moment
 from pruning.weights import scores
 from pruning.weights.patterns import per_row
 from reference import multiflow
+from reference import ria as ria_reference
 from reference import wanda as reference
 
 RNG = np.random.default_rng(0)
@@ -65,7 +66,27 @@ def test_the_flow_out_of_a_row_does_not_rank_its_entries(stats: SecondMoment) ->
     )
 
 
-@pytest.mark.parametrize("score", [scores.magnitude, scores.wanda, scores.multiflow])
+def ria(w: jax.Array, stats: SecondMoment) -> jax.Array:
+    """The score with its default power."""
+    return scores.ria(w, scores.norm_power(0.5)(stats)[0])
+
+
+@pytest.mark.parametrize("power", [0.5, 0.0, 1.0])
+def test_ria_agrees_with_numpy(stats: SecondMoment, power: float) -> None:
+    scale, _ = jax.jit(scores.norm_power(power))(stats)
+    got = jax.jit(scores.ria)(jnp.asarray(W), scale)
+    want = ria_reference.score(W, reference.scaler_row(X), power)
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_ria_of_a_dead_row_column_or_input_is_finite(stats: SecondMoment) -> None:
+    w = W.copy()
+    w[2], w[:, 4] = 0, 0
+    got = np.asarray(ria(jnp.asarray(w), stats._replace(total=stats.total.at[5].set(0))))
+    assert np.isfinite(got).all() and not got[2].any() and not got[:, [4, 5]].any()
+
+
+@pytest.mark.parametrize("score", [scores.magnitude, scores.wanda, scores.multiflow, ria])
 def test_scores_are_float32_even_of_bfloat16(score: object, stats: SecondMoment) -> None:
     w = jnp.asarray(W, jnp.bfloat16)
     got = score(w, stats)
@@ -73,7 +94,7 @@ def test_scores_are_float32_even_of_bfloat16(score: object, stats: SecondMoment)
     assert np.array_equal(got, score(w.astype(jnp.float32), stats))
 
 
-@pytest.mark.parametrize("score", [scores.wanda, scores.multiflow])
+@pytest.mark.parametrize("score", [scores.wanda, scores.multiflow, ria])
 def test_scores_follow_a_permutation_of_channels(score: object, stats: SecondMoment) -> None:
     rows, columns = RNG.permutation(6), RNG.permutation(10)
     moved = stats._replace(total=stats.total[columns])
