@@ -45,6 +45,7 @@ from launch.run.processes import process_flags, start
 from launch.run.push import check_push, push
 from launch.run.resume import JOURNAL, Attempt, fingerprint, open_journal, open_writer
 from launch.run.samples import samples
+from launch.run.scores import score_cache, stamp, write_scores
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
@@ -56,6 +57,7 @@ from pruning.types import BlockSink, Outcome
 
 RESUMING = "resuming an interrupted run: {} blocks are finished (--noresume starts over)"
 RESUMED = "the run was interrupted: its seconds count from its last start"
+SCORES = "scores were read from {}: no forward measured them again"
 TRIAL = (
     "a trial of a sweep: its seconds leave out work shared with earlier trials, and its peak "
     "memory is that of the process so far"
@@ -72,6 +74,12 @@ def options() -> Flags:
     )
     layout_flag(f)
     f.boolean("resume", True, "continue an interrupted run behind its last finished block")
+    f.string(
+        "scores",
+        "",
+        "output of an earlier run whose scores serve this one: same model, calibration and method, "
+        "another sparsity",
+    )
     f.group("Method")
     f.string(
         "method",
@@ -148,10 +156,11 @@ def _prune_into(
     writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
-    journal = open_journal(work / JOURNAL, facts, writer, cache)
+    scores = score_cache(job, inputs, facts, cache or StepCache(0))
+    journal = open_journal(work / JOURNAL, facts, writer, scores or cache)
     attempt.journal = journal
     run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
-    remarks = _remarks(attempt.resumed, cache is not None)
+    remarks = _remarks(attempt.resumed, cache is not None, job.config.scores)
     if attempt.resumed:
         console.note(RESUMING.format(writer.blocks))
     clock.record("load")
@@ -161,6 +170,8 @@ def _prune_into(
     check = export.RoundTripCheck(checkpoint.model, writer)
     runtime = _with_offload(job, inputs)
     outcome = _run_method(job, inputs, runtime, journal, check.put)
+    if scores is not None:
+        run_on_primary(lambda: write_scores(directory, stamp(job, facts), scores.scores))
     clock.record("calibrate_and_prune")
     repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure, [])
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
@@ -186,13 +197,15 @@ def _prune_into(
     return result
 
 
-def _remarks(resumed: bool, is_trial: bool) -> list[str]:
+def _remarks(resumed: bool, is_trial: bool, scores: str) -> list[str]:
     """Return the notes about a run's seconds."""
     remarks = []
     if resumed:
         remarks.append(RESUMED)
     if is_trial:
         remarks.append(TRIAL)
+    if scores:
+        remarks.append(SCORES.format(scores))
     return remarks
 
 

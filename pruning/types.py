@@ -6,7 +6,7 @@ so the dense model is still there for another trial.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -221,6 +221,22 @@ def reads_activations(method: Method, request: Request) -> bool:
     """
     parts = (method, request.allocation, request.refine)
     return any(part.reads_activations for part in parts if part is not None)
+
+
+def scores_key(method: Method) -> Hashable:
+    """Return all that a method's scores depend on besides model and tokens.
+
+    A method that scores the dense model alone has a property of this name; its scores serve every
+    size.
+
+    Args:
+      method: What to prune with.
+
+    Returns:
+      Key of the pass that scores; None where scores depend on what was pruned before, or on no
+      activations.
+    """
+    return getattr(method, "scores_key", None)
 
 
 def dropped_indices(keep: np.ndarray) -> tuple[int, ...]:
