@@ -97,7 +97,8 @@ def write_scores(output: pathlib.Path, facts: Mapping[str, Any], scores: Any) ->
     tree = _without_arrays(scores, "block", arrays)
     path = _path(output)
     path.parent.mkdir()
-    metadata = {"stamp": json.dumps(facts), "records": json.dumps(tree)}
+    # One fact, as the library writes several in any order.
+    metadata = {"scores": json.dumps({"stamp": facts, "records": tree})}
     save_tensors(arrays, path, metadata)
 
 
@@ -144,10 +145,10 @@ def read_scores(output: pathlib.Path, wanted: Mapping[str, Any]) -> Any:
     file.check()
     try:
         with safe_open(path, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
+            content = json.loads((opened.metadata() or {})["scores"])
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-        found = dict(json.loads(metadata["stamp"]))
-        records = _with_arrays(json.loads(metadata["records"]), arrays)
+        found = dict(content["stamp"])
+        records = _with_arrays(content["records"], arrays)
     except (SafetensorError, OSError, ValueError, TypeError, KeyError, RecursionError) as e:
         raise file.error(f"is damaged ({type(e).__name__})") from None
     other = [name for name, value in wanted.items() if found.get(name) != value]
