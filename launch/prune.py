@@ -167,7 +167,8 @@ def _prune_into(
     measure = _measure(job, inputs)
     dense = journal.step(lambda: measure(checkpoint, prefixed(shown, "dense model: ")), "dense")
     clock.record("eval")
-    check = export.RoundTripCheck(checkpoint.model, writer)
+    narrower = bool(job.method.shape_change(checkpoint.model).hidden)
+    check = export.RoundTripCheck(checkpoint.model, writer, deferred=narrower)
     runtime = _with_offload(job, inputs)
     outcome = _run_method(job, inputs, runtime, journal, check.put)
     if scores is not None:

@@ -11,6 +11,7 @@ from pruning.budget import Uniform
 from pruning.structured.channel_methods import magnitude_sp, wanda_sp
 from pruning.structured.flap import Flap
 from pruning.structured.llmrank import LLMRank
+from pruning.structured.minitron import Minitron
 from pruning.structured.reap import Reap
 from pruning.structured.sleb import Sleb
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
@@ -78,6 +79,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magnitude_sp": magnitude_sp,
     "sleb": Sleb,
     "reap": Reap,
+    "minitron": Minitron,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "uniform": Uniform,

@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration.observers import Observer
 from calibration.runtime import Runtime
-from models.arch import Arch, Block, Model
+from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.figures import Figure
@@ -152,6 +152,7 @@ class Outcome:
         None: all blocks stay.
       kept_experts: By block: original number of every expert that is left, None in a block without
         experts; None for methods that remove no experts.
+      non_block: Parameters outside the blocks, where the method changed them; else None.
       figures: Plots and tables for the report.
     """
 
@@ -164,6 +165,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     kept_blocks: tuple[int, ...] | None = None
     kept_experts: tuple[tuple[int, ...] | None, ...] | None = None
+    non_block: NonBlockParams | None = None
     figures: tuple[Figure, ...] = ()
 
 
@@ -321,4 +323,6 @@ def prune(
     method.check(model, request)
     blocks: dict[int, Block] = {}
     outcome = method.run(model, tokens, request, runtime, blocks.__setitem__)
-    return model._replace(blocks=tuple(blocks[i] for i in range(len(blocks)))), outcome
+    non_block = outcome.non_block or model.non_block
+    kept = tuple(blocks[i] for i in range(len(blocks)))
+    return model._replace(non_block=non_block, blocks=kept), outcome

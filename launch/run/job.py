@@ -263,7 +263,7 @@ def _check_scores(config: RunConfig, method: Method) -> None:
     if config.scores and scores_key(method) is None:
         raise InputError(
             f"is for methods that measure the dense model once, and {config.method} does not",
-            'leave it out, or choose flap, llmrank, minitron, reap, two_ssp or '
+            "leave it out, or choose flap, llmrank, minitron, reap, two_ssp or "
             'wanda_sp(scope="global")',
             field="scores",
             value=config.scores,

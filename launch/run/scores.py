@@ -154,7 +154,5 @@ def read_scores(output: pathlib.Path, wanted: Mapping[str, Any]) -> Any:
     other = [name for name, value in wanted.items() if found.get(name) != value]
     if other:
         names = ", ".join(name.removeprefix("--") for name in other)
-        raise InputError(
-            f"has scores of another {names}", REMEDY, field="scores", value=output
-        )
+        raise InputError(f"has scores of another {names}", REMEDY, field="scores", value=output)
     return records

@@ -50,12 +50,16 @@ class ShapeChange(NamedTuple):
       alike: True if every block loses as many units.
       biased: True if the readers of these groups get biases.
       shallower: True if whole blocks are left out.
+      hidden: Channels that the residual stream keeps, where it loses some; else 0.
+      shapes: Units of each block after the run, where they are known; else empty.
     """
 
     narrower: tuple[str, ...] = ()
     alike: bool = True
     biased: bool = False
     shallower: bool = False
+    hidden: int = 0
+    shapes: tuple[Shape, ...] = ()
 
 
 class Form(NamedTuple):
@@ -299,6 +303,21 @@ def choose_form(
     return _portable(stock or _own_form(config, shapes, biases), source)
 
 
+def _narrower_form(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> Form:
+    """Return the stock form of a model with a narrower stream; InputError if there is none."""
+    arch, _, _ = hf.specs(config)
+    readers = {arch.group(name).reader.name for name in change.narrower if change.biased}
+    biases = tuple({*arch.config.biases, *readers})
+    narrow = hf.narrower(config, change.hidden)
+    form = choose_form(narrow, change.shapes, biases, layout)
+    if form.code is not None:
+        raise InputError(
+            f"no stock type of transformers holds {change.hidden} channels with the heads left",
+            "remove the same share of heads as of channels, or leave the channels whole",
+        )
+    return form
+
+
 def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> str:
     """Describe what a method's result will load as, before the run.
 
@@ -313,6 +332,8 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
     Raises:
       InputError: As in `choose_form`.
     """
+    if change.hidden:
+        return _narrower_form(config, change, layout).label
     arch, _, blocks = hf.specs(config)
     readers = {
         group.reader.name

@@ -13,7 +13,11 @@ from reference.prune_runs import call
 
 STAMP = {"weights": {"model.safetensors": "ab"}, "--dtype": "float32", "--method": "('flap',)"}
 RECORDS = [
-    [{"heads": np.arange(4, dtype=np.float32)}, {"mlp_mid": np.zeros((2, 3), np.float32)}, [1.5, 2]],
+    [
+        {"heads": np.arange(4, dtype=np.float32)},
+        {"mlp_mid": np.zeros((2, 3), np.float32)},
+        [1.5, 2],
+    ],
     None,
     {"name": "x", "scale": np.float32(2).reshape(())},
 ]
