@@ -1,6 +1,7 @@
-"""Activation of units of channels, as Minitron has it: the mean over tokens, the norm of windows.
+"""Activation of units, by window: means over tokens as in Minitron, norms over them as in 2SSP.
 
-Source: Muralidharan et al. 2024 (arXiv 2407.14679), section 2.2.
+Source: Muralidharan et al. 2024 (arXiv 2407.14679), section 2.2; Sandri et al. 2025
+(arXiv 2501.17771), section 3.
 """
 
 import functools
@@ -40,14 +41,41 @@ def unit_norms(width: int) -> Observer:
         return second_moment.update(state, means[:, None, :])
 
     def update_experts(state: SecondMoment, routed: Routed) -> SecondMoment:
-        experts, windows = len(routed.tokens), routed.windows
-        norms = _norms(routed.x, width)  # rows without a token are zeros
-        # Rows without a token have the window `windows`: they go to a segment of their own.
-        segment = routed.expert[:, None] * (windows + 1) + routed.window
-        flat = norms.reshape(-1, norms.shape[-1])
-        sums = jax.ops.segment_sum(flat, segment.reshape(-1), experts * (windows + 1))
-        sums = sums.reshape(experts, windows + 1, -1)[:, :windows]
-        means = sums * (windows / jnp.sum(routed.tokens).astype(jnp.float32))
+        sums = _sum_by_window(_norms(routed.x, width), routed)
+        means = sums * (routed.windows / jnp.sum(routed.tokens).astype(jnp.float32))
         return jax.vmap(second_moment.update)(state, means[:, :, None, :])
 
     return Observer(init, update, Observer(init, update_experts))
+
+
+def _sum_by_window(values: jax.Array, routed: Routed) -> jax.Array:
+    """Sum values [tiles r c] of each expert's tokens by window, [e b c]."""
+    experts, windows = len(routed.tokens), routed.windows
+    # Rows without a token have the window `windows`: they go to a segment of their own.
+    segment = routed.expert[:, None] * (windows + 1) + routed.window
+    flat = values.reshape(-1, values.shape[-1])
+    sums = jax.ops.segment_sum(flat, segment.reshape(-1), experts * (windows + 1))
+    return sums.reshape(experts, windows + 1, -1)[:, :windows]
+
+
+def _add_norms(state: SecondMoment, squares: jax.Array) -> SecondMoment:
+    """Add the roots of sums of squares [b c] of windows."""
+    # The square of the fourth root: the sum does not depend on how windows are batched.
+    return second_moment.update(state, jnp.sqrt(jnp.sqrt(squares))[:, None, :])
+
+
+def _window_update(state: SecondMoment, x: jax.Array) -> SecondMoment:
+    return _add_norms(state, jnp.sum(jnp.square(x.astype(jnp.float32)), axis=1))
+
+
+def _window_update_experts(state: SecondMoment, routed: Routed) -> SecondMoment:
+    squares = _sum_by_window(jnp.square(routed.x.astype(jnp.float32)), routed)
+    return jax.vmap(_add_norms)(state, squares)
+
+
+# `per_sample` is the mean over windows of each channel's L2 norm over tokens.
+window_norms = Observer(
+    second_moment_init,
+    _window_update,
+    Observer(second_moment_init, _window_update_experts),
+)

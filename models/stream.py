@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.arch import Arch, Block, Model, NonBlockParams, linear_of, with_linears
-from models.checkpoint.blocks import ReadBlocks
+from models.checkpoint.blocks import ChangedBlocks
 from models.layers import Linear, Norm
 from models.programs import program
 from models.rescale import gain_offset, scale_norm, scale_output
@@ -112,8 +112,10 @@ def cut_non_block(
     return non_block.replace(**new)
 
 
-class NarrowBlocks(ReadBlocks):
-    """Blocks of a model without some channels of the stream, each cut when it is read.
+def narrow_blocks(
+    model: Model, keep: np.ndarray, gains: Callable[[int, Block], Mapping[str, float]]
+) -> ChangedBlocks:
+    """Return the blocks of a model without some channels of the stream, each cut when it is read.
 
     Args:
       model: The dense model.
@@ -121,25 +123,10 @@ class NarrowBlocks(ReadBlocks):
       gains: (index, dense block) -> factors of its norms, as `cut_block` has them.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        keep: np.ndarray,
-        gains: Callable[[int, Block], Mapping[str, float]],
-    ) -> None:
-        self._model, self._keep, self._gains = model, keep, gains
+    def cut(i: int, block: Block) -> Block:
+        return cut_block(model.arch, block, keep, gains(i, block))
 
-    def __len__(self) -> int:
-        return len(self._model.blocks)
-
-    def read(self, i: int) -> Block:
-        """Read a block and cut it.
-
-        Args:
-          i: Index of the block.
-        """
-        block = self._model.blocks[i]
-        return cut_block(self._model.arch, block, self._keep, self._gains(i, block))
+    return ChangedBlocks(model.blocks, cut)
 
 
 def fit_scale(non_block: Any, old: Any, new: Any) -> Any:

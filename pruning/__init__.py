@@ -33,7 +33,7 @@ _MODULES = {
 _MAKERS = (
     *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "admm", "llmrank"),
     *("flap", "wanda_sp", "magnitude_sp", "sleb", "reap", "owl", "alpha", "neuroal", "dsnot"),
-    "minitron",
+    *("minitron", "two_ssp"),
 )
 __all__ = (*_MODULES, *_MAKERS)
 

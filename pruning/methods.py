@@ -14,6 +14,7 @@ from pruning.structured.llmrank import LLMRank
 from pruning.structured.minitron import Minitron
 from pruning.structured.reap import Reap
 from pruning.structured.sleb import Sleb
+from pruning.structured.two_ssp import TwoSSP
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
 from pruning.weights.admm import Admm
@@ -80,6 +81,7 @@ METHODS: dict[str, Callable[..., Method]] = {
     "sleb": Sleb,
     "reap": Reap,
     "minitron": Minitron,
+    "two_ssp": TwoSSP,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "uniform": Uniform,

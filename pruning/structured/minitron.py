@@ -11,8 +11,9 @@ from models.arch import Block, Model
 from models.checkpoint.output_format import Shape, ShapeChange
 from models.errors import InputError
 from models.sharding import local
-from models.stream import NarrowBlocks, cut_non_block, width_of
-from pruning.budget import all_experts, all_shapes
+from models.stream import cut_non_block, narrow_blocks, width_of
+from pruning.budget import all_experts
+from pruning.structured.block_sizes import block_sizes
 from pruning.structured.minitron_core import (
     BlockSize,
     Widths,
@@ -65,19 +66,6 @@ class Plan(NamedTuple):
         return removed_share(self.kept, self.dense, self.blocks)
 
 
-def _sizes(model: Model) -> list[BlockSize]:
-    """Return the units of every block, from shapes alone."""
-    arch, sizes = model.arch, []
-    for shapes in all_shapes(model):
-        heads = arch.group("heads")
-        parts = [g for g in arch.groups if g.kind == "neurons" and g.reader.name in shapes]
-        head = heads.reader.width + sum(w.width for w in heads.writers)
-        neuron = sum(1 + len(g.writers) for g in parts)
-        units = (shapes[g.reader.name][1] // g.reader.width for g in (heads, parts[0]))
-        sizes.append(BlockSize(*units, head, neuron))
-    return sizes
-
-
 @dataclasses.dataclass(frozen=True)
 class Minitron:
     """Minitron (Muralidharan et al. 2024): one narrower width for all blocks, stream included.
@@ -122,11 +110,11 @@ class Minitron:
         channels, share = kept_count(self.hidden, total, config.stream_multiple), self.heads
         if share is None:
             share = channels / total if config.heads_fill_stream else 1.0
-        return channels, tuple(kept_count(share, b.heads) for b in _sizes(model))
+        return channels, tuple(kept_count(share, b.heads) for b in block_sizes(model))
 
     def _plan(self, model: Model, request: Request) -> Plan:
         """Return the widths; InputError where none meets the request."""
-        blocks = _sizes(model)
+        blocks = block_sizes(model)
         dense = dense_widths(width_of(model.non_block), blocks)
         channels, heads = self._fixed(model)
         neurons = self.neurons
@@ -150,7 +138,7 @@ class Minitron:
         # Neurons depend on the request, but every stock type holds any number of them.
         shapes = tuple(
             Shape(kept, b.neurons, experts)
-            for kept, b, experts in zip(heads, _sizes(model), all_experts(model), strict=True)
+            for kept, b, experts in zip(heads, block_sizes(model), all_experts(model), strict=True)
         )
         return change._replace(hidden=channels, shapes=shapes)
 
@@ -212,7 +200,7 @@ class Minitron:
 
         last = norm_gain(records[-1]["final"].astype(np.float64), keep) if self.gain else 1.0
         non_block = cut_non_block(arch, local(model.non_block), keep, last)
-        return model._replace(non_block=non_block, blocks=NarrowBlocks(model, keep, gains))
+        return model._replace(non_block=non_block, blocks=narrow_blocks(model, keep, gains))
 
     def run(
         self,

@@ -7,7 +7,7 @@ import numpy as np
 
 def unit_scores(windows: np.ndarray, width: int) -> np.ndarray:
     """Return the score of each unit of x [windows tokens units*width]."""
-    b, t, c = windows.shape
+    c = windows.shape[-1]
     scores = np.zeros(c // width)
     for x in windows.astype(np.float64):
         norms = [[np.linalg.norm(token[u : u + width]) for u in range(0, c, width)] for token in x]

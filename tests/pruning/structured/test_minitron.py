@@ -14,7 +14,7 @@ from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 from models.families import hf
 from models.sharding import make_mesh
-from models.stream import NarrowBlocks, cut_non_block
+from models.stream import cut_non_block, narrow_blocks
 from pruning.structured.minitron import Minitron
 from pruning.structured.minitron_scores import score_model
 from pruning.types import Request, prune
@@ -110,7 +110,7 @@ def test_cut_channels_are_masked_channels(family: str) -> None:
     norms = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm")
     cut = m._replace(
         non_block=cut_non_block(m.arch, m.non_block, keep, root),
-        blocks=NarrowBlocks(m, keep, lambda i, block: dict.fromkeys(norms, root)),
+        blocks=narrow_blocks(m, keep, lambda i, block: dict.fromkeys(norms, root)),
     )
     want = logits(masked(m, keep), tokens())
     np.testing.assert_allclose(logits(cut, tokens()), want, rtol=1e-3, atol=1e-3)
