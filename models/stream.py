@@ -142,10 +142,9 @@ def fit_scale(non_block: Any, old: Any, new: Any) -> Any:
     scale = getattr(old.static, "embed_scale", 1.0) / getattr(new.static, "embed_scale", 1.0)
     if scale == 1.0:
         return non_block
-    factor = np.float32(scale)
-    embed = scale_output(Linear(non_block.embed), factor).w
+    embed = scale_output(Linear(non_block.embed), jnp.float32(scale)).w
     if non_block.head is not None:
         return non_block.replace(embed=embed)
     # The embedding serves as the head too, so the final norm gives what it has gained back.
-    norm = scale_norm(non_block.norm, np.float32(1 / scale), gain_offset(old.static))
+    norm = scale_norm(non_block.norm, jnp.float32(1 / scale), gain_offset(old.static))
     return non_block.replace(embed=embed, norm=norm)

@@ -17,6 +17,6 @@ def block_sizes(model: Model) -> list[BlockSize]:
         parts = [g for g in arch.groups if g.kind == "neurons" and g.reader.name in shapes]
         head = heads.reader.width + sum(w.width for w in heads.writers)
         neuron = sum(1 + len(g.writers) for g in parts)
-        units = (shapes[g.reader.name][1] // g.reader.width for g in (heads, parts[0]))
-        sizes.append(BlockSize(*units, head, neuron))
+        kept, neurons = (shapes[g.reader.name][1] // g.reader.width for g in (heads, parts[0]))
+        sizes.append(BlockSize(kept, neurons, head, neuron))
     return sizes

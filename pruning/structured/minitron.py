@@ -19,6 +19,7 @@ from pruning.structured.minitron_core import (
     Widths,
     channel_scores,
     dense_widths,
+    heads_for_budget,
     kept_count,
     neurons_for_budget,
     norm_gain,
@@ -75,8 +76,9 @@ class Minitron:
 
     Args:
       hidden: Share of the residual channels that stays.
-      heads: Share of every block's head groups that stays. None: all, or as `hidden` where the
-        stock class needs heads that make up the hidden size.
+      heads: Share of every block's head groups that stays. None: all, unless less than a quarter
+        of the neurons would meet the sparsity; as `hidden` where the stock class needs heads that
+        make up the hidden size.
       neurons: Share of every block's neurons that stays; None: what meets the request's sparsity.
       gain: Scale each norm's gain, so that the channels that stay are as large behind it as before.
       repair: Repair of the readers of removed heads and neurons: "bias" adds the mean output of
@@ -104,22 +106,31 @@ class Minitron:
                 )
         check_round_to("minitron", self.round_to)
 
-    def _fixed(self, model: Model) -> tuple[int, tuple[int, ...]]:
-        """Return the channels and the head groups of every block that stay."""
-        config, total = model.arch.config, width_of(model.non_block)
-        channels, share = kept_count(self.hidden, total, config.stream_multiple), self.heads
-        if share is None:
-            share = channels / total if config.heads_fill_stream else 1.0
-        return channels, tuple(kept_count(share, b.heads) for b in block_sizes(model))
+    def _channels(self, model: Model) -> int:
+        """Return the channels that stay, a number that stock heads go with."""
+        total = width_of(model.non_block)
+        return kept_count(self.hidden, total, model.arch.config.stream_multiple)
+
+    def _heads(
+        self, model: Model, blocks: Sequence[BlockSize], budget: float | None = None
+    ) -> tuple[int, ...]:
+        """Return the head groups of every block that stay, all where a budget would decide."""
+        channels, total, share = self._channels(model), width_of(model.non_block), self.heads
+        if share is None and channels < total and model.arch.config.heads_fill_stream:
+            share = channels / total
+        if share is None and budget is not None:
+            return heads_for_budget(channels, blocks, budget)
+        return tuple(kept_count(1.0 if share is None else share, b.heads) for b in blocks)
 
     def _plan(self, model: Model, request: Request) -> Plan:
         """Return the widths; InputError where none meets the request."""
         blocks = block_sizes(model)
         dense = dense_widths(width_of(model.non_block), blocks)
-        channels, heads = self._fixed(model)
-        neurons = self.neurons
+        channels, neurons = self._channels(model), self.neurons
+        heads = self._heads(model, blocks)
         if neurons is None:
             budget = (1 - request.sparsity) * parameters(dense, blocks)
+            heads = self._heads(model, blocks, budget)
             neurons = neurons_for_budget(channels, heads, blocks, budget)
             least = removed_share(Widths(channels, heads, dense.neurons), dense, blocks)
             _check_budget(neurons, least, request)
@@ -134,13 +145,15 @@ class Minitron:
         change = ShapeChange(GROUPS, True, self.repair in ADDS_BIAS)
         if self.hidden == 1:
             return change
-        channels, heads = self._fixed(model)
+        blocks = block_sizes(model)
         # Neurons depend on the request, but every stock type holds any number of them.
         shapes = tuple(
             Shape(kept, b.neurons, experts)
-            for kept, b, experts in zip(heads, block_sizes(model), all_experts(model), strict=True)
+            for kept, b, experts in zip(
+                self._heads(model, blocks), blocks, all_experts(model), strict=True
+            )
         )
-        return change._replace(hidden=channels, shapes=shapes)
+        return change._replace(hidden=self._channels(model), shapes=shapes)
 
     @property
     def sets_sparsity(self) -> bool:
@@ -178,9 +191,9 @@ class Minitron:
 
     def _select(self, plan: Plan, records: Sequence[Mapping[str, Any]]) -> list[Keep]:
         """Return the heads and neurons that stay, by block and group."""
-        keeps = []
+        keeps: list[Keep] = []
         for i, record in enumerate(records):
-            scores, keep = unit_scores(record["units"]), {}
+            scores, keep = unit_scores(record["units"]), dict[str, np.ndarray]()
             for kind, kept in zip(GROUPS, (plan.kept.heads, plan.kept.neurons), strict=True):
                 units = block_units(kind, scores, 1.0)
                 keep |= units.keep(drop_lowest(units.scores, len(units.scores) - kept[i]))

@@ -9,6 +9,9 @@ from typing import NamedTuple
 import chex
 import numpy as np
 
+# Share of the neurons below which heads go instead.
+LEAST_NEURONS = 0.25
+
 
 class BlockSize(NamedTuple):
     """Units of a block, and what each holds.
@@ -82,6 +85,24 @@ def neurons_for_budget(
     """
     attention = sum(h * b.head for h, b in zip(heads, blocks, strict=True))
     return (budget / channels - attention) / sum(b.neurons * b.neuron for b in blocks)
+
+
+def heads_for_budget(channels: int, blocks: Sequence[BlockSize], budget: float) -> tuple[int, ...]:
+    """Return the head groups of every block that stay: all, unless too few neurons would.
+
+    Every block gives up one group at a time until LEAST_NEURONS of the neurons meet the budget.
+
+    Args:
+      channels: Channels that stay.
+      blocks: What units of each block hold.
+      budget: Parameters of the blocks' linears.
+    """
+    heads = tuple(b.heads for b in blocks)
+    for fewer in range(max(heads)):
+        heads = tuple(max(1, b.heads - fewer) for b in blocks)
+        if neurons_for_budget(channels, heads, blocks, budget) >= LEAST_NEURONS:
+            break
+    return heads
 
 
 def channel_scores(by_tap: Sequence[np.ndarray]) -> np.ndarray:

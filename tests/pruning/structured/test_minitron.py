@@ -171,6 +171,17 @@ def test_shares_set_the_size_without_a_sparsity() -> None:
     assert method.sets_sparsity and not Minitron(hidden=0.5).sets_sparsity
 
 
+def test_heads_go_where_less_than_a_quarter_of_the_neurons_would_stay() -> None:
+    m = model("opt")  # half of its parameters are more than its neurons hold
+    for sparsity, heads, neurons in ((0.3, 4, 7), (0.35, 3, 12), (0.5, 2, 12)):
+        _, outcome = prune(m, Minitron(), tokens(), Request(sparsity))
+        assert outcome.details["widths"] == {
+            "channels": 16,
+            "heads": [heads] * 3,
+            "neurons": [neurons] * 3,
+        }
+
+
 def test_whole_shares_change_no_bit() -> None:
     m = model("llama-gqa")
     pruned, outcome = prune(m, Minitron(neurons=1.0), tokens(), Request(0.0))
@@ -181,7 +192,7 @@ def test_requests_that_cannot_be_followed_are_refused() -> None:
     m = model("llama")
     for method, sparsity, message in (
         (Minitron(hidden=0.5), 0.3, "less than hidden and heads of minitron remove, 0.5"),
-        (Minitron(), 0.9, "more than all neurons of minitron hold"),
+        (Minitron(), 0.95, "more than all neurons of minitron hold"),
         (Minitron(neurons=0.5), 0.3, "sets the size, and so does"),
     ):
         with pytest.raises(InputError, match=message):

@@ -11,6 +11,7 @@ from models.arch import Model, embed, linear_of
 from models.checkpoint.reader import open_checkpoint
 from models.errors import InputError
 from models.sharding import make_mesh
+from models.surgery import cut
 from pruning.structured.minitron_core import BlockSize
 from pruning.structured.sleb_runner import silenced
 from pruning.structured.two_ssp import TwoSSP, attentions_to_remove
@@ -80,8 +81,6 @@ def test_the_attention_part_that_is_missed_least_goes(family: str) -> None:
     assert same(without.blocks, m.blocks)
     (removed,) = outcome.details["removed_attention"]
     group = m.arch.group("neurons")
-    from models.surgery import cut
-
     stage_one = []
     for block, kept in zip(m.blocks, outcome.details["kept_neurons"], strict=True):
         stage_one.append(cut(block, group, np.isin(np.arange(24), kept)))
