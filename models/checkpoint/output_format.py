@@ -303,21 +303,6 @@ def choose_form(
     return _portable(stock or _own_form(config, shapes, biases), source)
 
 
-def _narrower_form(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> Form:
-    """Return the stock form of a model with a narrower stream; InputError if there is none."""
-    arch, _, _ = hf.specs(config)
-    readers = {arch.group(name).reader.name for name in change.narrower if change.biased}
-    biases = tuple({*arch.config.biases, *readers})
-    narrow = hf.narrower(config, change.hidden)
-    form = choose_form(narrow, change.shapes, biases, layout)
-    if form.code is not None:
-        raise InputError(
-            f"no stock type of transformers holds {change.hidden} channels with the heads left",
-            "remove the same share of heads as of channels, or leave the channels whole",
-        )
-    return form
-
-
 def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> str:
     """Describe what a method's result will load as, before the run.
 
@@ -332,8 +317,6 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
     Raises:
       InputError: As in `choose_form`.
     """
-    if change.hidden:
-        return _narrower_form(config, change, layout).label
     arch, _, blocks = hf.specs(config)
     readers = {
         group.reader.name
@@ -341,6 +324,14 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
         if change.biased and group.name in change.narrower
     }
     biases = tuple({*arch.config.biases, *readers})
+    if change.hidden:
+        form = choose_form(hf.narrower(config, change.hidden), change.shapes, biases, layout)
+        if form.code is None:
+            return form.label
+        raise InputError(
+            f"no stock type of transformers holds {change.hidden} channels with the heads left",
+            "remove the same share of heads as of channels, or leave the channels whole",
+        )
     shapes = [shape_of(arch, b) for b in blocks]
     # The final widths are not known yet; the dense ones stand for any that are all alike.
     form = choose_form(config, shapes, biases, layout)
