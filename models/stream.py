@@ -21,6 +21,8 @@ BLOCK_NORMS: Mapping[str, str] = {
     "attn_out_norm": "o",
     "mlp_out_norm": "down",
 }
+# Linears whose output a norm may follow.
+BRANCHES = ("o", "down")
 
 
 def width_of(non_block: NonBlockParams) -> int:

@@ -18,7 +18,7 @@ from models.arch import Arch, Block, Model
 from models.programs import program
 from models.rescale import gain_offset
 from models.sharding import to_host, tree_to_host
-from models.stream import BLOCK_NORMS, width_of
+from models.stream import BLOCK_NORMS, BRANCHES, width_of
 from pruning.structured.minitron_core import energy_of_norm, norm_gain
 from pruning.structured.remove import GROUPS
 
@@ -66,7 +66,7 @@ def _watch(model: Model) -> dict[str, Observer]:
         if slot.feeds != "next":
             watch[slot.part_of or slot.reads] = _stream_stats
     if arch.branch_norms:
-        watch |= {name: energy_shares for name in ("o", "down")}
+        watch |= {name: energy_shares for name in BRANCHES}
     return watch
 
 
@@ -84,7 +84,7 @@ def _record(arch: Arch, block: Block, stats: Mapping[str, Any]) -> dict[str, Any
             "second": seen.second.total / tokens,
             "mean": seen.mean,
         }
-    branches = {name: to_host(stats[name]) for name in ("o", "down") if name in stats}
+    branches = {name: to_host(stats[name]) for name in BRANCHES if name in stats}
     return {"units": units, "stream": stream, "branches": branches if arch.branch_norms else {}}
 
 
