@@ -7,8 +7,9 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 
 import dataclasses
 import functools
+import pathlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from rich.console import Console
 from calibration.journal import Journal, StepCache
 from calibration.runtime import Runtime
 from calibration.states import available_memory
+from calibration.step_cache import ScoreCache
 from launch.flags import cli, quoting
 from launch.flags.cli import Flags, frozen
 from launch.flags.common import (
@@ -50,6 +52,7 @@ from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
+from models.checkpoint.writer import Writer
 from models.processes import check_agreement, is_primary, run_on_primary
 from models.progress import Progress
 from pruning.methods import ALLOCATIONS, METHODS
@@ -167,12 +170,10 @@ def _prune_into(
     measure = _measure(job, inputs)
     dense = journal.step(lambda: measure(checkpoint, prefixed(shown, "dense model: ")), "dense")
     clock.record("eval")
-    narrower = bool(job.method.shape_change(checkpoint.model).hidden)
-    check = export.RoundTripCheck(checkpoint.model, writer, deferred=narrower)
+    check = _round_trip(job, checkpoint, writer)
     runtime = _with_offload(job, inputs)
     outcome = _run_method(job, inputs, runtime, journal, check.put)
-    if scores is not None:
-        run_on_primary(lambda: write_scores(directory, stamp(job, facts), scores.scores))
+    _keep_scores(directory, job, facts, scores)
     clock.record("calibrate_and_prune")
     repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure, [])
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
@@ -196,6 +197,20 @@ def _prune_into(
     result["warnings"] += missed
     clock.record("eval")
     return result
+
+
+def _round_trip(job: Job, checkpoint: Checkpoint, writer: Writer) -> export.RoundTripCheck:
+    """Return the check of the written blocks, which waits for a method that cuts the stream."""
+    narrower = bool(job.method.shape_change(checkpoint.model).hidden)
+    return export.RoundTripCheck(checkpoint.model, writer, deferred=narrower)
+
+
+def _keep_scores(
+    directory: pathlib.Path, job: Job, facts: Mapping[str, Any], scores: ScoreCache | None
+) -> None:
+    """Write the scores beside the result, where they can serve another size."""
+    if scores is not None:
+        run_on_primary(lambda: write_scores(directory, stamp(job, facts), scores.scores))
 
 
 def _remarks(resumed: bool, is_trial: bool, scores: str) -> list[str]:

@@ -69,7 +69,8 @@ class RoundTripCheck:
         Args:
           non_block: Parameters outside the blocks.
         """
-        arch, self._non_block = self._model.arch, non_block
+        arch, non_block = self._model.arch, local(non_block)
+        self._non_block = non_block
         self._x = embed(arch, non_block, self.tokens)
         for block in self._writer.stored():
             # Files may hold a narrower type than the run computes in.

@@ -5,12 +5,13 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from jax.sharding import Mesh
 
 from calibration.runtime import Runtime
 from models.arch import Block, Model
 from models.checkpoint.output_format import Shape, ShapeChange
 from models.errors import InputError
-from models.sharding import local
+from models.sharding import place
 from models.stream import cut_non_block, narrow_blocks, width_of
 from pruning.budget import all_experts
 from pruning.structured.block_sizes import block_sizes
@@ -201,7 +202,11 @@ class Minitron:
         return keeps
 
     def _narrow(
-        self, model: Model, records: Sequence[Mapping[str, Any]], keep: np.ndarray
+        self,
+        model: Model,
+        records: Sequence[Mapping[str, Any]],
+        keep: np.ndarray,
+        mesh: Mesh | None,
     ) -> Model:
         """Return the model without the other channels of the stream."""
         if keep.all():
@@ -212,7 +217,7 @@ class Minitron:
             return gains_of(arch, block, records[i], keep) if self.gain else {}
 
         last = norm_gain(records[-1]["final"].astype(np.float64), keep) if self.gain else 1.0
-        non_block = cut_non_block(arch, local(model.non_block), keep, last)
+        non_block = cut_non_block(arch, place(model.non_block, mesh), keep, last)
         return model._replace(non_block=non_block, blocks=narrow_blocks(model, keep, gains))
 
     def run(
@@ -229,7 +234,7 @@ class Minitron:
         channels = channel_scores([s["norms"] for r in records for s in r["stream"].values()])
         keep = drop_lowest(channels, len(channels) - plan.kept.channels)
         keeps = self._select(plan, records)
-        narrow = self._narrow(model, records, keep)
+        narrow = self._narrow(model, records, keep, runtime.mesh)
         remove(narrow, tokens, runtime, sink, keeps, self.repair)
         return self._outcome(model, narrow, plan, request, keep, keeps, records)
 

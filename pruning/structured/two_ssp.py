@@ -12,7 +12,7 @@ from models.arch import Block, Model
 from models.checkpoint.blocks import ChangedBlocks
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
-from models.sharding import to_host
+from models.sharding import tree_to_host
 from pruning.budget import all_experts
 from pruning.structured.block_sizes import block_sizes
 from pruning.structured.minitron_core import (
@@ -185,7 +185,7 @@ class TwoSSP:
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             groups = arch.groups_of(block, "neurons")
             return block, {
-                g.name: to_host(stats[arch.tap(g.reader.name)].per_sample) for g in groups
+                g.name: tree_to_host(stats[arch.tap(g.reader.name)]).per_sample for g in groups
             }
 
         return calibrate_readers(
