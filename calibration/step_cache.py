@@ -47,3 +47,35 @@ class StepCache:
             value = compute()
             self.keep(key, value)
         return value
+
+
+class ScoreCache(StepCache):
+    """Cache of a run's steps that also gives and takes the scores of the dense model.
+
+    Args:
+      inner: Cache of all other steps.
+      key: Key of the step that gives the scores.
+      scores: Scores of an earlier run; None to compute them.
+
+    Attributes:
+      scores: Scores, once the run has them.
+    """
+
+    def __init__(self, inner: StepCache, key: Hashable, scores: Any = None) -> None:
+        super().__init__(0)
+        self.scores = scores
+        self._inner = inner
+        self._key = key
+
+    def get(self, key: Hashable) -> Any:
+        """Return the value of a key, or None."""
+        # A journal's keys are pairs of what all of its steps depend on and of the step's own key.
+        if isinstance(key, tuple) and key[1] == self._key and self.scores is not None:
+            return self.scores
+        return self._inner.get(key)
+
+    def keep(self, key: Hashable, value: Any) -> None:
+        """Keep a value. Nobody may change it from here on."""
+        if isinstance(key, tuple) and key[1] == self._key:
+            self.scores = value
+        self._inner.keep(key, value)

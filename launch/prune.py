@@ -7,6 +7,7 @@ python -m launch.prune --model=DIR --method=wanda --sparsity=0.5 --calibration=w
 
 import dataclasses
 import functools
+import pathlib
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +18,7 @@ from rich.console import Console
 from calibration.journal import Journal, StepCache
 from calibration.runtime import Runtime
 from calibration.states import available_memory
+from calibration.step_cache import ScoreCache
 from launch.flags import cli, quoting
 from launch.flags.cli import Flags, frozen
 from launch.flags.common import (
@@ -53,10 +55,12 @@ from launch.run.resume import (
     shared_context,
 )
 from launch.run.samples import Samples, samples
+from launch.run.scores import score_cache, stamp, write_scores
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from models.checkpoint.reader import Checkpoint
+from models.checkpoint.writer import Writer
 from models.processes import check_agreement, is_primary, run_on_primary
 from models.progress import Progress
 from pruning.methods import ALLOCATIONS, METHODS
@@ -64,6 +68,7 @@ from pruning.types import BlockSink, Outcome
 
 RESUMING = "resuming an interrupted run: {} blocks are finished (--noresume starts over)"
 RESUMED = "the run was interrupted: its seconds count from its last start"
+SCORES = "scores were read from {}: no forward measured them again"
 TRIAL = (
     "a trial of a sweep: its seconds leave out work shared with earlier trials, and its peak "
     "memory is that of the process so far"
@@ -80,6 +85,12 @@ def options() -> Flags:
     )
     layout_flag(f)
     f.boolean("resume", True, "continue an interrupted run behind its last finished block")
+    f.string(
+        "scores",
+        "",
+        "output of an earlier run whose scores serve this one: same model, calibration and method, "
+        "another sparsity",
+    )
     f.group("Method")
     f.string(
         "method",
@@ -156,10 +167,11 @@ def _prune_into(
     writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
-    journal = open_journal(work / JOURNAL, facts, writer, cache)
+    scores = score_cache(job, inputs, facts, cache or StepCache(0))
+    journal = open_journal(work / JOURNAL, facts, writer, scores or cache)
     attempt.journal = journal
     run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
-    remarks = _remarks(attempt.resumed, cache is not None)
+    remarks = _remarks(attempt.resumed, cache is not None, job.config.scores)
     if attempt.resumed:
         console.note(RESUMING.format(writer.blocks))
     clock.record("load")
@@ -167,9 +179,10 @@ def _prune_into(
     measure = _measure(job, inputs, states)
     dense = journal.step(lambda: _measure_dense(job, inputs, states), "dense")
     clock.record("eval")
-    check = export.RoundTripCheck(checkpoint.model, writer)
+    check = _round_trip(job, checkpoint, writer)
     runtime = _with_offload(job, inputs)
     outcome = _run_method(job, inputs, runtime, journal, check.put)
+    _keep_scores(directory, job, facts, scores)
     clock.record("calibrate_and_prune")
     repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure, [])
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
@@ -209,13 +222,29 @@ def _add_samples(
     result["warnings"] += missed
 
 
-def _remarks(resumed: bool, is_trial: bool) -> list[str]:
+def _round_trip(job: Job, checkpoint: Checkpoint, writer: Writer) -> export.RoundTripCheck:
+    """Return the check of the written blocks, which waits for a method that cuts the stream."""
+    narrower = bool(job.method.shape_change(checkpoint.model).hidden)
+    return export.RoundTripCheck(checkpoint.model, writer, deferred=narrower)
+
+
+def _keep_scores(
+    directory: pathlib.Path, job: Job, facts: Mapping[str, Any], scores: ScoreCache | None
+) -> None:
+    """Write the scores beside the result, where they can serve another size."""
+    if scores is not None:
+        run_on_primary(lambda: write_scores(directory, stamp(job, facts), scores.scores))
+
+
+def _remarks(resumed: bool, is_trial: bool, scores: str) -> list[str]:
     """Return the notes about a run's seconds."""
     remarks = []
     if resumed:
         remarks.append(RESUMED)
     if is_trial:
         remarks.append(TRIAL)
+    if scores:
+        remarks.append(SCORES.format(scores))
     return remarks
 
 

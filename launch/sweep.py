@@ -181,7 +181,9 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     for seed in seeds(values["seeds"]):
         for text in methods:
             for own in _settings(text, sparsities, allocations, values["refine"]):
-                settings = values | own | {"seed": seed, "resume": True, "push_to_hub": ""}
+                settings = (
+                    values | own | {"seed": seed, "resume": True, "push_to_hub": "", "scores": ""}
+                )
                 trials.append(Trial.of(output, cli.frozen(RunConfig, settings)))
     names = [trial.name for trial in trials]
     duplicates = [name for name in names if names.count(name) > 1]

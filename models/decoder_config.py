@@ -107,6 +107,19 @@ class Config:
         return self.static.act
 
     @property
+    def heads_fill_stream(self) -> bool:
+        """Return True if the stock class needs query heads that make up the hidden size."""
+        # OLMoE's norm of the queries is as wide as the hidden size.
+        return self.qk_norm == "whole" and bool(self.experts)
+
+    @property
+    def stream_multiple(self) -> int:
+        """Return a number that the hidden size must be a multiple of, for every stock type."""
+        if self.heads_fill_stream:
+            return self.head_dim * (self.query_heads // self.kv_heads)
+        return self.query_heads
+
+    @property
     def restart(self) -> int | None:
         """Return the length beyond which all rotary angles differ, so that caches begin anew."""
         return self.rope.max_positions if self.rope.kind == "longrope" else None

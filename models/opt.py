@@ -65,6 +65,16 @@ class Config:
     widths: tuple[tuple[int, int], ...] = ()
 
     @property
+    def heads_fill_stream(self) -> bool:
+        """Return True: the stock class needs heads that make up the hidden size."""
+        return True
+
+    @property
+    def stream_multiple(self) -> int:
+        """Return a number that the hidden size must be a multiple of."""
+        return self.head_dim
+
+    @property
     def static(self) -> "StaticConfig":
         """Return the settings that the functions of the architecture compute with."""
         return StaticConfig(self.head_dim, self.act, self.pre_norm)

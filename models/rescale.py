@@ -27,11 +27,26 @@ def _times(x: jax.Array, scale: jax.Array) -> jax.Array:
     return (x.astype(jnp.float32) * scale).astype(x.dtype)
 
 
-def _scale_norm(p: Norm, scale: jax.Array, offset: float) -> Norm:
-    """Scale a norm's output; its checkpoint holds the gain less `offset`."""
+def scale_norm(p: Norm, scale: jax.Array, offset: float) -> Norm:
+    """Return the norm whose output is `scale` times as large.
+
+    Args:
+      p: Norm with a gain.
+      scale: Factor, float32 ().
+      offset: Number that the checkpoint's gain lacks.
+    """
     assert p.scale is not None
     gain = (p.scale.astype(jnp.float32) + offset) * scale - offset
     return Norm(gain.astype(p.scale.dtype), None if p.bias is None else _times(p.bias, scale))
+
+
+def gain_offset(config: Any) -> float:
+    """Return the number that a checkpoint's gains lack.
+
+    Args:
+      config: Static settings of a family.
+    """
+    return 1.0 if getattr(config, "norm", "") == "rms_offset" else 0.0
 
 
 def rescale_block(config: StaticConfig, p: Any, scale: jax.Array) -> Any:
@@ -47,12 +62,12 @@ def rescale_block(config: StaticConfig, p: Any, scale: jax.Array) -> Any:
     Returns:
       Parameters of the block g.
     """
-    offset = 1.0 if config.norm == "rms_offset" else 0.0
+    offset = gain_offset(config)
     new: dict[str, Any] = {}
     # What a branch adds is scaled where it is last touched: by its norm, or by its last linear.
     for linear, norm in (("o", "attn_out_norm"), ("down", "mlp_out_norm")):
         if getattr(p, norm) is not None:
-            new[norm] = _scale_norm(getattr(p, norm), scale, offset)
+            new[norm] = scale_norm(getattr(p, norm), scale, offset)
         elif getattr(p, linear) is not None:
             new[linear] = scale_output(getattr(p, linear), scale)
     if p.experts:

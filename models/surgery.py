@@ -46,8 +46,14 @@ def _zero_columns(w: jax.Array, keep: jax.Array) -> jax.Array:
 
 
 @program("units cut", static=(2,))
-def _take_entries(x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
-    """Return the entries of an array at these indices along an axis."""
+def take_entries(x: jax.Array, indices: jax.Array, axis: int) -> jax.Array:
+    """Return the entries of an array at these indices along an axis.
+
+    Args:
+      x: Array.
+      indices: Indices, int [n].
+      axis: Axis of the array.
+    """
     return jnp.take(x, indices, axis=axis)
 
 
@@ -73,11 +79,11 @@ def _zero(p: Linear, member: Member, units: np.ndarray) -> Linear:
 
 def _take(p: Linear, member: Member, units: np.ndarray) -> Linear:
     indices = _indices(member, units)
-    w = _take_entries(p.w, indices, member.axis)
+    w = take_entries(p.w, indices, member.axis)
     # A bias belongs to output rows: taking input columns leaves it whole.
     if member.axis == 1 or p.b is None:
         return Linear(w, p.b)
-    return Linear(w, _take_entries(p.b, indices, 0))
+    return Linear(w, take_entries(p.b, indices, 0))
 
 
 def units(block: Block, group: Group) -> int:
@@ -125,7 +131,7 @@ def _scale_gains(gains: jax.Array, factors: jax.Array) -> jax.Array:
 
 def _take_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
     assert p.scale is not None
-    return Norm(_take_entries(p.scale, _indices(member, units), 0), p.bias)
+    return Norm(take_entries(p.scale, _indices(member, units), 0), p.bias)
 
 
 def first_experts(block: Block, count: int) -> Block:
@@ -153,7 +159,7 @@ def keep_experts(block: Block, keep: np.ndarray) -> Block:
     # Any: only the decoder's blocks have experts, and the protocol has none.
     of_decoder: Any = block
     kept = np.flatnonzero(keep)
-    router = Linear(_take_entries(of_decoder.router.w, kept, 0), of_decoder.router.b)
+    router = Linear(take_entries(of_decoder.router.w, kept, 0), of_decoder.router.b)
     return block.replace(router=router, experts=tuple(of_decoder.experts[e] for e in kept))
 
 

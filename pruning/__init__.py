@@ -35,6 +35,7 @@ _MAKERS = (
     *("magnitude", "wanda", "multiflow", "sparsegpt", "sparsellm", "admm", "llmrank"),
     *("flap", "wanda_sp", "magnitude_sp", "sleb", "reap", "owl", "alpha", "neuroal", "dsnot"),
     *("ria", "dlp", "lsa", "atp", "evopress"),
+    *("minitron", "two_ssp"),
 )
 __all__ = (*_MODULES, *_MAKERS)
 

@@ -16,8 +16,10 @@ from pruning.budget import Uniform
 from pruning.structured.channel_methods import magnitude_sp, wanda_sp
 from pruning.structured.flap import Flap
 from pruning.structured.llmrank import LLMRank
+from pruning.structured.minitron import Minitron
 from pruning.structured.reap import Reap
 from pruning.structured.sleb import Sleb
+from pruning.structured.two_ssp import TwoSSP
 from pruning.types import Allocator, Method, Pattern, Pruner, Refiner
 from pruning.weights import patterns, scores
 from pruning.weights.admm import Admm
@@ -105,6 +107,8 @@ METHODS: dict[str, Callable[..., Method]] = {
     "magnitude_sp": magnitude_sp,
     "sleb": Sleb,
     "reap": Reap,
+    "minitron": Minitron,
+    "two_ssp": TwoSSP,
 }
 ALLOCATIONS: dict[str, Callable[..., Allocator]] = {
     "uniform": Uniform,

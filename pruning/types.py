@@ -6,7 +6,7 @@ so the dense model is still there for another trial.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -14,7 +14,7 @@ import numpy as np
 
 from calibration.observers import Observer
 from calibration.runtime import Runtime
-from models.arch import Arch, Block, Model
+from models.arch import Arch, Block, Model, NonBlockParams
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.figures import Figure
@@ -152,6 +152,7 @@ class Outcome:
         None: all blocks stay.
       kept_experts: By block: original number of every expert that is left, None in a block without
         experts; None for methods that remove no experts.
+      non_block: Parameters outside the blocks, where the method changed them; else None.
       figures: Plots and tables for the report.
     """
 
@@ -164,6 +165,7 @@ class Outcome:
     notes: tuple[str, ...] = ()
     kept_blocks: tuple[int, ...] | None = None
     kept_experts: tuple[tuple[int, ...] | None, ...] | None = None
+    non_block: NonBlockParams | None = None
     figures: tuple[Figure, ...] = ()
 
 
@@ -221,6 +223,22 @@ def reads_activations(method: Method, request: Request) -> bool:
     """
     parts = (method, request.allocation, request.refine)
     return any(part.reads_activations for part in parts if part is not None)
+
+
+def scores_key(method: Method) -> Hashable:
+    """Return all that a method's scores depend on besides model and tokens.
+
+    A method that scores the dense model alone has a property of this name; its scores serve every
+    size.
+
+    Args:
+      method: What to prune with.
+
+    Returns:
+      Key of the pass that scores; None where scores depend on what was pruned before, or on no
+      activations.
+    """
+    return getattr(method, "scores_key", None)
 
 
 def dropped_indices(keep: np.ndarray) -> tuple[int, ...]:
@@ -305,4 +323,6 @@ def prune(
     method.check(model, request)
     blocks: dict[int, Block] = {}
     outcome = method.run(model, tokens, request, runtime, blocks.__setitem__)
-    return model._replace(blocks=tuple(blocks[i] for i in range(len(blocks)))), outcome
+    non_block = outcome.non_block or model.non_block
+    kept = tuple(blocks[i] for i in range(len(blocks)))
+    return model._replace(non_block=non_block, blocks=kept), outcome

@@ -65,8 +65,11 @@ def complete(
       The checkpoint as it loads, and the weights by linear.
     """
     model = checkpoint.model
-    kept = outcome.kept_blocks
-    form = writer.finish(model.non_block, checkpoint.directory, kept, progress)
+    non_block, kept = outcome.non_block or model.non_block, outcome.kept_blocks
+    if outcome.non_block is not None:
+        writer.mark()  # so that all blocks can be read back
+        check.run_stored(non_block)
+    form = writer.finish(non_block, checkpoint.directory, kept, progress)
     dtype = model.non_block.embed.dtype
     written = export.load_back(directory, form, check, dtype, writer.parameters, progress)
     written = written._replace(other_formats=write_formats(directory, output, written, check, mesh))

@@ -100,7 +100,8 @@ def prune_draw(tokens: Tokens, repetition: Repetition) -> dict[str, Any]:
     runtime = dataclasses.replace(repetition.runtime, journal=journal, progress=progress)
     request = dataclasses.replace(job.request, seed=seed)
     outcome = job.method.run(model, tokens.ids, request, runtime, writer.put)
-    writer.finish(model.non_block, repetition.checkpoint.directory, outcome.kept_blocks)
+    non_block = outcome.non_block or model.non_block
+    writer.finish(non_block, repetition.checkpoint.directory, outcome.kept_blocks)
     pruned = open_checkpoint(output, jnp.dtype(model.non_block.embed.dtype))
     return record(tokens, repetition.measure(pruned, progress))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.states import fits_in_memory
-from models.arch import Block, Model, apply_block, embed
+from models.arch import Block, Model, NonBlockParams, apply_block, embed
 from models.checkpoint.output_format import Form
 from models.checkpoint.reader import Checkpoint, open_checkpoint, weight_files
 from models.checkpoint.stored import rounded
@@ -38,6 +38,8 @@ class RoundTripCheck:
     Args:
       model: The dense model.
       writer: Writes the blocks; the batch first goes through those that it has already.
+      deferred: Whether the method changes what is outside the blocks, so that the batch can run
+        only when it is finished.
       length: Tokens in the batch, at most the model's positions.
 
     Attributes:
@@ -45,7 +47,9 @@ class RoundTripCheck:
       dtype: Type that the run computes in.
     """
 
-    def __init__(self, model: Model, writer: Writer, length: int = 32) -> None:
+    def __init__(
+        self, model: Model, writer: Writer, deferred: bool = False, length: int = 32
+    ) -> None:
         self._model = model
         self._writer = writer
         self._restored = writer.blocks  # those of an interrupted run
@@ -53,9 +57,22 @@ class RoundTripCheck:
         length = min(length, getattr(arch.config, "positions", length))
         tokens = np.arange(length) * PRIME % arch.config.vocab
         self.tokens = jnp.asarray(tokens, jnp.int32)[None, :]
-        self._x = embed(arch, model.non_block, self.tokens)
-        self.dtype = self._x.dtype
-        for block in writer.stored():
+        self._deferred = deferred
+        self._non_block = model.non_block
+        self.dtype = model.non_block.embed.dtype
+        if not deferred:
+            self.run_stored(model.non_block)
+
+    def run_stored(self, non_block: NonBlockParams) -> None:
+        """Run the batch through the blocks that the writer has.
+
+        Args:
+          non_block: Parameters outside the blocks.
+        """
+        arch, non_block = self._model.arch, local(non_block)
+        self._non_block = non_block
+        self._x = embed(arch, non_block, self.tokens)
+        for block in self._writer.stored():
             # Files may hold a narrower type than the run computes in.
             block = jax.tree.map(lambda x: x.astype(self.dtype), block)
             self._x = apply_block(arch, block, self._x)
@@ -71,11 +88,13 @@ class RoundTripCheck:
             return  # a method whose search is finished gives all blocks again
         block = local(block)
         self._writer.put(i, block)
+        if self._deferred:
+            return
         self._x = apply_block(self._model.arch, rounded(block, self._writer.dtype), self._x)
 
     def logits(self) -> jax.Array:
         """Return the logits [1 time vocab] of the batch."""
-        return self._model.arch.head(self._model.non_block, self._x)
+        return self._model.arch.head(self._non_block, self._x)
 
     def difference(
         self, loaded: Model, positions: int | None = None, advance: Advance = no_advance

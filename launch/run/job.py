@@ -14,7 +14,7 @@ from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
-from pruning.types import Method, Request, reads_activations
+from pruning.types import Method, Request, reads_activations, scores_key
 from pruning.weights.patterns import parse_pattern
 
 
@@ -49,6 +49,7 @@ class RunConfig:
     gguf_type: str
     pack: str
     resume: bool
+    scores: str
     tasks: str
     limit: int
     num_fewshot: int
@@ -183,6 +184,7 @@ def resolve(config: RunConfig) -> Job:
     refine = calls.build("refine", config.refine, REFINEMENTS)
     pattern = parse_pattern(config.pattern)
     sparsity = _sparsity(config, pattern, method)
+    _check_scores(config, method)
     # Even budgets need no allocator.
     allocator = None if config.allocation == "uniform" else allocation
     request = Request(sparsity, pattern, allocator, refine, config.seed)
@@ -262,6 +264,18 @@ def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method
         raise InputError("is missing", "give the fraction to remove, such as 0.3", field="sparsity")
     check_sparsity(sparsity)
     return sparsity
+
+
+def _check_scores(config: RunConfig, method: Method) -> None:
+    """Check that scores of an earlier run can serve the method."""
+    if config.scores and scores_key(method) is None:
+        raise InputError(
+            f"is for methods that measure the dense model once, and {config.method} does not",
+            "leave it out, or choose flap, llmrank, minitron, reap, two_ssp or "
+            'wanda_sp(scope="global")',
+            field="scores",
+            value=config.scores,
+        )
 
 
 def _check_draws(count: int, source: str) -> None:

@@ -14,6 +14,7 @@ from launch.run.code import code_digests
 from launch.run.inputs import Inputs
 from launch.run.job import Job
 from launch.run.measure import protocol
+from launch.run.scores import digest_of
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.checkpoint.writer import Writer
 
@@ -50,6 +51,7 @@ NOT_COMPARED = (
     "track",
     "gguf_type",
     "pack",
+    "scores",
 )
 
 
@@ -78,6 +80,7 @@ def fingerprint(job: Job, inputs: Inputs) -> dict[str, Any]:
         "model configuration": inputs.checkpoint.config,
         "weights": digests,
         "--calibration tokens": inputs.calibration.protocol["sha256"],
+        "--scores": digest_of(job.config.scores),
         "further draws": [tokens.protocol["sha256"] for tokens in inputs.further_draws],
         "--eval_data tokens": {name: t.protocol["sha256"] for name, t in inputs.data.items()},
         "--tasks requests": inputs.zero_shot.protocol if inputs.zero_shot else {},

@@ -1,7 +1,7 @@
 """Sequences of blocks that are read on demand, and reading ahead while the caller works."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, overload
 
@@ -29,6 +29,11 @@ class ReadBlocks(Sequence[Block]):
         Returns:
           Parameters of the block.
         """
+        raise NotImplementedError
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes that all blocks together take in memory at most."""
         raise NotImplementedError
 
     @overload
@@ -104,6 +109,36 @@ class LazyBlocks(ReadBlocks):
           Parameters of the block.
         """
         return put_on_devices(block, self._dtype, mesh)
+
+
+class ChangedBlocks(ReadBlocks):
+    """Blocks of a model, each changed when it is read, none kept.
+
+    Args:
+      blocks: Blocks as they were.
+      change: (index, block) -> narrower block that takes its place.
+    """
+
+    def __init__(self, blocks: Sequence[Block], change: Callable[[int, Block], Block]) -> None:
+        self._blocks, self._change = blocks, change
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the blocks as they were."""
+        if isinstance(self._blocks, ReadBlocks):
+            return self._blocks.nbytes
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tuple(self._blocks)))
+
+    def read(self, i: int) -> Block:
+        """Read a block and change it.
+
+        Args:
+          i: Index of the block.
+        """
+        return self._change(i, self._blocks[i])
 
 
 class ShapeBlocks(LazyBlocks):

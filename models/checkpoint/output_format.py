@@ -50,12 +50,16 @@ class ShapeChange(NamedTuple):
       alike: True if every block loses as many units.
       biased: True if the readers of these groups get biases.
       shallower: True if whole blocks are left out.
+      hidden: Channels that the residual stream keeps, where it loses some; else 0.
+      shapes: Units of each block after the run, where they are known; else empty.
     """
 
     narrower: tuple[str, ...] = ()
     alike: bool = True
     biased: bool = False
     shallower: bool = False
+    hidden: int = 0
+    shapes: tuple[Shape, ...] = ()
 
 
 class Form(NamedTuple):
@@ -320,6 +324,14 @@ def preview(config: Mapping[str, Any], change: ShapeChange, layout: Layout) -> s
         if change.biased and group.name in change.narrower
     }
     biases = tuple({*arch.config.biases, *readers})
+    if change.hidden:
+        form = choose_form(hf.narrower(config, change.hidden), change.shapes, biases, layout)
+        if form.code is None:
+            return form.label
+        raise InputError(
+            f"no stock type of transformers holds {change.hidden} channels with the heads left",
+            "remove the same share of heads as of channels, or leave the channels whole",
+        )
     shapes = [shape_of(arch, b) for b in blocks]
     # The final widths are not known yet; the dense ones stand for any that are all alike.
     form = choose_form(config, shapes, biases, layout)

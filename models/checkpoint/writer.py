@@ -40,6 +40,7 @@ from models.layers import Linear
 from models.processes import run_on_primary
 from models.progress import Progress, no_progress
 from models.sharding import to_host
+from models.stream import fit_scale, width_of
 
 SHARD_BYTES = 1 << 30  # a shard waits in host memory, and saving it takes as much again
 
@@ -237,8 +238,11 @@ class Writer:
           Form that was chosen. Where it has one shape for all blocks, narrower ones are padded with
           zeros, which changes no output.
         """
-        self._add(self._non_block_specs, non_block)
         config = self._config if kept is None else hf.shallower(self._config, kept)
+        if width_of(non_block) != self._arch.config.dim:
+            config = hf.narrower(config, width_of(non_block))
+            non_block = fit_scale(non_block, self._arch.config, hf.specs(config)[0].config)
+        self._add(self._non_block_specs, non_block)
         form = choose_form(config, self._shapes, sorted(self._biases), self._layout)
         dtype = self.dtype or jax.tree.leaves(non_block)[0].dtype
         config = with_dtype(form.config, str(dtype))

@@ -25,6 +25,7 @@ __all__ = [
     "family",
     "is_spec",
     "linear_name",
+    "narrower",
     "shallower",
     "specs",
     "text_config",
@@ -122,6 +123,17 @@ def linear_name(block: Block, slot: str) -> str:
       slot: Slot of the linear.
     """
     return linear_of(block, slot).w.name.removesuffix(".weight")
+
+
+def narrower(config: Mapping[str, Any], dim: int) -> dict[str, Any]:
+    """Return the configuration of the model with fewer channels of the residual stream.
+
+    Args:
+      config: Contents of `config.json`.
+      dim: Channels that stay.
+    """
+    own = family(config)
+    return {**config, **own.narrow(own.arch(config).config, dim)}
 
 
 def shallower(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

@@ -97,6 +97,15 @@ def _block(c: opt.Config, i: int) -> opt.Block:
     )
 
 
+def _narrow(c: opt.Config, dim: int) -> dict[str, Any]:
+    """Return the fields of a model with another hidden size, which its heads make up."""
+    return {
+        "hidden_size": dim,
+        "word_embed_proj_dim": dim,
+        "num_attention_heads": dim // c.head_dim,
+    }
+
+
 OPT = Family(
     config_class="OPTConfig",
     model_class="OPTForCausalLM",
@@ -107,4 +116,5 @@ OPT = Family(
     bias_flags={"enable_bias": tuple(LINEARS)},
     neurons="ffn_dim",
     remote="opt",
+    narrow=_narrow,
 )

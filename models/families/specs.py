@@ -60,6 +60,11 @@ def linear_spec(name: str, out: int, into: int, bias: bool) -> Linear:
     )
 
 
+def _narrow(c: Any, dim: int) -> dict[str, Any]:
+    """Return the fields of a decoder with another hidden size, whose heads stay as they are."""
+    return {"hidden_size": dim, "head_dim": c.head_dim}
+
+
 class Family(NamedTuple):
     """Spelling of one family's configuration and tensors.
 
@@ -78,6 +83,7 @@ class Family(NamedTuple):
       expert_neurons: Configuration field of the width of an expert; empty without experts.
       experts: Configuration fields that hold the number of experts, all alike.
       renumber: (family's configuration, blocks that stay) -> fields that name blocks by number.
+      narrow: (family's configuration, hidden size) -> fields of a model with a narrower stream.
       remote: Name of the file in models/checkpoint/remote with the class of ragged models.
     """
 
@@ -95,6 +101,7 @@ class Family(NamedTuple):
     experts: tuple[str, ...] = ()
     renumber: Callable[[Any, Sequence[int]], dict[str, Any]] = lambda config, kept: {}
     remote: str = "decoder"
+    narrow: Callable[[Any, int], dict[str, Any]] = _narrow
 
 
 class Names(NamedTuple):

@@ -1,7 +1,7 @@
 """Wanda-sp, magnitude-sp and any other method that scores heads and neurons by their channels."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -108,6 +108,12 @@ class ChannelMethod:
     def reads_activations(self) -> bool:
         """Return whether the score or the repair needs statistics of the inputs."""
         return (self.observer or REPAIR_OBSERVERS[self.repair]) is not None
+
+    @property
+    def scores_key(self) -> Hashable:
+        """Return what the scores depend on besides model and tokens; None for "local"."""
+        # A local score is one of what the blocks pruned before it give.
+        return self.name if self.scope == "global" and self.observer else None
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""

@@ -1,6 +1,7 @@
 """FLAP: remove the heads and neurons that fluctuate least; a bias makes up for their mean."""
 
 import dataclasses
+from collections.abc import Hashable
 from typing import Any, Literal
 
 import jax
@@ -147,6 +148,11 @@ class Flap:
         """Return that every metric is one of activations."""
         return True
 
+    @property
+    def scores_key(self) -> Hashable:
+        """Return what the scores depend on besides model and tokens."""
+        return ("flap", self.metric, self.variant)
+
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("flap", request)
@@ -167,10 +173,8 @@ class Flap:
         """Prune the model, as `Method.run` says."""
         # Both also have the means, which a repair by the bias takes from this pass.
         observer = official_fluctuation if self._official else moments
-        # All that the scores depend on besides model and tokens, so that runs can share them.
-        key = ("flap", self.metric, self.variant)
         dense = score_dense(
-            model, tokens, runtime, observer, self._score, "measuring fluctuation", key
+            model, tokens, runtime, observer, self._score, "measuring fluctuation", self.scores_key
         )
         (heads, neurons), sparsity = dense.lists(), request.sparsity
         structure, rule = self._choose_structure(model)

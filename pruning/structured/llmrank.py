@@ -1,7 +1,7 @@
 """LLMRank over a model: dense statistics, importance along the blocks, selection, removal."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -15,7 +15,13 @@ from pruning.structured.llmrank_core import (
     corrected_centrality,
     official_centrality,
 )
-from pruning.structured.llmrank_importance import Ranks, importance, linears_of, measure_norms
+from pruning.structured.llmrank_importance import (
+    NORMS_KEY,
+    Ranks,
+    importance,
+    linears_of,
+    measure_norms,
+)
 from pruning.structured.remove import (
     ADDS_BIAS,
     Keep,
@@ -125,6 +131,11 @@ class LLMRank:
     def reads_activations(self) -> bool:
         """Return whether the ranks or the repair are those of these windows."""
         return self.scorer not in ("norm", "random") or self.repair != "none"
+
+    @property
+    def scores_key(self) -> Hashable:
+        """Return what the norms, which ranks are made of, depend on besides model and tokens."""
+        return NORMS_KEY
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""

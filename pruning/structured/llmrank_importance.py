@@ -18,6 +18,8 @@ from pruning.structured.llmrank_core import Centrality, Ffn, flow
 
 STACK_BYTES = 2 << 30  # most weights stacked for one scan; importance is carried between scans
 
+NORMS_KEY = "norms"  # not the scorer: all scorers have the same norms
+
 _flow = Program(flow, "importance", static=(0, 1))
 
 
@@ -89,7 +91,7 @@ def measure_norms(model: Model, tokens: np.ndarray, runtime: Runtime) -> list[Pa
         watch=watch,
         propagate="dense",  # as official: nothing is measured anew after pruning
         name="measuring activations",
-        key="norms",  # not the scorer: a sweep over scorers measures once
+        key=NORMS_KEY,
     )
 
 

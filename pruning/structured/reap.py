@@ -1,7 +1,7 @@
 """REAP: remove the experts of a mixture that add least to the tokens routed to them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from pruning.structured.select_core import drop_lowest
 from pruning.types import SAME_SHAPES, BlockSink, Outcome, Request, reject_weight_settings
 
 Score = Literal["reap", "frequency", "norm"]
+USAGE_KEY = "use of experts"  # not the score: all scores are made of the same sums
 LABELS: Mapping[Score, str] = {
     "reap": "mean weight times output norm of experts",
     "frequency": "tokens of experts",
@@ -111,6 +112,11 @@ class Reap:
         """Return that every score is one of activations."""
         return True
 
+    @property
+    def scores_key(self) -> Hashable:
+        """Return what the use of experts, which scores are made of, depends on."""
+        return USAGE_KEY
+
     def _removed(self, model: Model, request: Request) -> int:
         """Return the number of experts that each block loses."""
         return round(request.sparsity * max(all_experts(model)))
@@ -146,25 +152,34 @@ class Reap:
         """Prune the model, as `Method.run` says."""
         count = self._removed(model, request)
 
-        def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
-            if not experts_of(block):
+        def weigh(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+            seen = tree_to_host(stats["experts.down"])._asdict() if experts_of(block) else None
+            return block, seen
+
+        # Of the dense model: what one block lost does not change the next's scores.
+        seen = calibrate_blocks(
+            model,
+            tokens,
+            runtime,
+            weigh,
+            watch={"experts.down": usage},
+            propagate="dense",
+            name="weighing experts",
+            key=USAGE_KEY,
+        )
+
+        def cut(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
+            if seen[i] is None:
                 sink(i, block)
                 return block, None
-            scores = saliency(tree_to_host(stats["experts.down"]), self.score)
+            scores = saliency(Usage(**seen[i]), self.score)
             keep = drop_lowest(scores, count)
             block = keep_experts(block, keep) if count else block
             sink(i, block)
             return block, (keep, scores)
 
-        # Scores are those of the dense model: what one block lost does not change the next's.
         records = calibrate_blocks(
-            model,
-            tokens,
-            runtime,
-            visit,
-            watch={"experts.down": usage},
-            propagate="dense",
-            name="weighing experts",
+            model, tokens, runtime, cut, watch={}, propagate="pruned", name="removing experts"
         )
         return self._outcome(model, request, records)
 

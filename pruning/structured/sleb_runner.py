@@ -21,7 +21,7 @@ from models.arch import (
     linear_of,
     with_linears,
 )
-from models.checkpoint.blocks import LazyBlocks, prefetch
+from models.checkpoint.blocks import ReadBlocks, prefetch
 from models.processes import is_multiprocess
 from models.programs import Program, program
 from models.sharding import place, split, to_host
@@ -89,7 +89,7 @@ class Runner:
         self._non_block = place(model.non_block, self._mesh)
         blocks = model.blocks
         shards = self._mesh.shape["model"] if self._mesh else 1
-        streamed = isinstance(blocks, LazyBlocks) and not fits_in_memory(blocks.nbytes, shards)
+        streamed = isinstance(blocks, ReadBlocks) and not fits_in_memory(blocks.nbytes, shards)
         self.blocks_held = not streamed
         # Trials run every block again and again: those that fit are placed once.
         self._blocks = list(prefetch(blocks, mesh=self._mesh)) if self.blocks_held else blocks

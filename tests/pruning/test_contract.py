@@ -270,9 +270,8 @@ def test_every_stage_takes_the_steps_it_announces(case: Case) -> None:
         return advance
 
     fresh(case, model("llama"), 0.5, Runtime(progress=progress))
-    assert told and all(n == taken and (n == 3 or case in BLOCKS) for n, taken in told.values()), (
-        told
-    )
+    searches = case in BLOCKS or case.name == "two_ssp"
+    assert told and all(n == taken and (n == 3 or searches) for n, taken in told.values()), told
 
 
 @every_case
@@ -314,5 +313,5 @@ def test_heads_need_not_make_up_the_hidden_size(case: Case) -> None:
     assert not same(pruned.blocks, m.blocks)
     if "kept_heads" in outcome.details:
         assert [len(b.q.w) for b in pruned.blocks] == [
-            10 * len(kept) for kept in outcome.details["kept_heads"]
+            10 * max(1, len(kept)) for kept in outcome.details["kept_heads"]
         ]

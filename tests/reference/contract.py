@@ -44,6 +44,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"variant": "official"},
     ],
     # Three blocks: with the released code's barriers, two could not go.
+    "two_ssp": [{}, {"repair": "none", "windows": 0}],
     "sleb": [
         {"latter_barrier": 0},
         {"latter_barrier": 0, "variant": "official"},
@@ -58,7 +59,9 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
 EVERYWHERE = [name for name in METHODS if name != "reap"]
 CASES = [Case(name, tuple(a.items())) for name in EVERYWHERE for a in ARGUMENTS.get(name, [{}])]
 WEIGHTS = [
-    c for c in CASES if c.name not in ("llmrank", "flap", "wanda_sp", "magnitude_sp", "sleb")
+    c
+    for c in CASES
+    if c.name not in ("llmrank", "flap", "wanda_sp", "magnitude_sp", "sleb", "minitron", "two_ssp")
 ]  # methods that zero single weights
 UNITS = [c for c in CASES if c not in WEIGHTS]
 BLOCKS = [c for c in CASES if c.name == "sleb"]
@@ -66,7 +69,9 @@ LLMRANK = [c for c in CASES if c.name == "llmrank"]
 ALIKE = [
     c
     for c in UNITS
-    if c not in BLOCKS and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
+    if c not in BLOCKS
+    and c.name not in ("minitron", "two_ssp")
+    and (c.name != "flap" or dict(c.arguments).get("structure") == "UL-UM")
 ]  # as many in each block
 
 

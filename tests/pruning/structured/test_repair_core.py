@@ -75,3 +75,21 @@ def test_the_refit_changes_nothing_where_nothing_is_removed() -> None:
         p, *(jnp.asarray(a, jnp.float32) for a in (x.T @ x, x.mean(0), 50.0)), jnp.ones(6, bool)
     )
     assert np.array_equal(got.w, W) and not np.asarray(got.b).any()
+
+
+def test_grails_ridge_is_the_refits_less_a_pull_to_zero() -> None:
+    """GRAIL's W G_K (G_KK + l)^-1 at the refit's own ridge, in float64 (docs/methods/refit.md)."""
+    x = RNG.normal(size=(400, 12)) @ RNG.normal(size=(12, 12)) + 1
+    w, keep = RNG.normal(size=(5, 12)), np.arange(12) % 3 > 0
+    g = x.T @ x / 400
+    kept = g[np.ix_(keep, keep)]
+    ridge = repair_core.RIDGE * np.diag(kept).mean()
+    inverse = np.linalg.inv(kept + ridge * np.eye(len(kept)))
+    grail = w @ g[:, keep] @ inverse
+    total, zero, tokens_seen = x.T @ x, np.zeros(12), np.float32(400)
+    arrays = [jnp.asarray(a, jnp.float32) for a in (total, zero, tokens_seen)]
+    fitted = repair_core.refit_kept_columns(
+        Linear(jnp.asarray(w, jnp.float32)), *arrays, jnp.asarray(keep)
+    )
+    want = np.asarray(fitted.w)[:, keep] - ridge * w[:, keep] @ inverse
+    np.testing.assert_allclose(grail, want, rtol=1e-3, atol=1e-4)
