@@ -27,6 +27,7 @@ from launch.flags.common import (
     model_flags,
     offload_for,
     output_path,
+    target_flag,
 )
 from launch.flags.protocols import protocol_flag
 from launch.report import console
@@ -48,6 +49,8 @@ from launch.run.samples import samples
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
+from launch.targets.resolve import settle
+from launch.targets.result import add_result
 from models.checkpoint.reader import Checkpoint
 from models.processes import check_agreement, is_primary, run_on_primary
 from models.progress import Progress
@@ -82,6 +85,7 @@ def options() -> Flags:
     f.number(
         "sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters that the method covers"
     )
+    target_flag(f)
     f.string(
         "allocation",
         "uniform",
@@ -144,6 +148,7 @@ def _prune_into(
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
+    job, target = settle(job, inputs.checkpoint, work)
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
     writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
@@ -177,6 +182,8 @@ def _prune_into(
     )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
+    if target is not None:
+        add_result(result, target, checkpoint, written, counts)
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer, shown)

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
+from launch.report import targets
+
 ABSENT = "—"
 _STAGES = {
     "load": "load",
@@ -296,6 +298,8 @@ def quality_rows(report: Mapping[str, Any]) -> list[Row]:
       report: Content of pruning_report.json; every key may be missing.
     """
     rows = _perplexity_rows(report)
+    if "target" in report:
+        rows.append(Row(*targets.summary_row(report["target"])))
     rows += task_rows(report.get("tasks", {}), report.get("spread", {}).get("tasks", {}))
     sparsity = report.get("sparsity", {})
     rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), target(sparsity)))
