@@ -27,8 +27,10 @@ from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import offload_for, window_length
 from launch.flags.dtypes import compute_dtype
 from launch.report import summary
+from launch.report.console import show_search
 from launch.run.job import RunConfig, resolve
 from launch.run.measure import model_origin, write_report
+from launch.targets.resolve import planned_target
 from models.arch import Model
 from models.checkpoint import hub
 from models.checkpoint.blocks import ShapeBlocks
@@ -228,6 +230,9 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     shapes = abstract(arch, non_block, blocks, dtype)
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
     method.check(model, request)
+    target = planned_target(job, model_config, topology)
+    if target:
+        request = dataclasses.replace(request, sparsity=target["sparsity"])
     samples, length = tokens_shape(config, model_config)
     tokens = np.zeros((samples, length), np.int32)
     x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
@@ -263,6 +268,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "memory": resident,
         "total": total,
         "fits": _fits(resident, mesh.size, costs),
+        **({"target": target} if target else {}),
     }
 
 
@@ -273,6 +279,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
       result: `plan`'s.
       console: Where to print.
     """
+    if "target" in result:
+        show_search(result["target"], console)
     devices, total, memory = result["devices"], result["total"], result["memory"]
     where = devices["topology"] or devices["kind"]
     mesh = ", ".join(f"{axis} {n}" for axis, n in devices["mesh"].items())

@@ -148,7 +148,7 @@ def _prune_into(
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
-    job, target = settle(job, inputs.checkpoint, work)
+    job, aim = settle(job, inputs.checkpoint, work, cache)
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
     writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
@@ -182,8 +182,8 @@ def _prune_into(
     )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
-    if target is not None:
-        add_result(result, target, checkpoint, written, counts)
+    if aim is not None:
+        add_result(result, aim.record, checkpoint, written, counts)
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer, shown)

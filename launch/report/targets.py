@@ -48,10 +48,12 @@ def figures(record: Mapping[str, Any]) -> list[Table]:
       record: The report's `target`.
     """
     title = f"Search for {record['target']}"
-    caption = (
-        f"{quantity(record).capitalize()}, followed on shapes before the run. Chosen: sparsity "
-        f"{record['sparsity']:.6g}."
-    )
+    caption = f"{quantity(record).capitalize()}. Chosen: sparsity {record['sparsity']:.6g}."
+    if "first" in record:
+        caption += (
+            " Searched among the units that the scores leave; before them, shapes alone gave "
+            f"{record['first']['sparsity']:.6g}."
+        )
     columns = ("sparsity", "what stays", "predicted")
     tables = [Table(title, columns, search_rows(record), caption=caption)]
     if "table" in record:
@@ -63,10 +65,10 @@ def _times(table: Mapping[str, Any], texts: str) -> Table:
     """Return the measured table of block shapes."""
     rows: list[tuple[str, float]] = [("all but the blocks", 1e3 * table["outside_seconds"])]
     for block in table["blocks"]:
-        kind = "block with experts" if block["experts"] else "block"
+        kind = "block with experts" if block["shape"][2] else "block"
         rows.append((f"dense {kind}", 1e3 * block["dense_seconds"]))
         for axis in ("heads", "neurons", "experts"):
-            curve = block.get(axis, {"units": (), "seconds": ()})
+            curve = block["curves"].get(axis, {"units": (), "seconds": ()})
             rows += [
                 (f"{kind}, {units:,} {axis}", 1e3 * seconds)
                 for units, seconds in zip(curve["units"], curve["seconds"], strict=True)

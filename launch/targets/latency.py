@@ -162,14 +162,29 @@ class LatencyTable(NamedTuple):
         """
         blocks = [
             {
-                "experts": times.shape.experts,
+                "shape": list(times.shape),
                 "timed_together": times.depth,
                 "dense_seconds": times.dense,
-                **{axis: curve._asdict() for axis, curve in times.curves.items()},
+                "curves": {axis: curve._asdict() for axis, curve in times.curves.items()},
             }
             for times in self.blocks.values()
         ]
         return {"device": device, "outside_seconds": self.outside, "blocks": blocks}
+
+    @staticmethod
+    def from_json(table: Mapping[str, Any]) -> "LatencyTable":
+        """Return the table that `to_json` wrote.
+
+        Args:
+          table: The report's table.
+        """
+        blocks = {}
+        for block in table["blocks"]:
+            curves = {axis: Curve(**curve) for axis, curve in block["curves"].items()}
+            shape = Shape(*block["shape"])
+            times = BlockTimes(shape, block["timed_together"], block["dense_seconds"], curves)
+            blocks[shape.experts > 0] = times
+        return LatencyTable(table["outside_seconds"], blocks)
 
 
 def shapes_of(written: Written) -> list[Shape]:
@@ -178,15 +193,14 @@ def shapes_of(written: Written) -> list[Shape]:
     return [shape_of(arch, block) for block in written.blocks]
 
 
-def changed_axes(subject: Subject, sparsities: Sequence[float]) -> list[str]:
+def changed_axes(subject: Subject, sparsity: float) -> list[str]:
     """Return the kinds of units of which a method leaves a block fewer.
 
     Args:
       subject: The model and the method.
-      sparsities: Sparsities to look at.
+      sparsity: Sparsity at which it removes some.
     """
-    dense = shapes_of(subject.dense)
-    pruned = [shape for s in sparsities for shape in shapes_of(subject.at(s))]
+    dense, pruned = shapes_of(subject.dense), shapes_of(subject.at(sparsity))
     return [
         axis
         for axis in AXES

@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
-from calibration.journal import write_durably
-from launch.flags.dtypes import stored_dtype
+from calibration.journal import StepCache, write_durably
+from launch.flags.dtypes import AUTO, DTYPES, stored_dtype
 from launch.report import console
 from launch.run.job import Job
 from launch.targets.latency import (
@@ -47,42 +49,148 @@ def describe_shape(written: Written) -> str:
     return ", ".join(parts)
 
 
-class _Costs:
-    """Costs of what a method writes, with the shape of each trial.
+class Aim:
+    """A target for one model and method: finds the sparsity, and again once units are scored.
 
     Args:
       subject: The model on shapes and the method.
       target: The target.
       storage: How the weights are stored.
+      name: The method as the user wrote it.
       table: Measured seconds by block shape, for a target of latency.
+
+    Attributes:
+      record: The report's `target`, so far: what was asked and predicted, the `sparsity` to ask of
+        the method, and what was tried.
     """
 
     def __init__(
-        self, subject: Subject, target: Target, storage: Storage, table: LatencyTable | None
+        self,
+        subject: Subject,
+        target: Target,
+        storage: Storage,
+        name: str,
+        table: LatencyTable | None,
     ) -> None:
+        self.record: dict[str, Any] = {}
         self._subject, self._target, self._storage = subject, target, storage
-        self._table = table
-        self.shapes: dict[float, str] = {}
+        self._name, self._table = name, table
 
-    def __call__(self, sparsity: float) -> float:
-        written = self._subject.at(sparsity) if sparsity else self._subject.dense
-        self.shapes[sparsity] = describe_shape(written)
+    def resolve(self) -> dict[str, Any]:
+        """Find the smallest sparsity that meets the target as far as shapes tell.
+
+        Returns:
+          The record.
+
+        Raises:
+          InputError: The dense model meets the target already, or no sparsity does.
+        """
+        target = self._target
+        dense = self._cost(self._subject.dense)
+        if dense <= target.limit:
+            raise InputError(
+                f"is met by the dense model, which has {target.show(dense)}",
+                "ask for less",
+                field="target",
+                value=target.text,
+            )
+        self.record = {
+            "target": target.text,
+            "kind": target.kind,
+            "texts": target.workload,
+            **self._storage._asdict(),
+            "asked": target.amount,
+            "dense": target.value(dense),
+            **self._find(self._subject.at),
+        }
+        if self._table:
+            self.record["table"] = self._table.to_json(jax.devices()[0].device_kind)
+        return self.record
+
+    def __call__(self, choose: Callable[[float], Sequence[Mapping[str, np.ndarray]]]) -> float:
+        """Return the sparsity that meets the target with the units that a method has scored.
+
+        Args:
+          choose: Sparsity -> units that stay, bool [units] by block and group.
+
+        Raises:
+          InputError: No sparsity meets it.
+        """
+        found = self._find(lambda sparsity: self._subject.with_units(choose(sparsity)))
+        # Of several calibration draws the first is written.
+        if "first" not in self.record:
+            first = {key: self.record[key] for key in found}
+            self.record |= {**found, "first": first}
+        return found["sparsity"]
+
+    def _cost(self, written: Written) -> float:
+        """Return the cost of a checkpoint on shapes."""
         if self._table:
             return self._table.seconds(written) / self._table.seconds(self._subject.dense)
         return size_of(self._target, written, self._storage)
 
+    def _find(self, write: Callable[[float], Written]) -> dict[str, Any]:
+        """Search among what is written at each sparsity; return the part of the record."""
+        target, subject = self._target, self._subject
+        shapes: dict[float, str] = {}
 
-def _measure_table(
-    subject: Subject, target: Target, storage: Storage, stopwatch: Stopwatch
-) -> LatencyTable | None:
-    """Time blocks of the shapes that a method may leave; None where it changes no shape."""
+        def cost(sparsity: float) -> float:
+            # At 0 some methods would still repair.
+            written = write(sparsity) if sparsity else subject.dense
+            shapes[sparsity] = describe_shape(written)
+            return self._cost(written)
+
+        found = search(cost, subject.accepts, target.limit, _resolution(subject))
+        if found.sparsity is None:
+            raise _impossible(target, self._name, found, cost(0.0), self._storage)
+        return {
+            "sparsity": found.sparsity,
+            "shape": shapes[found.sparsity],
+            "predicted": target.value(found.cost),
+            "tried": [
+                {"sparsity": s, "shape": shapes[s], "value": target.value(c)}
+                for s, c in found.tried
+            ],
+        }
+
+
+def aim_at(
+    subject: Subject,
+    target: Target,
+    storage: Storage,
+    name: str,
+    stopwatch: Stopwatch = time_models,
+    cache: StepCache | None = None,
+) -> Aim:
+    """Return the aim of a target; for one of latency, time blocks of a few shapes.
+
+    Args:
+      subject: The model on shapes and the method.
+      target: The target.
+      storage: How the weights are stored.
+      name: The method as the user wrote it.
+      stopwatch: Times models, for a target of latency.
+      cache: Keeps measured times for the other runs of this process.
+
+    Raises:
+      InputError: The method changes no shape, so no latency; or the model has too few positions.
+    """
+    if target.kind != "latency":
+        return Aim(subject, target, storage, name, None)
     check_positions(target, subject.dense)
     probe = next((s for s in PROBES if subject.accepts(s)), 0.0)
     if shapes_of(subject.at(probe)) == shapes_of(subject.dense):
-        return None
-    console.note(f"target {target.text}: timing blocks of a few shapes on this device")
+        raise _impossible(target, name, Search(None, 1.0, (), 0.0), 1.0, storage)
     work = Workload(target.phase, target.batch, target.length, storage.dtype)
-    return measure_table(subject.dense, changed_axes(subject, [probe]), work, stopwatch)
+    axes = changed_axes(subject, probe)
+
+    def measure() -> LatencyTable:
+        console.note(f"target {target.text}: timing blocks of a few shapes on this device")
+        return measure_table(subject.dense, axes, work, stopwatch)
+
+    key = ("block times", json.dumps(subject.config, sort_keys=True), tuple(axes), work)
+    table = (cache or StepCache()).get_or_compute(key, measure)
+    return Aim(subject, target, storage, name, table)
 
 
 def _resolution(subject: Subject) -> float:
@@ -92,114 +200,123 @@ def _resolution(subject: Subject) -> float:
     return 1 / (4 * (units + max(map(max, subject.dense.linears.values()))))
 
 
-def resolve_target(
-    subject: Subject,
-    target: Target,
-    storage: Storage,
-    name: str,
-    stopwatch: Stopwatch = time_models,
-) -> dict[str, Any]:
-    """Find the smallest sparsity that meets a target.
-
-    Args:
-      subject: The model on shapes and the method.
-      target: The target.
-      storage: How the weights are stored.
-      name: The method as the user wrote it.
-      stopwatch: Times models, for a target of latency.
-
-    Returns:
-      The beginning of the report's `target`: what was asked and predicted, the `sparsity` to ask
-      of the method, and what was tried.
-
-    Raises:
-      InputError: The dense model meets the target already, or no sparsity does.
-    """
-    table = None
-    if target.kind == "latency":
-        table = _measure_table(subject, target, storage, stopwatch)
-        if table is None:
-            raise _impossible(target, name, Search(None, 1.0, (), 0.0), 1.0, storage)
-    costs = _Costs(subject, target, storage, table)
-    found = search(costs, subject.accepts, target.limit, _resolution(subject))
-    dense = costs(0.0)
-    if found.sparsity == 0:
-        raise InputError(
-            f"is met by the dense model, which has {target.show(dense)}",
-            "ask for less",
-            field="target",
-            value=target.text,
-        )
-    if found.sparsity is None:
-        raise _impossible(target, name, found, dense, storage)
-    tried = [
-        {"sparsity": s, "shape": costs.shapes[s], "value": target.value(c)} for s, c in found.tried
-    ]
-    return {
-        "target": target.text,
-        "kind": target.kind,
-        "texts": target.workload,
-        **storage._asdict(),
-        "sparsity": found.sparsity,
-        "shape": costs.shapes[found.sparsity],
-        "asked": target.amount,
-        "dense": target.value(dense),
-        "predicted": target.value(found.cost),
-        "tried": tried,
-        **({"table": table.to_json(jax.devices()[0].device_kind)} if table else {}),
-    }
-
-
 def _impossible(
     target: Target, name: str, found: Search, dense: float, storage: Storage
 ) -> InputError:
     """Return the error for a target that no sparsity meets."""
     nearest = f"the nearest possible is {target.reachable(found.cost)}"
     if found.cost < dense:
-        reason = f"is out of reach of {name}: {nearest}, at `sparsity`={found.nearest:.6g}"
+        reason = f"is out of reach of {name}, and {nearest}"
         remedy = "ask for that, or choose another method"
     else:
-        reason = f"is out of reach of {name}, whose zeros stay in place: {nearest}"
+        reason = f"is out of reach of {name}, whose zeros stay in place, and {nearest}"
         remedy = "choose a method that removes units or blocks, such as flap, llmrank or sleb"
         if target.kind in ("params", "weights") and storage.pack == "none":
             remedy += ", or give `pack`=bitmask, which stores no zeros"
     return InputError(reason, remedy, field="target", value=target.text)
 
 
+def subject_of(job: Job, config: Mapping[str, Any], dtype: str) -> tuple[Subject, Storage]:
+    """Return what a job prunes, on shapes, and how it is stored.
+
+    Args:
+      job: The run.
+      config: Contents of the dense model's `config.json`.
+      dtype: Name of the type that the result is stored in.
+    """
+    subject = Subject(config, job.method, job.request, job.output.layout)
+    return subject, Storage(dtype, job.output.pack)
+
+
+def check_target(job: Job, checkpoint: Checkpoint, cache: StepCache) -> None:
+    """Check before any work that a job's target of size can be met; latency is measured later.
+
+    Args:
+      job: The run.
+      checkpoint: The dense model.
+      cache: Keeps the answer for the other runs of this process.
+
+    Raises:
+      InputError: The target cannot be met.
+    """
+    if job.target is None or job.target.kind == "latency":
+        return
+    subject, storage = subject_of(
+        job, checkpoint.config, stored_dtype(job.sources.dtype, checkpoint)
+    )
+    aim = aim_at(subject, job.target, storage, job.config.method)
+    key = ("target", job.target, job.config.method, *storage, job.output.layout)
+    cache.get_or_compute(key, lambda: aim.resolve()["sparsity"])
+
+
+def planned_target(job: Job, config: Mapping[str, Any], topology: str) -> dict[str, Any] | None:
+    """Return the search for the target of a run that is only planned; None without a target.
+
+    Args:
+      job: The run.
+      config: Contents of the dense model's `config.json`.
+      topology: Absent devices that the plan is for; empty: this machine.
+
+    Raises:
+      InputError: The target cannot be met, or would have to be measured on absent devices.
+    """
+    if job.target is None:
+        return None
+    if job.target.kind == "latency" and topology:
+        raise InputError(
+            "is measured, and the devices of `topology` are not here",
+            "plan it where the model will run, or give a target of size",
+            field="target",
+            value=job.target.text,
+        )
+    # Without the weights the type that the configuration names has to do.
+    named = config.get("dtype") or config.get("torch_dtype")
+    named = named if named in DTYPES else "float32"
+    dtype = named if job.sources.dtype == AUTO else job.sources.dtype
+    subject, storage = subject_of(job, config, dtype)
+    return aim_at(subject, job.target, storage, job.config.method).resolve()
+
+
 def settle(
-    job: Job, checkpoint: Checkpoint, work: pathlib.Path, stopwatch: Stopwatch = time_models
-) -> tuple[Job, dict[str, Any] | None]:
+    job: Job,
+    checkpoint: Checkpoint,
+    work: pathlib.Path,
+    cache: StepCache | None = None,
+    stopwatch: Stopwatch = time_models,
+) -> tuple[Job, Aim | None]:
     """Put the sparsity that meets a job's target into its request.
 
-    An unfinished run keeps the sparsity that it began with: a latency that is measured again is
-    never quite the same.
+    An unfinished run keeps the sparsity and the times that it began with: what is measured again
+    is never quite the same.
 
     Args:
       job: The run.
       checkpoint: The dense model.
       work: Directory of the unfinished run.
+      cache: Keeps measured times for the other runs of this process.
       stopwatch: Times models, for a target of latency.
 
     Returns:
-      The job, and the beginning of the report's `target`; None without a target.
+      The job, and its aim; None without a target.
 
     Raises:
       InputError: The target cannot be met.
     """
-    target = job.target
+    target, name = job.target, job.config.method
     if target is None:
         return job, None
-    storage = Storage(stored_dtype(job.sources.dtype, checkpoint), job.output.pack)
-    subject = Subject(checkpoint.config, job.method, job.request, job.output.layout)
+    subject, storage = subject_of(
+        job, checkpoint.config, stored_dtype(job.sources.dtype, checkpoint)
+    )
 
     def decide() -> dict[str, Any]:
-        key = [target.text, job.config.method, job.output.layout, *storage, checkpoint.config]
+        key = [target.text, name, job.output.layout, *storage, checkpoint.config]
         path = work / FILE
         if path.is_file():
             known = json.loads(path.read_text(encoding="utf-8"))
             if known["key"] == key:
                 return known["record"]
-        record = resolve_target(subject, target, storage, job.config.method, stopwatch)
+        record = aim_at(subject, target, storage, name, stopwatch, cache).resolve()
         if not (work / JOURNAL).exists():
             work.mkdir(parents=True, exist_ok=True)
             write_durably(path, json.dumps({"key": key, "record": record}).encode())
@@ -207,5 +324,8 @@ def settle(
 
     record = run_on_primary(decide)
     console.show_search(record)
-    request = dataclasses.replace(job.request, sparsity=record["sparsity"])
-    return dataclasses.replace(job, request=request), record
+    table = LatencyTable.from_json(record["table"]) if "table" in record else None
+    aim = Aim(subject, target, storage, name, table)
+    aim.record = record
+    request = dataclasses.replace(job.request, sparsity=record["sparsity"], settle=aim)
+    return dataclasses.replace(job, request=request), aim

@@ -11,14 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from calibration.runtime import Runtime
-from models.arch import Model, linear_of
+from models.arch import Model, linear_of, with_linears
 from models.checkpoint.blocks import ShapeBlocks
 from models.checkpoint.output_format import Layout, choose_form, shape_of
 from models.checkpoint.reader import abstract
 from models.errors import InputError
+from models.experts import expert_of
 from models.families import hf
 from models.programs import ShapeRecorder, record_programs
 from models.sharding import make_mesh
+from pruning.structured.remove import remove_units
 from pruning.types import Method, Outcome, Request
 
 # One short window: no shape of a result depends on the number or the length of the windows.
@@ -157,6 +159,34 @@ class Subject:
         blocks = [made[i] for i in range(len(made))]
         zeros = self._zeros(outcome) if outcome.kept_blocks is None else {}
         return written_as(self.config, blocks, outcome.kept_blocks, self.layout, zeros)
+
+    def with_units(self, keeps: Sequence[Mapping[str, np.ndarray]]) -> Written:
+        """Return what is written of the units that stay.
+
+        Args:
+          keeps: Units that stay, bool [units] by block and group.
+        """
+        arch = self.model.arch
+        biased = self.method.shape_change(self.model).biased
+        blocks = []
+        with record_programs(self._recorder):
+            for i, keep in enumerate(keeps):
+                block = self.model.blocks[i]
+                if biased:
+                    block = with_linears(block, self._with_biases(block, keep))
+                blocks.append(remove_units(arch, block, keep))
+        return written_as(self.config, blocks, None, self.layout, {})
+
+    def _with_biases(self, block: Any, keep: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """Return the readers that a repair gives a bias: those that lose units, but no expert's."""
+        readers = {}
+        for name, stays in keep.items():
+            reader = self.model.arch.group(name).reader.name
+            if expert_of(reader)[1] is None and not stays.all():
+                linear = linear_of(block, reader)
+                shape = jax.ShapeDtypeStruct(linear.w.shape[:1], linear.w.dtype)
+                readers[reader] = linear.replace(b=shape)
+        return readers
 
     def _zeros(self, outcome: Outcome) -> dict[tuple[int, str], int]:
         """Return the zeros that a method leaves in each linear, by block and slot."""

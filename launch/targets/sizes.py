@@ -65,7 +65,7 @@ def parameters(written: Written, storage: Storage) -> int:
     if storage.pack == "none":
         return written.parameters
     sizes = {name: math.prod(shape) for name, shape in written.shapes.items()}
-    return sum((sizes | written.entries).values())
+    return sum({**sizes, **written.entries}.values())
 
 
 def memory_bytes(written: Written, storage: Storage, batch: int, length: int) -> int:
@@ -117,7 +117,7 @@ def weight_bytes(written: Written, storage: Storage) -> int:
     if storage.pack != "none":
         packed: dict[str, list[int]] = {}
         sizes = {name: math.prod(shape) for name, shape in written.linears.items()}
-        entries = sizes | written.entries
+        entries = {**sizes, **written.entries}
         for name, own in parts_of(written.linears).items():
             shape = shapes[name]
             parts = _packed(shape, sum(entries[p] for p in own), storage)

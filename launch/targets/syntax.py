@@ -21,10 +21,10 @@ _BYTES = {"": 1, "b": 1} | {
     for power, letter in enumerate("kmgt", 1)
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
-_NUMBER = r"(\d{1,18}(?:\.\d{1,9})?)\s*"
+_NUMBER = r"([0-9]{1,18}(?:\.[0-9]{1,9})?)\s*"
 _AMOUNT = re.compile(_NUMBER + r"([a-z]{0,3})", re.IGNORECASE)
 _SPEEDUP = re.compile(_NUMBER + "x?", re.IGNORECASE)
-_TEXTS = re.compile(r"(?:(decode|prefill):)?(\d{1,8})x(\d{1,8})", re.IGNORECASE)
+_TEXTS = re.compile(r"(?:(decode|prefill):)?([0-9]{1,8})x([0-9]{1,8})", re.IGNORECASE)
 
 
 class Target(NamedTuple):
@@ -95,59 +95,73 @@ class Target(NamedTuple):
         if self.kind == "latency":
             text = f"latency={math.floor(100 / cost) / 100:.2f}x"
         elif self.kind == "params":
-            text = f"params={_ceil(cost / 1e6, 2)}M"
+            text = f"params={_ceil(cost / 1e6)}M"
         else:
-            text = f"{self.kind}={_ceil(cost / 2**20, 2)}MiB"
+            text = f"{self.kind}={_ceil(cost / 2**20)}MiB"
         return f"{text}@{self.workload}" if self.workload else text
 
 
-def _ceil(value: float, digits: int) -> str:
-    """Return a number rounded up."""
+def _ceil(value: float) -> str:
+    """Return a number rounded up to four digits, or to a whole number."""
+    digits = max(0, 3 - math.floor(math.log10(value)))
     return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
 
 
-def _error(text: str, reason: str, remedy: str) -> InputError:
-    return InputError(reason, remedy, field="target", value=text)
-
-
-def parse_target(text: str) -> Target:
+def parse_target(text: str, field: str = "target") -> Target:
     """Parse a target.
 
     Args:
       text: `params=100M`, `weights=400MiB`, `memory=1.2GiB@8x4096`, `latency=1.3x`, or
         `latency=1.3x@prefill:1x512`.
+      field: Name of the setting, for errors.
 
     Raises:
       InputError: The text is no target, or its amount cannot be one.
     """
+    try:
+        return _parse(text)
+    except _NoTarget as e:
+        raise InputError(e.reason, e.remedy, field=field, value=text) from None
+
+
+class _NoTarget(Exception):
+    """Reason why a text is no target, and what to write instead."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
+
+
+def _parse(text: str) -> Target:
+    """Parse a target, or raise _NoTarget."""
     name, equals, rest = (part.strip() for part in text.partition("="))
     if not equals:
-        raise _error(text, "is no target", f"give one such as {', '.join(EXAMPLES)}")
+        raise _NoTarget("is no target", f"give one such as {', '.join(EXAMPLES)}")
     if name not in KINDS:
-        raise _error(text, f"has no kind {name!r}", one_of(name, KINDS))
-    kind = cast(Kind, name)
+        raise _NoTarget(f"has no kind {name!r}", one_of(name, KINDS))
+    kind: Kind = name
     amount, at, texts = (part.strip() for part in rest.partition("@"))
     if kind == "latency":
         return _latency(text, amount, texts, bool(at))
     if at and kind != "memory":
-        raise _error(text, "takes no texts", f"leave @{texts} out")
+        raise _NoTarget("takes no texts", f"leave @{texts} out")
     if kind == "memory" and not at:
-        raise _error(
-            text, "needs the texts that the cache holds", f"give memory={amount}@BATCHxLENGTH"
+        raise _NoTarget(
+            "needs the texts that the cache holds", f"give memory={amount}@BATCHxLENGTH"
         )
     units = _COUNTS if kind == "params" else _BYTES
     match = _AMOUNT.fullmatch(amount)
     if not match or match[2].lower() not in units:
         wanted = "a number with K, M or B" if kind == "params" else "a size such as 400MiB or 1.2GB"
-        raise _error(text, f"has no amount in {amount!r}", f"give {wanted}")
+        raise _NoTarget(f"has no amount in {amount!r}", f"give {wanted}")
     number = float(match[1]) * units[match[2].lower()]
     if not number >= 1:
-        raise _error(text, "asks for nothing at all", "give a larger amount")
+        raise _NoTarget("asks for nothing at all", "give a larger amount")
     if kind != "memory":
         return Target(text, kind, number)
-    batch, length, phase = _texts(text, texts)
+    batch, length, phase = _texts(texts)
     if phase:
-        raise _error(text, f"is for no part of the work such as {phase}", "give @BATCHxLENGTH")
+        raise _NoTarget(f"is for no part of the work such as {phase}", "give @BATCHxLENGTH")
     return Target(text, kind, number, batch, length)
 
 
@@ -155,23 +169,20 @@ def _latency(text: str, amount: str, texts: str, has_texts: bool) -> Target:
     """Parse a target of latency."""
     match = _SPEEDUP.fullmatch(amount)
     if not match or not 1 < float(match[1]) <= 1000:
-        raise _error(
-            text, f"has no speed-up in {amount!r}", "give one above 1 such as latency=1.3x"
-        )
+        raise _NoTarget(f"has no speed-up in {amount!r}", "give one above 1 such as latency=1.3x")
     speedup = float(match[1])
     if not has_texts:
         return Target(text, "latency", speedup)
-    batch, length, phase = _texts(text, texts)
+    batch, length, phase = _texts(texts)
     return Target(text, "latency", speedup, batch, length, phase or "decode")
 
 
-def _texts(text: str, texts: str) -> tuple[int, int, Phase | None]:
+def _texts(texts: str) -> tuple[int, int, Phase | None]:
     """Parse `BATCHxLENGTH`, with the part of the work before it or None."""
     match = _TEXTS.fullmatch(texts)
     sides = [int(match[2]), int(match[3])] if match else [0]
     if not match or not all(0 < side <= LARGEST_SIDE for side in sides):
-        raise _error(
-            text,
+        raise _NoTarget(
             f"has no texts in {texts!r}",
             "give BATCHxLENGTH such as 8x4096, for latency also prefill:1x512",
         )
