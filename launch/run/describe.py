@@ -62,14 +62,13 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     target = _target(job, outcome)
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
+    # A target in other units says itself whether it was met.
+    compared = sparsity | {"target": None} if job.target else sparsity
     types = _types(job, inputs, results)
     warnings = [
         *_type_warnings(types, checkpoint, written),
         *formats.warnings(written.other_formats, written.loaded.config, types["stored"]),
-        # A target in other units says itself whether it was met.
-        *_warnings(
-            inputs, results, sparsity if job.target is None else sparsity | {"target": None}
-        ),
+        *_warnings(inputs, results, compared),
     ]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
