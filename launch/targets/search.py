@@ -37,11 +37,12 @@ class _Trials:
             self._known[sparsity] = self._cost(sparsity)
         return self._known[sparsity]
 
-    def tried(self) -> tuple[tuple[float, float], ...]:
-        """Return the trials, of those with one cost the first."""
+    def tried(self, chosen: float) -> tuple[tuple[float, float], ...]:
+        """Return the trials, of those with one cost the first, or the chosen one."""
         first: dict[float, float] = {}
         for sparsity, cost in self._known.items():
             first.setdefault(cost, sparsity)
+        first[self(chosen)] = chosen
         return tuple((sparsity, cost) for cost, sparsity in first.items())
 
 
@@ -65,9 +66,9 @@ def search(
     trials = _Trials(cost)
     low, high = 0.0, _largest(accepts, resolution)
     if trials(low) <= limit:
-        return Search(low, trials(low), trials.tried(), low)
+        return Search(low, trials(low), trials.tried(low), low)
     if trials(high) > limit:
-        return Search(None, trials(high), trials.tried(), high)
+        return Search(None, trials(high), trials.tried(high), high)
     step = 0
     while high - low > resolution:
         # Costs are almost linear, but for their steps: a line through the ends, then halves.
@@ -77,7 +78,7 @@ def search(
         low, high = (low, middle) if trials(middle) <= limit else (middle, high)
         step += 1
     best = _shortest(trials, low, high)
-    return Search(best, trials(best), trials.tried(), best)
+    return Search(best, trials(best), trials.tried(best), best)
 
 
 def _largest(accepts: Callable[[float], bool], resolution: float) -> float:
