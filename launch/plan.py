@@ -30,7 +30,7 @@ from launch.report import summary
 from launch.report.console import show_search
 from launch.run.job import RunConfig, resolve
 from launch.run.measure import model_origin, write_report
-from launch.targets.resolve import planned_target
+from launch.targets.resolve import planned_request
 from models.arch import Model
 from models.checkpoint import hub
 from models.checkpoint.blocks import ShapeBlocks
@@ -220,7 +220,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     """
     config, topology = frozen(RunConfig, values), values["topology"]
     job = resolve(dataclasses.replace(config, mesh="" if topology else config.mesh))
-    method, request, runtime = job.method, job.request, job.runtime
+    method, runtime = job.method, job.runtime
     devices = devices_of(topology)
     kind = devices[0].device_kind
     mesh = make_mesh(config.mesh, runtime.batch, devices)
@@ -229,10 +229,8 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     dtype = compute_dtype(config.dtype)
     shapes = abstract(arch, non_block, blocks, dtype)
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
+    request, target = planned_request(job, model_config, topology)
     method.check(model, request)
-    target = planned_target(job, model_config, topology)
-    if target:
-        request = dataclasses.replace(request, sparsity=target["sparsity"])
     samples, length = tokens_shape(config, model_config)
     tokens = np.zeros((samples, length), np.int32)
     x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
@@ -268,7 +266,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "memory": resident,
         "total": total,
         "fits": _fits(resident, mesh.size, costs),
-        **({"target": target} if target else {}),
+        **target,
     }
 
 

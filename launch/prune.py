@@ -148,17 +148,15 @@ def _prune_into(
 ) -> dict[str, Any]:
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
-    job, aim = settle(job, inputs.checkpoint, work, cache)
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
+    job, aim = settle(job, checkpoint, work, cache)
     writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     journal = open_journal(work / JOURNAL, facts, writer, cache)
     attempt.journal = journal
     run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
-    remarks = _remarks(attempt.resumed, cache is not None)
-    if attempt.resumed:
-        console.note(RESUMING.format(writer.blocks))
+    remarks = _remarks(attempt.resumed, writer.blocks, cache is not None)
     clock.record("load")
     measure = _measure(job, inputs)
     dense = journal.step(lambda: measure(checkpoint, prefixed(shown, "dense model: ")), "dense")
@@ -182,10 +180,10 @@ def _prune_into(
     )
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
+    result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
+    # After the peak memory was read: both hold whole models.
     if aim is not None:
         add_result(result, aim.record, checkpoint, written, counts)
-    result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
-    # After the peak memory was read: samples hold whole models.
     texts = functools.partial(samples, checkpoint, written.loaded, inputs.tokenizer, shown)
     result["samples"], missed = run_on_primary(lambda: optional("no sample texts", texts, []))
     result["warnings"] += missed
@@ -193,10 +191,11 @@ def _prune_into(
     return result
 
 
-def _remarks(resumed: bool, is_trial: bool) -> list[str]:
-    """Return the notes about a run's seconds."""
+def _remarks(resumed: bool, blocks: int, is_trial: bool) -> list[str]:
+    """Return the notes about a run's seconds; say where a resumed run goes on."""
     remarks = []
     if resumed:
+        console.note(RESUMING.format(blocks))
         remarks.append(RESUMED)
     if is_trial:
         remarks.append(TRIAL)

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from launch.targets.syntax import Target
 from models.checkpoint.reader import Checkpoint
 from models.errors import InputError
 from models.processes import run_on_primary
+from pruning.types import Request
 
 JOURNAL = "journal"  # directory beside it, once the run has begun
 FILE = "target.json"  # the search of an unfinished run, in its work directory
@@ -249,8 +250,20 @@ def check_target(job: Job, checkpoint: Checkpoint, cache: StepCache) -> None:
     cache.get_or_compute(key, lambda: aim.resolve()["sparsity"])
 
 
-def planned_target(job: Job, config: Mapping[str, Any], topology: str) -> dict[str, Any] | None:
-    """Return the search for the target of a run that is only planned; None without a target.
+class Planned(NamedTuple):
+    """Request of a run that is only planned.
+
+    Attributes:
+      request: The request.
+      facts: The search under "target"; empty without a target.
+    """
+
+    request: Request
+    facts: Mapping[str, Any]
+
+
+def planned_request(job: Job, config: Mapping[str, Any], topology: str) -> Planned:
+    """Return the request of a run that is only planned, with the sparsity that meets its target.
 
     Args:
       job: The run.
@@ -261,7 +274,7 @@ def planned_target(job: Job, config: Mapping[str, Any], topology: str) -> dict[s
       InputError: The target cannot be met, or would have to be measured on absent devices.
     """
     if job.target is None:
-        return None
+        return Planned(job.request, {})
     if job.target.kind == "latency" and topology:
         raise InputError(
             "is measured, and the devices of `topology` are not here",
@@ -274,7 +287,9 @@ def planned_target(job: Job, config: Mapping[str, Any], topology: str) -> dict[s
     named = named if named in DTYPES else "float32"
     dtype = named if job.sources.dtype == AUTO else job.sources.dtype
     subject, storage = subject_of(job, config, dtype)
-    return aim_at(subject, job.target, storage, job.config.method).resolve()
+    record = aim_at(subject, job.target, storage, job.config.method).resolve()
+    request = dataclasses.replace(job.request, sparsity=record["sparsity"])
+    return Planned(request, {"target": record})
 
 
 def settle(
