@@ -30,7 +30,7 @@ from launch.report import summary
 from launch.report.console import show_search
 from launch.run.job import RunConfig, resolve
 from launch.run.measure import model_origin, write_report
-from launch.targets.resolve import planned_request
+from launch.targets.settle import planned_request
 from models.arch import Model
 from models.checkpoint import hub
 from models.checkpoint.blocks import ShapeBlocks
@@ -197,14 +197,18 @@ def _fits(memory: Mapping[str, Any], devices: int, costs: Sequence[Cost]) -> boo
     return device["peak"] * devices + host["peak"] <= host["available"]
 
 
-def _total(costs: Sequence[Cost], device_bytes: int) -> dict[str, float]:
-    """Return the whole run's work, the bytes each device moves, and the seconds of compilation."""
-    return {
+def _total(costs: Sequence[Cost], device_bytes: int, rate: float) -> dict[str, float]:
+    """Return the whole run's work, the bytes each device moves, and the seconds of compilation.
+
+    With a rate in FLOPs per second, 0 if it is unknown, also the seconds that the work takes.
+    """
+    total = {
         "device_bytes": device_bytes,
         "flops": sum(c.flops * c.calls for c in costs),
         "bytes_moved": sum(c.bytes * c.calls for c in costs),
         "compile_seconds": sum(c.seconds for c in costs),
     }
+    return total | ({"seconds_at_peak": total["flops"] / rate} if rate else {})
 
 
 def plan(values: dict[str, Any]) -> dict[str, Any]:
@@ -222,7 +226,6 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     job = resolve(dataclasses.replace(config, mesh="" if topology else config.mesh))
     method, runtime = job.method, job.runtime
     devices = devices_of(topology)
-    kind = devices[0].device_kind
     mesh = make_mesh(config.mesh, runtime.batch, devices)
     model_config, origin = config_of(job.sources.model)
     arch, non_block, blocks = hf.specs(model_config)
@@ -247,15 +250,14 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     block = max(_bytes(b) for b in shapes.blocks)
     resident = _resident(recorder, offload, block, _bytes(parameters), draws)
     resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
-    total = _total(costs, recorder.peak["device"])
-    if not topology:
-        total["seconds_at_peak"] = total["flops"] / (flops_per_second(dtype) * mesh.size)
+    rate = 0.0 if topology else flops_per_second(dtype) * mesh.size
+    total = _total(costs, recorder.peak["device"], rate)
     return {
         "model": config.model,
         "method": config.method,
         "protocol": origin,
         "parameters": sum(math.prod(s.shape) for s in parameters),
-        "devices": {"kind": kind, "topology": topology, "mesh": dict(mesh.shape)},
+        "devices": {"kind": devices[0].device_kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {
             "samples": samples,
             "length": length,

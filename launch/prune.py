@@ -49,8 +49,8 @@ from launch.run.samples import samples
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
-from launch.targets.resolve import settle
 from launch.targets.result import add_result
+from launch.targets.settle import settle
 from models.checkpoint.reader import Checkpoint
 from models.processes import check_agreement, is_primary, run_on_primary
 from models.progress import Progress

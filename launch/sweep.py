@@ -41,7 +41,7 @@ from launch.run.places import check_free
 from launch.run.staging import alone
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
-from launch.targets.resolve import check_target
+from launch.targets.settle import check_target
 from launch.targets.syntax import parse_target
 from launch.trials.backends import BACKENDS, Execution, parse_resources
 from launch.trials.trial import Trial, error_line

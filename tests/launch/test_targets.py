@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 from launch import plan, prune, sweep
 from launch.flags.cli import run
 from launch.run import export
-from launch.targets import latency, resolve
-from launch.targets.resolve import settle
+from launch.targets import latency
+from launch.targets.settle import FILE, settle
 from models.checkpoint.formats import weight_files
 
 pytestmark = pytest.mark.slow
@@ -140,7 +140,7 @@ def test_an_unfinished_run_keeps_the_times_that_it_began_with(
     again, same = settle(job, checkpoint, tmp_path / "work", None, stopwatch)
     assert len(asked) == 1 and aim and same and same.record == aim.record
     assert first.request.sparsity == again.request.sparsity > 0
-    (tmp_path / "work" / resolve.FILE).unlink()
+    (tmp_path / "work" / FILE).unlink()
     settle(job, checkpoint, tmp_path / "work", None, stopwatch)
     assert len(asked) == 2
 
