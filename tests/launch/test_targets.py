@@ -10,6 +10,7 @@ from safetensors.numpy import load_file
 
 from launch import plan, prune, sweep
 from launch.flags.cli import run
+from launch.report.files import read_report
 from launch.run import export
 from launch.targets import latency
 from launch.targets.settle import FILE, settle
@@ -27,7 +28,7 @@ def argv(inputs: Path, output: Path, *more: str) -> list[str]:
 def pruned(inputs: Path, output: Path, *more: str) -> dict[str, Any]:
     """Prune, and return the report."""
     assert run(prune.options(), prune.main, argv(inputs, output, *more)) == 0
-    return json.loads((output / "pruning_report.json").read_text())
+    return read_report(output)
 
 
 @pytest.mark.usefixtures("no_samples")
