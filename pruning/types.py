@@ -186,7 +186,13 @@ SAME_SHAPES = ShapeChange()
 
 
 class Method(Protocol):
-    """A pruning method: a frozen configuration that a user names with `method`."""
+    """A pruning method: a frozen configuration that a user names with `method`.
+
+    A run is also followed on shapes alone, to find the request that meets a size. A method whose
+    search would make that slow has `without_search(model, request) -> Method`, which removes as
+    much without trying anything. One whose scores decide how wide each block is calls
+    `request.settled` when it has them.
+    """
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return how the method changes a model's shapes; reads no parameters."""

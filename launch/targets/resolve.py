@@ -201,7 +201,8 @@ def _impossible(
         reason = f"is out of reach of {name}, and {nearest}"
         remedy = "ask for that, or choose another method"
     else:
-        reason = f"is out of reach of {name}, whose zeros stay in place, and {nearest}"
+        reason = f"is out of reach of {name}, whose zeros stay in place, and {nearest}, "
+        reason += "the dense model's"
         remedy = "choose a method that removes units or blocks, such as flap, llmrank or sleb"
         if target.kind in ("params", "weights") and storage.pack == "none":
             remedy += ", or give `pack`=bitmask, which stores no zeros"

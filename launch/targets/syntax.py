@@ -104,7 +104,8 @@ class Target(NamedTuple):
 def _ceil(value: float) -> str:
     """Return a number rounded up to four digits, or to a whole number."""
     digits = max(0, 3 - math.floor(math.log10(value)))
-    return f"{math.ceil(value * 10**digits) / 10**digits:.{digits}f}".rstrip("0").rstrip(".")
+    rounded = math.ceil(value * 10**digits) / 10**digits
+    return f"{rounded:.{digits}f}".rstrip("0").rstrip(".") if digits else f"{rounded:.0f}"
 
 
 def parse_target(text: str, field: str = "target") -> Target:

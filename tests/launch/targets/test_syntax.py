@@ -82,7 +82,11 @@ def test_what_is_no_target_says_what_to_write(text: str, reason: str) -> None:
 @pytest.mark.parametrize("text", EXAMPLES)
 def test_the_nearest_target_that_is_named_is_one_that_can_be_met(text: str) -> None:
     target = parse_target(text)
-    costs = [0.9876, 0.5] if target.kind == "latency" else [123_456_789, 1_048_577, 3_000]
+    costs = (
+        [0.9876, 0.5]
+        if target.kind == "latency"
+        else [123_456_789, 1650 << 20, 1_048_577, 3_000, 2_000 * 10**6]
+    )
     for cost in costs:
         nearest = parse_target(target.reachable(cost))
         assert nearest.kind == target.kind and nearest.workload == target.workload
