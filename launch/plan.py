@@ -29,8 +29,10 @@ from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import offload_for, window_length
 from launch.flags.dtypes import compute_dtype
 from launch.report import summary
+from launch.report.console import show_search
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import model_origin, write_report
+from launch.targets.settle import planned_request
 from models.arch import Model
 from models.checkpoint import hub
 from models.checkpoint.blocks import ShapeBlocks
@@ -210,14 +212,18 @@ def _fits(memory: Mapping[str, Any], devices: int, costs: Sequence[Cost]) -> boo
     return device["peak"] * devices + host["peak"] <= host["available"]
 
 
-def _total(costs: Sequence[Cost], device_bytes: int) -> dict[str, float]:
-    """Return the whole run's work, the bytes each device moves, and the seconds of compilation."""
-    return {
+def _total(costs: Sequence[Cost], device_bytes: int, rate: float) -> dict[str, float]:
+    """Return the whole run's work, the bytes each device moves, and the seconds of compilation.
+
+    With a rate in FLOPs per second, 0 if it is unknown, also the seconds that the work takes.
+    """
+    total = {
         "device_bytes": device_bytes,
         "flops": sum(c.flops * c.calls for c in costs),
         "bytes_moved": sum(c.bytes * c.calls for c in costs),
         "compile_seconds": sum(c.seconds for c in costs),
     }
+    return total | ({"seconds_at_peak": total["flops"] / rate} if rate else {})
 
 
 def plan(values: dict[str, Any]) -> dict[str, Any]:
@@ -233,15 +239,15 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     """
     config, topology = frozen(RunConfig, values), values["topology"]
     job = resolve(dataclasses.replace(config, mesh="" if topology else config.mesh))
-    method, request, runtime = job.method, job.request, job.runtime
+    method, runtime = job.method, job.runtime
     devices = devices_of(topology)
-    kind = devices[0].device_kind
     mesh = make_mesh(config.mesh, runtime.batch, devices)
     model_config, origin = config_of(job.sources.model)
     arch, non_block, blocks = hf.specs(model_config)
     dtype = compute_dtype(config.dtype)
     shapes = abstract(arch, non_block, blocks, dtype)
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
+    request, target = planned_request(job, model_config, topology)
     method.check(model, request)
     tokens = np.zeros(tokens_shape(config, model_config), np.int32)
     x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
@@ -259,15 +265,14 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     writing = _writing(job, shapes, mesh, tokens.shape[1])
     resident = _resident(recorder, offload, block, _bytes(parameters), draws, writing)
     resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
-    total = _total(costs, resident["device"]["peak"])
-    if not topology:
-        total["seconds_at_peak"] = total["flops"] / (flops_per_second(dtype) * mesh.size)
+    rate = 0.0 if topology else flops_per_second(dtype) * mesh.size
+    total = _total(costs, resident["device"]["peak"], rate)
     return {
         "model": config.model,
         "method": config.method,
         "protocol": origin,
         "parameters": sum(math.prod(s.shape) for s in parameters),
-        "devices": {"kind": kind, "topology": topology, "mesh": dict(mesh.shape)},
+        "devices": {"kind": devices[0].device_kind, "topology": topology, "mesh": dict(mesh.shape)},
         "calibration": {
             "samples": tokens.shape[0],
             "length": tokens.shape[1],
@@ -278,6 +283,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
         "memory": resident,
         "total": total,
         "fits": _fits(resident, mesh.size, costs),
+        **target,
     }
 
 
@@ -288,6 +294,8 @@ def show(result: Mapping[str, Any], console: Console) -> None:
       result: `plan`'s.
       console: Where to print.
     """
+    if "target" in result:
+        show_search(result["target"], console)
     devices, total, memory = result["devices"], result["total"], result["memory"]
     where = devices["topology"] or devices["kind"]
     mesh = ", ".join(f"{axis} {n}" for axis, n in devices["mesh"].items())

@@ -29,6 +29,7 @@ from launch.flags.common import (
     model_flags,
     offload_for,
     output_path,
+    target_flag,
 )
 from launch.flags.protocols import protocol_flag
 from launch.report import console
@@ -59,6 +60,8 @@ from launch.run.scores import score_cache, stamp, write_scores
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
+from launch.targets.result import add_result
+from launch.targets.settle import settle
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer
 from models.processes import check_agreement, is_primary, run_on_primary
@@ -101,6 +104,7 @@ def options() -> Flags:
     f.number(
         "sparsity", None, "fraction to remove, 0 <= s < 1, of the parameters that the method covers"
     )
+    target_flag(f)
     f.string(
         "allocation",
         "uniform",
@@ -164,6 +168,7 @@ def _prune_into(
     """Write the pruned model into a staged directory; return the report without its seconds."""
     directory, work = stage
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
+    job, aim = settle(job, checkpoint, work, cache)
     writer = open_writer(directory, work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
@@ -171,9 +176,7 @@ def _prune_into(
     journal = open_journal(work / JOURNAL, facts, writer, scores or cache)
     attempt.journal = journal
     run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
-    remarks = _remarks(attempt.resumed, cache is not None, job.config.scores)
-    if attempt.resumed:
-        console.note(RESUMING.format(writer.blocks))
+    remarks = _remarks(attempt, writer.blocks, cache is not None, job.config.scores)
     clock.record("load")
     states = _dense_states(job, inputs, facts, cache or StepCache(0))
     measure = _measure(job, inputs, states)
@@ -200,7 +203,9 @@ def _prune_into(
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
-    # After the peak memory was read: samples hold whole models.
+    # After the peak memory was read: both hold whole models.
+    if aim is not None:
+        add_result(result, aim.record, checkpoint, written, counts)
     _add_samples(result, inputs, written.loaded, shown)
     clock.record("eval")
     return result
@@ -236,10 +241,11 @@ def _keep_scores(
         run_on_primary(lambda: write_scores(directory, stamp(job, facts), scores.scores))
 
 
-def _remarks(resumed: bool, is_trial: bool, scores: str) -> list[str]:
-    """Return the notes about a run's seconds."""
+def _remarks(attempt: Attempt, blocks: int, is_trial: bool, scores: str) -> list[str]:
+    """Return the notes about a run's seconds; say where a resumed run goes on."""
     remarks = []
-    if resumed:
+    if attempt.resumed:
+        console.note(RESUMING.format(blocks))
         remarks.append(RESUMED)
     if is_trial:
         remarks.append(TRIAL)

@@ -28,6 +28,7 @@ from launch.flags.common import (
     model_flags,
     open_model,
     output_path,
+    target_flag,
 )
 from launch.flags.numbers import check_sparsity, numbers, seeds
 from launch.flags.protocols import protocol_flag
@@ -40,12 +41,14 @@ from launch.run.places import check_free
 from launch.run.staging import alone
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
+from launch.targets.settle import check_target
+from launch.targets.syntax import parse_target
 from launch.trials.backends import BACKENDS, Execution, parse_resources
 from launch.trials.trial import Trial, error_line
 from models.errors import InputError
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 
-AXES = ("method", "sparsity", "allocation", "refine", "seed")
+AXES = ("method", "sparsity", "target", "allocation", "refine", "seed")
 
 
 def options() -> cli.Flags:
@@ -80,8 +83,9 @@ def _grid_flags(f: cli.Flags) -> None:
     f.string(
         "sparsities",
         "",
-        "comma-separated fractions to remove; empty if a pattern or the methods set the sparsity",
+        "comma-separated fractions to remove; empty if targets, a pattern or the methods set them",
     )
+    target_flag(f, several=True)
     f.string(
         "allocations",
         "uniform",
@@ -114,14 +118,26 @@ def _execution_flags(f: cli.Flags) -> None:
     )
 
 
+class Amount(NamedTuple):
+    """Amount to remove.
+
+    Attributes:
+      sparsity: Fraction; None if something else says it.
+      target: Target; empty for none.
+    """
+
+    sparsity: float | None = None
+    target: str = ""
+
+
 def _settings(
-    text: str, sparsities: Sequence[float | None], allocations: Sequence[str], refine: str
+    text: str, amounts: Sequence[Amount], allocations: Sequence[str], refine: str
 ) -> Iterator[dict[str, float | str | None]]:
     """Yield the settings of every trial of one method.
 
     Args:
       text: Item of --methods; what it sets itself takes the place of the other arguments.
-      sparsities: Sparsities of the grid.
+      amounts: Sparsities and targets of the grid.
       allocations: Allocations of the grid.
       refine: Refinement of the sweep.
     """
@@ -140,16 +156,31 @@ def _settings(
     for allocation in allocations:
         calls.build("allocation", allocation, ALLOCATIONS)
     if asked.sparsity is not None:
-        sparsities = [asked.sparsity]
+        amounts = [Amount(asked.sparsity)]
     elif method.sets_sparsity:  # the method sets its own sparsity
-        sparsities = [None]
-    for allocation, sparsity in itertools.product(allocations, sparsities):
+        amounts = [Amount()]
+    for allocation, amount in itertools.product(allocations, amounts):
         yield {
             "method": asked.call,
-            "sparsity": sparsity,
+            **amount._asdict(),
             "allocation": allocation,
             "refine": refine,
         }
+
+
+def _amounts(values: dict[str, Any]) -> list[Amount]:
+    """Return the sparsities and targets of the grid."""
+    amounts = []
+    if values["sparsities"]:
+        wanted = "fractions from 0 to below 1"
+        sparsities = numbers("sparsities", values["sparsities"], float, lambda v: True, wanted)
+        for sparsity in sparsities:
+            check_sparsity(sparsity, "sparsities")
+            amounts.append(Amount(sparsity=sparsity))
+    if values["targets"]:
+        texts = [text.strip() for text in values["targets"].split(",")]
+        amounts += [Amount(target=parse_target(text, "targets").text) for text in texts]
+    return amounts
 
 
 def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
@@ -162,17 +193,7 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     Raises:
       InputError: A value of the grid is wrong or given twice.
     """
-    sparsities: Sequence[float | None] = [None]
-    if values["sparsities"]:
-        sparsities = numbers(
-            "sparsities",
-            values["sparsities"],
-            float,
-            lambda v: True,
-            "fractions from 0 to below 1",
-        )
-        for sparsity in sparsities:
-            check_sparsity(sparsity, "sparsities")
+    amounts = _amounts(values) or [Amount()]
     methods, allocations = (
         calls.split_list(values["methods"]),
         calls.split_list(values["allocations"]),
@@ -180,7 +201,7 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     trials = []
     for seed in seeds(values["seeds"]):
         for text in methods:
-            for own in _settings(text, sparsities, allocations, values["refine"]):
+            for own in _settings(text, amounts, allocations, values["refine"]):
                 settings = (
                     values | own | {"seed": seed, "resume": True, "push_to_hub": "", "scores": ""}
                 )
@@ -225,6 +246,7 @@ def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
         try:
             jobs[trial] = resolve(config)
             jobs[trial].method.check(checkpoint.model, jobs[trial].request)
+            check_target(jobs[trial], checkpoint, cache)
         except InputError as e:
             reasons[trial] = error_line(e)
     for axis in AXES:

@@ -9,6 +9,7 @@ the plan of a run is the run's own code, followed on shapes.
 import contextlib
 import contextvars
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -204,6 +205,42 @@ class Recorder:
                 if isinstance(x, DeviceArray):
                     x.delete()
         return jax.tree.map(self._place_result, compiled.result)
+
+
+class ShapeRecorder(Recorder):
+    """Recorder that follows programs on shapes alone: nothing is compiled, and no cost is noted.
+
+    Args:
+      mesh: Devices to plan for.
+    """
+
+    def __init__(self, mesh: Mesh) -> None:
+        # Room enough that no method takes a path for a smaller machine.
+        super().__init__(mesh, {"device": 0, "host": sys.maxsize})
+        self._results: dict[Any, Any] = {}
+
+    def call(self, program: "Program", name: str, args: Sequence[Any]) -> Any:
+        """Follow one call of a program, as `Recorder.call` has it.
+
+        Args:
+          program: The program.
+          name: Name of this call for people.
+          args: Positional arguments, static ones included.
+
+        Returns:
+          Planned arrays in place of the function's result.
+        """
+        dynamic = [a for k, a in enumerate(args) if k not in program.static]
+        leaves, structure = jax.tree.flatten(dynamic)
+        fixed = tuple(args[k] for k in program.static)
+        key = (program, fixed, structure, tuple((np.shape(x), str(dtype_of(x))) for x in leaves))
+        if key not in self._results:
+            shapes = [
+                a if k in program.static else jax.tree.map(self._shape, a)
+                for k, a in enumerate(args)
+            ]
+            self._results[key] = program.jitted.eval_shape(*shapes)
+        return jax.tree.map(self.place, self._results[key])
 
 
 _ACTIVE: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)

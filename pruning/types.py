@@ -24,6 +24,8 @@ from pruning.weights.patterns_core import Pattern as Pattern
 BlockSink = Callable[[int, Block], None]  # (index, finished block)
 # The statistics of an expert that saw fewer calibration tokens are noise: it is pruned without.
 FEW_TOKENS = 32
+# (sparsity -> units that stay, bool [units] by block and group) -> the sparsity to take.
+Settle = Callable[[Callable[[float], Sequence[Mapping[str, np.ndarray]]]], float]
 Budget = tuple[Mapping[str, np.ndarray], ...]  # by block: slot -> fraction to remove, () or [out]
 
 
@@ -113,6 +115,8 @@ class Request:
       allocation: Spreads the sparsity over the model, for methods that take one; None: evenly.
       refine: Improves the mask of each linear, for methods that prune each on its own.
       seed: Seed of everything random.
+      settle: Chooses the sparsity when a method of units has its scores, which decide how wide each
+        block is; None: it is as requested.
     """
 
     sparsity: float
@@ -120,6 +124,17 @@ class Request:
     allocation: Allocator | None = None
     refine: Refiner | None = None
     seed: int = 0
+    settle: Settle | None = None
+
+    def settled(self, choose: Callable[[float], Sequence[Mapping[str, np.ndarray]]]) -> "Request":
+        """Return the request with its final sparsity.
+
+        Args:
+          choose: Sparsity -> units that stay, bool [units] by block and group.
+        """
+        if self.settle is None:
+            return self
+        return dataclasses.replace(self, sparsity=self.settle(choose), settle=None)
 
 
 class Removed(NamedTuple):
@@ -173,7 +188,13 @@ SAME_SHAPES = ShapeChange()
 
 
 class Method(Protocol):
-    """A pruning method: a frozen configuration that a user names with `method`."""
+    """A pruning method: a frozen configuration that a user names with `method`.
+
+    A run is also followed on shapes alone, to find the request that meets a size. A method whose
+    search would make that slow has `without_search(model, request) -> Method`, which removes as
+    much without trying anything. One whose scores decide how wide each block is calls
+    `request.settled` when it has them.
+    """
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return how the method changes a model's shapes; reads no parameters."""

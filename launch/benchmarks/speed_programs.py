@@ -9,6 +9,7 @@ import numpy as np
 
 from eval.size import count_entries
 from launch.flags.dtypes import DTYPES
+from models.arch import Model
 from models.checkpoint.reader import in_memory, open_checkpoint
 
 # Our names of XLA's costs of a compiled program.
@@ -51,10 +52,28 @@ Program = Callable[[Task], tuple[Callable[[], Times], Facts]]
 
 
 def topiary(task: Task) -> tuple[Callable[[], Times], Facts]:
-    """Compile our prefill and decode programs.
+    """Read a model and compile our prefill and decode programs.
 
     Args:
       task: The work.
+
+    Returns:
+      As `compiled`.
+    """
+    model = in_memory(open_checkpoint(task.directory, DTYPES[task.dtype]).model)
+    return compiled(model, task.batch, task.prompt, task.new_tokens)
+
+
+def compiled(
+    model: Model, batch: int, prompt: int, new_tokens: int
+) -> tuple[Callable[[], Times], Facts]:
+    """Compile our prefill and decode programs of a model.
+
+    Args:
+      model: Model in memory.
+      batch: Prompts at a time.
+      prompt: Tokens of a prompt.
+      new_tokens: Tokens to generate after each prompt.
 
     Returns:
       A function that runs them once; the number of parameters, and the FLOPs and bytes of the
@@ -65,13 +84,13 @@ def topiary(task: Task) -> tuple[Callable[[], Times], Facts]:
 
     from models.generate import decode, prefill
 
-    arch, non_block, blocks = in_memory(open_checkpoint(task.directory, DTYPES[task.dtype]).model)
-    prompts = jnp.asarray(_prompts(task, arch.config.vocab), jnp.int32)
-    start, no_eos = jnp.int32(task.prompt), jnp.zeros((0,), jnp.int32)
-    lowered = prefill.lower(arch, non_block, blocks, prompts, task.prompt + task.new_tokens)
+    arch, non_block, blocks = model._replace(blocks=tuple(model.blocks))
+    prompts = jnp.asarray(_prompts(batch, prompt, arch.config.vocab), jnp.int32)
+    start, no_eos = jnp.int32(prompt), jnp.zeros((0,), jnp.int32)
+    lowered = prefill.lower(arch, non_block, blocks, prompts, prompt + new_tokens)
     first = lowered.compile()
     rest = decode.lower(
-        arch, non_block, blocks, *lowered.out_info, start, task.new_tokens, None, no_eos
+        arch, non_block, blocks, *lowered.out_info, start, new_tokens, None, no_eos
     ).compile()
 
     def once() -> Times:
@@ -103,7 +122,7 @@ def pytorch(task: Task) -> tuple[Callable[[], Times], Facts]:
 
     dtype = getattr(torch, task.dtype)
     model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=dtype).eval()
-    prompts = torch.from_numpy(_prompts(task, model.config.vocab_size))
+    prompts = torch.from_numpy(_prompts(task.batch, task.prompt, model.config.vocab_size))
 
     @torch.no_grad()
     def once() -> Times:
@@ -132,6 +151,6 @@ def matmul_peak(task: Task) -> tuple[Callable[[], Times], Facts]:
     return lambda: Times(0.0, 0.0), {"flops_per_second": flops_per_second(DTYPES[task.dtype])}
 
 
-def _prompts(task: Task, vocab: int) -> np.ndarray:
+def _prompts(batch: int, prompt: int, vocab: int) -> np.ndarray:
     """Return random prompts, int64 [batch time]; only their shape affects the time."""
-    return np.random.default_rng(0).integers(0, vocab, (task.batch, task.prompt))
+    return np.random.default_rng(0).integers(0, vocab, (batch, prompt))

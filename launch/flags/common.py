@@ -12,6 +12,7 @@ from calibration.mixtures import SELF
 from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags.cli import Flags
 from launch.flags.dtypes import compute_dtype, dtype_flag
+from launch.targets.syntax import EXAMPLES
 from models.checkpoint import hub
 from models.checkpoint.reader import Checkpoint, open_checkpoint
 from models.errors import InputError
@@ -52,6 +53,24 @@ def model_flags(f: Flags, writes: bool = False) -> None:
         "",
         "devices by axis, such as data=4,model=2; empty: as many local devices on data as divide "
         "the batch",
+    )
+
+
+def target_flag(f: Flags, several: bool = False) -> None:
+    """Define --target, or --targets.
+
+    Args:
+      f: The command's flags.
+      several: Whether the command takes a list of targets.
+    """
+    f.string(
+        "targets" if several else "target",
+        "",
+        ("comma-separated, as" if several else "in place of --sparsity:")
+        + " params=100M, weights=400MiB, memory=1.2GiB@8x4096 (8 texts of 4096 tokens) or "
+        "latency=1.3x[@[decode:|prefill:]1x512]",
+        names=EXAMPLES,
+        several=several,
     )
 
 

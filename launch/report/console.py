@@ -12,7 +12,7 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from launch.report import summary
+from launch.report import summary, targets
 from models.processes import is_primary
 
 _MARGIN = 3  # characters of a column beside its cells: a space on both sides and a rule
@@ -176,3 +176,26 @@ def note(text: str, console: Console | None = None) -> None:
     """
     if is_primary():
         (console or error_console()).print(Text(text), soft_wrap=True)
+
+
+def show_search(record: Mapping[str, Any], place: Console | None = None) -> None:
+    """Print the search for a target on standard error, and what it found.
+
+    Args:
+      record: The report's `target`.
+      place: Where to print; standard error by default.
+    """
+    if not is_primary():
+        return
+    place = place or error_console()
+    title = Text(f"target {record['target']}: {targets.quantity(record)}, {record['dtype']}")
+    table = Table(title=title, title_justify="left")
+    for heading in ("sparsity", "what stays", "predicted"):
+        table.add_column(heading, justify="left" if heading == "what stays" else "right")
+    for row in targets.search_rows(record):
+        chosen = row[0] == f"{record['sparsity']:.6g}"
+        table.add_row(*(Text(cell, style="bold" if chosen else "") for cell in row))
+    place.print(table)
+    show = targets.target_of(record).show_value
+    found = f"chosen: sparsity {record['sparsity']:.6g}, predicted {show(record['predicted'])}"
+    note(found, place)

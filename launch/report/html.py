@@ -160,7 +160,7 @@ def _tiles(report: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Return the headline as (label, number, note): sparsity, each perplexity, size."""
     sparsity, sizes = report["sparsity"], report.get("bytes", {})
     reached = summary.percent(sparsity.get("prunable"))
-    tiles = [("sparsity", reached, summary.target(sparsity))]
+    tiles = [("sparsity", reached, summary.target(report))]
     perplexity = report.get("perplexity", {})
     labels = summary.short_names(perplexity)
     for name, scores in perplexity.items():

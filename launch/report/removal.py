@@ -179,10 +179,11 @@ def warnings(
     blocks = len(checkpoint.specs)
     # Where whole blocks were removed, the target cannot be met more closely than to half a block.
     step = 0.0 if len(written.loaded.specs) == blocks else 0.5 / blocks
-    if abs(sparsity["prunable"] - sparsity["target"]) > max(TOLERANCE, step):
+    target = sparsity["target"]
+    if target is not None and abs(sparsity["prunable"] - target) > max(TOLERANCE, step):
         yield (
             f"{summary.percent(sparsity['prunable'])} of the prunable weights were removed, "
-            f"the target was {summary.percent(sparsity['target'])}"
+            f"the target was {summary.percent(target)}"
         )
     positions = checkpoint.config.get("max_position_embeddings")
     if positions and length > positions:

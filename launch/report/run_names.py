@@ -26,8 +26,16 @@ def join(call: str, amount: str, allocation: str, refine: str) -> str:
     return ", ".join([f"{call} {amount}".rstrip(), *others])
 
 
-def amount(pattern: str, sparsity: float | None) -> str:
-    """Return how much was to be removed: `2:4` for a pattern, else `50%`, empty if unknown."""
+def amount(pattern: str, sparsity: float | None, target: str = "") -> str:
+    """Return how much was to be removed: a target, a pattern, `50%`, or nothing if unknown.
+
+    Args:
+      pattern: The pattern, such as `2:4`.
+      sparsity: Fraction to remove.
+      target: The target, such as `params=100M`.
+    """
+    if target:
+        return target
     if ":" in pattern:
         return pattern
     return "" if sparsity is None else summary.percent(sparsity)
@@ -53,7 +61,7 @@ def of_reports(reports: Sequence[Mapping[str, Any]], directories: Sequence[str])
 def _of_report(report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     target = report["sparsity"].get("target")
-    size = amount(str(settings.get("pattern") or ""), target)
+    size = amount(str(settings.get("pattern") or ""), target, settings.get("target") or "")
     others = (settings.get(key) or "" for key in ("allocation", "refine"))
     return join(report["method"], size, *others)
 

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from launch.report import measures
+from launch.report import measures, targets
 
 ABSENT = "—"
 _STAGES = {
@@ -147,8 +147,11 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     return labels
 
 
-def target(sparsity: Mapping[str, Any]) -> str:
-    """Return `target 30%`, or nothing if the run had no target."""
+def target(report: Mapping[str, Any]) -> str:
+    """Return `target 30%` or `target params=100M`, or nothing if the run had no target."""
+    if "target" in report:
+        return f"target {report['target']['target']}"
+    sparsity = report.get("sparsity", {})
     return "" if sparsity.get("target") is None else f"target {percent(sparsity['target'])}"
 
 
@@ -301,9 +304,11 @@ def quality_rows(report: Mapping[str, Any]) -> list[Row]:
       report: Content of pruning_report.json; every key may be missing.
     """
     rows = _perplexity_rows(report)
+    if "target" in report:
+        rows.append(Row(*targets.summary_row(report["target"])))
     rows += task_rows(report.get("tasks", {}), report.get("spread", {}).get("tasks", {}))
     sparsity = report.get("sparsity", {})
-    rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), target(sparsity)))
+    rows.append(Row("Sparsity, prunable", "", percent(sparsity.get("prunable")), target(report)))
     rows.append(Row("Sparsity, whole model", "", percent(sparsity.get("total")), ""))
     for label, key, text in (
         ("Parameters", "parameters", count),

@@ -19,7 +19,9 @@ from launch.trials.trial import Trial
 
 INDEX = "sweep.json"
 # Columns of sweep.csv in their order; those of quality and the error follow.
-SETTINGS = ("trial", "state", "method", "allocation", "refine", "sparsity", "pattern", "seed")
+SETTINGS = (
+    *("trial", "state", "method", "allocation", "refine", "sparsity", "target", "pattern", "seed"),
+)
 RESULTS = ("reached", "total", "parameters", "stored", "bytes", "seconds")
 
 

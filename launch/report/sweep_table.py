@@ -33,6 +33,7 @@ def pending_row(trial: Trial, state: str, error: str = "") -> dict[str, Any]:
         "state": state,
         "method": c.method,
         "sparsity": c.sparsity,
+        "target": c.target,
         "pattern": c.pattern,
         "allocation": c.allocation,
         "refine": c.refine,
@@ -86,7 +87,8 @@ class Line(NamedTuple):
       method: The method, as a call.
       allocation: The allocation, as a call.
       refine: The refinement, as a call.
-      sparsity: Requested sparsity; None if the method sets its own.
+      sparsity: Requested sparsity; None if the method or a target sets it.
+      asked: Requested target; empty for none.
       pattern: Requested pattern.
       finished: Number of finished trials.
       trials: Number of trials.
@@ -103,6 +105,7 @@ class Line(NamedTuple):
     allocation: str
     refine: str
     sparsity: float | None
+    asked: str
     pattern: str
     finished: int
     trials: int
@@ -121,8 +124,8 @@ class Line(NamedTuple):
 
     @property
     def target(self) -> str:
-        """Return the requested sparsity or pattern as text."""
-        return run_names.amount(self.pattern, self.sparsity)
+        """Return the requested sparsity, target or pattern as text."""
+        return run_names.amount(self.pattern, self.sparsity, self.asked)
 
 
 def _spreads(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Spread]:
@@ -137,11 +140,13 @@ def _spreads(rows: Sequence[Mapping[str, Any]], prefix: str) -> dict[str, Spread
 
 def lines(rows: Sequence[Mapping[str, Any]]) -> list[Line]:
     """Combine rows that differ only in the seed; trials that were left out are dropped."""
-    groups: dict[tuple[str, str, str, float | None, str], list[Mapping[str, Any]]] = {}
+    groups: dict[tuple[str, str, str, float | None, str, str], list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["state"] != "left out":
             settings = (row["method"], row["allocation"], row["refine"])
-            key = (*settings, row["sparsity"], row["pattern"])
+            # A target's sparsity may differ from seed to seed: times are measured.
+            sparsity = None if row["target"] else row["sparsity"]
+            key = (*settings, sparsity, row["target"], row["pattern"])
             groups.setdefault(key, []).append(row)
     result = []
     for key, members in groups.items():

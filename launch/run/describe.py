@@ -16,6 +16,7 @@ from launch.run import draws, export, formats
 from launch.run.inputs import Inputs
 from launch.run.job import Job
 from launch.run.measure import model_origin, protocol
+from launch.targets.resolve import Aim
 from models.checkpoint.reader import Checkpoint
 from pruning.figures import to_json
 from pruning.types import Outcome
@@ -61,11 +62,13 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
     target = _target(job, outcome)
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
+    # A target in other units says itself whether it was met.
+    compared = sparsity | {"target": None} if job.target else sparsity
     types = _types(job, inputs, results)
     warnings = [
         *_type_warnings(types, checkpoint, written),
         *formats.warnings(written.other_formats, written.loaded.config, types["stored"]),
-        *_warnings(inputs, results, sparsity),
+        *_warnings(inputs, results, compared),
     ]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -131,6 +134,8 @@ def _calibration(job: Job, inputs: Inputs) -> dict[str, Any]:
 
 def _target(job: Job, outcome: Outcome) -> float:
     """Return the sparsity that the run aimed at."""
+    if isinstance(job.request.settle, Aim):
+        return float(job.request.settle.record["sparsity"])
     if job.method.sets_sparsity:
         # The method's arguments give all linears the same fraction.
         return next(iter(outcome.asked[0].values()))

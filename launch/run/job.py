@@ -10,6 +10,7 @@ from launch.flags import calls
 from launch.flags.common import mesh_of
 from launch.flags.numbers import check_sparsity
 from launch.flags.sources import parse_calibration
+from launch.targets.syntax import Target, parse_target
 from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
@@ -26,6 +27,7 @@ class RunConfig:
     revision: str
     method: str
     sparsity: float | None
+    target: str
     pattern: str
     allocation: str
     refine: str
@@ -160,6 +162,7 @@ class Job:
       runtime: How the run executes; `offload` is chosen when the model's size is known.
       sources: What the run reads.
       output: Where the result goes.
+      target: What the request's sparsity is to be found for; None where it is given.
     """
 
     config: RunConfig
@@ -168,6 +171,7 @@ class Job:
     runtime: Runtime
     sources: Sources
     output: Output
+    target: Target | None = None
 
 
 def resolve(config: RunConfig) -> Job:
@@ -192,7 +196,8 @@ def resolve(config: RunConfig) -> Job:
     _check_draws(config.calibration_draws, sources.calibration.name)
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
-    return Job(config, method, request, runtime, sources, _output(config))
+    target = parse_target(config.target) if config.target else None
+    return Job(config, method, request, runtime, sources, _output(config), target)
 
 
 def _output(config: RunConfig) -> Output:
@@ -241,6 +246,9 @@ def _calibration_source(config: RunConfig, reads_calibration: bool) -> Calibrati
 def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method) -> float:
     """Return the fraction to remove, which the flag, the pattern or the method sets."""
     sparsity = config.sparsity
+    if config.target:
+        _check_alone(config, method)
+        return 0.0  # found when the model is known
     if pattern and config.allocation != "uniform":
         raise InputError(
             "sets the sparsity of every linear, and `allocation` spreads it",
@@ -261,7 +269,11 @@ def _sparsity(config: RunConfig, pattern: tuple[int, int] | None, method: Method
     if sparsity is None and method.sets_sparsity:
         sparsity = 0.0
     if sparsity is None:
-        raise InputError("is missing", "give the fraction to remove, such as 0.3", field="sparsity")
+        raise InputError(
+            "is missing",
+            "give the fraction to remove, such as 0.3, or a `target` such as params=100M",
+            field="sparsity",
+        )
     check_sparsity(sparsity)
     return sparsity
 
@@ -276,6 +288,26 @@ def _check_scores(config: RunConfig, method: Method) -> None:
             field="scores",
             value=config.scores,
         )
+
+
+def _check_alone(config: RunConfig, method: Method) -> None:
+    """Check that nothing but the target says how much to remove."""
+    others = {
+        "sparsity": config.sparsity is not None,
+        "pattern": config.pattern != "unstructured",
+        "method": method.sets_sparsity,
+    }
+    for field, given in others.items():
+        if given:
+            remedy = "leave one of them out"
+            if field == "method":
+                remedy = "leave its number of blocks out, or the target"
+            raise InputError(
+                f"contradicts `{field}`={getattr(config, field)}, which sets how much to remove",
+                remedy,
+                field="target",
+                value=config.target,
+            )
 
 
 def _check_draws(count: int, source: str) -> None:

@@ -80,11 +80,13 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """Return the trial's name: method, sparsity, allocation, refinement and seed."""
+        """Return the trial's name: method, sparsity or target, allocation, refinement, seed."""
         c = self.config
         parts = [label(c.method)]
         if c.sparsity is not None:
             parts.append(repr(c.sparsity))
+        if c.target:
+            parts.append(re.sub(r"[^A-Za-z0-9=.]+", "_", c.target))
         if c.allocation != "uniform":
             parts.append(label(c.allocation))
         if c.refine != "none":

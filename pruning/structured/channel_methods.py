@@ -1,7 +1,7 @@
 """Wanda-sp, magnitude-sp and any other method that scores heads and neurons by their channels."""
 
 import dataclasses
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -128,9 +128,9 @@ class ChannelMethod:
         sink: BlockSink,
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
-        choose = self._run_local if self.scope == "local" else self._run_global
-        keeps, scores = choose(model, tokens, request, runtime, sink)
-        return removed_outcome(model.arch, keeps, request, scores, self.scores_label)
+        if self.scope == "global":
+            return self._run_global(model, tokens, request, runtime, sink)
+        return self._run_local(model, tokens, request, runtime, sink)
 
     def _run_local(
         self,
@@ -139,8 +139,8 @@ class ChannelMethod:
         request: Request,
         runtime: Runtime,
         sink: BlockSink,
-    ) -> tuple[Sequence[Keep], Sequence[dict[str, np.ndarray]]]:
-        """Score, repair and cut block after block; return the kept units and the scores."""
+    ) -> Outcome:
+        """Score, repair and cut block after block."""
         arch = model.arch
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
@@ -171,7 +171,8 @@ class ChannelMethod:
         # Pruned outputs feed the next block, as in the official wanda_sp. FLAP itself goes by dense
         # ones.
         records = calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning")
-        return [keep for keep, _ in records], [scores for _, scores in records]
+        keeps, scores = [keep for keep, _ in records], [scores for _, scores in records]
+        return removed_outcome(arch, keeps, request, scores, self.scores_label)
 
     def _run_global(
         self,
@@ -180,17 +181,22 @@ class ChannelMethod:
         request: Request,
         runtime: Runtime,
         sink: BlockSink,
-    ) -> tuple[Sequence[Keep], Sequence[dict[str, np.ndarray]]]:
-        """Score the dense model, then repair and cut; return the kept units and the scores."""
+    ) -> Outcome:
+        """Score the dense model, then repair and cut."""
         dense = score_dense(
             model, tokens, runtime, self.observer, self.score, "measuring channels", self.name
         )
-        # "AL-AM" removes no fixed number of heads.
-        kept = select_corrected(*dense.lists(), request.sparsity, "AL-AM", 0)
-        keeps = dense.keeps(kept, self.round_to)
+
+        def choose(sparsity: float) -> list[Keep]:
+            # "AL-AM" removes no fixed number of heads.
+            kept = select_corrected(*dense.lists(), sparsity, "AL-AM", 0)
+            return dense.keeps(kept, self.round_to)
+
+        request = request.settled(choose)
+        keeps = choose(request.sparsity)
         # A repair observes anew: its inputs come from the pruned blocks before it.
         remove(model, tokens, runtime, sink, keeps, self.repair)
-        return keeps, dense.by_reader
+        return removed_outcome(model.arch, keeps, request, dense.by_reader, self.scores_label)
 
 
 def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> ChannelMethod:

@@ -13,7 +13,7 @@ from models.arch import Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.programs import Program
-from pruning.structured.channel_scores import score_dense
+from pruning.structured.channel_scores import DenseScores, score_dense
 from pruning.structured.flap_core import (
     Metric,
     Structure,
@@ -25,6 +25,7 @@ from pruning.structured.flap_core import (
 from pruning.structured.remove import (
     ADDS_BIAS,
     GROUPS,
+    Keep,
     Repair,
     check_round_to,
     remove,
@@ -176,21 +177,26 @@ class Flap:
         dense = score_dense(
             model, tokens, runtime, observer, self._score, "measuring fluctuation", self.scores_key
         )
-        (heads, neurons), sparsity = dense.lists(), request.sparsity
         structure, rule = self._choose_structure(model)
-        if self._official and sparsity:
-            kept = select_official(heads, neurons, sparsity, structure, self.heads_removed)
-        else:  # the authors' code always removes something, so sparsity 0 takes this one
-            # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
-            to_remove = self.heads_removed if sparsity else 0
-            kept = select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
-        keeps = dense.keeps(kept, self.round_to)
+        request = request.settled(lambda sparsity: self._choose(dense, sparsity, structure))
+        keeps = self._choose(dense, request.sparsity, structure)
         # A bias alone needs only the means, which the dense pass has measured.
         means = dense.means if self._repair == "bias" else None
         remove(model, tokens, runtime, sink, keeps, self._repair, means)
         label = f"{self.metric} of channels"
         outcome = removed_outcome(model.arch, keeps, request, dense.by_reader, label)
         return self._say_structure(outcome, structure, rule)
+
+    def _choose(self, dense: DenseScores, sparsity: float, structure: Structure) -> list[Keep]:
+        """Return the units that stay, by block and group."""
+        heads, neurons = dense.lists()
+        if self._official and sparsity:
+            kept = select_official(heads, neurons, sparsity, structure, self.heads_removed)
+        else:  # the authors' code always removes something, so sparsity 0 takes this one
+            # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
+            to_remove = self.heads_removed if sparsity else 0
+            kept = select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
+        return dense.keeps(kept, self.round_to)
 
     def _say_structure(self, outcome: Outcome, structure: Structure, rule: str) -> Outcome:
         """Return the outcome with the structure and its rule, in a note where the model decides."""

@@ -163,7 +163,8 @@ class LLMRank:
             return self._zero_rows(model, [r["neurons"] for r in ranks], request, sink)
         # Channels matter to `rows` alone.
         neurons = [{name: r.neurons for name, r in block.items()} for block in ranks]
-        keeps = self._keep_neurons(model, neurons, request.sparsity)
+        request = request.settled(lambda sparsity: self._keep_neurons(neurons, sparsity))
+        keeps = self._keep_neurons(neurons, request.sparsity)
         remove(model, tokens, runtime, sink, keeps, self.repair)  # a repair measures pruned inputs
         label = f"importance of MLP neurons ({self.scorer})"
         scores = [
@@ -173,7 +174,7 @@ class LLMRank:
         return removed_outcome(model.arch, keeps, request, scores, label)
 
     def _keep_neurons(
-        self, model: Model, neurons: Sequence[Mapping[str, np.ndarray]], fraction: float
+        self, neurons: Sequence[Mapping[str, np.ndarray]], fraction: float
     ) -> list[Keep]:
         """Return the neurons that stay, by block and group."""
         # A neuron of every expert, or one of a block without experts, by its number of matrices.

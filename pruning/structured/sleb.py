@@ -205,6 +205,18 @@ class Sleb:
                 value=list(remove),
             )
 
+    def without_search(self, model: Model, request: Request) -> "Sleb":
+        """Return the method that removes as many units, the first ones, without trying any.
+
+        Args:
+          model: Only its architecture is read.
+          request: Its sparsity says how many, if nothing else does.
+        """
+        if self.remove is not None:
+            return self
+        n, candidates = self._choice(model, request)
+        return dataclasses.replace(self, blocks=None, search="greedy", remove=[*candidates][:n])
+
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
         reject_weight_settings("sleb", request)

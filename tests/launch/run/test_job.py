@@ -21,6 +21,26 @@ def test_a_pattern_agrees_with_its_own_sparsity() -> None:
     assert job("--method=wanda", "--pattern=2:4", "--sparsity=0.5").request.sparsity == 0.5
 
 
+@pytest.mark.parametrize(
+    ("flags", "other"),
+    [
+        (["--sparsity=0.3"], "`sparsity`=0.3"),
+        (["--method=wanda", "--pattern=2:4"], "`pattern`=2:4"),
+        (["--method=sleb(blocks=2)"], "`method`=sleb(blocks=2)"),
+        (["--method=sleb(remove=[3])"], "`method`=sleb(remove=[3])"),
+    ],
+)
+def test_a_target_alone_says_how_much_to_remove(flags: list[str], other: str) -> None:
+    with pytest.raises(InputError) as error:
+        job("--target=params=100M", *flags)
+    assert error.value.field == "target" and error.value.reason.startswith(f"contradicts {other},")
+
+
+def test_the_sparsity_of_a_target_is_found_later() -> None:
+    resolved = job("--target=memory=1GiB@8x64")
+    assert resolved.target and resolved.target.batch == 8 and resolved.request.sparsity == 0.0
+
+
 def test_a_method_that_sets_the_sparsity_needs_none() -> None:
     resolved = job("--method=sleb(blocks=2)")
     assert resolved.method.sets_sparsity and resolved.request.sparsity == 0.0

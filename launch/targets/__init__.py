@@ -1,0 +1,1 @@
+"""Targets in a user's units: parameters, bytes of weights, memory with the cache, latency."""
