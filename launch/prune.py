@@ -197,9 +197,8 @@ def _prune_into(
     clock.record("export")
     pruned = measure(written.loaded, prefixed(shown, "pruned model: "))
     clock.record("eval")
-    results = Results(
-        outcome, written, counts, writer.parameters, dense, pruned, further, writer.remarks
-    )
+    sizes, notes = writer.parameters, writer.remarks
+    results = Results(outcome, written, counts, sizes, dense, pruned, further, notes)
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]

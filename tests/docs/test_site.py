@@ -15,7 +15,8 @@ from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from reference.pages import ROOT
 
 DOCS = ROOT / "docs"
-PAGES = {"wanda_sp": "wanda-sp", "magnitude_sp": "wanda-sp"}  # names that differ from their page's
+# Names that differ from their page's.
+PAGES = {"wanda_sp": "wanda-sp", "magnitude_sp": "wanda-sp", "two_ssp": "two-ssp"}
 PARTS = ("Equations", "Flags", "Measured", "Differences from the authors' code")
 
 
