@@ -14,23 +14,10 @@ import numpy as np
 
 from models.arch import Arch, Block, Model, NonBlockParams
 from models.cache import Cache, empty_cache
+from models.sampling import Sampling, select_token
 
 # New tokens after which a caller is asked whether the texts are long enough.
 PART = 32
-
-
-class Sampling(NamedTuple):
-    """Traced settings of random sampling.
-
-    Attributes:
-      temperature: Divisor of the logits, float [].
-      top_p: Probability of the nucleus, float []; None for all tokens.
-      key: Key of the draws.
-    """
-
-    temperature: jax.Array
-    top_p: jax.Array | None
-    key: jax.Array
 
 
 class _State(NamedTuple):
@@ -126,44 +113,6 @@ def prefill(
     return forward(arch, non_block, blocks, prompts, caches, 0, last)
 
 
-def nucleus(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Restrict logits to the nucleus.
-
-    The nucleus is the smallest set of most likely tokens, at least one, whose total probability
-    reaches `top_p`, with those that tie with its last.
-
-    Source: Holtzman et al. 2020, section 3.1.
-
-    Args:
-      logits: Logits, [b vocab].
-      sampling: Temperature and top_p.
-
-    Returns:
-      Logits divided by the temperature, -inf outside the nucleus, [b vocab].
-    """
-    logits = logits / sampling.temperature
-    if sampling.top_p is None:
-        return logits
-    # From the most likely token down.
-    order = -jnp.sort(-logits, axis=-1)
-    p = jax.nn.softmax(order, axis=-1)
-    # A token is inside if the more likely ones together do not reach top_p.
-    inside = jnp.cumsum(p, axis=-1) - p < sampling.top_p
-    # The first token is inside whatever top_p and rounding say.
-    inside = inside.at[:, 0].set(True)
-    least = jnp.min(jnp.where(inside, order, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
-
-
-def _select_token(logits: jax.Array, sampling: Sampling | None, i: int | jax.Array) -> jax.Array:
-    """Select new token i, int32 [b], from logits [b vocab]; the most likely without sampling."""
-    if sampling is None:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # One key for each position, so that a longer text begins with the shorter one.
-    key = jax.random.fold_in(sampling.key, i)
-    return jax.random.categorical(key, nucleus(logits, sampling)).astype(jnp.int32)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 6), donate_argnums=4)
 def decode(
     arch: Arch,
@@ -209,11 +158,11 @@ def decode(
             arch, non_block, blocks, state.token, state.caches, start + i - 1
         )
         # Rows that have ended still run, because shapes are static; their tokens are replaced.
-        token = jnp.where(state.ended, fill, _select_token(logits, sampling, i))
+        token = jnp.where(state.ended, fill, select_token(logits, sampling, i))
         text = jax.lax.dynamic_update_slice(state.text, token[:, None], (0, i))
         return _State(i + 1, token, state.ended | ends_text(token), text, caches)
 
-    token = _select_token(logits, sampling, 0)
+    token = select_token(logits, sampling, 0)
     text = jnp.full((token.shape[0], new_tokens), fill, jnp.int32).at[:, 0].set(token)
     state = _State(jnp.int32(1), token, ends_text(token), text, caches)
     state = jax.lax.while_loop(unfinished, append_token, state)

@@ -13,8 +13,9 @@ from models.arch import Arch, Block, Model, NonBlockParams, logits
 from models.cache import empty_cache
 from models.checkpoint.reader import in_memory, open_checkpoint
 from models.families import hf
-from models.generate import Sampling, decode, forward, generate, nucleus, prefill
+from models.generate import decode, forward, generate, prefill
 from models.rotary import Rope, rotate, rotate_from
+from models.sampling import Sampling, nucleus
 from models.surgery import cut, units
 from reference import tiny, torch_models
 
