@@ -79,6 +79,15 @@ def attentions_to_remove(blocks: Sequence[BlockSize], sparsity: float, alpha: fl
     return round(len(blocks) * sparsity ** (feed_forward / attention / alpha))
 
 
+def _neurons_left(blocks: Sequence[BlockSize], attentions: int, sparsity: float) -> float:
+    """Return the share of neurons that meets the sparsity without some attention parts."""
+    channels = 1  # both stages keep the stream
+    budget = (1 - sparsity) * parameters(dense_widths(channels, blocks), blocks)
+    # Blocks have as many heads each, so it does not matter which ones lose them.
+    heads = [0] * attentions + [b.heads for b in blocks[attentions:]]
+    return neurons_for_budget(channels, heads, blocks, budget)
+
+
 @dataclasses.dataclass(frozen=True)
 class TwoSSP:
     """2SSP (Sandri et al. 2025): remove neurons alike in every block, then attention parts.
@@ -128,11 +137,12 @@ class TwoSSP:
                 field="attentions",
                 value=count,
             )
-        channels = 1  # both stages keep the stream
-        budget = (1 - sparsity) * parameters(dense_widths(channels, blocks), blocks)
-        # Blocks have as many heads each, so it does not matter which ones lose them.
-        heads = [0] * count + [b.heads for b in blocks[count:]]
-        share = neurons_for_budget(channels, heads, blocks, budget)
+        share = _neurons_left(blocks, count, sparsity)
+        while self.attentions is None and count and share > 1:
+            # The rule is for models whose feed-forward parts hold more than attention. Elsewhere it
+            # may remove more than was asked for.
+            count -= 1
+            share = _neurons_left(blocks, count, sparsity)
         if not 0 < share <= 1 + 1e-9:
             raise InputError(
                 f"cannot be met by two_ssp with {count} attention parts removed: it would keep "
