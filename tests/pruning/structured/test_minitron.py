@@ -105,7 +105,9 @@ def masked(m: Model, keep: np.ndarray) -> Model:
 )
 def test_cut_channels_are_masked_channels(family: str) -> None:
     """A mask leaves the mean square over all channels; a gain makes up for that exactly."""
-    m, keep = model(family), np.isin(np.arange(16), [0, 2, 3, 7, 8, 9, 11, 15])
+    # But for what is added to it, which counts where OLMo2 normalises small outputs of branches.
+    m = model(family)._replace(arch=hf.specs({**ALL[family], "rms_norm_eps": 1e-12})[0])
+    keep = np.isin(np.arange(16), [0, 2, 3, 7, 8, 9, 11, 15])
     root = float(np.sqrt(16 / 8))
     norms = ("attn_norm", "mlp_norm", "attn_out_norm", "mlp_out_norm")
     cut = m._replace(
@@ -120,7 +122,8 @@ def test_cut_channels_are_masked_channels(family: str) -> None:
 def test_transformers_has_the_logits_of_the_narrow_model(
     family: str, tmp_path: pathlib.Path
 ) -> None:
-    m, config = model(family), ALL[family]
+    # The types' own padding tokens lie beyond so small a vocabulary.
+    m, config = model(family), {"pad_token_id": 0, **ALL[family]}
     method = Minitron(hidden=0.5, heads=0.5)
     pruned, outcome = prune(m, method, tokens(), Request(0.8))
     want = logits(pruned, tokens())
