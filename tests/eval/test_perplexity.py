@@ -138,6 +138,7 @@ def test_perplexity_equals_the_official_codes_figures(name: str, shared: pathlib
     )
 
 
+@pytest.mark.slow
 def test_perplexity_of_smollm2_equals_the_official_codes_figure(
     smollm2: pathlib.Path, shared: pathlib.Path
 ) -> None:

@@ -12,7 +12,13 @@ from reference import small
 SCALE = np.float32(1.7)
 
 
-@pytest.mark.parametrize("family", small.EVERY_FAMILY)
+@pytest.mark.parametrize(
+    "family",
+    [
+        f if f in ("llama", "opt", "gemma2") else pytest.param(f, marks=pytest.mark.slow)
+        for f in small.EVERY_FAMILY
+    ],
+)
 def test_a_rescaled_block_scales_its_output(family: str) -> None:
     m = small.model(family)
     assert m.arch.rescale is not None

@@ -134,7 +134,13 @@ PADDED: dict[str, Case] = {
 }
 
 
-@pytest.mark.parametrize("case", PADDED.values(), ids=PADDED.keys())
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=() if name == "llama" else pytest.mark.slow)
+        for name, case in PADDED.items()
+    ],
+)
 def test_padding_makes_a_stock_model(case: Case, tmp_path: pathlib.Path) -> None:
     config, heads, neurons, biases, label = case
     model = pruned(config, heads, neurons, biases)

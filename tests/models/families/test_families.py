@@ -29,6 +29,7 @@ from reference.families import FAMILIES
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 24))
 every_family = pytest.mark.parametrize("name", FAMILIES)
+QUICK = ("llama yarn", "qwen3", "phi", "gemma2", "olmo2", "mixtral")
 
 
 @every_family
@@ -105,7 +106,9 @@ def test_pruned_models_load_in_transformers(
     np.testing.assert_allclose(got, expected, atol=1e-4, rtol=1e-4)
 
 
-@every_family
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES]
+)
 def test_masked_units_compute_what_cut_ones_do(name: str) -> None:
     arch, non_block, specs = hf.specs(FAMILIES[name])
     draw = np.random.default_rng(1)

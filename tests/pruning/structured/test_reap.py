@@ -45,7 +45,9 @@ def reference_scores(family: str, i: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("score", ["reap", "frequency", "norm"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "olmoe" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 def test_the_experts_of_lowest_score_go(family: str, score: Any) -> None:
     m = model(family)
     pruned, outcome = prune(m, Reap(score), tokens(), Request(0.34), Runtime(batch=4))

@@ -108,10 +108,7 @@ def held(m: Model) -> int:
 
 @pytest.mark.parametrize(
     "family",
-    [
-        f if f in ("llama-gqa", "opt") else pytest.param(f, marks=pytest.mark.slow)
-        for f in EVERY_FAMILY
-    ],
+    [f if f == "llama-gqa" else pytest.param(f, marks=pytest.mark.slow) for f in EVERY_FAMILY],
 )
 def test_transformers_has_the_logits_of_blocks_without_attention(
     family: str, tmp_path: pathlib.Path

@@ -74,7 +74,9 @@ def test_moments_agree_with_numpy() -> None:
     np.testing.assert_allclose(state.second.per_sample, (y**2).sum(1).mean(0), rtol=1e-5)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
+)
 @pytest.mark.parametrize("variant", ["official", "corrected"])
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "multiflow", "sparsegpt"])
 def test_a_refined_mask_removes_as_much(method: str, variant: Any, family: str) -> None:

@@ -79,7 +79,7 @@ def quadratic(w: np.ndarray, new: np.ndarray, h: np.ndarray) -> float:
     return float(np.sum(change @ h * change))
 
 
-@pytest.mark.parametrize("fraction", [0.3, 0.7])
+@pytest.mark.parametrize("fraction", [0.3, pytest.param(0.7, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dead", [None, 5])
 @pytest.mark.parametrize(
     "inputs", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 200)), 300]
