@@ -118,7 +118,7 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
     """
     m = model(family)
     ffn, act = part(m), m.arch.config.act
-    settings = METHODS["sparsellm"](iterations=ITERATIONS)._settings(m.arch, Request(0.5))
+    settings = METHODS["sparsellm"]()._settings(m.arch, Request(0.5))
     *writers, two = (
         settings.pattern.counts(p.w.shape, np.asarray(0.5)) for p in (*ffn.writers, ffn.w2)
     )
@@ -126,7 +126,8 @@ def test_a_ridge_is_for_other_tokens(family: str) -> None:
     y, unseen = (linear(ffn.w2, core.hidden_input(ffn, x, act)) for x in (few, other))
 
     def solved(ridge: float, iterations: int = ITERATIONS) -> core.Solution:
-        c = settings._replace(ridge=ridge, iterations=iterations)
+        method = METHODS["sparsellm"](iterations=iterations, ridge=ridge)
+        c = method._settings(m.arch, Request(0.5))
         return corrected_core.solve_corrected(ffn, [few], [y], core.Counts(tuple(writers), two), c)
 
     loose, held = solved(0.01), solved(1.0)
