@@ -186,13 +186,16 @@ def test_an_interrupted_run_resumes_its_draws(
 
 
 def test_a_collapsed_draw_counts_in_the_spread() -> None:
-    of = {"seed": 0, "sha256": "", "tasks": {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1}}}
+    tasks = {"t": {"acc,none": 0.5, "acc_stderr,none": 0.1}}
+    of = {"seed": 0, "sha256": "", "agreement": {"d": {"kl": 0.5}}, "tasks": tasks}
     found = draws.spread(
         [{**of, "perplexity": {"d": 2.0}}, {**of, "perplexity": {"d": float("inf")}}]
     )
     assert found["perplexity"]["d"]["min"] == 2.0 and np.isinf(found["perplexity"]["d"]["mean"])
     assert np.isnan(found["perplexity"]["d"]["std"])
-    assert found["tasks"] == {"t": {"acc,none": {"mean": 0.5, "std": 0.0, "min": 0.5, "max": 0.5}}}
+    half = {"mean": 0.5, "std": 0.0, "min": 0.5, "max": 0.5}
+    assert found["tasks"] == {"t": {"acc,none": half}}
+    assert found["agreement"] == {"d": {"kl": half}}
 
 
 def test_a_plan_counts_every_draw(inputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
