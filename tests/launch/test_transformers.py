@@ -13,7 +13,7 @@ from models.checkpoint.reader import open_checkpoint
 from models.generate import generate
 from reference import torch_models
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("no_samples")]
 
 pytest.importorskip("torch")
 
