@@ -9,7 +9,12 @@ import numpy as np
 from calibration.runtime import Runtime
 from models.arch import Model, experts_of, linear_of
 from models.checkpoint.blocks import LazyBlocks
-from pruning.budget_core import fraction_for_count, shift_to_sparsity, whole_counts
+from pruning.budget_core import (
+    clip_fractions,
+    fraction_for_count,
+    shift_to_sparsity,
+    whole_counts,
+)
 from pruning.types import Allocation, Budget, Layerwise, Request
 
 Shapes = Sequence[Mapping[str, tuple[int, int]]]  # by block: slot -> (out, in)
@@ -107,6 +112,23 @@ def meet_sparsity(budget: Budget, shapes: Shapes, sparsity: float) -> Budget:
     for block in budget:
         met.append({slot: next(parts).reshape(np.shape(f)) for slot, f in block.items()})
     return tuple(met)
+
+
+def budget_of_blocks(
+    model: Model, fractions: np.ndarray, sparsity: float, official: bool
+) -> Budget:
+    """Return the budget of blocks' fractions as allocators round it.
+
+    Args:
+      model: Its architecture names the slots.
+      fractions: Fraction to remove from each block, [blocks], not bounded.
+      sparsity: Fraction to remove of all weights.
+      official: Clip each fraction alone, as the authors' codes do. Nothing makes up for that, so
+        the budget may miss the sparsity. Otherwise it meets the sparsity to one unit.
+    """
+    if official:
+        return by_block(model, clip_fractions(fractions))
+    return meet_sparsity(by_block(model, fractions), all_shapes(model), sparsity)
 
 
 def mean_fractions(budget: Budget) -> tuple[dict[str, float], ...]:

@@ -92,7 +92,8 @@ def figures(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Any]]:
     """
     result = {}
     for name, comparison in comparisons.items():
-        kl, top1 = comparison.result().kl, comparison.result().top1
+        found = comparison.result()
+        kl, top1 = found.kl, found.top1
         result[name] = {
             "kl": kl.value,
             "kl_stderr": kl.error,

@@ -12,8 +12,7 @@ from models.errors import InputError
 from pruning.allocation.figures import allocation_figures, search_figure
 from pruning.allocation.neuroal_core import schedule
 from pruning.allocation.neuroal_trials import Search, loss_trials, run_trials
-from pruning.budget import all_shapes, block_sparsities, by_block, meet_sparsity
-from pruning.budget_core import clip_fractions
+from pruning.budget import all_shapes, block_sparsities, budget_of_blocks
 from pruning.types import Allocation, Budget, Layerwise, Request
 
 OFFICIAL_STEP = 0.002  # between values of beta in the paper's grid
@@ -87,9 +86,7 @@ class Atp:
     def _budget(self, model: Model, sparsity: float, beta: float) -> Budget:
         """Return the budget of a value of beta."""
         fractions = progression(len(model.blocks), sparsity, beta)
-        if self.variant == "official":
-            return by_block(model, clip_fractions(fractions))
-        return meet_sparsity(by_block(model, fractions), all_shapes(model), sparsity)
+        return budget_of_blocks(model, fractions, sparsity, self.variant == "official")
 
     def __call__(
         self,

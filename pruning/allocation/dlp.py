@@ -15,8 +15,8 @@ from models.errors import InputError
 from models.programs import program
 from pruning.allocation.dlp_core import median, relative_importance
 from pruning.allocation.figures import allocation_figures
-from pruning.budget import all_shapes, block_sparsities, by_block, meet_sparsity
-from pruning.budget_core import clip_fractions, fractions_from_scores
+from pruning.budget import all_shapes, block_sparsities, budget_of_blocks
+from pruning.budget_core import fractions_from_scores
 from pruning.types import Allocation, Layerwise, Request
 from pruning.weights import scores
 
@@ -60,7 +60,6 @@ class Dlp:
         layerwise: Layerwise,
     ) -> Allocation:
         """Allocate by medians, as `Allocator` says."""
-        shapes = all_shapes(model)
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             return block, float(_block_median(model.arch, block, stats))
@@ -78,11 +77,9 @@ class Dlp:
         )
         importance = relative_importance(np.array(medians))
         fractions = fractions_from_scores(importance, request.sparsity, self.alpha)
-        if self.variant == "official":
-            budget = by_block(model, clip_fractions(fractions))
-        else:
-            budget = meet_sparsity(by_block(model, fractions), shapes, request.sparsity)
-        means = block_sparsities(budget, shapes)
+        official = self.variant == "official"
+        budget = budget_of_blocks(model, fractions, request.sparsity, official)
+        means = block_sparsities(budget, all_shapes(model))
         return Allocation(
             budget,
             {"medians": medians, "block_sparsity": means},

@@ -15,8 +15,8 @@ from models.errors import InputError
 from models.programs import program
 from pruning.allocation.figures import allocation_figures
 from pruning.allocation.owl_core import outlier_share
-from pruning.budget import all_shapes, block_sparsities, by_block, meet_sparsity
-from pruning.budget_core import clip_fractions, fractions_from_scores
+from pruning.budget import all_shapes, block_sparsities, budget_of_blocks
+from pruning.budget_core import fractions_from_scores
 from pruning.types import Allocation, Layerwise, Request
 from pruning.weights import scores
 
@@ -68,7 +68,6 @@ class Owl:
         layerwise: Layerwise,
     ) -> Allocation:
         """Allocate by outliers, as `Allocator` says."""
-        shapes = all_shapes(model)
 
         def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
             return block, float(_block_outliers(model.arch, block, stats, float(self.m)))
@@ -87,12 +86,9 @@ class Owl:
         )
         # Scaled by the extremes: one block with far more outliers makes all others nearly alike.
         fractions = fractions_from_scores(np.array(shares), request.sparsity, self.lam)
-        if self.variant == "official":
-            # Clipping is made up for nowhere, so the official budget may miss the sparsity.
-            budget = by_block(model, clip_fractions(fractions))
-        else:
-            budget = meet_sparsity(by_block(model, fractions), shapes, request.sparsity)
-        means = block_sparsities(budget, shapes)
+        official = self.variant == "official"
+        budget = budget_of_blocks(model, fractions, request.sparsity, official)
+        means = block_sparsities(budget, all_shapes(model))
         return Allocation(
             budget,
             {"outliers": shares, "block_sparsity": means},

@@ -14,7 +14,8 @@ from models.errors import InputError
 from models.sharding import place
 from models.stream import cut_non_block, narrow_blocks, width_of
 from pruning.budget import all_experts
-from pruning.structured.block_sizes import block_sizes
+from pruning.structured.block_sizes import block_sizes, kept_neurons
+from pruning.structured.channel_scores import by_reader
 from pruning.structured.minitron_core import (
     BlockSize,
     Widths,
@@ -39,7 +40,7 @@ from pruning.structured.remove import (
     removed_outcome,
 )
 from pruning.structured.select_core import drop_lowest
-from pruning.structured.unit_scores import EXPERT_MULTIPLE, block_units
+from pruning.structured.unit_scores import block_units
 from pruning.types import (
     BlockSink,
     Outcome,
@@ -135,11 +136,8 @@ class Minitron:
             neurons = neurons_for_budget(channels, heads, blocks, budget)
             least = removed_share(Widths(channels, heads, dense.neurons), dense, blocks)
             _check_budget(neurons, least, request)
-        kept = []
-        for b, experts in zip(blocks, all_experts(model), strict=True):
-            multiple = self.round_to or (EXPERT_MULTIPLE if experts else 1)
-            kept.append(kept_count(neurons, b.neurons, multiple))
-        return Plan(Widths(channels, heads, tuple(kept)), dense, blocks)
+        kept = kept_neurons(model, blocks, neurons, self.round_to)
+        return Plan(Widths(channels, heads, kept), dense, blocks)
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that heads, neurons and channels are cut alike in every block."""
@@ -250,10 +248,7 @@ class Minitron:
     ) -> Outcome:
         """Return the outcome: what stays, and the scores."""
         arch = model.arch
-        scores = []
-        for record in records:
-            by_group = unit_scores(record["units"])
-            scores.append({arch.group(name).reader.name: s for name, s in by_group.items()})
+        scores = [by_reader(arch, unit_scores(record["units"])) for record in records]
         outcome = removed_outcome(arch, keeps, request, scores, "activation of units")
         gone = dropped_indices(keep)
         removed = []

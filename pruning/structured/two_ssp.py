@@ -13,12 +13,11 @@ from models.checkpoint.blocks import ChangedBlocks
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.sharding import tree_to_host
-from pruning.budget import all_experts
-from pruning.structured.block_sizes import block_sizes
+from pruning.structured.block_sizes import block_sizes, kept_neurons
+from pruning.structured.channel_scores import by_reader
 from pruning.structured.minitron_core import (
     BlockSize,
     dense_widths,
-    kept_count,
     neurons_for_budget,
     parameters,
 )
@@ -43,7 +42,7 @@ from pruning.structured.sleb_search import (
     search_units,
     writers_of,
 )
-from pruning.structured.unit_scores import EXPERT_MULTIPLE, block_units
+from pruning.structured.unit_scores import block_units
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 KEY = "norms of neurons"
@@ -151,11 +150,7 @@ class TwoSSP:
                 field="sparsity",
                 value=sparsity,
             )
-        kept = []
-        for b, experts in zip(blocks, all_experts(model), strict=True):
-            multiple = self.round_to or (EXPERT_MULTIPLE if experts else 1)
-            kept.append(kept_count(share, b.neurons, multiple))
-        return Plan(count, tuple(kept))
+        return Plan(count, kept_neurons(model, blocks, share, self.round_to))
 
     def shape_change(self, model: Model) -> ShapeChange:
         """Return that neurons are cut alike, and heads in some blocks."""
@@ -249,11 +244,8 @@ class TwoSSP:
         for i, (block, keep) in enumerate(zip(block_sizes(model), keeps, strict=True)):
             keep["heads"] = np.full(block.heads, i not in result.removed)
         self._remove(model, tokens, runtime, sink, keeps, result.removed)
-        by_reader = [
-            {arch.group(name).reader.name: s for name, s in by_group.items()} for by_group in scores
-        ]
-        label = "mean norm of neurons"
-        outcome = removed_outcome(arch, keeps, request, by_reader, label)
+        readers = [by_reader(arch, by_group) for by_group in scores]
+        outcome = removed_outcome(arch, keeps, request, readers, "mean norm of neurons")
         parts = [(i, "attention") for i in result.removed]
         figures = search_figures(details["losses"], result.removed, parts)
         return dataclasses.replace(
