@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from launch.flags.cli import Flags, run
-from launch.report import compare_plot, compare_table, console, run_names, summary
+from launch.report import compare_plot, compare_table, console, medians, run_names, summary
 from launch.report.compare_plot import DENSE, OTHER, WEIGHTS, Axis, Point, speed_axis
 from launch.report.compare_table import PARTS, Marks, Run, data_sets, marks_of, rows
 from launch.report.measures import MEASURES, PERPLEXITY, Measure
@@ -32,15 +32,19 @@ def options() -> Flags:
     f.string("plot", None, "file for a plot of quality against size and speed: .svg or .png")
     f.string("plot_dark", None, "file for the same plot for dark pages: .svg or .png")
     f.choice("measure", "perplexity", tuple(MEASURES), "quality on the y axis of the plots")
+    f.boolean(
+        "median", False, "one row for runs that differ in seed and calibration_batch alone: medians"
+    )
     return f
 
 
-def read(directories: Sequence[str], speed: str | None) -> list[Run]:
+def read(directories: Sequence[str], speed: str | None, repeated: bool = False) -> list[Run]:
     """Read the reports of pruned models.
 
     Args:
       directories: Output directories of `launch.prune`.
       speed: File of measured speeds, if any.
+      repeated: Join the runs that differ in seed and micro-batch alone to one with the medians.
 
     Raises:
       InputError: A directory has no report, or the file has none of these directories.
@@ -49,11 +53,14 @@ def read(directories: Sequence[str], speed: str | None) -> list[Run]:
         raise InputError("no directories were given", "python -m launch.compare DIR DIR ...")
     speedups = _speedups(speed) if speed else {}
     reports = [_read_report(name) for name in directories]
+    speeds = [speedups.get(str(pathlib.Path(directory)), {}) for directory in directories]
+    if repeated:
+        groups = medians.of_reports(reports)
+        reports = [medians.median([reports[k] for k in group]) for group in groups]
+        speeds = [medians.median([speeds[k] for k in group]) for group in groups]
+        directories = [directories[group[0]] for group in groups]
     names = run_names.of_reports(reports, directories)
-    runs = [
-        Run(name, report, speedups.get(str(pathlib.Path(directory)), {}))
-        for directory, name, report in zip(directories, names, reports, strict=True)
-    ]
+    runs = [Run(*run) for run in zip(names, reports, speeds, strict=True)]
     if speed and not any(r.speedup for r in runs):
         raise InputError(
             "has none of these directories",
@@ -189,7 +196,7 @@ def main(values: dict[str, Any]) -> None:
             field="measure",
             value=measure.key,
         )
-    runs = read(values["directories"], values["speed"])
+    runs = read(values["directories"], values["speed"], values["median"])
     marks = marks_of(runs)
     table = rows(runs, marks)
     title = summary.last_component(str(runs[0].report["model"]))

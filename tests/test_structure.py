@@ -1,6 +1,7 @@
 """The shape of the code: imports flow one way, files and functions stay small."""
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -23,13 +24,18 @@ def package_of(file: Path) -> str:
     return file.relative_to(ROOT).parts[0]
 
 
+@functools.cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def trees() -> list[tuple[Path, ast.Module]]:
-    return [(f, ast.parse(f.read_text())) for f in FILES]
+    return [(f, tree_of(f)) for f in FILES]
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_imports_flow_one_way(file: Path) -> None:
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         names = (
             [a.name for a in node.names]
             if isinstance(node, ast.Import)
@@ -67,7 +73,7 @@ def is_core(module: str) -> bool:
 )
 def test_cores_see_only_arrays(file: Path) -> None:
     imported: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(tree_of(file)):
         if isinstance(node, ast.Import):
             imported |= {a.name for a in node.names}
         if isinstance(node, ast.ImportFrom):
@@ -118,7 +124,7 @@ def test_no_method_names_a_family() -> None:
     for file in (ROOT / "pruning").rglob("*.py"):
         strings = {
             n.value
-            for n in ast.walk(ast.parse(file.read_text()))
+            for n in ast.walk(tree_of(file))
             if isinstance(n, ast.Constant) and isinstance(n.value, str)
         }
         assert not strings & {

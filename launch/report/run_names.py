@@ -9,7 +9,7 @@ from typing import Any
 from launch.report import summary
 
 # Settings that say nothing of the result.
-_LEFT_OUT = ("output", "resume", "track", "task_cache", "sparsity")
+LEFT_OUT = ("output", "resume", "track", "task_cache", "sparsity")
 _ARGUMENTS = re.compile(r"\([^()]*\)")
 
 
@@ -78,7 +78,7 @@ def _difference(
     differing = [
         key
         for key in same[0]
-        if key not in _LEFT_OUT and len({str(settings.get(key)) for settings in same}) > 1
+        if key not in LEFT_OUT and len({str(settings.get(key)) for settings in same}) > 1
     ]
     own = reports[k]["settings"]
     values = [f"{key} {summary.last_component(str(own.get(key)))}" for key in differing]

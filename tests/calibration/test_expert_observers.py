@@ -52,7 +52,12 @@ def seen(observer: Observer) -> dict[str, object]:
     return dict(observe(m.arch, with_token_counts(watch), 0, m.blocks[0], States(xs, "device")))
 
 
-@pytest.mark.parametrize("observer", [second_moment, fading_second_moment, gram, moments])
+OTHERS = (second_moment, fading_second_moment, moments)
+
+
+@pytest.mark.parametrize(
+    "observer", [gram, *(pytest.param(o, marks=pytest.mark.slow) for o in OTHERS)]
+)
 def test_experts_statistics_are_those_of_their_tokens(observer: Observer) -> None:
     _, _, into, chosen = inputs()
     stats = seen(pair(observer, second_moment))

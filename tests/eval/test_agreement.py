@@ -80,7 +80,7 @@ def test_a_model_agrees_with_itself_exactly() -> None:
     assert got.kl == (0, 0) and got.top1 == (1, 0)
 
 
-@pytest.mark.parametrize("mesh", ["data=4", "data=2,model=2"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=4", marks=pytest.mark.slow), "data=2,model=2"])
 @pytest.mark.parametrize("batch", [4])
 def test_batches_and_meshes_do_not_matter(mesh: str, batch: int) -> None:
     """Five windows in batches of four: the last is on every device whole."""

@@ -126,7 +126,10 @@ def golden(shared: pathlib.Path, name: str) -> dict[str, Any]:
     return run
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "tiny-llama-gqa" else pytest.param(n, marks=pytest.mark.slow) for n in GOLDEN],
+)
 def test_perplexity_equals_the_official_codes_figures(name: str, shared: pathlib.Path) -> None:
     run = golden(shared, name)
     windows = np.load(shared / "golden" / "tokens" / run["eval_tokens"])

@@ -253,3 +253,21 @@ def test_bad_input_is_one_line(
     )
     assert run(compare.options(), compare.main, argv) == 2
     assert says in capsys.readouterr().err
+
+
+def test_the_median_joins_runs_that_differ_in_seed_and_micro_batch_alone(tmp_path: Path) -> None:
+    def run_of(name: str, perplexity: float, **settings: Any) -> str:
+        content = report("wanda", 0.5, perplexity, zeros=True)
+        content["settings"] |= settings
+        return write(tmp_path / name, content)
+
+    directories = [
+        run_of("a", 20.0, calibration_batch=2, seed=0, output="a"),
+        run_of("other", 90.0, calibration_batch=2, seed=0, output="other", calibration="c4"),
+        run_of("b", 26.0, calibration_batch=4, seed=0, output="b"),
+        run_of("c", 21.0, calibration_batch=2, seed=1, output="c"),
+    ]
+    runs = compare.read(directories, None, repeated=True)
+    perplexities = [r.report["perplexity"]["a|b"]["pruned"] for r in runs]
+    assert perplexities == [21.0, 90.0]
+    assert len({r.name for r in runs}) == 2

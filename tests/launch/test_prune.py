@@ -198,7 +198,8 @@ def test_the_command_in_the_report_repeats_the_run(inputs: Path, tmp_path: Path)
     assert report_of(out)["details"] == first["details"]
 
 
-@pytest.mark.parametrize("layout", ["auto", pytest.param("padded", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("layout", ["auto", "padded"])
 def test_blocks_of_different_widths_load_as_announced(
     layout: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -261,7 +261,7 @@ def test_scores_are_losses_of_the_model_that_a_trial_prunes(family: str) -> None
 
 
 @every_family
-@pytest.mark.parametrize("variant", ["official", "corrected"])
+@pytest.mark.parametrize("variant", [pytest.param("official", marks=pytest.mark.slow), "corrected"])
 def test_rows_get_their_own_fractions(family: str, variant: Any) -> None:
     m = model(family)
     pruned, outcome = run(family, ALLOCATIONS["neuroal"](samples=4, variant=variant), 0.6)

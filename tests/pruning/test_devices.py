@@ -163,7 +163,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 MESHES = [
-    *((case, "llama-gqa", "data=4,model=2") for case in CASES),
+    ("wanda", "llama-gqa", "data=4,model=2"),
+    ("llmrank", "llama-gqa", "data=4,model=2"),
+    *(
+        pytest.param(case, "llama-gqa", "data=4,model=2", marks=pytest.mark.slow)
+        for case in ("magnitude", "admm", "llmrank rows")
+    ),
     pytest.param("wanda", "opt", "data=8", marks=pytest.mark.slow),
     pytest.param("magnitude", "opt", "data=8", marks=pytest.mark.slow),
 ]

@@ -34,7 +34,7 @@ def compare(states: DenseStates, model: Model, progress: Any = no_progress) -> d
     return figures(comparisons)
 
 
-@pytest.mark.parametrize("mesh", ["data=1", "data=4,model=2"])
+@pytest.mark.parametrize("mesh", ["data=1", pytest.param("data=4,model=2", marks=pytest.mark.slow)])
 def test_states_that_are_missing_are_computed_again_to_the_bit(mesh: str) -> None:
     """As in a resumed run, which does not evaluate the dense model again."""
     dense, other = (tiny.random_model(tiny.GQA, seed) for seed in (0, 1))

@@ -77,7 +77,7 @@ def test_what_is_predicted_is_at_most_what_is_asked_and_the_step_before_is_not(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["params", "memory"])
+@pytest.mark.parametrize("kind", ["params", pytest.param("memory", marks=pytest.mark.slow)])
 def test_widths_that_the_data_decide_meet_the_target_too(
     kind: str, method: str, arguments: dict[str, Any]
 ) -> None:

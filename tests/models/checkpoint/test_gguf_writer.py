@@ -201,7 +201,7 @@ def test_q8_0_is_near(tmp_path: pathlib.Path) -> None:
     )
 
 
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["mistral", pytest.param("qwen2", marks=pytest.mark.slow)])
 def test_a_window_limits_the_context(kind: str, tmp_path: pathlib.Path) -> None:
     """llama.cpp's LLaMA has no window: up to its length the function is the same."""
     sliding = {"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}

@@ -29,7 +29,7 @@ from reference.families import FAMILIES
 
 TOKENS = np.random.default_rng(0).integers(3, 96, (2, 24))
 every_family = pytest.mark.parametrize("name", FAMILIES)
-QUICK = ("llama yarn", "qwen3", "phi", "gemma2", "olmo2", "mixtral")
+QUICK = ("phi", "gemma2", "mixtral")
 
 
 @every_family

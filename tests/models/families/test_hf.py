@@ -21,7 +21,11 @@ def spec_leaves(config: dict[str, Any]) -> list[hf.Spec]:
     return jax.tree.leaves(hf.specs(config)[1:], is_leaf=hf.is_spec)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# Mixtures take longest to build.
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if "x" in n or "A3B" in n else n for n in MODELS],
+)
 def test_published_models_have_their_parameters_and_logits(name: str) -> None:
     """At no cost: shapes alone, without a weight."""
     config, parameters = MODELS[name]

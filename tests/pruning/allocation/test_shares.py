@@ -168,7 +168,7 @@ def test_the_official_variant_rounds_each_block_alone(name: str, arguments: dict
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("dlp", {}),
+        pytest.param("dlp", {}, marks=pytest.mark.slow),
         pytest.param("lsa", {"level": "linear", "group": 8}, marks=pytest.mark.slow),
         pytest.param("atp", {"trials": 2, "samples": 4}, marks=pytest.mark.slow),
         pytest.param(
@@ -188,7 +188,7 @@ def test_eight_devices_allocate_as_one(name: str, arguments: dict) -> None:
 
 
 @pytest.mark.parametrize("family", ["mixtral", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [pytest.param("dlp", marks=pytest.mark.slow), "lsa"])
+@pytest.mark.parametrize("name", ["dlp", pytest.param("lsa", marks=pytest.mark.slow)])
 def test_mixtures_are_measured_by_expert(family: str, name: str) -> None:
     m = model(family)
     outcome = run(ALLOCATIONS[name](), family)

@@ -32,7 +32,7 @@ from reference.small import (
 )
 
 ALL = {**CONFIGS, **MORE_CONFIGS}
-QUICK = ("llama", "opt", "gemma")
+QUICK = ("llama", "opt")
 every_family = pytest.mark.parametrize(
     "family", [f if f in QUICK else pytest.param(f, marks=pytest.mark.slow) for f in EVERY_FAMILY]
 )

@@ -69,7 +69,7 @@ def rows_of(block: Block, units: list[int], h: int) -> np.ndarray:
 @pytest.mark.parametrize(
     ("family", "case"),
     [
-        ("llama-gqa", ("flap", {"structure": "AL-AM"})),
+        pytest.param("llama-gqa", ("flap", {"structure": "AL-AM"}), marks=pytest.mark.slow),
         *(pytest.param("llama", case, marks=pytest.mark.slow) for case in UNITS),
         pytest.param("opt", ("wanda_sp", {"scope": "global"}), marks=pytest.mark.slow),
     ],

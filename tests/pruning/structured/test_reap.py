@@ -44,7 +44,9 @@ def reference_scores(family: str, i: int) -> dict[str, np.ndarray]:
     return {"reap": sums / mean, "frequency": counts, "norm": norms / mean}
 
 
-@pytest.mark.parametrize("score", ["reap", "frequency", "norm"])
+@pytest.mark.parametrize(
+    "score", ["reap", *(pytest.param(s, marks=pytest.mark.slow) for s in ("frequency", "norm"))]
+)
 @pytest.mark.parametrize(
     "family", [f if f == "olmoe" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )
@@ -118,6 +120,7 @@ def test_requests_that_cannot_be_followed_are_refused() -> None:
         Reap().check(model("olmoe"), Request(0.5, pattern=(2, 4)))
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter() -> None:
     from models.sharding import make_mesh
 

@@ -29,7 +29,7 @@ from reference.sleb import LENGTH, TOKENS, WINDOWS, deep, loss, plain_search
 
 GIB = 1 << 30
 STATE = 4 * LENGTH * 16 / GIB  # one window's hidden states
-families = pytest.mark.parametrize("family", ["llama", "opt"])
+families = pytest.mark.parametrize("family", ["llama", pytest.param("opt", marks=pytest.mark.slow)])
 
 
 def run(m: Model, n: int, batch: int = 2, **arguments: Any) -> tuple[Model, Outcome]:

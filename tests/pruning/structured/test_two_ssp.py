@@ -41,7 +41,7 @@ def loss(m: Model, windows: np.ndarray) -> float:
     return float((np.log(np.exp(z).sum(axis=-1)) - chosen).mean(axis=1).sum())
 
 
-@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+@pytest.mark.parametrize("family", ["llama-gqa", pytest.param("opt", marks=pytest.mark.slow)])
 def test_the_neurons_of_largest_mean_norm_stay(family: str) -> None:
     m = model(family)
     _, outcome = prune(m, PLAIN, tokens(), Request(0.4), Runtime(batch=4))

@@ -77,8 +77,12 @@ def test_moments_agree_with_numpy() -> None:
 @pytest.mark.parametrize(
     "family", [f if f == "llama" else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES]
 )
-@pytest.mark.parametrize("variant", ["official", "corrected"])
-@pytest.mark.parametrize("method", ["magnitude", "wanda", "multiflow", "sparsegpt"])
+@pytest.mark.parametrize("variant", [pytest.param("official", marks=pytest.mark.slow), "corrected"])
+@pytest.mark.parametrize(
+    "method",
+    ["magnitude", "sparsegpt"]
+    + [pytest.param(m, marks=pytest.mark.slow) for m in ("wanda", "multiflow")],
+)
 def test_a_refined_mask_removes_as_much(method: str, variant: Any, family: str) -> None:
     m = model(family)
     refined, outcome = prune(

@@ -111,7 +111,7 @@ def test_groups_are_algorithm_1(inputs: int, n: int, m: int, dead: int | None) -
         assert np.all(gone.reshape(len(gone), -1, m).sum(axis=2) == n)
 
 
-@pytest.mark.parametrize("inputs", [40, 300])
+@pytest.mark.parametrize("inputs", [40, pytest.param(300, marks=pytest.mark.slow)])
 def test_a_budget_of_rows_is_kept_by_every_row(inputs: int) -> None:
     h, ws = hessian(inputs), matrices(inputs)
     fractions = [np.linspace(0, 0.93, len(w)) for w in ws]
@@ -160,7 +160,9 @@ def test_dead_inputs_and_damping_are_those_of_the_official_code() -> None:
     assert float(f.damping) == pytest.approx(0.1)
 
 
-@pytest.mark.parametrize("inputs", [40, 128, 200])
+@pytest.mark.parametrize(
+    "inputs", [40, *(pytest.param(n, marks=pytest.mark.slow) for n in (128, 200))]
+)
 def test_alike_and_independent_inputs_make_it_magnitude_pruning(inputs: int) -> None:
     """H = 3 I leaves nothing to correct, and each block of columns has its own threshold."""
     for w, (new, gone) in zip(

@@ -28,7 +28,9 @@ PENALTIES = core.Penalties(0.3, 2.0, 0.7)
 ITERATIONS = 3  # the same everywhere, so that few runs compile anew
 TWO = ("llama-gqa", "opt")
 every_family = pytest.mark.parametrize("family", FAMILIES)
-both_variants = pytest.mark.parametrize("variant", ["corrected", "official"])
+both_variants = pytest.mark.parametrize(
+    "variant", ["corrected", pytest.param("official", marks=pytest.mark.slow)]
+)
 
 
 def normal(*shape: int, seed: int = 0, scale: float = 1.0) -> np.ndarray:
@@ -207,6 +209,7 @@ def test_a_large_stream_leaves_a_target_its_digits() -> None:
     )
 
 
+@pytest.mark.slow
 def test_more_iterations_never_end_worse() -> None:
     """The first is SparseGPT, however many follow."""
     one, more = (run("opt", iterations=n)[1].details["loss"][0] for n in (1, ITERATIONS))

@@ -79,7 +79,7 @@ def _linears(part: Any) -> list[Any]:
     return [p for p in part if p is not None]
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("gated", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize(
     "act",
     ["gelu", *(pytest.param(a, marks=pytest.mark.slow) for a in ("gelu_new", "silu", "relu"))],
