@@ -64,16 +64,13 @@ def test_transformers_loads_a_pruned_tiny_opt(method: str, shared: Path, tmp_pat
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
 
 
-@pytest.mark.parametrize("method", ["llmrank", "flap"])
-def test_transformers_loads_a_pruned_smollm2(
-    method: str, smollm2: Path, shared: Path, tmp_path: Path
-) -> None:
+def test_transformers_loads_a_pruned_smollm2(smollm2: Path, shared: Path, tmp_path: Path) -> None:
     pruned(
         smollm2,
         "smollm2",
         shared,
         tmp_path / "out",
-        f"--method={method}",
+        "--method=llmrank",
         "--sparsity=0.3",
         "--calibration_samples=4",
     )
@@ -95,6 +92,7 @@ def test_transformers_loads_a_model_with_fewer_blocks(
         tmp_path / "out",
         f"--method={method}",
         "--sparsity=0.4",
+        "--calibration_samples=4",
     )
     assert_loads(tmp_path / "out", np.load(shared / "golden/tokens/tiny_eval.npy")[:2, :64])
     report, record = (
