@@ -35,7 +35,7 @@ from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
 from launch.run import tracking
 from launch.run.inputs import read_data, read_draws
-from launch.run.job import Job, RunConfig, resolve
+from launch.run.job import Job, RunConfig, check_method, resolve
 from launch.run.measure import tokenizer_of
 from launch.run.places import check_free
 from launch.run.staging import alone
@@ -245,7 +245,7 @@ def check(trials: Sequence[Trial], backend: str, cache: StepCache) -> Checked:
         config = trial.config if backend == "local" else dataclasses.replace(trial.config, mesh="")
         try:
             jobs[trial] = resolve(config)
-            jobs[trial].method.check(checkpoint.model, jobs[trial].request)
+            check_method(jobs[trial], checkpoint.model)
             check_target(jobs[trial], checkpoint, cache)
         except InputError as e:
             reasons[trial] = error_line(e)

@@ -10,7 +10,7 @@ from calibration.tokenizer import TextTokenizer
 from launch.flags.common import open_model
 from launch.report import console
 from launch.run.formats import check_formats
-from launch.run.job import Job
+from launch.run.job import Job, check_method
 from launch.run.measure import read_calibration, read_evaluation, tokenizer_of
 from launch.run.tasks import ZeroShot, read_tasks
 from models.checkpoint.output_format import preview
@@ -50,7 +50,7 @@ def read_inputs(job: Job, cache: StepCache) -> Inputs:
     """
     sources = job.sources
     checkpoint = open_model(sources.model, sources.dtype)
-    job.method.check(checkpoint.model, job.request)
+    check_method(job, checkpoint.model)
     change = job.method.shape_change(checkpoint.model)
     form = preview(checkpoint.config, change, job.output.layout)
     check_formats(job.output, checkpoint)

@@ -10,7 +10,9 @@ from launch.flags import calls
 from launch.flags.common import mesh_of
 from launch.flags.numbers import check_sparsity
 from launch.flags.sources import parse_calibration
+from launch.targets.search import PROBES
 from launch.targets.syntax import Target, parse_target
+from models.arch import Model
 from models.checkpoint.hub import at_revision
 from models.checkpoint.output_format import Layout
 from models.errors import InputError
@@ -320,3 +322,26 @@ def _check_draws(count: int, source: str) -> None:
             field="calibration_draws",
             value=count,
         )
+
+
+def check_method(job: Job, model: Model) -> None:
+    """Check that a job's method can prune a model, at some sparsity where a target will set it.
+
+    Args:
+      job: The run.
+      model: Only its architecture is read.
+
+    Raises:
+      InputError: It cannot.
+    """
+    if job.target is None:
+        job.method.check(model, job.request)
+        return
+    refusals = []
+    for sparsity in (*PROBES, job.request.sparsity):
+        try:
+            job.method.check(model, dataclasses.replace(job.request, sparsity=sparsity))
+            return
+        except InputError as e:
+            refusals.append(e)
+    raise refusals[-1]

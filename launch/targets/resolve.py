@@ -19,14 +19,11 @@ from launch.targets.latency import (
     shapes_of,
     time_models,
 )
-from launch.targets.search import Search, search
+from launch.targets.search import PROBES, Search, search
 from launch.targets.shapes import Subject, Written
 from launch.targets.sizes import Storage, size_of
 from launch.targets.syntax import Target
 from models.errors import InputError
-
-# Sparsities at which a method that removes units or blocks removes some, as far as it takes them.
-PROBES = (0.5, 0.25, 0.1, 0.05)
 
 
 def describe_shape(written: Written) -> str:

@@ -5,6 +5,9 @@ import math
 from collections.abc import Callable
 
 MOST_DIGITS = 8
+GRID = 16  # tried to find the interval of sparsities that a method takes
+# Sparsities at which a method that removes units or blocks removes some, as far as it takes them.
+PROBES = (0.5, 0.25, 0.1, 0.05)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +59,7 @@ def search(
 
     Args:
       cost: Sparsity, 0 <= s < 1 -> cost, which falls in steps.
-      accepts: Returns whether a sparsity can be asked for; none above one that cannot.
+      accepts: Returns whether a sparsity can be asked for: those of one interval can, and 0.
       limit: Most that the cost may be.
       resolution: Largest difference of sparsities that is not looked into.
 
@@ -64,7 +67,7 @@ def search(
       The sparsity and the trials.
     """
     trials = _Trials(cost)
-    low, high = 0.0, _largest(accepts, resolution)
+    low, high = _ends(accepts, resolution)
     if trials(low) <= limit:
         return Search(low, trials(low), trials.tried(low), low)
     if trials(high) > limit:
@@ -81,15 +84,29 @@ def search(
     return Search(best, trials(best), trials.tried(best), best)
 
 
-def _largest(accepts: Callable[[float], bool], resolution: float) -> float:
-    """Return the largest sparsity that can be asked for, to the resolution."""
-    low, high = 0.0, 1.0 - resolution
-    if accepts(high):
-        return high
-    while high - low > resolution:
-        middle = (low + high) / 2
-        low, high = (middle, high) if accepts(middle) else (low, middle)
-    return low
+def _ends(accepts: Callable[[float], bool], resolution: float) -> tuple[float, float]:
+    """Return the smallest and the largest sparsity that can be asked for, to the resolution."""
+    candidates = [resolution, *(k / GRID for k in range(1, GRID)), 1.0 - resolution]
+    accepted = [k for k, sparsity in enumerate(candidates) if accepts(sparsity)]
+    if not accepted:
+        return 0.0, 0.0
+    first, last = accepted[0], accepted[-1]
+    low, high = candidates[first], candidates[last]
+    # Below the first probe is the dense model.
+    low = _edge(accepts, low, candidates[first - 1], resolution) if first else 0.0
+    if last + 1 < len(candidates):
+        high = _edge(accepts, high, candidates[last + 1], resolution)
+    return low, high
+
+
+def _edge(
+    accepts: Callable[[float], bool], inside: float, outside: float, resolution: float
+) -> float:
+    """Return the sparsity that can be asked for next to one that cannot, to the resolution."""
+    while abs(outside - inside) > resolution:
+        middle = (inside + outside) / 2
+        inside, outside = (middle, outside) if accepts(middle) else (inside, middle)
+    return inside
 
 
 def _shortest(trials: _Trials, low: float, high: float) -> float:

@@ -20,6 +20,7 @@ from models.experts import expert_of
 from models.families import hf
 from models.programs import ShapeRecorder, record_programs
 from models.sharding import make_mesh
+from models.stream import width_of
 from pruning.structured.remove import remove_units
 from pruning.types import Method, Outcome, Request
 
@@ -67,6 +68,7 @@ def written_as(
     kept: Sequence[int] | None,
     layout: Layout,
     zeros: Mapping[tuple[int, str], int],
+    hidden: int | None = None,
 ) -> Written:
     """Return the checkpoint that the writer makes of pruned blocks.
 
@@ -76,11 +78,13 @@ def written_as(
       kept: Original index of each; None for all blocks.
       layout: How blocks of different widths are written.
       zeros: Zeros in a linear, by the block's place in `blocks` and slot.
+      hidden: Channels of the residual stream that stay; None for all.
     """
     arch = hf.specs(config)[0]
     slots = [(b, s.name) for b in blocks for s in arch.slots_of(b)]
     biases = {name for block, name in slots if linear_of(block, name).b is not None}
     config = config if kept is None else hf.shallower(config, kept)
+    config = config if hidden is None else hf.narrower(config, hidden)
     shapes = [shape_of(arch, b) for b in blocks]
     form = choose_form(config, shapes, sorted({*arch.config.biases, *biases}), layout)
     written_arch, non_block, specs = hf.specs(form.config)
@@ -158,7 +162,8 @@ class Subject:
             )
         blocks = [made[i] for i in range(len(made))]
         zeros = self._zeros(outcome) if outcome.kept_blocks is None else {}
-        return written_as(self.config, blocks, outcome.kept_blocks, self.layout, zeros)
+        hidden = None if outcome.non_block is None else width_of(outcome.non_block)
+        return written_as(self.config, blocks, outcome.kept_blocks, self.layout, zeros, hidden)
 
     def with_units(self, keeps: Sequence[Mapping[str, np.ndarray]]) -> Written:
         """Return what is written of the units that stay.

@@ -206,7 +206,10 @@ class Sleb:
             )
 
     def without_search(self, model: Model, request: Request) -> "Sleb":
-        """Return the method that removes as many units, the first ones, without trying any.
+        """Return the method that removes as many units without trying any.
+
+        A part of a block is zeroed in place while the other part stays, so parts of as many
+        blocks as possible go: no choice leaves a larger file.
 
         Args:
           model: Only its architecture is read.
@@ -215,7 +218,12 @@ class Sleb:
         if self.remove is not None:
             return self
         n, candidates = self._choice(model, request)
-        return dataclasses.replace(self, blocks=None, search="greedy", remove=[*candidates][:n])
+        order = (
+            sorted(candidates, key=lambda u: (u % 2, u))
+            if self.units == "sublayers"
+            else [*candidates]
+        )
+        return dataclasses.replace(self, blocks=None, search="greedy", remove=order[:n])
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""

@@ -45,3 +45,18 @@ def test_what_no_sparsity_meets_names_the_lowest_cost() -> None:
 def test_the_dense_model_may_meet_the_limit() -> None:
     found = search(lambda s: 100 * (1 - s), lambda s: True, 100, RESOLUTION)
     assert found.sparsity == 0 and found.tried == ((0.0, 100.0),)
+
+
+def test_sparsities_below_what_a_method_takes_are_not_tried() -> None:
+    """Such as those below the share that a narrower residual stream removes alone."""
+    tried = []
+
+    def cost(sparsity: float) -> float:
+        tried.append(sparsity)
+        return 100 * (1 - sparsity)
+
+    found = search(cost, lambda s: 0.27 <= s <= 0.61, 50, RESOLUTION)
+    assert found.sparsity == 0.5 and min(tried) >= 0.27
+    assert search(cost, lambda s: 0.27 <= s <= 0.61, 80, RESOLUTION).sparsity == pytest.approx(
+        0.27, abs=RESOLUTION
+    )

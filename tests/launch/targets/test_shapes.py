@@ -39,6 +39,7 @@ ALIKE: dict[str, dict[str, Any]] = {
     "sleb": {"latter_barrier": 0},
     "magnitude": {},
     "sparsegpt": {},
+    "minitron": {"hidden": 0.75},
 }
 FLOAT32 = Storage("float32", "none")
 
@@ -52,7 +53,7 @@ def write(
     writer = Writer(directory, CONFIG_OF[family], layout, work=directory.with_suffix(".work"))
     for i, block in enumerate(pruned.blocks):
         writer.put(i, block)
-    writer.finish(m.non_block, directory, outcome.kept_blocks)
+    writer.finish(pruned.non_block, directory, outcome.kept_blocks)
     return directory
 
 
@@ -137,6 +138,17 @@ def test_every_method_of_scored_units_settles(
 
     directory = write(tmp_path / "out", family, method, Request(0.1, settle=settle))
     check_same(seen[0], directory)
+
+
+@pytest.mark.parametrize("remove", [[0, 2, 4], [0, 1, 4], [1, 2, 3]])
+def test_parts_of_blocks_leave_no_larger_file_than_predicted(
+    remove: list[int], tmp_path: Path
+) -> None:
+    method = METHODS["sleb"](units="sublayers", repair="none", early_barrier=0, latter_barrier=0)
+    chosen = METHODS["sleb"](units="sublayers", repair="none", remove=remove)
+    directory = write(tmp_path / "out", "llama", chosen, Request(0.5))
+    predicted = subject("llama", method).at(0.5)
+    assert parameters(predicted, FLOAT32) >= open_checkpoint(directory).parameters
 
 
 def test_experts_and_routers_that_go_are_predicted(tmp_path: Path) -> None:
