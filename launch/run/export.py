@@ -69,7 +69,7 @@ class RoundTripCheck:
         Args:
           non_block: Parameters outside the blocks.
         """
-        arch, non_block = self._model.arch, local(non_block)
+        arch, non_block = self._model.arch, rounded(local(non_block), self._writer.dtype)
         self._non_block = non_block
         self._x = embed(arch, non_block, self.tokens)
         for block in self._writer.stored():

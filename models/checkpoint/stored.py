@@ -1,7 +1,7 @@
 """Head and type of a checkpoint's numbers, where `config.json` does not tell."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import ml_dtypes
@@ -12,6 +12,8 @@ from models.checkpoint.tensors import WHOLE, Tensors
 from models.errors import InputError
 
 HEAD = "lm_head.weight"
+T = TypeVar("T")
+
 # Types that a model can be stored in without losing anything, narrower than float32.
 _NARROW = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
@@ -195,13 +197,13 @@ def narrowed(name: str, value: np.ndarray, dtype: np.dtype | None) -> np.ndarray
     return stored
 
 
-def rounded(block: Block, dtype: np.dtype | None) -> Block:
-    """Return a block as it will be read back, in the types that it came in.
+def rounded(parameters: T, dtype: np.dtype | None) -> T:
+    """Return parameters as they will be read back, in the types that they came in.
 
     Args:
-      block: Parameters of the block.
-      dtype: The type to store; None for the block's own.
+      parameters: Parameters of a block, or those outside the blocks.
+      dtype: The type to store; None for their own.
     """
     if dtype is None:
-        return block
-    return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), block)
+        return parameters
+    return jax.tree.map(lambda x: x.astype(dtype).astype(x.dtype), parameters)

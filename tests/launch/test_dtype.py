@@ -56,6 +56,12 @@ def test_the_source_type_is_kept_by_default(
 
 
 @pytest.mark.slow
+def test_a_norm_that_a_method_scales_is_compared_as_it_is_stored(tmp_path: Path) -> None:
+    source(tmp_path, "float16")
+    assert not prune(tmp_path, "--method=minitron(hidden=0.5)")["warnings"]
+
+
+@pytest.mark.slow
 def test_a_wider_type_is_said(tmp_path: Path) -> None:
     source(tmp_path, "float16")
     report = prune(tmp_path, "--method=wanda", "--dtype=float32")
