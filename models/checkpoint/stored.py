@@ -7,7 +7,6 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from models.arch import Block
 from models.checkpoint.tensors import WHOLE, Tensors
 from models.errors import InputError
 
