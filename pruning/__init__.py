@@ -22,6 +22,8 @@ _MODULES = {
     "save": "pruning.api",
     "pack": "models.checkpoint.pack",
     "unpack": "models.checkpoint.pack",
+    "lost_zeros": "models.checkpoint.masks",
+    "restore_zeros": "models.checkpoint.masks",
     "write_gguf": "models.checkpoint.gguf_writer",
     "Runtime": "calibration.runtime",
     "self_text": "calibration.generated",

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.arch import Block, Slot, experts_of, linear_of, with_linears
+from models.checkpoint.fused import stored_name
 from models.families import hf
 from models.layers import Linear
 from models.surgery import first_experts
@@ -23,6 +24,18 @@ def specs_of(config: Mapping[str, Any], specs: Block, i: int, experts: int) -> B
         specs = hf.block_of_kind(config, i, bool(experts))
     # Experts that are left have the first numbers.
     return first_experts(specs, experts)
+
+
+def linear_weights(config: Mapping[str, Any]) -> list[str]:
+    """Return the stored names of the matrices of the blocks' linears, in the model's order.
+
+    Args:
+      config: Contents of `config.json`.
+    """
+    arch, _, blocks = hf.specs(config)
+    names = (hf.linear_name(b, s.name) for b in blocks for s in arch.slots_of(b))
+    # Parts of a fused tensor have one stored name.
+    return list(dict.fromkeys(f"{stored_name(name)}.weight" for name in names))
 
 
 def bias_name(spec: Any) -> str:

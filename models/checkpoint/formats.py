@@ -153,7 +153,18 @@ def _opened(path: pathlib.Path) -> Iterator[Any]:
         raise corrupt(path, e) from e
 
 
-def _safetensors(path: pathlib.Path) -> dict[str, Entry]:
+def safetensors_entries(path: pathlib.Path) -> dict[str, Entry]:
+    """Open a safetensors file.
+
+    Args:
+      path: The file.
+
+    Returns:
+      Entries of its tensors by name.
+
+    Raises:
+      InputError: The file is damaged.
+    """
     with _opened(path) as file:
         slices = {n: file.get_slice(n) for n in file.keys()}  # noqa: SIM118
         kinds = {n: (tuple(s.get_shape()), s.get_dtype()) for n, s in slices.items()}
@@ -285,7 +296,7 @@ def _load_packed(
 
 
 _READERS: dict[str, Callable[[pathlib.Path], dict[str, Entry]]] = {
-    "model.safetensors": _safetensors,
+    "model.safetensors": safetensors_entries,
     "flax_model.msgpack": msgpack_entries,
     "pytorch_model.bin": _torch,
     "packed.safetensors": packed_entries,

@@ -19,19 +19,21 @@ EMBEDDED = pathlib.Path(__file__).parents[1] / "embedded"
 FILES = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 # Patterns of weights by preference; only one format is downloaded.
 WEIGHTS = ("model*.safetensors", "flax_model*.msgpack", "pytorch_model*.bin")
+ADAPTER = "adapter_model.safetensors"
 
 # An id of the hub, whose parts have at most 96 characters, and a commit, tag or branch behind it.
 HUB_ID = re.compile(r"([\w.-]{1,96}/[\w.-]{1,96})(?:@(\S+))?")
 Name = TypeVar("Name", str, str | None)
 
 
-def resolve(name: str, weights: bool = True) -> pathlib.Path:
+def resolve(name: str, weights: bool = True, adapters: bool = False) -> pathlib.Path:
     """Find a model, downloading it from the Hugging Face hub if needed.
 
     Args:
       name: Directory, `.gguf` file, "embedded:NAME", or hub id "owner/name" or
         "owner/name@revision".
       weights: True to download the weights of a hub id; False for its `config.json` alone.
+      adapters: True to take a hub id of a LoRA adapter, too.
 
     Returns:
       Local directory or `.gguf` file.
@@ -66,7 +68,7 @@ def resolve(name: str, weights: bool = True) -> pathlib.Path:
             value=name,
         )
     repository = Repository(match[1], match[2], "model", "model", name)
-    return snapshot(repository, functools.partial(_choose, name, weights))
+    return snapshot(repository, functools.partial(_choose, name, weights, adapters))
 
 
 def embedded_models() -> dict[str, pathlib.Path]:
@@ -110,7 +112,7 @@ def at_revision(name: Name, revision: str) -> Name:
     return f"{match[1]}@{revision}"
 
 
-def _choose(name: str, weights: bool, files: Sequence[str]) -> list[str]:
+def _choose(name: str, weights: bool, adapters: bool, files: Sequence[str]) -> list[str]:
     """Choose the files of a repository to download, with the weights in one format alone.
 
     Raises:
@@ -122,7 +124,7 @@ def _choose(name: str, weights: bool, files: Sequence[str]) -> list[str]:
         raise InputError("has no config.json", "choose another", field="model", value=name)
     # Folders of a repository hold other formats, such as ONNX.
     names = [file for file in files if "/" not in file]
-    for pattern in WEIGHTS:
+    for pattern in (*WEIGHTS, ADAPTER) if adapters else WEIGHTS:
         found = fnmatch.filter(names, pattern)
         if found:
             small = [n for n in names if any(fnmatch.fnmatchcase(n, kind) for kind in FILES)]

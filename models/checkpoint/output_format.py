@@ -8,11 +8,11 @@ silently ignored.
 """
 
 import dataclasses
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from models.arch import Arch, Block, experts_of
+from models.checkpoint.own_code import CODE, own_code
 from models.errors import InputError
 from models.families import hf
 from models.families.fields import OWN, kind_of
@@ -24,8 +24,6 @@ Layout = Literal["auto", "padded"]
 PORTABLE = ("llama", "mistral", "granite")
 # Version of transformers whose layout of config.json we write, beside that of transformers 4.
 LAYOUT_OF = "5.0.0"
-# File of the class that ships with a checkpoint of our own type.
-CODE = "modeling_pruned.py"
 
 
 class Shape(NamedTuple):
@@ -234,16 +232,7 @@ def _own_form(config: Mapping[str, Any], shapes: Sequence[Shape], biases: Sequen
         family.neurons: widest.neurons,
         **_expert_fields(family, with_experts.experts, with_experts.neurons),
     }
-    path = pathlib.Path(__file__).parent / "remote" / f"{family.remote}.py"
-    code = path.read_text(encoding="utf-8")
-    # One source serves all types with the same modules: only the names differ.
-    for name, real in (
-        ("topiary_llama", OWN + kind),
-        ("LlamaConfig", family.config_class),
-        ("LlamaForCausalLM", family.model_class),
-    ):
-        code = code.replace(name, real)
-    return Form(new, code)
+    return Form(new, own_code(new))
 
 
 def _travels(field: str) -> bool:

@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from safetensors.numpy import load_file
 
+from models.checkpoint.block_specs import linear_weights
 from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import packed_entries, read_weight_map
-from models.checkpoint.fused import stored_name
-from models.checkpoint.output_format import CODE
+from models.checkpoint.own_code import CODE
 from models.checkpoint.pack_formats import PACKINGS, Packing
 from models.checkpoint.reader import read_config
 from models.checkpoint.tensors import save_tensors
 from models.errors import InputError
-from models.families import hf
 from models.untrusted import UserFile
 
 FOLDER = "packed"
@@ -66,9 +65,7 @@ def pack(directory: str | os.PathLike[str], packing: str) -> PackSizes:
         )
     directory = pathlib.Path(directory)
     config = read_config(directory)
-    arch, _, blocks = hf.specs(config)
-    names = (hf.linear_name(b, s.name) for b in blocks for s in arch.slots_of(b))
-    linears = {f"{stored_name(name)}.weight" for name in names}
+    linears = set(linear_weights(config))
     target = directory / FOLDER
     if target.exists():
         raise InputError(f"{target} exists already", "remove it first")

@@ -36,22 +36,34 @@ class Renamed:
 
     Args:
       tensors: The tensors.
-      stored_names: Name of each tensor -> its name in the checkpoint.
+      names: Name of each tensor -> its name among the tensors.
     """
 
-    def __init__(self, tensors: Tensors, stored_names: Mapping[str, str]):
-        self._tensors = tensors
-        self._stored_names = stored_names
+    def __init__(self, tensors: Tensors, names: Mapping[str, str]):
+        self.tensors = tensors
+        self.names = names
         self.shapes: Mapping[str, tuple[int, ...]] = {
-            name: tensors.shapes[stored] for name, stored in stored_names.items()
+            name: tensors.shapes[stored] for name, stored in names.items()
         }
         self.dtypes: Mapping[str, str] = {
-            name: tensors.dtypes[stored] for name, stored in stored_names.items()
+            name: tensors.dtypes[stored] for name, stored in names.items()
         }
 
     def read(self, name: str, rows: slice = WHOLE) -> np.ndarray:
         """Read a tensor or some of its rows, see `Tensors.read`."""
-        return self._tensors.read(self._stored_names[name], rows)
+        return self.tensors.read(self.names[name], rows)
+
+
+def stored_names(tensors: Tensors) -> dict[str, str]:
+    """Return the name of each tensor in its checkpoint.
+
+    Args:
+      tensors: Tensors, of which some may have another name.
+    """
+    if not isinstance(tensors, Renamed):
+        return {name: name for name in tensors.shapes}
+    inner = stored_names(tensors.tensors)
+    return {name: inner[stored] for name, stored in tensors.names.items()}
 
 
 # Beginnings of the names of a language model's tensors within a larger model -> their own.

@@ -25,13 +25,13 @@ from models.checkpoint.companions import copy_companions, write_json
 from models.checkpoint.formats import load_tensor
 from models.checkpoint.fused import join, parts_of, stored_name
 from models.checkpoint.output_format import (
-    CODE,
     Form,
     Layout,
     Shape,
     choose_form,
     shape_of,
 )
+from models.checkpoint.own_code import CODE
 from models.checkpoint.spelling import with_dtype
 from models.checkpoint.stored import narrowed
 from models.checkpoint.tensors import save_tensors
