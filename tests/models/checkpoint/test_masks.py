@@ -3,6 +3,7 @@
 import json
 import pathlib
 import shutil
+import tracemalloc
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,10 +13,13 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from models.checkpoint.block_specs import linear_weights
+from models.checkpoint.fused import join
 from models.checkpoint.masks import Zeros, lost_zeros, restore_zeros
+from models.checkpoint.own_code import CODE, own_code
 from models.checkpoint.pack import pack
 from models.errors import InputError
-from reference import tiny, tiny_tokenizer
+from reference import families, small, tiny, tiny_tokenizer, torch_models
 
 State = dict[str, np.ndarray]
 ONE = {**tiny.GQA, "num_hidden_layers": 1}
@@ -183,3 +187,71 @@ def test_a_tensor_in_two_shards_is_not_restored(
     assert lost_zeros(pruned, tuned)[UP].lost > 0
     with pytest.raises(InputError, match=r"b\.safetensors repeats .* of another shard"):
         restore_zeros(pruned, tuned, tmp_path / "out")
+
+
+CONFIGS = {
+    "llama": tiny.GQA,
+    "opt": tiny.OPT,
+    "tied": {**tiny.GQA, "tie_word_embeddings": True},
+    "phi3": families.FAMILIES["phi3"],
+    "mixtral": families.FAMILIES["mixtral"],
+    "ragged": small.RAGGED["llama"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_transformers_saves_after_training_is_restored(
+    name: str, tmp_path: pathlib.Path
+) -> None:
+    """Every family names the tensors as it likes when it saves; ragged ones need their class."""
+    import torch
+
+    config = CONFIGS[name]
+    linears = set(linear_weights(config))
+    state = tiny.state_of(config, tiny.random_model(config))
+    state = join(state, list(state))
+    for weight in linears:
+        state[weight] = state[weight].copy()
+        state[weight].flat[::3] = 0
+    if config.get("tie_word_embeddings"):
+        state.pop("lm_head.weight", None)
+    pruned = tiny.write(tmp_path / "pruned", state, config)
+    if name == "ragged":
+        auto = {"AutoConfig": "PrunedConfig", "AutoModelForCausalLM": "PrunedForCausalLM"}
+        auto = {key: f"modeling_pruned.{value}" for key, value in auto.items()}
+        (pruned / "config.json").write_text(json.dumps(config | {"auto_map": auto}))
+        (pruned / CODE).write_text(own_code(config))
+    model = torch_models.load(pruned)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(torch.full_like(weight, 0.5))
+    model.save_pretrained(tmp_path / "tuned")
+    (tmp_path / "tuned" / CODE).unlink(missing_ok=True)  # the hub's copy has none
+
+    zeros, _ = restore_zeros(pruned, tmp_path / "tuned", tmp_path / "out")
+    assert {f"{linear}.weight" for linear in zeros} == linears
+    assert all(z.lost == z.pruned > 0 for z in zeros.values())
+    trained, after = (load_file(tmp_path / d / "model.safetensors") for d in ("tuned", "out"))
+    assert after.keys() == trained.keys() and linears <= after.keys()
+    for weight, x in after.items():
+        mask = state[weight] != 0 if weight in linears else True
+        np.testing.assert_array_equal(x, trained[weight] * mask)
+    loaded = torch_models.load(tmp_path / "out").state_dict()
+    for weight in linears & loaded.keys():
+        assert ((loaded[weight] == 0).numpy() == (state[weight] == 0)).all()
+
+
+def test_one_tensor_is_in_memory_at_a_time(tmp_path: pathlib.Path) -> None:
+    config = {**tiny.LLAMA, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256}
+    state = pruned_state(config)
+    largest, whole = (f(x.nbytes for x in state.values()) for f in (max, sum))
+    for kind in ("pruned", "tuned"):
+        tiny.write(tmp_path / kind, state, config)
+    del state
+    restore_zeros(tmp_path / "pruned", tmp_path / "tuned", tmp_path / "first")  # imports
+    tracemalloc.start()
+    restore_zeros(tmp_path / "pruned", tmp_path / "tuned", tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 8 * largest < whole / 4
