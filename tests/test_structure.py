@@ -55,6 +55,7 @@ CORE_MODULES = {
     "jax",
     "jax.numpy",
     "numpy",
+    "optax",
     "models.layers",
     "calibration.moments",
     "calibration.observers",

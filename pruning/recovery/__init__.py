@@ -1,7 +1,8 @@
-"""Recoveries by the names that users write: gradient steps after pruning, towards the dense model."""
+"""Recoveries by the names that users write: training after pruning, towards the dense model."""
 
 from collections.abc import Callable
 
+from pruning.recovery.blocks import Blocks
 from pruning.recovery.types import Recovery
 
-RECOVERIES: dict[str, Callable[..., Recovery]] = {}
+RECOVERIES: dict[str, Callable[..., Recovery]] = {"blocks": Blocks}

@@ -21,14 +21,14 @@ from pruning.structured.depth_repair_core import (
 Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
 
 
-def _halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the states of the dense and of the pruned model, both [b t d]."""
     # Neighbours in pairs, so that the devices that share the windows hold both of each.
     pairs = x.reshape(-1, 2, *x.shape[1:])
     return pairs[:, 0], pairs[:, 1]
 
 
-def _joined(dense: jax.Array, pruned: jax.Array) -> jax.Array:
+def joined(dense: jax.Array, pruned: jax.Array) -> jax.Array:
     """Return the states of both models as one array [2b t d]."""
     return jnp.stack([dense, pruned], axis=1).reshape(-1, *dense.shape[1:])
 
@@ -36,35 +36,42 @@ def _joined(dense: jax.Array, pruned: jax.Array) -> jax.Array:
 @program("block of both models", static=(0,))
 def advance_both(function: Forward, block: Block, x: jax.Array) -> jax.Array:
     """Return the states behind a block of models that are equal up to there."""
-    y = function(block, _halves(x)[0])[0]
-    return _joined(y, y)
+    y = function(block, halves(x)[0])[0]
+    return joined(y, y)
 
 
 @program("block of the dense model", static=(0,))
 def advance_dense(function: Forward, block: Block, x: jax.Array) -> jax.Array:
     """Return the states with the dense model's behind a block."""
-    dense, pruned = _halves(x)
-    return _joined(function(block, dense)[0], pruned)
+    dense, pruned = halves(x)
+    return joined(function(block, dense)[0], pruned)
 
 
 @program("block of the pruned model", static=(0,))
 def advance_pruned(function: Forward, block: Block, x: jax.Array) -> jax.Array:
     """Return the states with the pruned model's behind a block."""
-    dense, pruned = _halves(x)
-    return _joined(dense, function(block, pruned)[0])
+    dense, pruned = halves(x)
+    return joined(dense, function(block, pruned)[0])
+
+
+@program("dense states copied")
+def copy_dense(x: jax.Array) -> jax.Array:
+    """Return the states with the dense model's in place of the pruned one's."""
+    dense = halves(x)[0]
+    return joined(dense, dense)
 
 
 @program("magnitudes at a cut")
 def add_ratios(x: jax.Array, total: jax.Array) -> jax.Array:
     """Add the ratios of the dense states to the pruned ones."""
-    return total + sum_of_ratios(*_halves(x))
+    return total + sum_of_ratios(*halves(x))
 
 
 @program("stream scaled")
 def scale_pruned(x: jax.Array, factor: jax.Array) -> jax.Array:
     """Return the states with the pruned model's times a factor."""
-    dense, pruned = _halves(x)
-    return _joined(dense, (pruned.astype(jnp.float32) * factor).astype(x.dtype))
+    dense, pruned = halves(x)
+    return joined(dense, (pruned.astype(jnp.float32) * factor).astype(x.dtype))
 
 
 @program("statistics of a cut begun", static=(0, 1))
@@ -80,6 +87,6 @@ def observe_cut(
     function: Forward, tap: str, block: Block, x: jax.Array, stats: CutStats
 ) -> CutStats:
     """Run the pruned model's block and compare its output with the dense model's states."""
-    target, inputs = _halves(x)
+    target, inputs = halves(x)
     y, taps = function(block, inputs)
     return add_cut_stats(stats, taps[tap], y, target)

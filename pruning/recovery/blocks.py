@@ -1,0 +1,285 @@
+"""Train each block of a pruned model until its output meets that of the dense block."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from calibration.passes import BlockResult, micro_batches, overflow, visit_blocks
+from calibration.runtime import Runtime
+from calibration.states import States
+from models.arch import Block, Model, embed
+from models.checkpoint.blocks import prefetch
+from models.checkpoint.output_format import ShapeChange
+from models.errors import InputError
+from models.sharding import place, to_host
+from pruning.figures import LineSeries
+from pruning.recovery import block_steps as steps_of
+from pruning.recovery.block_steps import Objective
+from pruning.recovery.blocks_core import Loss, learning_rates
+from pruning.recovery.types import Recovered, RecoveryInputs
+from pruning.recovery.zeros import check_zeros
+from pruning.structured.depth_streams import advance_dense, advance_pruned, copy_dense
+from pruning.types import BlockSink
+
+EVALUATIONS = 8  # times that the held-out windows are looked at while a block is trained
+PATIENCE = 3  # of these without a better one end the training
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocks:
+    """Reconstruct block by block: AdamW on what survives, towards the dense block's outputs.
+
+    Zeros stay zeros and shapes stay. A share of the windows is held out: the step that is best on
+    it is kept, and a block that gets no better stays as it was. The block before removed blocks
+    answers for the dense state behind them.
+
+    Args:
+      unit: "block": a whole block at once; "half": its attention first, then the rest.
+      inputs: "pruned": a block sees the outputs of the recovered blocks before it, as it will when
+        the model runs; "dense": those of the dense blocks.
+      steps: Updates of each block, or of each half.
+      lr: Largest learning rate; it rises over the first tenth of the steps and falls to zero.
+      batch: Windows of an update.
+      loss: "mse": squared error; "token": squared error relative to the size of each token's state;
+        "cosine": angle of each token's state.
+      hold_out: Share of the windows that no update sees.
+      decay: Decoupled weight decay of the matrices.
+
+    Raises:
+      InputError: A number is out of range.
+
+    Source: Guo et al. 2024 (EBFT); arXiv 2510.14444.
+    """
+
+    unit: Literal["block", "half"] = "block"
+    inputs: Literal["pruned", "dense"] = "pruned"
+    steps: int = 64
+    lr: float = 1e-3
+    batch: int = 2
+    loss: Loss = "mse"
+    hold_out: float = 0.25
+    decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits = {
+            "steps": (self.steps >= 1, "at least 1"),
+            "lr": (self.lr > 0, "above 0"),
+            "batch": (self.batch >= 1, "at least 1"),
+            "hold_out": (0 < self.hold_out < 1, "between 0 and 1"),
+            "decay": (self.decay >= 0, "0 or above"),
+        }
+        for name, (holds, limit) in limits.items():
+            if not holds:
+                raise InputError(f"blocks: {name}={getattr(self, name)} must be {limit}")
+
+    def _held_out(self, windows: int) -> int:
+        """Return the number of micro-batches that are held out, the last ones."""
+        count = math.ceil(windows / self.batch)
+        # At least one on each side. A last, smaller micro-batch is always held out.
+        return min(max(1, round(self.hold_out * count)), count - 1)
+
+    def check(self, dense: Model, change: ShapeChange, windows: int) -> None:
+        """Raise InputError for what cannot be reconstructed, as `Recovery.check` says."""
+        if change.hidden:
+            raise InputError(
+                "blocks compares hidden states, and the pruned model has fewer channels in them",
+                "use distill, which compares logits",
+                field="recover",
+            )
+        if windows <= self.batch:
+            raise InputError(
+                f"leaves blocks(batch={self.batch}) no windows to hold out",
+                f"give at least {self.batch + 1}",
+                field="calibration_samples",
+                value=windows,
+            )
+
+    def run(self, inputs: RecoveryInputs, runtime: Runtime, sink: BlockSink) -> Recovered:
+        """Train block by block, as `Recovery.run` says."""
+        # In any order: neighbours may be of one text, and a mixture has its sources in order.
+        order = np.random.default_rng(inputs.seed).permutation(len(inputs.windows))
+        windows = inputs.windows[order]
+        trainer = _Trainer(self, inputs, windows, self._held_out(len(windows)), runtime, sink)
+        records = visit_blocks(
+            inputs.dense,
+            np.repeat(windows, 2, axis=0),  # of the dense and of the pruned model
+            dataclasses.replace(runtime, batch=2 * self.batch),
+            trainer.visit,
+            name="recovering blocks",
+        )
+        return _result([record for record in records if record])
+
+
+class _Trainer:
+    """A visitor of the dense blocks that trains the pruned ones.
+
+    Args:
+      settings: How to train.
+      inputs: What to recover, and from what.
+      windows: Calibration windows in the order they are used, int [samples length].
+      held_out: Number of micro-batches that no update sees, the last ones.
+      runtime: How to execute.
+      sink: Takes the finished blocks in order.
+    """
+
+    def __init__(
+        self,
+        settings: Blocks,
+        inputs: RecoveryInputs,
+        windows: np.ndarray,
+        held_out: int,
+        runtime: Runtime,
+        sink: BlockSink,
+    ) -> None:
+        self._settings, self._inputs, self._windows = settings, inputs, windows
+        self._held_out, self._runtime, self._sink = held_out, runtime, sink
+        self._index = {original: j for j, original in enumerate(inputs.kept_blocks)}
+
+    def visit(self, i: int, dense: Block, xs: States, last: bool) -> BlockResult:
+        """Train the pruned block that dense block i became.
+
+        Args:
+          i: Index of the dense block.
+          dense: The dense block.
+          xs: States of both models, by micro-batch.
+          last: Whether it is the last dense block.
+        """
+        pruned_model, mesh = self._inputs.pruned, self._runtime.mesh
+        if i == 0:
+            self._embed_pruned(xs)
+        if i not in self._index:
+            # A block before it has gone over those that were removed, unless there is none.
+            if i < self._inputs.kept_blocks[0]:
+                _run_all(functools.partial(advance_dense, self._inputs.dense.arch.block, dense), xs)
+            return BlockResult(dense, None, propagated=True)
+        j = self._index[i]
+        pruned = next(prefetch(pruned_model.blocks, [j], mesh))
+        new, record = self._train(i, dense, pruned, xs)
+        record["zeros"] = check_zeros(new, pruned)
+        self._sink(j, new)
+        if j + 1 < len(pruned_model.blocks):
+            step = functools.partial(advance_pruned, pruned_model.arch.block, new)
+            _run_all(copy_dense if self._settings.inputs == "dense" else step, xs)
+        return BlockResult(dense, record, propagated=True)
+
+    def _embed_pruned(self, xs: States) -> None:
+        """Replace the pruned model's states by those that its own embedding gives."""
+        model, mesh = self._inputs.pruned, self._runtime.mesh
+        non_block = place(model.non_block, mesh)
+        batches = micro_batches(self._windows, self._settings.batch, mesh)
+        for k, tokens in enumerate(batches):
+            xs[k] = steps_of.with_pruned(xs[k], embed(model.arch, non_block, tokens))
+
+    def _end(self, i: int) -> int:
+        """Return the dense block whose input should equal the output of the block kept as i."""
+        j, kept = self._index[i], self._inputs.kept_blocks
+        return kept[j + 1] if j + 1 < len(kept) else len(self._inputs.dense.blocks)
+
+    def _train(
+        self, i: int, dense: Block, block: Block, xs: States
+    ) -> tuple[Block, dict[str, Any]]:
+        """Return the trained block and its record; the dense states are moved on."""
+        arch = self._inputs.pruned.arch
+        record: dict[str, Any] = {"block": i}
+        if self._settings.unit == "half":
+            objective = Objective(
+                arch.block, self._settings.loss, True, arch.branch_scale, arch.outputs_add
+            )
+            trained = steps_of.leaves_of(block, steps_of.attention_fields(arch))
+            block, record["attention"] = self._fit(i, objective, trained, block, dense, xs)
+        dense_arch = self._inputs.dense.arch
+        _run_all(functools.partial(advance_dense, dense_arch.block, dense), xs)
+        removed = range(i + 1, self._end(i))
+        for other in prefetch(self._inputs.dense.blocks, removed, self._runtime.mesh):
+            _run_all(functools.partial(advance_dense, dense_arch.block, other), xs)
+        fixed = steps_of.attention_fields(arch) if self._settings.unit == "half" else ()
+        trained = tuple(not t for t in steps_of.leaves_of(block, fixed))
+        objective = Objective(arch.block, self._settings.loss)
+        block, record["output"] = self._fit(i, objective, trained, block, None, xs)
+        return block, record
+
+    def _fit(
+        self,
+        i: int,
+        objective: Objective,
+        trained: tuple[bool, ...],
+        block: Block,
+        dense: Block | None,
+        xs: States,
+    ) -> tuple[Block, dict[str, Any]]:
+        """Train some leaves of a block; return the best block on the held-out windows."""
+        settings = self._settings
+        train = len(xs) - self._held_out
+        rates = learning_rates(settings.lr, settings.steps)
+        rng = np.random.default_rng([self._inputs.seed, i])
+        measure = functools.partial(_measure, objective, dense, xs, range(train, len(xs)))
+        curve = [measure(block)]
+        if not math.isfinite(curve[0]):
+            raise overflow(i)
+        best, best_at, every = block, 0, math.ceil(settings.steps / EVALUATIONS)
+        state = steps_of.begin(trained, block)
+        order: list[int] = []
+        done = tokens = 0
+        while done < settings.steps and len(curve) - best_at <= PATIENCE:
+            order = order or rng.permutation(train).tolist()
+            x = xs[order.pop()]
+            tokens += x.shape[0] // 2 * x.shape[1]
+            decay = np.float32(settings.decay)
+            state = steps_of.step(objective, trained, state, block, dense, x, rates[done], decay)
+            done += 1
+            if done % every == 0 or done == settings.steps:
+                candidate = steps_of.stored(trained, block, state.masters)
+                curve.append(measure(candidate))
+                # A comparison with NaN is False, so a training that overflows ends.
+                if curve[-1] < curve[best_at]:
+                    best, best_at = candidate, len(curve) - 1
+        figures = {"held_out": curve, "best": best_at, "steps": done, "tokens": tokens}
+        return best, figures
+
+
+def _measure(
+    objective: Objective, dense: Block | None, xs: States, held_out: Sequence[int], block: Block
+) -> float:
+    """Return the loss of a block on the held-out micro-batches."""
+    sums = [to_host(steps_of.held_out(objective, block, dense, xs[k])) for k in held_out]
+    error, size = np.sum(np.asarray(sums, np.float64), axis=0)
+    return float(error / size)
+
+
+def _run_all(step: Callable[[jax.Array], jax.Array], xs: States) -> None:
+    """Replace the states of every micro-batch by those behind a step."""
+    for k, x in enumerate(xs):
+        xs[k] = step(x)
+
+
+def _result(records: Sequence[dict[str, Any]]) -> Recovered:
+    """Return what the report says."""
+    fits = [
+        record[part] for record in records for part in ("attention", "output") if part in record
+    ]
+    outputs = [record["output"] for record in records]
+    before = [fit["held_out"][0] for fit in outputs]
+    after = [fit["held_out"][fit["best"]] for fit in outputs]
+    figure = LineSeries(
+        title="Error of each block's output on held-out windows",
+        x_label="block of the dense model",
+        y_label="error",
+        series={"before": before, "recovered": after},
+        x=[record["block"] for record in records],
+        caption="Relative to the dense model's states. Each block starts from recovered inputs.",
+    )
+    same = sum(fit["best"] == 0 for fit in outputs)
+    notes = (
+        (f"{same} of {len(outputs)} blocks got no better and stay as they were",) if same else ()
+    )
+    return Recovered(
+        tokens=sum(fit["tokens"] for fit in fits),
+        details={"blocks": list(records), "zeros": sum(record["zeros"] for record in records)},
+        figures=(figure,),
+        notes=notes,
+    )
