@@ -137,7 +137,9 @@ def update(
       decay: Decoupled weight decay of the matrices, float32 (), times the learning rate.
     """
     masked = [jnp.where(m, g, 0.0) for g, m in zip(gradients, masks, strict=True)]
-    updates, adam = _optimizer(decay).update(masked, state.adam, state.masters)
+    # optax divides by powers of a step count, an integer, which strict promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, adam = _optimizer(decay).update(masked, state.adam, state.masters)
     masters = [
         x - jnp.where(m, rate * u, 0.0)
         for x, u, m in zip(state.masters, updates, masks, strict=True)

@@ -1,0 +1,172 @@
+"""Block-wise recovery: zeros stay, held-out error never rises, any devices, any family."""
+
+import dataclasses
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+
+from calibration.runtime import Runtime
+from models.arch import Model, apply_block, embed
+from models.checkpoint.output_format import ShapeChange
+from models.errors import InputError
+from models.programs import Program, Recorder, record_programs
+from models.sharding import make_mesh
+from pruning.recovery import block_steps
+from pruning.recovery.blocks import Blocks
+from reference import small
+from reference.recovery import inputs_of, pruned_by, recover
+from reference.sleb import deep
+
+QUICK = Blocks(steps=4, lr=3e-3)
+
+
+def assert_kept(recovered: Model, pruned: Model) -> None:
+    """Zeros at the same entries, other matrices changed, shapes and types as before."""
+    for new, old in zip(recovered.blocks, pruned.blocks, strict=True):
+        for x, y in zip(jax.tree.leaves(new), jax.tree.leaves(old), strict=True):
+            assert x.shape == y.shape and x.dtype == y.dtype
+            if x.ndim == 2:
+                assert np.array_equal(np.asarray(x) == 0, np.asarray(y) == 0)
+
+
+def outputs(details: Any) -> list[tuple[float, float]]:
+    """Held-out error of every block before and after."""
+    fits = [record["output"] for record in details["blocks"]]
+    return [(fit["held_out"][0], fit["held_out"][fit["best"]]) for fit in fits]
+
+
+SLOW = pytest.mark.slow
+CASES = [
+    pytest.param(("llama", "wanda", 0.5, None, {}, QUICK)),
+    *(
+        pytest.param(case, marks=SLOW)
+        for case in (
+            ("llama", "wanda", 0.5, (2, 4), {}, dataclasses.replace(QUICK, decay=0.1)),
+            ("opt", "sparsegpt", 0.5, None, {}, dataclasses.replace(QUICK, unit="half")),
+            ("llama-gqa", "flap", 0.3, None, {}, QUICK),
+            ("opt", "flap", 0.3, None, {}, dataclasses.replace(QUICK, inputs="dense")),
+            ("llama", "llmrank", 0.3, None, {}, dataclasses.replace(QUICK, unit="half")),
+            ("opt", "llmrank", 0.3, None, {"units": "rows"}, QUICK),
+            ("llama", "sleb", 0.0, None, {"remove": (0,)}, QUICK),
+            ("llama", "sleb", 0.0, None, {"remove": (2,)}, dataclasses.replace(QUICK, unit="half")),
+            ("mixtral", "wanda", 0.5, None, {}, QUICK),
+            ("gemma2", "wanda", 0.5, None, {}, dataclasses.replace(QUICK, unit="half")),
+            ("phi", "wanda", 0.5, None, {}, dataclasses.replace(QUICK, unit="half", loss="cosine")),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0]}-{c[1]}")
+def test_zeros_stay_and_no_block_gets_worse(case: Any) -> None:
+    family, method, sparsity, pattern, arguments, recovery = case
+    dense = small.model(family)
+    pruned, kept = pruned_by(dense, method, sparsity, pattern, **arguments)
+    recovered, result = recover(recovery, inputs_of(dense, pruned, kept))
+    assert_kept(recovered, pruned)
+    errors = outputs(result.details)
+    assert all(after <= before for before, after in errors)
+    assert any(after < before for before, after in errors)
+    assert result.details["zeros"] == sum(
+        int((np.asarray(x) == 0).sum())
+        for b in pruned.blocks
+        for x in jax.tree.leaves(b)
+        if x.ndim == 2
+    )
+
+
+@pytest.mark.slow
+def test_the_block_before_a_cut_meets_the_dense_state_behind_it() -> None:
+    dense = deep("llama")
+    pruned, kept = pruned_by(dense, "sleb", 0.0, remove=(3, 4), repair="none")
+    inputs = inputs_of(dense, pruned, kept)
+    recovered, result = recover(Blocks(steps=30, lr=3e-3), inputs)
+    x = y = embed(dense.arch, dense.non_block, inputs.windows)
+    for block in dense.blocks[:5]:
+        x = apply_block(dense.arch, block, x)
+    for block in pruned.blocks[:3]:
+        y = apply_block(dense.arch, block, y)
+    z = embed(dense.arch, dense.non_block, inputs.windows)
+    for block in recovered.blocks[:3]:
+        z = apply_block(dense.arch, block, z)
+    assert np.square(z - x).sum() < 0.8 * np.square(y - x).sum()
+    # Before the cut both models are equal: nothing is left to learn.
+    assert [record["output"]["held_out"][0] for record in result.details["blocks"][:2]] == [0, 0]
+    assert small.same(recovered.blocks[:2], pruned.blocks[:2])
+
+
+@pytest.mark.slow
+def test_blocks_of_one_shape_share_a_compilation() -> None:
+    dense = small.model("llama")
+    pruned, kept = pruned_by(dense, "wanda", 0.5)
+    jax.clear_caches()
+    traced = chex.assert_max_traces(block_steps.step.function, n=1)
+    step = Program(traced, "recovery step", block_steps.step.static, block_steps.step.donated)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(block_steps, "step", step)
+        recover(QUICK, inputs_of(dense, pruned, kept))
+        # Other learning rates, decays and numbers of steps are data.
+        recover(
+            dataclasses.replace(QUICK, steps=6, lr=1e-3, decay=0.1), inputs_of(dense, pruned, kept)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "batch"), [("data=8", 4), ("data=4,model=2", 4), ("data=2", 3)])
+def test_eight_devices_learn_as_one_does(mesh: str, batch: int) -> None:
+    dense = small.model("llama")
+    pruned, kept = pruned_by(dense, "wanda", 0.5)
+    recovery = dataclasses.replace(QUICK, batch=batch, unit="half")
+    inputs = inputs_of(dense, pruned, kept, samples=12)
+    want = recover(recovery, inputs)[1].details
+    runtime = Runtime(mesh=make_mesh(mesh), offload="host")
+    model, got = recover(recovery, inputs, runtime)
+    assert_kept(model, pruned)
+    for a, b in zip(got.details["blocks"], want["blocks"], strict=True):
+        for part in ("attention", "output"):
+            np.testing.assert_allclose(a[part]["held_out"], b[part]["held_out"], rtol=1e-4)
+
+
+def test_what_cannot_be_recovered_is_refused() -> None:
+    dense = small.model("llama")
+    with pytest.raises(InputError, match="use distill"):
+        QUICK.check(dense, ShapeChange(hidden=8), 16)
+    with pytest.raises(InputError, match="give at least 3"):
+        QUICK.check(dense, ShapeChange(), 2)
+    for wrong in ({"steps": 0}, {"lr": 0.0}, {"hold_out": 1.0}, {"batch": 0}, {"decay": -1.0}):
+        with pytest.raises(InputError, match=f"blocks: {next(iter(wrong))}="):
+            Blocks(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+def test_the_plan_of_a_recovery_has_the_calls_of_its_run() -> None:
+    dense = small.model("llama")
+    pruned, kept = pruned_by(dense, "wanda", 0.5)
+    mesh = make_mesh("data=1")
+    inputs = inputs_of(dense, pruned, kept)
+    counts = []
+    for recorder in (Recorder(), Recorder(mesh)):
+        with record_programs(recorder):
+            QUICK.run(inputs, Runtime(mesh=mesh), lambda j, block: None)
+        counts.append({cost.name: cost.calls for cost in recorder.costs})
+    assert counts[0] == counts[1]
+
+
+@pytest.mark.slow
+def test_the_memory_of_a_recovery_is_that_of_one_block_at_any_depth() -> None:
+    peaks = []
+    for depth in (2, 8):
+        dense = deep("llama", depth)
+        mesh = make_mesh("data=1")
+        recorder = Recorder(mesh)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), dense.blocks)
+        model = dense._replace(blocks=shapes)
+        with record_programs(recorder):
+            QUICK.run(
+                inputs_of(model, model, tuple(range(depth))), Runtime(mesh=mesh), lambda j, b: None
+            )
+        peaks.append(recorder.peak["device"])
+    assert peaks[0] == peaks[1]
