@@ -35,7 +35,7 @@ from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
 from launch.report.progress import prefixed, progress
-from launch.run import draws, export, tracking
+from launch.run import draws, export, recovery, tracking
 from launch.run.agreement import DenseStates, figures
 from launch.run.card import write_card
 from launch.run.complete import complete, least_bytes
@@ -55,7 +55,7 @@ from launch.run.resume import (
     open_writer,
     shared_context,
 )
-from launch.run.samples import Samples, samples
+from launch.run.samples import Samples, samples, with_greedy
 from launch.run.scores import score_cache, stamp, write_scores
 from launch.run.staging import Stage, staged
 from launch.run.tasks import task_flags
@@ -136,9 +136,10 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
     Raises:
       InputError: A setting or an input is wrong; the output is not touched.
     """
-    repeats = ["draws"] if config.calibration_draws > 1 else []
-    clock = Clock("load", "calibrate_and_prune", *repeats, "eval", "export")
     job, tracker = resolve(config), parse_tracker(config.track)
+    further = ["draws"] if config.calibration_draws > 1 else []
+    further += ["recover"] if job.recoveries else []
+    clock = Clock("load", "calibrate_and_prune", *further, "eval", "export")
     output = output_path(job.output.directory)
     run_on_primary(lambda: check_free(output, export.REPORT))
     inputs = read_inputs(job, cache or StepCache(0))
@@ -169,7 +170,7 @@ def _prune_into(
     directory, work = stage
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
     job, aim = settle(job, checkpoint, work, cache)
-    writer = open_writer(directory, work, job, checkpoint)
+    writer = open_writer(recovery.pruned_directory(job, stage), work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     scores = score_cache(job, inputs, facts, cache or StepCache(0))
@@ -192,37 +193,53 @@ def _prune_into(
     if further:
         clock.record("draws")
     written, counts = complete(
-        directory, checkpoint, writer, check, outcome, job.output, mesh, shown
+        recovery.pruned_directory(job, stage),
+        checkpoint,
+        writer,
+        check,
+        outcome,
+        recovery.pruned_output(job),
+        mesh,
+        shown,
     )
     clock.record("export")
-    pruned = measure(written.loaded, prefixed(shown, "pruned model: "))
+    name = prefixed(shown, "pruned model: ")
+    # A recovery takes long enough to be interrupted; without one the run is nearly over.
+    measured = functools.partial(measure, written.loaded, name)
+    pruned = journal.step(measured) if job.recoveries else measured()
     clock.record("eval")
     sizes, notes = writer.parameters, writer.remarks
     results = Results(outcome, written, counts, sizes, dense, pruned, further, notes)
+    if job.recoveries:
+        done = recovery.recover_run(stage, job, inputs, runtime, facts, outcome, written.loaded)
+        clock.record("recover")
+        recovered = measure(done.written.loaded, prefixed(shown, "recovered model: "))
+        clock.record("eval")
+        results = recovery.with_recovery(results, done, recovered)
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
     # After the peak memory was read: both hold whole models.
     if aim is not None:
-        add_result(result, aim.record, checkpoint, written, counts)
-    _add_samples(result, inputs, written.loaded, shown)
+        add_result(result, aim.record, checkpoint, results.written, counts)
+    _add_samples(result, inputs, written.loaded, results, shown)
     clock.record("eval")
     return result
 
 
 def _add_samples(
-    result: dict[str, Any], inputs: Inputs, pruned: Checkpoint, shown: Progress
+    result: dict[str, Any], inputs: Inputs, pruned: Checkpoint, results: Results, shown: Progress
 ) -> None:
-    """Add to a report the texts of both models and how long their greedy texts are equal."""
+    """Add to a report the texts of all models and how long their greedy texts are equal."""
+    recovered = results.written.loaded if results.recovery else None
     generate = functools.partial(
-        samples, inputs.checkpoint, pruned, inputs.tokenizer, inputs.data, shown
+        samples, inputs.checkpoint, pruned, inputs.tokenizer, inputs.data, shown, recovered
     )
     nothing = Samples([], {})
     (result["samples"], greedy), missed = run_on_primary(
         lambda: optional("no sample texts", generate, nothing)
     )
-    agreement = result["agreement"].items()
-    result["agreement"] = {name: found | greedy.get(name, {}) for name, found in agreement}
+    result["agreement"] = with_greedy(result["agreement"], greedy)
     result["warnings"] += missed
 
 

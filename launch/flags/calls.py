@@ -113,6 +113,32 @@ def parse_method_spec(text: str) -> MethodSpec:
     return MethodSpec(call, sparsity, tuple(reversed(modifiers)))
 
 
+def split_sum(field: str, text: str) -> list[str]:
+    """Split calls that are joined with `+`.
+
+    Args:
+      field: Name of the setting, for errors.
+      text: For example `blocks(steps=32)+distill`.
+
+    Raises:
+      InputError: The text is of no such form.
+    """
+    text = text.strip()
+    parts: list[str] = []
+    try:
+        node = _parse(text)
+        while isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            parts.append(str(ast.get_source_segment(text, node.right)))
+            node = node.left
+        parts.append(str(ast.get_source_segment(text, node)))
+    except _PARSE_ERRORS:
+        raise InputError(
+            "is not a name or a call, or several joined with +", field=field, value=text
+        ) from None
+    # The loop meets the last one first.
+    return parts[::-1]
+
+
 def split_list(text: str) -> list[str]:
     """Split a comma-separated list; commas inside parentheses do not separate.
 

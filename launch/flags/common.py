@@ -21,6 +21,7 @@ from models.processes import is_multiprocess
 from models.sharding import make_mesh
 from models.untrusted import user_path
 from pruning.methods import REFINEMENTS
+from pruning.recovery import RECOVERIES
 
 LONGEST_DEFAULT = 2048  # most tokens in a window whose length is not given
 MOST_DRAWS = 1000
@@ -105,7 +106,7 @@ def layout_flag(f: Flags) -> None:
 
 
 def mask_flags(f: Flags) -> None:
-    """Define --pattern and --refine.
+    """Define --pattern, --refine and --recover.
 
     Args:
       f: The command's flags.
@@ -121,6 +122,23 @@ def mask_flags(f: Flags) -> None:
         "none",
         f"improves finished masks: {', '.join(REFINEMENTS)}",
         names=REFINEMENTS,
+    )
+    recover_flag(f)
+
+
+def recover_flag(f: Flags, default: str = "none") -> None:
+    """Define --recover.
+
+    Args:
+      f: The command's flags.
+      default: Value if the flag is not given.
+    """
+    f.string(
+        "recover",
+        default,
+        "trains what is left towards the dense model, zeros and shapes kept: "
+        f"{', '.join(RECOVERIES)}, such as blocks(steps=64); several joined with +",
+        names=("none", *RECOVERIES),
     )
 
 

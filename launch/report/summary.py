@@ -11,6 +11,7 @@ _STAGES = {
     "load": "load",
     "calibrate_and_prune": "calibrate and prune",
     "draws": "further draws",
+    "recover": "recover",
     "eval": "evaluate",
     "export": "export",
 }

@@ -33,7 +33,9 @@ def least_bytes(job: Job, checkpoint: Checkpoint) -> int:
     stored = jnp.dtype(stored_dtype(job.sources.dtype, checkpoint))
     one = checkpoint.parameters * share * stored.itemsize
     # The blocks of one further draw at a time lie beside those of the run.
-    copies = 1 + (job.output.format == "orbax") + (len(job.sources.calibration.seeds) > 1)
+    draws = len(job.sources.calibration.seeds) > 1
+    # Before a recovery the pruned checkpoint is written, too.
+    copies = 1 + (job.output.format == "orbax") + draws + bool(job.recoveries)
     return int(one * copies)
 
 

@@ -25,18 +25,35 @@ from pruning.types import Outcome
 WIDER = 1.2
 
 
+class Recovery(NamedTuple):
+    """Recovery of a run's pruned model.
+
+    Attributes:
+      measured: Measurements of the recovered model, as those of the pruned one.
+      record: The report's `recovery`.
+      figures: Plots and tables for the report, JSON-able.
+      warnings: Sentences that the report's reader must see.
+    """
+
+    measured: Mapping[str, Any]
+    record: Mapping[str, Any]
+    figures: Sequence[Mapping[str, Any]]
+    warnings: Sequence[str]
+
+
 class Results(NamedTuple):
     """Everything that a run has computed and measured.
 
     Attributes:
       outcome: Result of the method.
-      written: The pruned checkpoint, loaded back.
+      written: The pruned checkpoint, loaded back; the recovered one where there is one.
       counts: Weights by linear.
       parameters: Parameters of the pruned model, padding not counted.
       dense: Measurements of the dense model: "perplexity" by data set, "tasks" by task.
       pruned: The same of the pruned model, and "agreement" with the dense one by data set.
       further_draws: `draws.record` of each draw but the first.
       remarks: Sentences about the files of the checkpoint that its reader must see.
+      recovery: Recovery of the pruned model; None without one.
     """
 
     outcome: Outcome
@@ -47,6 +64,7 @@ class Results(NamedTuple):
     pruned: Mapping[str, Any]
     further_draws: list[dict[str, Any]]
     remarks: Sequence[str] = ()
+    recovery: Recovery | None = None
 
 
 def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[str, Any]:
@@ -59,7 +77,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
       command: Command that repeats the run.
     """
     checkpoint, outcome, written = inputs.checkpoint, results.outcome, results.written
-    target = _target(job, outcome)
+    target, done = _target(job, outcome), results.recovery
     settings = dataclasses.asdict(job.config) | {"sparsity": target}
     sparsity = removal.sparsity(checkpoint, outcome, results.counts, checkpoint.parameters, target)
     # A target in other units says itself whether it was met.
@@ -84,12 +102,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "parameters": {"dense": checkpoint.parameters, "pruned": results.parameters},
         "bytes": {"dense": checkpoint.stored_bytes, "pruned": written.loaded.stored_bytes},
         "dtype": types,
-        "perplexity": _perplexity(results),
-        "agreement": results.pruned["agreement"],
-        "tasks": {
-            name: {"dense": results.dense["tasks"][name], "pruned": metrics}
-            for name, metrics in results.pruned["tasks"].items()
-        },
+        **measures_of(results.dense, results.pruned, done and done.measured),
         **_draws(inputs, results),
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
@@ -103,8 +116,9 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
             "transformers": written.transformers.result,
         },
         "load_back": _load_back(written),
-        "figures": [to_json(figure) for figure in outcome.figures],
+        "figures": [*map(to_json, outcome.figures), *(done.figures if done else ())],
         "details": _details(inputs, outcome),
+        **({"recovery": done.record} if done else {}),
     }
 
 
@@ -161,6 +175,7 @@ def _warnings(inputs: Inputs, results: Results, sparsity: Mapping[str, Any]) -> 
         *removal.warnings(sparsity, results.written, checkpoint, window),
         *removal.linear_warnings(outcome, results.counts, checkpoint),
         *outcome.warnings,
+        *(results.recovery.warnings if results.recovery else ()),
         *inputs.calibration.warnings,
     ]
 
@@ -182,19 +197,33 @@ def _type_warnings(
     )
 
 
-def _perplexity(results: Results) -> dict[str, Any]:
-    """Return the report's `perplexity`."""
-    pruned = results.pruned["perplexity"]
-    return {
+def measures_of(
+    dense: Mapping[str, Any], pruned: Mapping[str, Any], recovered: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Return the report's `perplexity`, `agreement` and `tasks`.
+
+    Args:
+      dense: Measurements of the dense model, as `Results.dense`.
+      pruned: Those of the pruned model.
+      recovered: Those of the recovered model; None without one.
+    """
+    models = {"dense": dense, "pruned": pruned} | ({"recovered": recovered} if recovered else {})
+    perplexity = {
         name: {
-            "dense": dense["perplexity"],
-            "pruned": pruned[name]["perplexity"],
-            "dense_stderr": dense["error"],
-            "pruned_stderr": pruned[name]["error"],
-            "tokens": dense["tokens"],
+            **{model: m["perplexity"][name]["perplexity"] for model, m in models.items()},
+            **{f"{model}_stderr": m["perplexity"][name]["error"] for model, m in models.items()},
+            "tokens": found["tokens"],
         }
-        for name, dense in results.dense["perplexity"].items()
+        for name, found in dense["perplexity"].items()
     }
+    agreement = pruned["agreement"]
+    if recovered:
+        own = recovered["agreement"]
+        agreement = {name: {**found, "recovered": own[name]} for name, found in agreement.items()}
+    tasks = {
+        name: {model: m["tasks"][name] for model, m in models.items()} for name in pruned["tasks"]
+    }
+    return {"perplexity": perplexity, "agreement": agreement, "tasks": tasks}
 
 
 def _draws(inputs: Inputs, results: Results) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import mesh_of
 from launch.flags.numbers import check_sparsity
+from launch.flags.recoveries import Call, parse_recover
 from launch.flags.sources import parse_calibration
 from launch.targets.search import PROBES
 from launch.targets.syntax import Target, parse_target
@@ -33,6 +34,7 @@ class RunConfig:
     pattern: str
     allocation: str
     refine: str
+    recover: str
     protocol: str
     calibration: str
     calibration_samples: int
@@ -165,6 +167,7 @@ class Job:
       sources: What the run reads.
       output: Where the result goes.
       target: What the request's sparsity is to be found for; None where it is given.
+      recoveries: Recoveries of the pruned model, in order.
     """
 
     config: RunConfig
@@ -174,6 +177,7 @@ class Job:
     sources: Sources
     output: Output
     target: Target | None = None
+    recoveries: tuple[Call, ...] = ()
 
 
 def resolve(config: RunConfig) -> Job:
@@ -199,7 +203,21 @@ def resolve(config: RunConfig) -> Job:
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
     target = parse_target(config.target) if config.target else None
-    return Job(config, method, request, runtime, sources, _output(config), target)
+    recoveries = _recoveries(config)
+    return Job(config, method, request, runtime, sources, _output(config), target, recoveries)
+
+
+def _recoveries(config: RunConfig) -> tuple[Call, ...]:
+    """Return the recoveries, which further draws do not have."""
+    recoveries = parse_recover(config.recover)
+    if recoveries and config.calibration_draws > 1:
+        raise InputError(
+            "repeats the pruning alone, without its recovery",
+            "leave it or `recover` out",
+            field="calibration_draws",
+            value=config.calibration_draws,
+        )
+    return recoveries
 
 
 def _output(config: RunConfig) -> Output:

@@ -32,11 +32,11 @@ class Samples(NamedTuple):
     """Texts of both models, and how long they are equal.
 
     Attributes:
-      texts: {"prompt", "dense", "pruned"} for each prompt.
+      texts: {"prompt", "dense", "pruned"} for each prompt, and "recovered" where there is one.
       greedy: By data set: "greedy", the mean number of tokens before the pruned model's greedy
         continuation first differs from the dense model's; its standard error over prompts as
         "greedy_stderr"; "greedy_most", the tokens of a continuation; "greedy_prompts", their
-        number.
+        number. Where there is a recovered model, the same of it as "recovered".
     """
 
     texts: list[dict[str, str]]
@@ -49,8 +49,9 @@ def samples(
     tokenizer: Callable[[], TextTokenizer],
     data: Mapping[str, Tokens],
     progress: Progress = no_progress,
+    recovered: Checkpoint | None = None,
 ) -> Samples:
-    """Continue the prompts and the beginnings of evaluation windows greedily with both models.
+    """Continue the prompts and the beginnings of evaluation windows greedily with all models.
 
     One batch holds all of them, so that each model generates once.
 
@@ -60,6 +61,7 @@ def samples(
       tokenizer: Returns the model's tokenizer.
       data: Evaluation windows by data set.
       progress: Shows the progress.
+      recovered: The recovered model; None for none.
 
     Returns:
       The samples. Without texts if the model has no tokenizer; empty if it is too large to be held
@@ -78,13 +80,39 @@ def samples(
         return Samples([], {})
     if not fits_in_memory(dense.parameters * itemsize):
         return Samples([], {})
-    advance = progress("generating samples", 2, unit="models")
-    new = []
-    for checkpoint in (dense, pruned):
-        new.append(_continue(checkpoint, rows, longest))
+    models = {"dense": dense, "pruned": pruned}
+    if recovered is not None:
+        models["recovered"] = recovered
+    advance = progress("generating samples", len(models), unit="models")
+    new = {}
+    for name, checkpoint in models.items():
+        new[name] = _continue(checkpoint, rows, longest)
         advance()
     texts = _texts(tokenizer, shown, new, eos_tokens(dense)) if shown else []
-    return Samples(texts, _greedy(beginnings, *(ids[len(shown) :] for ids in new)))
+    behind = {name: ids[len(shown) :] for name, ids in new.items()}
+    greedy = _greedy(beginnings, behind["dense"], behind["pruned"])
+    if recovered is not None:
+        of_recovered = _greedy(beginnings, behind["dense"], behind["recovered"])
+        greedy = {name: f | {"recovered": of_recovered[name]} for name, f in greedy.items()}
+    return Samples(texts, greedy)
+
+
+def with_greedy(
+    agreement: Mapping[str, Mapping[str, Any]], greedy: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Return the report's `agreement` with the greedy tokens of each model.
+
+    Args:
+      agreement: By data set; that of a recovered model is in "recovered".
+      greedy: As `Samples` has it.
+    """
+    merged = {}
+    for name, found in agreement.items():
+        own = greedy.get(name, {})
+        merged[name] = {**found, **own}
+        if "recovered" in found:
+            merged[name]["recovered"] = {**found["recovered"], **own.get("recovered", {})}
+    return merged
 
 
 def _prompts(dense: Checkpoint, tokenizer: Callable[[], TextTokenizer]) -> list[list[int]]:
@@ -115,16 +143,13 @@ def _continue(checkpoint: Checkpoint, rows: list[list[int]], longest: int) -> np
 def _texts(
     tokenizer: Callable[[], TextTokenizer],
     prompts: list[list[int]],
-    new: list[np.ndarray],
+    new: Mapping[str, np.ndarray],
     eos: list[int],
 ) -> list[dict[str, str]]:
-    """Return the prompts with the continuations of both models as text."""
+    """Return the prompts with the continuations of all models as text."""
     return [
-        {
-            "prompt": tokenizer().decode(ids),
-            "dense": continuation(tokenizer(), ids, new[0][i], eos),
-            "pruned": continuation(tokenizer(), ids, new[1][i], eos),
-        }
+        {"prompt": tokenizer().decode(ids)}
+        | {name: continuation(tokenizer(), ids, rows[i], eos) for name, rows in new.items()}
         for i, ids in enumerate(prompts)
     ]
 
