@@ -14,7 +14,15 @@ from typing import Any
 from rich.console import Console
 
 from launch.flags.cli import Flags, run
-from launch.report import compare_plot, compare_table, console, medians, run_names, summary
+from launch.report import (
+    compare_plot,
+    compare_table,
+    console,
+    medians,
+    recovered,
+    run_names,
+    summary,
+)
 from launch.report.compare_plot import DENSE, OTHER, WEIGHTS, Axis, Point, speed_axis
 from launch.report.compare_table import PARTS, Marks, Run, data_sets, marks_of, rows
 from launch.report.measures import MEASURES, PERPLEXITY, Measure
@@ -79,7 +87,7 @@ def _read_report(directory: str) -> dict[str, Any]:
             report[key].items()
         report.get("agreement", {}).items()
         report["method"], report["sparsity"]["total"], report["parameters"]["dense"]
-        return report
+        return dict(recovered.final(report))
     except (InputError, KeyError, TypeError, AttributeError):
         raise InputError(
             f"{directory} has no readable {export.REPORT}",

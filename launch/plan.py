@@ -30,6 +30,7 @@ from launch.flags.common import offload_for, window_length
 from launch.flags.dtypes import compute_dtype
 from launch.report import summary
 from launch.report.console import show_search
+from launch.run import recovered_run
 from launch.run.job import Job, RunConfig, resolve
 from launch.run.measure import model_origin, write_report
 from launch.targets.settle import planned_request
@@ -249,15 +250,16 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     model = Model(arch, shapes.non_block, ShapeBlocks(blocks, dtype))
     request, target = planned_request(job, model_config, topology)
     method.check(model, request)
-    tokens = np.zeros(tokens_shape(config, model_config), np.int32)
+    shape = tokens_shape(config, model_config)
+    recovered_run.check(job, model, shape[0])
+    tokens = np.zeros(shape, np.int32)
     x = jax.eval_shape(arch.embed, shapes.non_block, tokens)
     memory = _memory(topology)
     offload = offload_for(config.activations, x, mesh, memory)
     runtime = dataclasses.replace(runtime, mesh=mesh, offload=offload)
     recorder = Recorder(mesh, memory)
     with record_programs(recorder):
-        # The sink drops the blocks: writing them takes no program.
-        method.run(model, tokens, request, runtime, lambda i, block: None)
+        recovered_run.plan_run(job, model, tokens, request, runtime)
     draws = config.calibration_draws
     costs = [cost._replace(calls=cost.calls * draws) for cost in recorder.costs]
     parameters = jax.tree.leaves((shapes.non_block, shapes.blocks))

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -35,14 +35,15 @@ from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
 from launch.report.progress import prefixed, progress
-from launch.run import draws, export, recovery, tracking
-from launch.run.agreement import DenseStates, figures
+from launch.run import draws, export, recovered_run, tracking
+from launch.run.agreement import DenseStates
 from launch.run.card import write_card
+from launch.run.comparisons import Comparisons
 from launch.run.complete import complete, least_bytes
 from launch.run.describe import Results, describe
 from launch.run.inputs import Inputs, read_inputs
 from launch.run.job import Job, RunConfig, resolve
-from launch.run.measure import Clock, Visit, measure_checkpoint
+from launch.run.measure import Clock
 from launch.run.optional import optional
 from launch.run.places import check_free, check_space
 from launch.run.processes import process_flags, start
@@ -170,7 +171,7 @@ def _prune_into(
     directory, work = stage
     checkpoint, mesh, shown = inputs.checkpoint, job.runtime.mesh, job.runtime.progress
     job, aim = settle(job, checkpoint, work, cache)
-    writer = open_writer(recovery.pruned_directory(job, stage), work, job, checkpoint)
+    writer = open_writer(recovered_run.pruned_place(job, stage)[0], work, job, checkpoint)
     facts = fingerprint(job, inputs)
     check_agreement(facts)
     scores = score_cache(job, inputs, facts, cache or StepCache(0))
@@ -179,43 +180,29 @@ def _prune_into(
     run_on_primary(lambda: check_space(directory, least_bytes(job, checkpoint), writer.files))
     remarks = _remarks(attempt, writer.blocks, cache is not None, job.config.scores)
     clock.record("load")
-    states = _dense_states(job, inputs, facts, cache or StepCache(0))
-    measure = _measure(job, inputs, states)
-    dense = journal.step(lambda: _measure_dense(job, inputs, states), "dense")
+    measure = _comparisons(job, inputs, facts, cache or StepCache(0))
+    dense = journal.step(lambda: measure.dense(prefixed(shown, "dense model: ")), "dense")
     clock.record("eval")
     check = _round_trip(job, checkpoint, writer)
     runtime = _with_offload(job, inputs)
     outcome = _run_method(job, inputs, runtime, journal, check.put)
     _keep_scores(directory, job, facts, scores)
     clock.record("calibrate_and_prune")
-    repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure, [])
+    repetition = draws.Repetition(job, checkpoint, runtime, facts, work, measure.pruned, [])
     further = draws.prune_draws(inputs.further_draws, repetition, journal)
     if further:
         clock.record("draws")
-    written, counts = complete(
-        recovery.pruned_directory(job, stage),
-        checkpoint,
-        writer,
-        check,
-        outcome,
-        recovery.pruned_output(job),
-        mesh,
-        shown,
-    )
+    place, form = recovered_run.pruned_place(job, stage)
+    written, counts = complete(place, checkpoint, writer, check, outcome, form, mesh, shown)
     clock.record("export")
-    name = prefixed(shown, "pruned model: ")
+    measured = functools.partial(measure.pruned, written.loaded, prefixed(shown, "pruned model: "))
     # A recovery takes long enough to be interrupted; without one the run is nearly over.
-    measured = functools.partial(measure, written.loaded, name)
     pruned = journal.step(measured) if job.recoveries else measured()
     clock.record("eval")
     sizes, notes = writer.parameters, writer.remarks
     results = Results(outcome, written, counts, sizes, dense, pruned, further, notes)
     if job.recoveries:
-        done = recovery.recover_run(stage, job, inputs, runtime, facts, outcome, written.loaded)
-        clock.record("recover")
-        recovered = measure(done.written.loaded, prefixed(shown, "recovered model: "))
-        clock.record("eval")
-        results = recovery.with_recovery(results, done, recovered)
+        results = recovered_run.recover(stage, job, inputs, runtime, facts, results, measure, clock)
     result = describe(job, inputs, results, command(job.config))
     result["notes"] += remarks
     result["warnings"] += [f"unfinished run: {s}" for s in (*journal.damage, *repetition.damage)]
@@ -270,43 +257,16 @@ def _remarks(attempt: Attempt, blocks: int, is_trial: bool, scores: str) -> list
     return remarks
 
 
-def _dense_states(
+def _comparisons(
     job: Job, inputs: Inputs, facts: Mapping[str, Any], cache: StepCache
-) -> DenseStates:
-    """Return the dense model's hidden states, which trials of a sweep share."""
-    model, runtime = inputs.checkpoint.model, job.runtime
+) -> Comparisons:
+    """Return the measurements, with the dense model's hidden states, which trials share."""
+    checkpoint, data = inputs.checkpoint, inputs.data
+    batch, mesh = job.runtime.batch, job.runtime.mesh
     key = ("dense states", shared_context(facts))
-    return cache.get_or_compute(
-        key, lambda: DenseStates(model, inputs.data, runtime.batch, runtime.mesh)
-    )
-
-
-def _measure_with(
-    job: Job, inputs: Inputs, checkpoint: Checkpoint, shown: Progress, visits: Mapping[str, Visit]
-) -> dict[str, Any]:
-    """Measure the dense or a pruned model, both alike."""
-    runtime, cache = job.runtime, job.config.task_cache
-    settings = (inputs.data, inputs.zero_shot, runtime.batch, runtime.mesh, cache)
-    return measure_checkpoint(checkpoint, *settings, shown, visits)
-
-
-def _measure_dense(job: Job, inputs: Inputs, states: DenseStates) -> dict[str, Any]:
-    """Measure the dense model and keep the hidden states that pruned ones are compared with."""
-    shown = prefixed(job.runtime.progress, "dense model: ")
-    return _measure_with(job, inputs, inputs.checkpoint, shown, states.recorders())
-
-
-def _measure(
-    job: Job, inputs: Inputs, states: DenseStates
-) -> Callable[[Checkpoint, Progress], dict[str, Any]]:
-    """Return the function that measures a pruned model and compares it with the dense one."""
-
-    def measure(checkpoint: Checkpoint, shown: Progress) -> dict[str, Any]:
-        comparisons = states.comparisons(checkpoint.model, shown)
-        measured = _measure_with(job, inputs, checkpoint, shown, comparisons)
-        return measured | {"agreement": figures(comparisons)}
-
-    return measure
+    states = cache.get_or_compute(key, lambda: DenseStates(checkpoint.model, data, batch, mesh))
+    tasks = (inputs.zero_shot, batch, mesh, job.config.task_cache)
+    return Comparisons(checkpoint, states, data, *tasks)
 
 
 def _with_offload(job: Job, inputs: Inputs) -> Runtime:

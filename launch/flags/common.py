@@ -142,11 +142,12 @@ def recover_flag(f: Flags, default: str = "none") -> None:
     )
 
 
-def calibration_flags(f: Flags) -> None:
+def calibration_flags(f: Flags, draws: bool = True) -> None:
     """Define --calibration, its settings, and --activations.
 
     Args:
       f: The command's flags.
+      draws: Whether the command can repeat its run on other windows.
     """
     f.group("Calibration")
     f.string(
@@ -167,14 +168,15 @@ def calibration_flags(f: Flags) -> None:
         f"tokens in a window; 0: the model's own length, at most {LONGEST_DEFAULT}",
     )
     f.integer("calibration_batch", 8, "windows at a time", 1)
-    f.integer(
-        "calibration_draws",
-        1,
-        "repeat the run on windows of seed, seed+1, ... and report the spread; the first model is "
-        "written",
-        1,
-        MOST_DRAWS,
-    )
+    if draws:
+        f.integer(
+            "calibration_draws",
+            1,
+            "repeat the run on windows of seed, seed+1, ... and report the spread; the first model "
+            "is written",
+            1,
+            MOST_DRAWS,
+        )
     f.choice(
         "activations",
         "auto",

@@ -12,14 +12,14 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
-from launch.report import summary, targets
+from launch.report import recovered, summary, targets
 from models.processes import is_primary
 
 _MARGIN = 3  # characters of a column beside its cells: a space on both sides and a rule
 
 
 def closing_table(report: Mapping[str, Any]) -> Table:
-    """Return a table of the run: quality and size, dense and pruned, then time and memory.
+    """Return a table of the run: quality and size by model, then time and memory.
 
     Args:
       report: Content of pruning_report.json.
@@ -31,14 +31,15 @@ def closing_table(report: Mapping[str, Any]) -> Table:
     ]
     title = ", ".join(part for part in parts if part)
     table = Table(title=Text(title), title_justify="left")
-    for heading in ("", "dense", "pruned", "change"):
+    headings = recovered.headings(report)
+    for heading in ("", *headings):
         table.add_column(heading, justify="right" if heading else "left", overflow="fold")
     # Text, not str: rich reads [brackets] in a str as markup, and paths may hold them.
-    for row in summary.quality_rows(report):
+    for row in recovered.rows(report):
         table.add_row(*(Text(cell) for cell in row))
     table.add_section()
     for label, value in summary.cost_rows(report):
-        table.add_row(Text(label), "", Text(value), "")
+        table.add_row(Text(label), *[""] * (len(headings) - 2), Text(value), "")
     return table
 
 

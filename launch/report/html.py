@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from launch.flags import quoting
-from launch.report import documentation, figures, measures, quality, summary
+from launch.report import documentation, figures, measures, quality, recovered, summary
 from launch.report.outline import outline
 
 if TYPE_CHECKING:
@@ -44,9 +44,10 @@ def render(report: Mapping[str, Any]) -> str:
         loading=_loading(report),
         snippet=load_snippet(report),
         protocol_note=summary.protocol_note(report),
-        tiles=_tiles(report),
-        lights=quality.lights(report),
-        quality=summary.quality_rows(report),
+        tiles=_tiles(recovered.final(report)),
+        lights=quality.lights(recovered.final(report)),
+        headings=recovered.headings(report),
+        quality=recovered.rows(report),
         cost=summary.cost_rows(report),
         expectation=expectation(report),
         plots=figures.plots(report),

@@ -13,16 +13,18 @@ LEFT_OUT = ("output", "resume", "track", "task_cache", "sparsity")
 _ARGUMENTS = re.compile(r"\([^()]*\)")
 
 
-def join(call: str, amount: str, allocation: str, refine: str) -> str:
-    """Return the name of a run: `wanda 50%, owl(m=7), dsnot`.
+def join(call: str, amount: str, allocation: str, refine: str, recover: str = "") -> str:
+    """Return the name of a run: `wanda 50%, owl(m=7), dsnot, blocks`.
 
     Args:
       call: The method, as a call.
       amount: Sparsity or pattern, as text; may be empty.
       allocation: The allocation, as a call.
       refine: The refinement, as a call.
+      recover: The recoveries, as calls.
     """
-    others = [call for call in (allocation, refine) if call not in ("uniform", "none", "")]
+    calls = (allocation, refine, recover)
+    others = [call for call in calls if call not in ("uniform", "none", "")]
     return ", ".join([f"{call} {amount}".rstrip(), *others])
 
 
@@ -62,7 +64,7 @@ def _of_report(report: Mapping[str, Any]) -> str:
     settings = report["settings"]
     target = report["sparsity"].get("target")
     size = amount(str(settings.get("pattern") or ""), target, settings.get("target") or "")
-    others = (settings.get(key) or "" for key in ("allocation", "refine"))
+    others = (settings.get(key) or "" for key in ("allocation", "refine", "recover"))
     return join(report["method"], size, *others)
 
 

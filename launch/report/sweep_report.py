@@ -11,7 +11,15 @@ from rich.console import Console
 from rich.text import Text
 
 from calibration.journal import write_durably
-from launch.report import compare_plot, html, run_names, summary, sweep_plot, sweep_table
+from launch.report import (
+    compare_plot,
+    html,
+    recovered,
+    run_names,
+    summary,
+    sweep_plot,
+    sweep_table,
+)
 from launch.report.console import show_wide
 from launch.report.figures import Plot
 from launch.report.sweep_table import PRUNED, Column, finished_row, pending_row
@@ -69,7 +77,7 @@ class Board:
         """
         report = trial.report() if error is None else None
         if report:
-            self._rows[trial.name] = finished_row(trial, report)
+            self._rows[trial.name] = finished_row(trial, recovered.final(report))
             return True
         self._rows[trial.name] = pending_row(trial, "failed" if error else "waiting", error or "")
         return False

@@ -12,7 +12,7 @@ import jinja2
 
 from launch import __version__
 from launch.flags import quoting
-from launch.report import summary
+from launch.report import recovered, summary
 from models.checkpoint.hub import HUB_ID, is_embedded
 from models.checkpoint.hub_client import Source, source_of
 
@@ -39,7 +39,8 @@ def write_card(directory: pathlib.Path, result: Mapping[str, Any], source: pathl
         metadata=_metadata(directory, result, source).to_yaml(),
         title=_title(result, source),
         lead=_lead(result, source),
-        rows=[list(row) for row in summary.quality_rows(result)],
+        headings=recovered.headings(result),
+        rows=recovered.rows(result),
         removed=_removed(result),
         figures=_figures(result),
         snippet=_snippet(result),
@@ -140,7 +141,20 @@ def _lead(result: Mapping[str, Any], source: pathlib.Path) -> str:
     return (
         f"This is {dense} after pruning by `{result['method']}`: "
         f"{summary.percent(sparsity['prunable'])} of the prunable parameters are zero or gone, "
-        f"{summary.percent(sparsity['total'])} of all. It was not trained again."
+        f"{summary.percent(sparsity['total'])} of all. {_training(result)}"
+    )
+
+
+def _training(result: Mapping[str, Any]) -> str:
+    """Return a sentence that says whether the model was trained after pruning."""
+    if "recovery" not in result:
+        return "It was not trained again."
+    stages = result["recovery"]["stages"]
+    names = " and ".join(f"`{stage['recover']}`" for stage in stages)
+    tokens = summary.count(sum(stage["tokens"] for stage in stages))
+    return (
+        f"What is left was then trained towards the dense model by {names} on {tokens} tokens; "
+        "the same weights are zero as before."
     )
 
 

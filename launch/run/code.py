@@ -30,6 +30,11 @@ def _package(name: str) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def package_digests() -> dict[str, str]:
+    """Return the SHA-256 of the code of each package, by a name that users know."""
+    return {f"code of {name}": _package(name) for name in PACKAGES}
+
+
 def code_digests(config: RunConfig) -> dict[str, str]:
     """Compute the SHA-256 of all code that a run's result depends on.
 
@@ -40,7 +45,7 @@ def code_digests(config: RunConfig) -> dict[str, str]:
       Digests by a name that users know: of each package, and of the file that defines the method,
       the allocation and the refinement.
     """
-    digests = {f"code of {name}": _package(name) for name in PACKAGES}
+    digests = package_digests()
     for flag, makers in MAKERS.items():
         text = getattr(config, flag)
         if not text:

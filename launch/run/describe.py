@@ -108,6 +108,20 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "scores": removal.score_quantiles(checkpoint, outcome),
         "warnings": warnings,
         "notes": [*outcome.notes, *removal.notes(written)],
+        **checks_of(written),
+        "figures": [*map(to_json, outcome.figures), *(done.figures if done else ())],
+        "details": _details(inputs, outcome),
+        **({"recovery": done.record} if done else {}),
+    }
+
+
+def checks_of(written: export.Written) -> dict[str, Any]:
+    """Return what a report says of the written files: formats, how they load, and the checks.
+
+    Args:
+      written: The checkpoint, loaded back.
+    """
+    return {
         "other_formats": dict(written.other_formats),
         "loads_as": written.form.label,
         "loading": _loading(written),
@@ -116,9 +130,6 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
             "transformers": written.transformers.result,
         },
         "load_back": _load_back(written),
-        "figures": [*map(to_json, outcome.figures), *(done.figures if done else ())],
-        "details": _details(inputs, outcome),
-        **({"recovery": done.record} if done else {}),
     }
 
 

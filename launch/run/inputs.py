@@ -12,6 +12,7 @@ from launch.report import console
 from launch.run.formats import check_formats
 from launch.run.job import Job, check_method
 from launch.run.measure import read_calibration, read_evaluation, tokenizer_of
+from launch.run.recovery import check_chain
 from launch.run.tasks import ZeroShot, read_tasks
 from models.checkpoint.output_format import preview
 from models.checkpoint.reader import Checkpoint
@@ -57,6 +58,7 @@ def read_inputs(job: Job, cache: StepCache) -> Inputs:
     console.note(f"the result will load as {form}")
     tokenizer = tokenizer_of(checkpoint)
     draws, data = read_tokens(job, checkpoint, tokenizer, cache)
+    check_chain(job.recoveries, checkpoint.model, change, len(draws[0].ids))
     zero_shot = read_tasks(*sources.tasks, checkpoint, tokenizer)
     return Inputs(checkpoint, tokenizer, draws[0], draws[1:], data, zero_shot)
 

@@ -7,23 +7,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from calibration.journal import Journal
 from calibration.runtime import Runtime
+from calibration.states import available_memory
+from calibration.tokenizer import TextTokenizer
 from eval.size import measure_size
-from launch.flags.dtypes import stored_dtype
+from launch.flags.common import offload_for
 from launch.flags.recoveries import Call
 from launch.report import console
 from launch.report.progress import prefixed
 from launch.run import export
-from launch.run.describe import Recovery, Results
 from launch.run.formats import write_formats
-from launch.run.inputs import Inputs
-from launch.run.job import Job, Output
+from launch.run.job import Output
 from launch.run.measure import read_calibration
-from launch.run.staging import Stage
+from models.arch import Model
 from models.checkpoint.output_format import ShapeChange
 from models.checkpoint.reader import Checkpoint
 from models.checkpoint.writer import Writer
@@ -32,29 +34,8 @@ from models.stream import width_of
 from pruning.budget import all_shapes
 from pruning.figures import to_json
 from pruning.recovery.types import Recovered, RecoveryInputs
-from pruning.types import Outcome
 
 DRAW = 7919  # added to the seed of windows that are drawn for a recovery
-PRUNED = "pruned"  # folder of the pruned checkpoint, below that of the unfinished run
-
-
-def pruned_directory(job: Job, stage: Stage) -> pathlib.Path:
-    """Return the directory that the pruned checkpoint is written to.
-
-    Args:
-      job: The run.
-      stage: Its directories.
-    """
-    return stage.work / PRUNED if job.recoveries else stage.result
-
-
-def pruned_output(job: Job) -> Output:
-    """Return the form of the pruned checkpoint, which a recovery reads and nobody else.
-
-    Args:
-      job: The run.
-    """
-    return job.output._replace(format="hf", pack="none") if job.recoveries else job.output
 
 
 class Task(NamedTuple):
@@ -107,9 +88,7 @@ class Result(NamedTuple):
     zeros: dict[str, int]
 
 
-def check_chain(
-    chain: Sequence[Call], dense: Checkpoint, change: ShapeChange, windows: int
-) -> None:
+def check_chain(chain: Sequence[Call], dense: Model, change: ShapeChange, windows: int) -> None:
     """Check before any work that every recovery can be done.
 
     Args:
@@ -122,7 +101,7 @@ def check_chain(
       InputError: One of them cannot.
     """
     for call in chain:
-        call.recovery.check(dense.model, change, windows)
+        call.recovery.check(dense, change, windows)
 
 
 def change_of(pruned: Checkpoint, dense: Checkpoint) -> ShapeChange:
@@ -136,6 +115,22 @@ def change_of(pruned: Checkpoint, dense: Checkpoint) -> ShapeChange:
     narrower = width != width_of(dense.model.non_block)
     shallower = len(pruned.specs) != len(dense.specs)
     return ShapeChange(shallower=shallower, hidden=width if narrower else 0)
+
+
+def with_room(runtime: Runtime, activations: str, model: Model, windows: np.ndarray) -> Runtime:
+    """Return the runtime with a memory for the hidden states of both models.
+
+    Args:
+      runtime: How to execute.
+      activations: Value of --activations.
+      model: The dense model.
+      windows: Calibration windows, int [samples length].
+    """
+    # Of the dense and of the pruned model.
+    both = jax.ShapeDtypeStruct((2 * windows.shape[0], windows.shape[1]), windows.dtype)
+    x = jax.eval_shape(model.arch.embed, shape_tree(model.non_block), both)
+    offload = offload_for(activations, x, runtime.mesh, available_memory())
+    return dataclasses.replace(runtime, offload=offload)
 
 
 def recover_all(task: Task, pruned: Checkpoint, directory: pathlib.Path) -> Result:
@@ -240,58 +235,35 @@ def _zeros(checkpoint: Checkpoint) -> int:
     return weights - sum(sum(block.values()) for block in nonzero)
 
 
-def recover_run(
-    stage: Stage,
-    job: Job,
-    inputs: Inputs,
-    runtime: Runtime,
-    facts: Mapping[str, Any],
-    outcome: Outcome,
-    pruned: Checkpoint,
-) -> Result:
-    """Recover the pruned model of a run of `launch.prune`, and write all files of the result.
+def shape_tree(block: Any) -> Any:
+    """Return a block of shapes, which count as no memory in a planned run."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), block)
+
+
+def drawer(
+    source: str,
+    length: int,
+    seed: int,
+    checkpoint: Checkpoint,
+    tokenizer: Callable[[], TextTokenizer],
+    mesh: Mesh | None,
+) -> Callable[[int], np.ndarray]:
+    """Return a function that draws other windows than those of a run, from the same source.
 
     Args:
-      stage: Directories of the run.
-      job: The run.
-      inputs: What it has read.
-      runtime: How it executes.
-      facts: Its fingerprint.
-      outcome: Result of the method.
-      pruned: The pruned checkpoint.
+      source: Data set, file, `self`, or a mix of these.
+      length: Tokens in a window; 0: the model's own length.
+      seed: Seed of the run's windows.
+      checkpoint: The dense model.
+      tokenizer: Returns its tokenizer.
+      mesh: Devices; None: one.
+
+    Returns:
+      Number of windows -> windows, int [samples length].
     """
-    dense, source = inputs.checkpoint, job.sources.calibration
 
     def draw(count: int) -> np.ndarray:
-        # Another seed than any of the run, so that windows of text are others.
-        rest = (count, source.length, job.config.seed + DRAW)
-        mesh = job.runtime.mesh
-        return read_calibration(source.name, *rest, dense, inputs.tokenizer, mesh).ids
+        other = seed + DRAW
+        return read_calibration(source, count, length, other, checkpoint, tokenizer, mesh).ids
 
-    task = Task(
-        job.recoveries,
-        dense,
-        outcome.kept_blocks or tuple(range(len(pruned.specs))),
-        inputs.calibration.ids,
-        draw,
-        job.config.seed,
-        runtime,
-        facts,
-        stage.work,
-        job.output,
-        stored_dtype(job.sources.dtype, dense),
-    )
-    return recover_all(task, pruned, stage.result)
-
-
-def with_recovery(results: Results, done: Result, measured: Mapping[str, Any]) -> Results:
-    """Return the results of a run whose pruned model was recovered.
-
-    Args:
-      results: Results up to there.
-      done: The recovery.
-      measured: Measurements of the recovered model.
-    """
-    record = {"stages": done.records, "zeros": done.zeros}
-    recovery = Recovery(measured, record, done.figures, done.warnings)
-    return results._replace(written=done.written, parameters=done.parameters, recovery=recovery)
+    return draw

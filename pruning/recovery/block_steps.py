@@ -122,11 +122,17 @@ def stored(trained: tuple[bool, ...], block: Block, masters: list[jax.Array]) ->
 
 
 @program("held-out error", static=(0,))
-def held_out(
-    objective: Objective, block: Block, dense: Block | None, x: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the sums of a block's errors on a micro-batch, two float32 ()."""
-    return _errors(objective, block, dense, x)
+def add_held_out(
+    objective: Objective, block: Block, dense: Block | None, x: jax.Array, sums: jax.Array
+) -> jax.Array:
+    """Add the sums of a block's errors on a micro-batch, float32 [2]."""
+    return sums + jnp.stack(_errors(objective, block, dense, x))
+
+
+@program("held-out loss")
+def loss_of(sums: jax.Array) -> jax.Array:
+    """Return the loss of summed errors, float32 ()."""
+    return sums[0] / sums[1]
 
 
 @program("states embedded")

@@ -142,7 +142,8 @@ def test_what_cannot_be_recovered_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_the_plan_of_a_recovery_has_the_calls_of_its_run() -> None:
+def test_the_plan_of_a_recovery_is_the_most_that_it_may_do() -> None:
+    recovery = Blocks(steps=16, lr=1.0)
     dense = small.model("llama")
     pruned, kept = pruned_by(dense, "wanda", 0.5)
     mesh = make_mesh("data=1")
@@ -150,9 +151,12 @@ def test_the_plan_of_a_recovery_has_the_calls_of_its_run() -> None:
     counts = []
     for recorder in (Recorder(), Recorder(mesh)):
         with record_programs(recorder):
-            QUICK.run(inputs, Runtime(mesh=mesh), lambda j, block: None)
+            # So many steps that a run may stop early; its plan never does.
+            recovery.run(inputs, Runtime(mesh=mesh), lambda j, block: None)
         counts.append({cost.name: cost.calls for cost in recorder.costs})
-    assert counts[0] == counts[1]
+    run, plan = counts
+    assert run.keys() == plan.keys() and all(run[name] <= plan[name] for name in run)
+    assert plan["recovery step"] == len(dense.blocks) * recovery.steps
 
 
 @pytest.mark.slow
