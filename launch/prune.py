@@ -195,9 +195,7 @@ def _prune_into(
     place, form = recovered_run.pruned_place(job, stage)
     written, counts = complete(place, checkpoint, writer, check, outcome, form, mesh, shown)
     clock.record("export")
-    measured = functools.partial(measure.pruned, written.loaded, prefixed(shown, "pruned model: "))
-    # A recovery takes long enough to be interrupted; without one the run is nearly over.
-    pruned = journal.step(measured) if job.recoveries else measured()
+    pruned = _measure_pruned(job, journal, measure, written.loaded)
     clock.record("eval")
     sizes, notes = writer.parameters, writer.remarks
     results = Results(outcome, written, counts, sizes, dense, pruned, further, notes)
@@ -212,6 +210,17 @@ def _prune_into(
     _add_samples(result, inputs, written.loaded, results, shown)
     clock.record("eval")
     return result
+
+
+def _measure_pruned(
+    job: Job, journal: Journal, measure: Comparisons, pruned: Checkpoint
+) -> dict[str, Any]:
+    """Measure the pruned model, durably where a recovery follows, which may be interrupted."""
+    shown = prefixed(job.runtime.progress, "pruned model: ")
+    if not job.recoveries:
+        return measure.pruned(pruned, shown)
+    measured: dict[str, Any] = journal.step(lambda: measure.pruned(pruned, shown))
+    return measured
 
 
 def _add_samples(

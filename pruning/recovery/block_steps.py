@@ -4,17 +4,20 @@ Hidden states of both models lie in one array [2b t d], as `pruning.structured.d
 them: the dense model's are targets, the pruned one's are inputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Var
 
-from models.arch import Arch, Block, Taps
+from models.arch import Block, Taps
 from models.programs import program
 from pruning.recovery import blocks_core as core
 from pruning.recovery.zeros import keep_zeros, masks_of
 from pruning.structured.depth_streams import halves, joined
+
+Forward = Callable[[Any, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
 
 
 class Objective(NamedTuple):
@@ -23,39 +26,41 @@ class Objective(NamedTuple):
     Attributes:
       function: `Arch.block` of the pruned model.
       loss: Kind of loss.
-      attention: Whether the state behind attention is compared, with the dense block's on its own
-        inputs; else the block's output, with the dense states that are there.
+      attention: Linear that attention ends in, to compare the state behind it with the dense
+        block's on its own inputs; empty to compare the block's output with the dense states.
       branch_scale: Factor of the attention branch before it is added to the stream.
       adds: Whether its output is added as it is. Else the branches' outputs are compared alone.
     """
 
-    function: Callable[[Any, jax.Array], tuple[jax.Array, Taps]]
+    function: Forward
     loss: core.Loss
-    attention: bool = False
+    attention: str = ""
     branch_scale: float = 1.0
     adds: bool = True
 
 
-def attention_fields(arch: Arch) -> tuple[str, ...]:
-    """Return the fields of a block that attention's output depends on.
+def leaves_behind(function: Forward, tap: str, block: Block, x: Any) -> tuple[bool, ...]:
+    """Return for each leaf of a block in order whether a tap depends on it.
 
     Args:
-      arch: Architecture.
-    """
-    fields = ("q", "k", "v", "o", "q_norm", "k_norm")
-    # In blocks that end in norms, the first norm follows attention.
-    return (*fields, "attn_norm") if arch.residual else fields
-
-
-def leaves_of(block: Block, fields: Sequence[str]) -> tuple[bool, ...]:
-    """Return for each leaf of a block in order whether it is of one of some fields.
-
-    Args:
+      function: `Arch.block`.
+      tap: Name of the tap, or of the linear that gives it.
       block: Parameters.
-      fields: Names of fields.
+      x: Hidden states [b t d], or their shape.
     """
-    paths, _ = jax.tree.flatten_with_path(block)
-    return tuple(str(getattr(path[0], "name", "")) in fields for path, _ in paths)
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(block)]
+    structure = jax.tree.structure(block)
+
+    def output(leaves: list[Any], x: jax.Array) -> Any:
+        return function(jax.tree.unflatten(structure, leaves), x)[1][tap]
+
+    traced = jax.make_jaxpr(output)(shapes, jax.ShapeDtypeStruct(x.shape, x.dtype)).jaxpr
+    # Backwards from the tap, since what is behind it is in the trace as well.
+    needed = {v for v in traced.outvars if isinstance(v, Var)}
+    for equation in reversed(traced.eqns):
+        if not needed.isdisjoint(equation.outvars):
+            needed |= {v for v in equation.invars if isinstance(v, Var)}
+    return tuple(v in needed for v in traced.invars[: len(shapes)])
 
 
 def _errors(
@@ -66,7 +71,8 @@ def _errors(
     y, taps = objective.function(block, of_pruned)
     if not objective.attention:
         return core.errors(objective.loss, y, of_dense)
-    y, target = taps["o"], objective.function(dense, of_dense)[1]["o"]
+    branch = objective.attention
+    y, target = taps[branch], objective.function(dense, of_dense)[1][branch]
     if objective.adds:
         y, target = (
             state.astype(jnp.float32) + objective.branch_scale * out.astype(jnp.float32)

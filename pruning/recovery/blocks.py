@@ -23,7 +23,7 @@ from pruning.recovery.block_steps import Objective
 from pruning.recovery.blocks_core import Loss, learning_rates
 from pruning.recovery.types import Recovered, RecoveryInputs
 from pruning.recovery.zeros import check_zeros
-from pruning.structured.depth_streams import advance_dense, advance_pruned, copy_dense
+from pruning.structured.depth_streams import advance_dense, advance_pruned, copy_dense, halves
 from pruning.types import BlockSink
 
 EVALUATIONS = 8  # times that the held-out windows are looked at while a block is trained
@@ -155,7 +155,7 @@ class _Trainer:
         if i not in self._index:
             # A block before it has gone over those that were removed, unless there is none.
             if i < self._inputs.kept_blocks[0]:
-                _run_all(functools.partial(advance_dense, self._inputs.dense.arch.block, dense), xs)
+                self._advance_dense(dense, xs)
             return BlockResult(dense, None, propagated=True)
         j = self._index[i]
         pruned = next(prefetch(pruned_model.blocks, [j], mesh))
@@ -184,24 +184,27 @@ class _Trainer:
         self, i: int, dense: Block, block: Block, xs: States
     ) -> tuple[Block, dict[str, Any]]:
         """Return the trained block and its record; the dense states are moved on."""
-        arch = self._inputs.pruned.arch
+        arch, loss = self._inputs.pruned.arch, self._settings.loss
         record: dict[str, Any] = {"block": i}
+        trained = (True,) * len(jax.tree.leaves(block))
         if self._settings.unit == "half":
-            objective = Objective(
-                arch.block, self._settings.loss, True, arch.branch_scale, arch.outputs_add
-            )
-            trained = steps_of.leaves_of(block, steps_of.attention_fields(arch))
-            block, record["attention"] = self._fit(i, objective, trained, block, dense, xs)
-        dense_arch = self._inputs.dense.arch
-        _run_all(functools.partial(advance_dense, dense_arch.block, dense), xs)
+            end = arch.group("heads").reader.name
+            x = jax.eval_shape(lambda x: halves(x)[1], xs[0])
+            attention = steps_of.leaves_behind(arch.block, end, block, x)
+            objective = Objective(arch.block, loss, end, arch.branch_scale, arch.outputs_add)
+            block, record["attention"] = self._fit(i, objective, attention, block, dense, xs)
+            trained = tuple(not t for t in attention)
+        self._advance_dense(dense, xs)
         removed = range(i + 1, self._end(i))
         for other in prefetch(self._inputs.dense.blocks, removed, self._runtime.mesh):
-            _run_all(functools.partial(advance_dense, dense_arch.block, other), xs)
-        fixed = steps_of.attention_fields(arch) if self._settings.unit == "half" else ()
-        trained = tuple(not t for t in steps_of.leaves_of(block, fixed))
-        objective = Objective(arch.block, self._settings.loss)
+            self._advance_dense(other, xs)
+        objective = Objective(arch.block, loss)
         block, record["output"] = self._fit(i, objective, trained, block, None, xs)
         return block, record
+
+    def _advance_dense(self, block: Block, xs: States) -> None:
+        """Move the dense model's states over one of its blocks."""
+        _run_all(functools.partial(advance_dense, self._inputs.dense.arch.block, block), xs)
 
     def _fit(
         self,

@@ -78,6 +78,19 @@ def test_zeros_stay_and_no_block_gets_worse(case: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("family", ["llama", "opt", "qwen3", "phi", "gemma2"])
+def test_attention_depends_on_its_own_leaves(family: str) -> None:
+    """Those before its last linear; norms behind a branch are of the second half."""
+    m = small.model(family)
+    block: Any = m.blocks[0]
+    end = m.arch.group("heads").reader.name
+    behind = block_steps.leaves_behind(m.arch.block, end, block, np.zeros((1, 4, 16), np.float32))
+    paths, _ = jax.tree.flatten_with_path(block)
+    fields = {path[0].name for (path, _), t in zip(paths, behind, strict=True) if t}
+    norms = {"qwen3": {"q_norm", "k_norm"}}.get(family, set())
+    assert fields == {"q", "k", "v", "o", "attn_norm", *norms}
+
+
 @pytest.mark.slow
 def test_the_block_before_a_cut_meets_the_dense_state_behind_it() -> None:
     dense = deep("llama")
