@@ -163,10 +163,9 @@ def _recover_into(
     loaded = done.written.loaded
     after = measure.pruned(loaded, prefixed(shown, "recovered model: "))
     result = report_of(config, inputs, done, measures_of(dense, before, after))
-    damage = [f"unfinished run: {sentence}" for sentence in journal.damage]
-    result["warnings"] += damage
-    tokenizer, data = tokenizer_of(teacher), measure.data
-    texts = functools.partial(samples, teacher, pruned, tokenizer, data, shown, loaded)
+    result["warnings"] += [f"unfinished run: {sentence}" for sentence in journal.damage]
+    others = (tokenizer_of(teacher), measure.data, shown, loaded)
+    texts = functools.partial(samples, teacher, pruned, *others)
     nothing = Samples([], {})
     (result["samples"], greedy), missed = run_on_primary(
         lambda: optional("no sample texts", texts, nothing)

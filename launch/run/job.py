@@ -199,11 +199,11 @@ def resolve(config: RunConfig) -> Job:
     allocator = None if config.allocation == "uniform" else allocation
     request = Request(sparsity, pattern, allocator, refine, config.seed)
     sources = _sources(config, reads_activations(method, request))
+    recoveries = _recoveries(config)
     _check_draws(config.calibration_draws, sources.calibration.name)
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
     target = parse_target(config.target) if config.target else None
-    recoveries = _recoveries(config)
     return Job(config, method, request, runtime, sources, _output(config), target, recoveries)
 
 

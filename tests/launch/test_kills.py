@@ -27,6 +27,7 @@ KINDS = {
     "weights": ["--method=wanda", "--sparsity=0.5"],
     "structured": ["--method=flap(structure='AL-AM')", "--sparsity=0.3", "--output_format=orbax"],
     "blocks": ["--method=sleb(blocks=2)"],
+    "recovery": ["--method=wanda", "--sparsity=0.5", "--recover=blocks(steps=2,batch=1)"],
     "allocation": ["--method=wanda", "--sparsity=0.5", "--allocation=neuroal(samples=2)"],
 }
 # Acts at the end that are all tried: the final renames and removals, which are the same code for

@@ -50,6 +50,11 @@ RUNS = {
     "wanda_sp": ['--method=wanda_sp(repair="bias")', "--sparsity=0.4"],
     "magnitude_sp": ["--method=magnitude_sp", "--sparsity=0.4"],
     "sleb": ["--method=sleb(blocks=2)"],
+    "recovered": [
+        "--method=wanda",
+        "--sparsity=0.5",
+        "--recover=blocks(steps=4,batch=4,lr=1e-4)",
+    ],
     "again": ["--method=wanda", "--sparsity=0.5"],
     "rows": ["--method=wanda", "--sparsity=0.5"],
 }
@@ -170,16 +175,17 @@ def test_process_flags_that_do_not_go_together_are_refused(
 def test_devices_and_processes_leave_the_same_model(
     outputs: dict[str, pathlib.Path], where: str, name: str
 ) -> None:
-    one, other = (outputs[w] / name for w in ("one", where))
-    a, b = weights(one), weights(other)
+    one, shared = (outputs[w] / name for w in ("one", where))
+    a, b = weights(one), weights(shared)
     assert a.keys() == b.keys()
     for key, x in a.items():
         assert np.array_equal(x == 0, b[key] == 0), key
         np.testing.assert_allclose(b[key], x, atol=1e-3, err_msg=key)
-    alone, together = (json.loads((f / "pruning_report.json").read_text()) for f in (one, other))
+    alone, together = (json.loads((f / "pruning_report.json").read_text()) for f in (one, shared))
     for data, found in alone["perplexity"].items():
-        for kind in ("dense", "pruned"):
+        for kind in {"dense", "pruned", "recovered"} & found.keys():
             assert together["perplexity"][data][kind] == pytest.approx(found[kind], rel=1e-5), kind
-        agreement = alone["agreement"][data]
+        agreement, other = (report["agreement"][data] for report in (alone, together))
         assert agreement["kl"] > 0 and agreement.keys() >= {"top1", "greedy"}
-        assert together["agreement"][data] == pytest.approx(agreement, rel=1e-4)
+        assert other.pop("recovered", {}) == pytest.approx(agreement.pop("recovered", {}), rel=1e-4)
+        assert other == pytest.approx(agreement, rel=1e-4)
