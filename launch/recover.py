@@ -132,8 +132,7 @@ def _recover_into(
     shown: Progress,
 ) -> dict[str, Any]:
     """Write the recovered model into a staged directory; return the report without its seconds."""
-    facts = fingerprint(config, inputs)
-    check_agreement(facts)
+    check_agreement(facts := fingerprint(config, inputs))
     journal = Journal(stage.work / JOURNAL, facts, _NoBlocks())
     attempt.journal = journal
     clock.record("load")

@@ -3,14 +3,14 @@
 import dataclasses
 from typing import NamedTuple
 
-from calibration.data import default_calibration, is_token_file
+from calibration.data import default_calibration
 from calibration.mixtures import is_generated, parse_parts
 from calibration.runtime import Runtime
 from launch.flags import calls
 from launch.flags.common import mesh_of
 from launch.flags.numbers import check_sparsity
 from launch.flags.recoveries import Call, parse_recover
-from launch.flags.sources import parse_calibration
+from launch.flags.sources import check_draws, parse_calibration
 from launch.targets.search import PROBES
 from launch.targets.syntax import Target, parse_target
 from models.arch import Model
@@ -199,25 +199,12 @@ def resolve(config: RunConfig) -> Job:
     allocator = None if config.allocation == "uniform" else allocation
     request = Request(sparsity, pattern, allocator, refine, config.seed)
     sources = _sources(config, reads_activations(method, request))
-    recoveries = _recoveries(config)
-    _check_draws(config.calibration_draws, sources.calibration.name)
+    recoveries = parse_recover(config.recover, config.calibration_draws)
+    check_draws(config.calibration_draws, sources.calibration.name)
     mesh = mesh_of(config.mesh, config.calibration_batch)
     runtime = Runtime(batch=config.calibration_batch, mesh=mesh)
     target = parse_target(config.target) if config.target else None
     return Job(config, method, request, runtime, sources, _output(config), target, recoveries)
-
-
-def _recoveries(config: RunConfig) -> tuple[Call, ...]:
-    """Return the recoveries, which further draws do not have."""
-    recoveries = parse_recover(config.recover)
-    if recoveries and config.calibration_draws > 1:
-        raise InputError(
-            "repeats the pruning alone, without its recovery",
-            "leave it or `recover` out",
-            field="calibration_draws",
-            value=config.calibration_draws,
-        )
-    return recoveries
 
 
 def _output(config: RunConfig) -> Output:
@@ -328,18 +315,6 @@ def _check_alone(config: RunConfig, method: Method) -> None:
                 field="target",
                 value=config.target,
             )
-
-
-def _check_draws(count: int, source: str) -> None:
-    """Check that several draws are not taken from a source without random windows."""
-    parts = parse_parts(source)
-    if count > 1 and len(parts) == 1 and is_token_file(parts[0].source):
-        raise InputError(
-            f"would repeat the same windows, as {source} is taken whole",
-            "leave it out, or give text to draw windows from",
-            field="calibration_draws",
-            value=count,
-        )
 
 
 def check_method(job: Job, model: Model) -> None:
