@@ -209,6 +209,7 @@ def report_of(
         **measures,
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "warnings": [*report["warnings"], *done.warnings, *inputs.calibration.warnings],
+        "notes": [*report.get("notes", ()), *done.notes],
         **checks_of(done.written),
         "figures": [*report.get("figures", ()), *done.figures],
         "recovery": {

@@ -33,12 +33,14 @@ class Recovery(NamedTuple):
       record: The report's `recovery`.
       figures: Plots and tables for the report, JSON-able.
       warnings: Sentences that the report's reader must see.
+      notes: Sentences that a reader may want to know, and need not act on.
     """
 
     measured: Mapping[str, Any]
     record: Mapping[str, Any]
     figures: Sequence[Mapping[str, Any]]
     warnings: Sequence[str]
+    notes: Sequence[str]
 
 
 class Results(NamedTuple):
@@ -107,7 +109,7 @@ def describe(job: Job, inputs: Inputs, results: Results, command: str) -> dict[s
         "peak_memory_bytes": peak_memory(jax.local_devices()),
         "scores": removal.score_quantiles(checkpoint, outcome),
         "warnings": warnings,
-        "notes": [*outcome.notes, *removal.notes(written)],
+        "notes": [*outcome.notes, *(done.notes if done else ()), *removal.notes(written)],
         **checks_of(written),
         "figures": [*map(to_json, outcome.figures), *(done.figures if done else ())],
         "details": _details(inputs, outcome),

@@ -86,7 +86,7 @@ def recover(
     measured = measure.pruned(done.written.loaded, name)
     clock.record("eval")
     record = {"stages": done.records, "zeros": done.zeros}
-    recovery = Recovery(measured, record, done.figures, done.warnings)
+    recovery = Recovery(measured, record, done.figures, done.warnings, done.notes)
     return results._replace(written=done.written, parameters=done.parameters, recovery=recovery)
 
 

@@ -74,9 +74,10 @@ class Result(NamedTuple):
     Attributes:
       written: The checkpoint as it loads.
       parameters: Parameters that were written, padding not counted.
-      records: Of each recovery: `recover`, `seconds`, `tokens`, `details`, `notes`.
+      records: Of each recovery: `recover`, `seconds`, `tokens`, `details`.
       figures: Plots and tables for the report.
       warnings: Sentences that the report's reader must see.
+      notes: Sentences that a reader may want to know, and need not act on.
       zeros: Weights of the linears that are zero, "before" and "after".
     """
 
@@ -85,6 +86,7 @@ class Result(NamedTuple):
     records: list[dict[str, Any]]
     figures: list[dict[str, Any]]
     warnings: list[str]
+    notes: list[str]
     zeros: dict[str, int]
 
 
@@ -143,7 +145,7 @@ def recover_all(task: Task, pruned: Checkpoint, directory: pathlib.Path) -> Resu
       pruned: The pruned checkpoint.
       directory: Directory of the result.
     """
-    records, figures, warnings = [], [], []
+    records, figures, warnings, notes = [], [], [], []
     zeros = [_zeros(pruned)]
     start = pruned
     for k, call in enumerate(task.chain):
@@ -155,6 +157,7 @@ def recover_all(task: Task, pruned: Checkpoint, directory: pathlib.Path) -> Resu
         start = step.written.loaded
         result = step.result
         warnings += [*step.damage, *result.warnings]
+        notes += [f"{call.text}: {note}" for note in result.notes]
         figures += [to_json(figure) for figure in result.figures]
         records.append(
             {
@@ -162,7 +165,6 @@ def recover_all(task: Task, pruned: Checkpoint, directory: pathlib.Path) -> Resu
                 "seconds": time.monotonic() - began,
                 "tokens": result.tokens,
                 "details": dict(result.details),
-                "notes": list(result.notes),
             }
         )
     zeros.append(_zeros(start))
@@ -176,7 +178,7 @@ def recover_all(task: Task, pruned: Checkpoint, directory: pathlib.Path) -> Resu
     form = (task.output, step.written, step.check, task.runtime.mesh)
     written = step.written._replace(other_formats=write_formats(directory, *form))
     counts = {"before": zeros[0], "after": zeros[1]}
-    return Result(written, step.parameters, records, figures, warnings, counts)
+    return Result(written, step.parameters, records, figures, warnings, notes, counts)
 
 
 class _Step(NamedTuple):

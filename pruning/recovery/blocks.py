@@ -59,7 +59,7 @@ class Blocks:
     unit: Literal["block", "half"] = "block"
     inputs: Literal["pruned", "dense"] = "pruned"
     steps: int = 64
-    lr: float = 1e-3
+    lr: float = 3e-3
     batch: int = 2
     loss: Loss = "mse"
     hold_out: float = 0.25
@@ -184,7 +184,7 @@ class _Trainer:
         self, i: int, dense: Block, block: Block, xs: States
     ) -> tuple[Block, dict[str, Any]]:
         """Return the trained block and its record; the dense states are moved on."""
-        arch, loss = self._inputs.pruned.arch, self._settings.loss
+        arch, loss, came = self._inputs.pruned.arch, self._settings.loss, block
         record: dict[str, Any] = {"block": i}
         trained = (True,) * len(jax.tree.leaves(block))
         if self._settings.unit == "half":
@@ -192,14 +192,16 @@ class _Trainer:
             x = jax.eval_shape(lambda x: halves(x)[1], xs[0])
             attention = steps_of.leaves_behind(arch.block, end, block, x)
             objective = Objective(arch.block, loss, end, arch.branch_scale, arch.outputs_add)
-            block, record["attention"] = self._fit(i, objective, attention, block, dense, xs)
+            block, record["attention"] = self._fit(i, objective, attention, [block], dense, xs)
             trained = tuple(not t for t in attention)
         self._advance_dense(dense, xs)
         removed = range(i + 1, self._end(i))
         for other in prefetch(self._inputs.dense.blocks, removed, self._runtime.mesh):
             self._advance_dense(other, xs)
         objective = Objective(arch.block, loss)
-        block, record["output"] = self._fit(i, objective, trained, block, None, xs)
+        # A better attention may still give a worse output, so the block as it came is tried too.
+        tried = [block] if block is came else [came, block]
+        block, record["output"] = self._fit(i, objective, trained, tried, None, xs)
         return block, record
 
     def _advance_dense(self, block: Block, xs: States) -> None:
@@ -211,20 +213,33 @@ class _Trainer:
         i: int,
         objective: Objective,
         trained: tuple[bool, ...],
-        block: Block,
+        tried: Sequence[Block],
         dense: Block | None,
         xs: States,
     ) -> tuple[Block, dict[str, Any]]:
-        """Train some leaves of a block; return the best block on the held-out windows."""
-        settings = self._settings
+        """Train some leaves of a block.
+
+        Args:
+          i: Index of the dense block.
+          objective: What is compared.
+          trained: Whether each leaf is trained, in order.
+          tried: Blocks that are there before the training, which begins with the last.
+          dense: The dense block, where attention is compared.
+          xs: States of both models, by micro-batch.
+
+        Returns:
+          The best block on the held-out windows of all that were measured, and the figures.
+        """
+        settings, block = self._settings, tried[-1]
         train = len(xs) - self._held_out
         rates = learning_rates(settings.lr, settings.steps)
         rng = np.random.default_rng([self._inputs.seed, i])
         measure = functools.partial(_measure, objective, dense, xs, range(train, len(xs)))
-        curve = [measure(block)]
+        curve = [measure(candidate) for candidate in tried]
         if not math.isfinite(curve[0]):
             raise overflow(i)
-        best, best_at, every = block, 0, math.ceil(settings.steps / EVALUATIONS)
+        best_at, every = int(np.nanargmin(curve)), math.ceil(settings.steps / EVALUATIONS)
+        best = tried[best_at]
         state = steps_of.begin(trained, block)
         order: list[int] = []
         done = tokens = 0
