@@ -6,11 +6,12 @@ from typing import Protocol
 class Advance(Protocol):
     """A function to call after work has been done."""
 
-    def __call__(self, steps: int = 1) -> None:
+    def __call__(self, steps: int = 1, note: str = "") -> None:
         """Report work that has been done.
 
         Args:
           steps: Number of steps since the last call.
+          note: How the work goes, in a few words, such as a loss; empty for nothing to say.
         """
 
 
@@ -34,7 +35,7 @@ class Progress(Protocol):
         """
 
 
-def no_advance(steps: int = 1) -> None:
+def no_advance(steps: int = 1, note: str = "") -> None:
     """Report nothing after a step."""
 
 

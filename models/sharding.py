@@ -1,7 +1,8 @@
 """Placement of arrays on a mesh: one table from logical axes to mesh axes, and its users."""
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,9 +21,14 @@ from models.errors import InputError
 from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
-# Logical axis -> mesh axis: calibration windows, and output rows of a linear.
+# Logical axis -> mesh axes: calibration windows, output rows of a linear, and the rows of what a
+# training keeps between two steps, of which every device holds a part of its own.
 # Rows, not columns: a row's products and Wanda's mask of it then need no other device.
-LOGICAL = {"sample": "data", "out": "model"}
+LOGICAL: Mapping[str, tuple[str, ...]] = {
+    "sample": ("data",),
+    "out": ("model",),
+    "fully_sharded": ("model", "data"),
+}
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
@@ -108,9 +114,24 @@ def placement(shape: Sequence[int], mesh: Mesh | None, logical: str) -> Sharding
         return SingleDeviceSharding(jax.local_devices()[0])
     # An axis that does not divide is replicated rather than padded: padding would enter the
     # statistics.
-    axis = LOGICAL[logical]
-    divides = bool(shape) and shape[0] % mesh.shape[axis] == 0
-    return NamedSharding(mesh, PartitionSpec(axis) if divides else PartitionSpec())
+    return NamedSharding(mesh, _split_over(shape[:1], mesh, logical))
+
+
+def _split_over(rows: Sequence[int], mesh: Mesh, logical: str) -> PartitionSpec:
+    """Return how a first axis is split, if there is one: over all of its mesh axes that divide it.
+
+    Args:
+      rows: Size of the first axis; empty for a scalar.
+      mesh: Mesh.
+      logical: Logical name of the axis.
+    """
+    axes = LOGICAL[logical]
+    # Without the last ones first: the others are where the array is used.
+    while rows and axes and rows[0] % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    if not rows or not axes:
+        return PartitionSpec()
+    return PartitionSpec(axes[0] if len(axes) == 1 else axes)
 
 
 def specs_on(tree: Any, mesh: Mesh, logical: str = "") -> Any:
@@ -126,11 +147,9 @@ def specs_on(tree: Any, mesh: Mesh, logical: str = "") -> Any:
     """
 
     def with_sharding(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axis = LOGICAL[logical or "out"]
         # Of parameters only matrices are split.
         may_split = bool(x.shape) if logical else len(x.shape) == 2
-        divides = may_split and x.shape[0] % mesh.shape[axis] == 0
-        spec = PartitionSpec(axis) if divides else PartitionSpec()
+        spec = _split_over(x.shape[:1] if may_split else (), mesh, logical or "out")
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(with_sharding, tree)
@@ -247,3 +266,26 @@ def place(params: Any, mesh: Mesh | None) -> Any:
     return jax.tree.map(
         lambda w: split(w, mesh, "out") if w.ndim == 2 else _put_on_devices(w, whole), params
     )
+
+
+def constrain(tree: Any, mesh: Mesh | None, logical: str) -> Any:
+    """Tell the compiler how arrays within a program lie on the mesh.
+
+    Args:
+      tree: Pytree of traced arrays.
+      mesh: Mesh; None for one device.
+      logical: Logical name of the first axes. Of parameters, "out" and "fully_sharded", only matrices
+        are split.
+
+    Returns:
+      The tree.
+    """
+    if mesh is None or mesh.size == 1:
+        return tree
+
+    def placed(x: jax.Array) -> jax.Array:
+        may_split = logical == "sample" or x.ndim == 2
+        spec = _split_over(x.shape[:1] if may_split else (), mesh, logical)
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, tree)

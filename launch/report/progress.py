@@ -50,16 +50,18 @@ class Stage:
 
     def __post_init__(self) -> None:
         self.description = " ".join(self.description.split())  # a file's name may hold a newline
-        self.done = self.resumed
+        self.done, self.note = self.resumed, ""
         self.began = self.stepped = time.monotonic()
 
-    def step(self, steps: int) -> None:
+    def step(self, steps: int, note: str = "") -> None:
         """Count steps that have been done.
 
         Args:
           steps: How many.
+          note: How the work goes; empty for nothing to say.
         """
         self.done += steps
+        self.note = note
         self.stepped = time.monotonic()
 
     @property
@@ -142,7 +144,8 @@ class _Log:
             if stage.stepped - stage.began >= LEAST_SECONDS:
                 self._print(stage, stage.ending())
         elif seconds >= MOST_SECONDS or (seconds >= LEAST_SECONDS and steps * PARTS >= stage.total):
-            figures = ", ".join(filter(None, (stage.position(), stage.rate(), stage.time())))
+            parts = (stage.position(), stage.note, stage.rate(), stage.time())
+            figures = ", ".join(filter(None, parts))
             self._print(stage, f"{stage.description}: {figures}")
 
     def close(self) -> None:
@@ -199,14 +202,16 @@ class _Line:
 def status_line(stage: Stage, width: int) -> Table:
     """Return description, bar and figures of a stage on one line.
 
-    Where there is no room, the bar goes first, then the speed, the time, and the description's end.
+    Where there is no room, the bar goes first, then the speed, the time, the note, and the
+    description's end.
 
     Args:
       stage: The stage.
       width: Cells of the line.
     """
-    position, rate, left = stage.position(), stage.rate(), stage.time()
-    for parts in ((position, rate, left), (position, left), (position,)):
+    position, note, rate, left = stage.position(), stage.note, stage.rate(), stage.time()
+    shorter = ((position, note, rate, left), (position, note, left), (position, note), (position,))
+    for parts in shorter:
         figures = ", ".join(filter(None, parts))
         room = max(0, width - cell_len(figures) - 1)
         if room >= min(cell_len(stage.description), DESCRIPTION_CELLS):
@@ -251,8 +256,8 @@ def progress(console: Console | None = None) -> Iterator[Progress]:
             return no_advance
         display.opened(stage)
 
-        def advance(steps: int = 1) -> None:
-            stage.step(steps)
+        def advance(steps: int = 1, note: str = "") -> None:
+            stage.step(steps, note)
             display.stepped(stage)
 
         return advance

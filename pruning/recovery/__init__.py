@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from pruning.recovery.blocks import Blocks
+from pruning.recovery.distill import Distill
 from pruning.recovery.types import Recovery
 
-RECOVERIES: dict[str, Callable[..., Recovery]] = {"blocks": Blocks}
+RECOVERIES: dict[str, Callable[..., Recovery]] = {"blocks": Blocks, "distill": Distill}

@@ -14,7 +14,7 @@ class Told:
     def __call__(self, description: str, steps: int, **more: Any) -> Advance:
         stage = self.stages[description] = [steps, more.get("done", 0), more]
 
-        def advance(steps: int = 1) -> None:
+        def advance(steps: int = 1, note: str = "") -> None:
             stage[1] += steps
 
         return advance
