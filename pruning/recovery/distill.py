@@ -158,16 +158,18 @@ class _Trainer:
     ) -> None:
         self._settings, self._windows, self._order = settings, windows, order
         self._targets, self._runtime = targets, runtime
+        # Kept, as they are looked at again and again.
+        self._held_batches = [targets.batch(i) for i in range(len(windows.held_out))]
         self._checkpoints = Checkpoints(inputs.directory, settings.checkpoint_minutes)
         student, mesh = inputs.pruned, runtime.mesh
         dtype = str(np.dtype(student.non_block.embed.dtype))
         params = sharded(student, runtime)
         nothing = Params(None, (None,) * len(params.blocks))
         if settings.lora:
-            keys = jax.random.split(jax.random.key(inputs.seed), len(params.blocks))
+            seed = np.int32(inputs.seed)
             adapters = tuple(
-                programs.begin_adapters(student.arch, settings.lora, mesh, block, key)
-                for block, key in zip(params.blocks, keys, strict=True)
+                programs.begin_adapters(student.arch, settings.lora, mesh, block, seed, np.int32(i))
+                for i, block in enumerate(params.blocks)
             )
             trained, self._base = nothing._replace(blocks=adapters), params
         else:
@@ -221,7 +223,7 @@ class _Trainer:
             self._state, best = restored.arrays
             return best, restored.record
         record = {"step": 0, "best": 0, "since_best": 0, "losses": [], "curve": []}
-        teacher = self._held_out(lambda i, batch: self._targets.cross_entropy(i, batch))
+        teacher = self._held_out(self._targets.cross_entropy)
         record["teacher_cross_entropy"] = float(teacher) / self._predicted
         return self._evaluate(best, record), record
 
@@ -253,14 +255,14 @@ class _Trainer:
 
     def _held_out(self, measure: Any) -> Any:
         """Return the sum of (index, batch) -> numbers over the held-out batches, float64."""
-        indices = range(len(self._windows.held_out))
-        return sum(np.asarray(measure(i, self._targets.batch(i)), np.float64) for i in indices)
+        batches = enumerate(self._held_batches)
+        return sum(np.asarray(measure(i, batch), np.float64) for i, batch in batches)
 
     def _evaluate(self, best: list[jax.Array], record: dict[str, Any]) -> list[jax.Array]:
         """Note the held-out losses, and return the masters that are best by now."""
         setup, state = self.setup, self._state
         divergence, surprise = self._held_out(
-            lambda i, batch: to_host(
+            lambda _, batch: to_host(
                 programs.held_out(setup, state.masters, self._base, self._targets.non_block, batch)
             )
         )

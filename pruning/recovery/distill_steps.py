@@ -88,11 +88,20 @@ def shard(mesh: Mesh | None, dtype: str, tree: Any) -> Any:
 
 @program("adapters begun", static=(0, 1, 2))
 def begin_adapters(
-    arch: Arch, rank: int, mesh: Mesh | None, block: Block, key: jax.Array
+    arch: Arch, rank: int, mesh: Mesh | None, block: Block, seed: jax.Array, index: jax.Array
 ) -> Adapters:
-    """Return the adapters of a block's linears, whose changes are zero."""
+    """Return the adapters of a block's linears, whose changes are zero.
+
+    Args:
+      arch: Architecture of the student.
+      rank: Rank of the adapters.
+      mesh: Mesh; None for one device.
+      block: The block.
+      seed: Seed of their draw, int32 ().
+      index: Index of the block, int32 ().
+    """
     slots = [slot.name for slot in arch.slots_of(block)]
-    keys = jax.random.split(key, len(slots))
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(seed), index), len(slots))
     adapters = {
         name: core.new_adapter(one, linear_of(block, name).w.shape, rank)
         for name, one in zip(slots, keys, strict=True)

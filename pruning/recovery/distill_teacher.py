@@ -158,7 +158,8 @@ class KeptTeacher:
         return self._directory / f"teacher-{i:06d}.npz"
 
     def _read(self, i: int) -> Any:
-        with np.load(self._path(i), allow_pickle=False) as file:
+        # Read first: NumPy leaves a damaged file open.
+        with np.load(io.BytesIO(self._path(i).read_bytes()), allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
 
     def _readable(self, i: int) -> bool:
