@@ -213,7 +213,7 @@ def test_a_training_that_was_stopped_goes_on_to_the_same_bytes(
     got = recover(recovery, inputs)
     assert steps == [1, 2, 3, 4, 5, 6]
     assert small.same(got[0][1:], want[0][1:])
-    assert got[1] == want[1]
+    assert got[1]._replace(non_block=None) == want[1]._replace(non_block=None)
 
 
 @pytest.mark.slow
