@@ -274,8 +274,7 @@ def constrain(tree: Any, mesh: Mesh | None, logical: str) -> Any:
     Args:
       tree: Pytree of traced arrays.
       mesh: Mesh; None for one device.
-      logical: Logical name of the first axes. Of parameters, "out" and "fully_sharded", only matrices
-        are split.
+      logical: Logical name of the first axes; except for "sample", only matrices are split.
 
     Returns:
       The tree.

@@ -1,7 +1,6 @@
-r"""Distillation of logits: the loss over all tokens or the teacher's likeliest, and LoRA under masks.
+"""Distillation of logits: divergence over all tokens or the teacher's likeliest, masked LoRA.
 
-Letters: b windows, t positions, v tokens of the vocabulary, k tokens that are kept, r rank of LoRA,
-T temperature.
+Letters: b windows, t positions, v tokens of the vocabulary, k tokens that are kept, r rank of LoRA.
 
 Sources: Hinton et al. 2015 (temperature); Hu et al. 2022 (LoRA); Zimmer et al. 2024, "PERP" (LoRA
 under the mask of the weights).

@@ -1,11 +1,11 @@
 """Programs of distillation: the teacher's targets, one step, the held-out losses, the result.
 
-Letters: b windows, t positions, d hidden size of the student, D of the teacher, k tokens kept of the
-teacher's distribution.
+Letters: b windows, t positions, d hidden size of the student, D of the teacher, k tokens kept of
+the teacher's distribution.
 
-Everything that outlasts a step (masters, moments, parameters that are not trained) is fully sharded.
-Within a step a block is gathered over `data` where it is used, and again where its gradient is
-computed: `jax.checkpoint` keeps the states between blocks alone.
+Everything that outlasts a step (masters, moments, parameters that are not trained) is fully
+sharded. Within a step a block is gathered over `data` where it is used, and again where its
+gradient is computed: `jax.checkpoint` keeps the states between blocks alone.
 """
 
 import functools

@@ -113,7 +113,10 @@ def test_a_step_is_that_of_optax_on_the_whole_models_gradient(tmp_path: pathlib.
         updates, _ = tool.update(gradient, tool.init(params), params)
     want = optax.apply_updates(params, updates)
     for x, y, g in zip(
-        jax.tree.leaves(recovered[1:]), jax.tree.leaves(want), jax.tree.leaves(gradient), strict=True
+        jax.tree.leaves(recovered[1:]),
+        jax.tree.leaves(want),
+        jax.tree.leaves(gradient),
+        strict=True,
     ):
         # The first step of Adam is the gradient's sign: entries without one may go either way.
         clear = np.abs(g) > 1e-6
