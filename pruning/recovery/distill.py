@@ -175,20 +175,16 @@ def _write(
     return zeros, non_block
 
 
-def _notes(settings: Distill, record: dict[str, Any], windows: Windows) -> tuple[str, ...]:
+def _notes(steps: int, record: dict[str, Any], windows: Windows) -> tuple[str, ...]:
     """Return sentences that a reader may want to know."""
     notes = []
-    if not record["best"]:
+    done, best, fresh = record["step"], record["best"], len(windows.train)
+    if not best:
         notes.append("the training got no better on held-out windows: the model stays as it was")
-    elif record["step"] < settings.steps:
-        notes.append(
-            f"the training ended after {record['step']} steps, the best was {record['best']}"
-        )
-    rounds = record["step"] / len(windows.train)
-    if rounds > 1:
-        notes.append(
-            f"the source has text for {len(windows.train)} steps: it was read {rounds:.1f} times"
-        )
+    elif done < steps:
+        notes.append(f"the training ended after {done} of {steps} steps, the best was {best}")
+    if done > fresh:
+        notes.append(f"the source has text for {fresh} steps: it was read {done / fresh:.1f} times")
     return tuple(notes)
 
 

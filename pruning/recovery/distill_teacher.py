@@ -1,5 +1,6 @@
 """Targets of a distillation: the teacher's states as it runs, or its likeliest tokens in files."""
 
+import functools
 import io
 import pathlib
 import zipfile
@@ -150,7 +151,7 @@ class KeptTeacher:
             if planner():
                 self._planned = found
             else:
-                run_on_primary(lambda i=i, a=(ids, logs, surprise): self._write(i, *a))
+                run_on_primary(functools.partial(self._write, i, ids, logs, surprise))
             advance()
         barrier("teacher")
 

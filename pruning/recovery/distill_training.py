@@ -132,7 +132,7 @@ class Trainer:
                 best = self._evaluate(best, record)
             self._checkpoints.save_if_due(Point((self._state, best), record))
             advance(note=f"loss {loss:.4f}")
-        warnings = ()
+        warnings: tuple[str, ...] = ()
         if self._checkpoints.damaged:
             warnings = ("the checkpoint of the training was damaged: it started over",)
         return End(best if record["best"] else None, record, warnings)

@@ -28,6 +28,11 @@ KINDS = {
     "structured": ["--method=flap(structure='AL-AM')", "--sparsity=0.3", "--output_format=orbax"],
     "blocks": ["--method=sleb(blocks=2)"],
     "recovery": ["--method=wanda", "--sparsity=0.5", "--recover=blocks(steps=2,batch=1)"],
+    "distillation": [
+        "--method=wanda",
+        "--sparsity=0.5",
+        "--recover=distill(steps=2,batch=1,checkpoint_minutes=0,top_k=3)",
+    ],
     "allocation": ["--method=wanda", "--sparsity=0.5", "--allocation=neuroal(samples=2)"],
 }
 # Acts at the end that are all tried: the final renames and removals, which are the same code for

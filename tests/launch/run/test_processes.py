@@ -55,6 +55,11 @@ RUNS = {
         "--sparsity=0.5",
         "--recover=blocks(steps=4,batch=4,lr=1e-4)",
     ],
+    "distilled": [
+        "--method=wanda",
+        "--sparsity=0.5",
+        "--recover=distill(steps=3,batch=4,accumulate=2,top_k=5,lr=1e-3)",
+    ],
     "again": ["--method=wanda", "--sparsity=0.5"],
     "rows": ["--method=wanda", "--sparsity=0.5"],
 }

@@ -21,6 +21,7 @@ from models.sharding import make_mesh
 from pruning.recovery import blocks_core, distill_steps, distill_teacher
 from pruning.recovery.distill import Distill
 from pruning.recovery.distill_checkpoints import Checkpoints
+from pruning.recovery.distill_data import batch_order, split_windows
 from pruning.recovery.types import Recovered, RecoveryInputs
 from pruning.recovery.zeros import masks_of
 from reference import small
@@ -53,6 +54,14 @@ def assert_kept(recovered: Model, pruned: Model) -> None:
 
 def held_out(result: Recovered) -> list[float]:
     return [point["held_out"] for point in result.details["curve"]]
+
+
+def first_windows(settings: Distill, inputs: RecoveryInputs) -> jax.Array:
+    """Windows of the first step."""
+    ids = inputs.draw(settings.steps * settings.batch + settings.held_out)
+    windows = split_windows(ids, settings.batch, settings.held_out, inputs.seed)
+    order = batch_order(len(windows.train), settings.steps, inputs.seed)
+    return jnp.asarray(windows.train[order[0]])
 
 
 CASES = [
@@ -94,7 +103,7 @@ def test_a_step_is_that_of_optax_on_the_whole_models_gradient(tmp_path: pathlib.
     settings = dataclasses.replace(QUICK, steps=1, lr=1e-3)
     recovered, result = recover(settings, inputs)
     assert result.details["best"] == 1
-    windows = distill_windows(settings, inputs)
+    windows = first_windows(settings, inputs)
     target = jax.nn.log_softmax(logits(dense, windows))
 
     def loss(params: Any) -> jax.Array:
@@ -121,15 +130,6 @@ def test_a_step_is_that_of_optax_on_the_whole_models_gradient(tmp_path: pathlib.
         # The first step of Adam is the gradient's sign: entries without one may go either way.
         clear = np.abs(g) > 1e-6
         np.testing.assert_allclose(np.asarray(x)[clear], np.asarray(y)[clear], rtol=1e-4, atol=1e-6)
-
-
-def distill_windows(settings: Distill, inputs: RecoveryInputs) -> np.ndarray:
-    """Windows of the first step."""
-    from pruning.recovery.distill_data import batch_order, split_windows
-
-    ids = inputs.draw(settings.steps * settings.batch + settings.held_out)
-    windows = split_windows(ids, settings.batch, settings.held_out, inputs.seed)
-    return windows.train[batch_order(len(windows.train), settings.steps, inputs.seed)[0]]
 
 
 @pytest.mark.slow
@@ -286,7 +286,14 @@ def test_what_cannot_be_distilled_is_refused() -> None:
     dense = small.model("llama")
     with pytest.raises(InputError, match="more than the 31 tokens"):
         Distill(top_k=32).check(dense, ShapeChange(), 16)
-    wrongs = {"steps": 0, "lr": 0.0, "batch": 0, "temperature": 0.0, "lora": -1, "top_k": -1}
+    wrongs: dict[str, Any] = {
+        "steps": 0,
+        "lr": 0.0,
+        "batch": 0,
+        "temperature": 0.0,
+        "lora": -1,
+        "top_k": -1,
+    }
     wrongs |= {"accumulate": 3, "held_out": 0, "decay": -1.0, "checkpoint_minutes": -1.0}
     for name, value in wrongs.items():
         with pytest.raises(InputError, match=f"distill: {name}="):
