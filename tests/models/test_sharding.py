@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from models.errors import InputError
-from models.sharding import make_mesh, place, split
+from models.sharding import constrain, make_mesh, place, split
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,19 @@ def test_place_splits_rows_of_matrices_alone() -> None:
         None,
     )
     assert all(len(placed[k].addressable_shards) == 8 for k in ("w", "odd", "b"))
+
+
+def test_fully_sharded_rows_lie_on_all_devices_that_divide_them() -> None:
+    mesh = make_mesh("data=4,model=2")
+    tree = {"w": np.ones((16, 3)), "few": np.ones((6, 3)), "odd": np.ones((5, 3)), "b": np.ones(16)}
+    placed = jax.jit(lambda t: constrain(t, mesh, "fully_sharded"))(jax.tree.map(np.float32, tree))
+    shapes = {name: pieces(x) for name, x in placed.items()}
+    assert shapes == {"w": {(2, 3)}, "few": {(3, 3)}, "odd": {(5, 3)}, "b": {(16,)}}
+    assert placed["w"].sharding.spec[0] == ("model", "data")
+    # A block gathered over `data` lies as `place` has it.
+    used = jax.jit(lambda t: constrain(t, mesh, "out"))(placed)
+    for name, x in place(jax.tree.map(np.float32, tree), mesh).items():
+        assert used[name].sharding.is_equivalent_to(x.sharding, x.ndim)
 
 
 @pytest.mark.parametrize("mesh", [None, "data=1"])

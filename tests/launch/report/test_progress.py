@@ -46,6 +46,20 @@ def line(stage: shown.Stage, width: int) -> str:
     return text_of(console)
 
 
+def test_a_note_stands_behind_the_position(now: SimpleNamespace) -> None:
+    stage = shown.Stage("distilling", 10, "steps", tokens=1000)
+    now.seconds += 10.0
+    stage.step(1, "loss 0.1234")
+    assert "1 of 10 steps, loss 0.1234, 10 tokens/s, 1 min 30 s left" in line(stage, 100)
+    assert line(stage, 40) == "distilling 1 of 10 steps, loss 0.1234\n"
+    console = log()
+    with shown.progress(console) as begin:
+        advance = begin("distilling", 10, unit="steps", tokens=1000)
+        now.seconds += 10.0
+        advance(note="loss 0.1234")
+    assert "1 of 10 steps, loss 0.1234, 10 tokens/s" in text_of(console)
+
+
 @pytest.mark.parametrize("total", [1, 4, 10, 32, 80, 1000])
 def test_a_log_has_at_most_ten_plain_lines_behind_the_first(
     total: int, now: SimpleNamespace
