@@ -70,7 +70,6 @@ CASES = [
     ("opt", "sparsegpt", 0.5, {}, {"lora": 2, "lr": 1e-2}),
     ("llama", "sleb", 0.0, {"remove": (0,)}, {"accumulate": 2, "decay": 0.1}),
     ("mixtral", "wanda", 0.5, {}, {"lora": 2, "lr": 1e-2}),
-    ("gemma2", "wanda", 0.5, {}, {"top_k": 31}),
 ]
 
 
@@ -266,16 +265,13 @@ def test_a_training_compiles_its_step_once(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [{}, {"top_k": 3, "lora": 2}])
-def test_the_plan_of_a_distillation_has_the_calls_of_its_run(
-    settings: dict[str, Any], tmp_path: pathlib.Path
-) -> None:
+def test_the_plan_of_a_distillation_has_the_calls_of_its_run(tmp_path: pathlib.Path) -> None:
     inputs = pair(tmp_path)
     mesh = make_mesh("data=1")
     counts = []
     for recorder in (Recorder(), Recorder(mesh)):
         with record_programs(recorder):
-            dataclasses.replace(QUICK, **settings).run(
+            dataclasses.replace(QUICK, top_k=3, lora=2).run(
                 inputs, Runtime(mesh=mesh), lambda j, block: None
             )
         counts.append({cost.name: cost.calls for cost in recorder.costs})
