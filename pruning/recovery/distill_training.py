@@ -18,7 +18,9 @@ from pruning.recovery.distill_teacher import Targets, sharded
 from pruning.recovery.types import RecoveryInputs
 
 EVALUATIONS = 10  # times that the held-out windows are looked at
-PATIENCE = 3  # of these without a better one end the training
+# Of these without a better one end the training. Half of them, as the loss falls most when the
+# learning rate does, towards the end.
+PATIENCE = 5
 
 
 class Settings(NamedTuple):
