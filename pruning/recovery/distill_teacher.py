@@ -56,7 +56,7 @@ class LiveTeacher:
 
     def __init__(self, model: Model, batches: np.ndarray, runtime: Runtime) -> None:
         self._arch, self._mesh, self._batches = model.arch, runtime.mesh, batches
-        self._params = sharded(model, runtime)
+        self._params = sharded(model, runtime, type_of(model))
 
     @property
     def non_block(self) -> NonBlockParams:
@@ -90,14 +90,20 @@ class LiveTeacher:
         return found
 
 
-def sharded(model: Model, runtime: Runtime) -> Params:
-    """Return the parameters of a whole model in its type, fully sharded.
+def type_of(model: Model) -> str:
+    """Return the name of the type of a model's parameters."""
+    return str(np.dtype(model.non_block.embed.dtype))
+
+
+def sharded(model: Model, runtime: Runtime, dtype: str) -> Params:
+    """Return the parameters of a whole model in a type, fully sharded.
 
     Args:
       model: The model, read one block at a time.
       runtime: How to execute.
+      dtype: Name of the type.
     """
-    mesh, dtype = runtime.mesh, str(np.dtype(model.non_block.embed.dtype))
+    mesh = runtime.mesh
     non_block = programs.shard(mesh, dtype, place(model.non_block, mesh))
     blocks = tuple(
         programs.shard(mesh, dtype, block) for block in prefetch(model.blocks, None, mesh)

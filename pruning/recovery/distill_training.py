@@ -14,7 +14,7 @@ from pruning.recovery.blocks_core import Training, learning_rates
 from pruning.recovery.distill_checkpoints import Checkpoints, Point
 from pruning.recovery.distill_data import Windows
 from pruning.recovery.distill_steps import Batch, Params, Setup
-from pruning.recovery.distill_teacher import Targets, sharded
+from pruning.recovery.distill_teacher import Targets, sharded, type_of
 from pruning.recovery.types import RecoveryInputs
 
 EVALUATIONS = 10  # times that the held-out windows are looked at
@@ -86,8 +86,8 @@ class Trainer:
         self._held_batches = [targets.batch(i) for i in range(len(windows.held_out))]
         self._checkpoints = Checkpoints(inputs.directory, settings.checkpoint_minutes)
         student, mesh = inputs.pruned, runtime.mesh
-        dtype = str(np.dtype(student.non_block.embed.dtype))
-        params = sharded(student, runtime)
+        dtype = type_of(student)
+        params = sharded(student, runtime, dtype if settings.lora else "float32")
         nothing = Params(None, (None,) * len(params.blocks))
         if settings.lora:
             seed = np.int32(inputs.seed)

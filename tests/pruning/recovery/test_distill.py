@@ -35,9 +35,10 @@ def pair(
     family: str = "llama",
     method: str = "wanda",
     sparsity: float = 0.5,
+    dtype: str = "float32",
     **arguments: Any,
 ) -> RecoveryInputs:
-    dense = small.model(family)
+    dense = small.model(family, dtype=dtype)
     pruned, kept = pruned_by(dense, method, sparsity, **arguments)
     return inputs_of(dense, pruned, kept)._replace(directory=directory)
 
@@ -70,6 +71,8 @@ CASES = [
     ("opt", "sparsegpt", 0.5, {}, {"lora": 2, "lr": 1e-2}),
     ("llama", "sleb", 0.0, {"remove": (0,)}, {"accumulate": 2, "decay": 0.1}),
     ("mixtral", "wanda", 0.5, {}, {"lora": 2, "lr": 1e-2}),
+    ("llama", "magnitude", 0.5, {"dtype": "bfloat16"}, {"lr": 5e-3}),
+    ("llama", "magnitude", 0.5, {"dtype": "bfloat16"}, {"lora": 2, "lr": 1e-2, "top_k": 4}),
 ]
 
 
