@@ -89,6 +89,33 @@ def test_zeros_stay_and_the_held_out_loss_falls(case: Any, tmp_path: pathlib.Pat
 
 
 @pytest.mark.slow
+def test_masters_and_moments_of_zeros_stay_zero(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, states = pair(tmp_path), []
+    step = distill_steps.step
+
+    def noted(*arguments: Any) -> Any:
+        states.append(step(*arguments))
+        return states[-1]
+
+    monkeypatch.setattr(distill_steps, "step", noted)
+    recover(dataclasses.replace(QUICK, decay=0.1), inputs)
+    before = jax.tree.leaves((inputs.pruned.non_block, tuple(inputs.pruned.blocks)))
+    after, adam = states[-1][0]
+    (moments,) = (part for part in jax.tree.leaves(adam, is_leaf=is_adam) if is_adam(part))
+    for old, *new in zip(before, after, moments.mu, moments.nu, strict=True):
+        zero = np.asarray(old) == 0
+        assert all(not np.asarray(x)[zero].any() for x in new)
+        assert all(np.asarray(x)[~zero].all() for x in new[:1])
+    assert sum(int((np.asarray(x) == 0).sum()) for x in before) > 1000
+
+
+def is_adam(node: Any) -> bool:
+    return isinstance(node, optax.ScaleByAdamState)
+
+
+@pytest.mark.slow
 def test_a_model_that_gets_no_better_stays_as_it_was(tmp_path: pathlib.Path) -> None:
     inputs = pair(tmp_path)
     recovered, result = recover(dataclasses.replace(QUICK, lr=30.0), inputs)
