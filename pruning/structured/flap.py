@@ -15,6 +15,7 @@ from models.errors import InputError
 from models.programs import Program
 from pruning.structured.channel_scores import DenseScores, score_dense
 from pruning.structured.flap_core import (
+    Kept,
     Metric,
     Structure,
     input_feature_metrics,
@@ -25,19 +26,18 @@ from pruning.structured.flap_core import (
 from pruning.structured.remove import (
     ADDS_BIAS,
     GROUPS,
-    Keep,
     Repair,
     check_round_to,
     remove,
     removed_outcome,
     units_per_block,
 )
+from pruning.structured.widths import Selection, allocate_widths, check_width_settings
 from pruning.types import (
     BlockSink,
     Outcome,
     Request,
     reject_experts,
-    reject_weight_settings,
 )
 
 # Head groups a block from which heads and neurons compete in one list: one group is then at most an
@@ -156,7 +156,7 @@ class Flap:
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
-        reject_weight_settings("flap", request)
+        check_width_settings("flap", request)
         if self._official:
             reject_experts("flap", model)
 
@@ -178,25 +178,31 @@ class Flap:
             model, tokens, runtime, observer, self._score, "measuring fluctuation", self.scores_key
         )
         structure, rule = self._choose_structure(model)
-        request = request.settled(lambda sparsity: self._choose(dense, sparsity, structure))
-        keeps = self._choose(dense, request.sparsity, structure)
         # A bias alone needs only the means, which the dense pass has measured.
         means = dense.means if self._repair == "bias" else None
+
+        def choose(sparsity: float) -> Selection:
+            kept = self._choose(dense, sparsity, structure)
+            return dense.selection(kept, self._repair, self.round_to, means)
+
+        request = request.settled(lambda sparsity: choose(sparsity).keeps())
+        own = choose(request.sparsity)
+        widths = allocate_widths(model, tokens, request, runtime, own)
+        keeps = widths.selection.keeps()
         remove(model, tokens, runtime, sink, keeps, self._repair, means)
         label = f"{self.metric} of channels"
         outcome = removed_outcome(model.arch, keeps, request, dense.by_reader, label)
-        return self._say_structure(outcome, structure, rule)
+        return self._say_structure(widths.report(outcome), structure, rule)
 
-    def _choose(self, dense: DenseScores, sparsity: float, structure: Structure) -> list[Keep]:
-        """Return the units that stay, by block and group."""
+    def _choose(self, dense: DenseScores, sparsity: float, structure: Structure) -> Kept:
+        """Return the units that stay."""
         heads, neurons = dense.lists()
         if self._official and sparsity:
-            kept = select_official(heads, neurons, sparsity, structure, self.heads_removed)
-        else:  # the authors' code always removes something, so sparsity 0 takes this one
-            # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
-            to_remove = self.heads_removed if sparsity else 0
-            kept = select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
-        return dense.keeps(kept, self.round_to)
+            return select_official(heads, neurons, sparsity, structure, self.heads_removed)
+        # The authors' code always removes something, so sparsity 0 takes this one. Heads are a
+        # number, not a share of the sparsity; at 0 nothing may be removed.
+        to_remove = self.heads_removed if sparsity else 0
+        return select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
 
     def _say_structure(self, outcome: Outcome, structure: Structure, rule: str) -> Outcome:
         """Return the outcome with the structure and its rule, in a note where the model decides."""

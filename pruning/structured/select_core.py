@@ -145,9 +145,22 @@ def round_kept(scores: Sequence[np.ndarray], keeps: Keeps, multiple: int) -> Kee
         count = len(s)
         if not keep.all():
             count = min(count, max(1, round(int(keep.sum()) / multiple)) * multiple)
-        # Dropped units first, each part by score: the order in which units are given up.
-        order = np.lexsort((np.arange(len(s)), s, keep))
-        new = np.ones(len(s), bool)
-        new[order[: len(s) - count]] = False
-        rounded.append(new)
+        rounded.append(keep_count(s, keep, count))
     return rounded
+
+
+def keep_count(scores: np.ndarray, keep: np.ndarray, count: int) -> np.ndarray:
+    """Return the keep mask, bool [units], of as many units as asked.
+
+    The best dropped units come back, or the worst kept units are dropped.
+
+    Args:
+      scores: Score of each unit [units].
+      keep: The units that stay now, bool [units].
+      count: Units to keep.
+    """
+    # Dropped units first, each part by score: the order in which units are given up.
+    order = np.lexsort((np.arange(len(scores)), scores, keep))
+    new = np.ones(len(scores), bool)
+    new[order[: len(scores) - count]] = False
+    return new
