@@ -51,6 +51,8 @@ class DenseScores:
       by_reader: By block: reader -> scores of its channels.
       means: By block: tap -> mean of its channels, where there were statistics.
       head_width: Channels of a head.
+      errors: By block: kind -> error of each unit after a refit, comparable between blocks; empty
+        where it was not measured.
     """
 
     heads: list[BlockUnits]
@@ -58,14 +60,16 @@ class DenseScores:
     by_reader: list[dict[str, np.ndarray]]
     means: list[dict[str, np.ndarray]]
     head_width: int
+    errors: Sequence[Mapping[str, np.ndarray]] = ()
 
     def lists(self) -> tuple[Units, Units]:
         """Return heads and neurons as the lists that selection takes."""
 
-        def units(blocks: Sequence[BlockUnits], width: int) -> Units:
-            return Units([b.scores for b in blocks], width, [b.cost for b in blocks])
+        def units(blocks: Sequence[BlockUnits], kind: str, width: int) -> Units:
+            errors = [of_block[kind] for of_block in self.errors] or None
+            return Units([b.scores for b in blocks], width, [b.cost for b in blocks], errors)
 
-        return units(self.heads, self.head_width), units(self.neurons, 1)
+        return units(self.heads, "heads", self.head_width), units(self.neurons, "neurons", 1)
 
     def selection(
         self,
