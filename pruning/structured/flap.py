@@ -45,6 +45,10 @@ from pruning.types import (
 # eighth of a block's attention (docs/decisions/032-flap-head-groups.md).
 LIST_HEAD_GROUPS = 8
 
+# A block that loses much more than the others changes what all blocks behind it see, which errors
+# measured on the dense model do not tell.
+ERROR_SPREAD = 0.1
+
 _metrics = Program(input_feature_metrics, "channels scored")
 
 
@@ -61,15 +65,17 @@ class Flap:
         the rest neurons alike in every block, "AL-MM" the same over all blocks together, "AL-AM"
         heads and neurons of all blocks in one list. None: "AL-AM" in the official variant. In the
         corrected one "AL-AM" for models with eight or more head groups a block (key-value heads
-        with grouped-query attention), and "UL-MM" for models with fewer or with `heads_removed`.
+        with grouped-query attention), "AL-MM" by errors for models with fewer, and "UL-MM" with
+        `heads_removed`, without a refit, or where errors do not compare.
       heads_removed: Heads of the whole model, for the "MM" structures. With 0, no more is removed
         than the neurons hold.
       compare: Comparison of blocks in the "AL" structures: "score" by scores that are standardised
         within each, as in the paper; "error" by the error that a refit leaves of the stream, the
-        least in sum.
+        least in sum. It needs branches that add to the stream as they are, and no experts. None:
+        "error" where the model chose "AL-MM", else "score".
       spread: Largest difference between the fraction of its neurons that a block loses and the
-        model's, for "AL-MM" in the corrected variant. 1: no limit, as in the paper. On SmolLM2-135M
-        0.1 gives 49.8 at 30 % where blocks alike give 51.3, but blocks of different widths.
+        model's, for "AL-MM" in the corrected variant. 1: no limit, as in the paper. Where errors
+        compare blocks, it limits only how much more one loses. None: 0.1 there, else 1.
       bias: Add the mean output of what is removed to the bias of its reader. Some stock types have
         no such bias, and experts never have one.
       refit: Also fit the columns that stay to the dense output, by least squares over the
@@ -87,8 +93,8 @@ class Flap:
     metric: Metric = "WIFV"
     structure: Structure | None = None
     heads_removed: int = 0
-    compare: Literal["score", "error"] = "score"
-    spread: float = 1.0
+    compare: Literal["score", "error"] | None = None
+    spread: float | None = None
     bias: bool = True
     refit: bool | None = None
     round_to: int = 0
@@ -102,12 +108,16 @@ class Flap:
                 field="heads_removed",
                 value=self.heads_removed,
             )
-        if not 0 <= self.spread <= 1:
+        if self.spread is not None and not 0 <= self.spread <= 1:
             raise InputError(
                 "of flap must lie between 0 and 1",
                 "give 1 for no limit",
                 field="spread",
                 value=self.spread,
+            )
+        if self.compare == "error" and self._official:
+            raise InputError(
+                "flap: the official code compares standardised scores", 'use compare="score"'
             )
         check_round_to("flap", self.round_to)
 
@@ -124,16 +134,25 @@ class Flap:
         if self.heads_removed:
             return "UL-MM", "`heads_removed` is given"
         groups = units_per_block(model, "heads")
+        if groups >= LIST_HEAD_GROUPS:
+            return "AL-AM", f"{groups:.3g} head groups a block, {LIST_HEAD_GROUPS} or more"
         # With few groups the list takes whole thirds or halves of a block's attention. On SmolLM2
-        # it takes 16 of 90 at 30 %, and blocks alike do better with a refit.
-        if groups < LIST_HEAD_GROUPS:
-            return "UL-MM", f"{groups:.3g} head groups a block, fewer than {LIST_HEAD_GROUPS}"
-        return "AL-AM", f"{groups:.3g} head groups a block, {LIST_HEAD_GROUPS} or more"
+        # it takes 16 of 90 at 30 %, and neurons alone do better with a refit.
+        rule = f"{groups:.3g} head groups a block, fewer than {LIST_HEAD_GROUPS}"
+        return "AL-MM" if self._may_compare_errors(model) else "UL-MM", rule
+
+    def _may_compare_errors(self, model: Model) -> bool:
+        """Return whether errors of refits compare blocks where the choice is left to the model."""
+        if self.compare:
+            return self.compare == "error"
+        return self._repair in ("refit", "refit_weights") and compares_errors(model.arch)
 
     def _compares_errors(self, model: Model) -> bool:
         """Return whether errors of refits compare blocks; reads no parameters."""
         structure, _ = self._choose_structure(model)
-        return self.compare == "error" and structure.startswith("AL")
+        if self.compare or self.structure:  # a structure as asked compares as in the paper
+            return self.compare == "error" and structure.startswith("AL")
+        return structure == "AL-MM"
 
     @property
     def _repair(self) -> Repair:
@@ -169,9 +188,10 @@ class Flap:
         check_width_settings("flap", request)
         if self._official:
             reject_experts("flap", model)
-        if self._compares_errors(model) and not compares_errors(model.arch):
+        if self.compare == "error" and not compares_errors(model.arch):
             raise InputError(
-                "flap: errors of blocks compare only where all of them add to one stream",
+                "flap: the errors of blocks are on one scale only where branches add to the stream "
+                "as they are, and without experts",
                 'use compare="score"',
             )
 
@@ -223,7 +243,10 @@ class Flap:
         # The authors' code always removes something, so sparsity 0 takes this one. Heads are a
         # number, not a share of the sparsity; at 0 nothing may be removed.
         to_remove = self.heads_removed if sparsity else 0
-        return select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
+        spread = self.spread
+        if spread is None:
+            spread = 1.0 if neurons.errors is None else ERROR_SPREAD
+        return select_corrected(heads, neurons, sparsity, structure, to_remove, spread)
 
     def _say_structure(self, outcome: Outcome, structure: Structure, rule: str) -> Outcome:
         """Return the outcome with the structure and its rule, in a note where the model decides."""

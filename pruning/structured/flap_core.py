@@ -261,7 +261,7 @@ def select_corrected(
         "AL-AM" the lowest units of the whole model.
       heads_removed: Heads of the whole model to remove, for the "MM" structures.
       spread: Largest difference between the fraction of its neurons that a block loses and the
-        model's, for "AL-MM".
+        model's, for "AL-MM"; where errors compare blocks, one may lose less, down to nothing.
 
     Returns:
       The units that stay.
@@ -317,5 +317,7 @@ def _heads_then_neurons_overall(
     share = min(1.0, max(0.0, remaining / neurons.total))
     # Relative costs: those of blocks alike are exactly 1, and counts decide.
     costs = [cost / neurons.costs[0] for cost in neurons.costs]
-    keep_neurons = select_lowest_overall(clamp_to_band(n, share, spread), share, costs)
+    # A block whose error no other makes up for may stay whole.
+    limited = clamp_to_band(n, share, spread, both=neurons.errors is None)
+    keep_neurons = select_lowest_overall(limited, share, costs)
     return Kept(keep_heads, keep_neurons)

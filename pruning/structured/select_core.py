@@ -97,13 +97,16 @@ def select_lowest_by_count(scores: Sequence[np.ndarray], fraction: float) -> Kee
     return split_like(drop_lowest(flat, math.ceil(len(flat) * fraction)), scores)
 
 
-def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) -> list[np.ndarray]:
+def clamp_to_band(
+    scores: Sequence[np.ndarray], fraction: float, spread: float, both: bool = True
+) -> list[np.ndarray]:
     """Clamp scores so that global selection removes `fraction` ± `spread` of every block.
 
     Args:
       scores: By block [units].
       fraction: Fraction of all units to drop.
       spread: Largest difference between the fraction that a block loses and `fraction`.
+      both: False: a block may lose less, down to nothing.
 
     Returns:
       By block: scores, float64 [units], with -inf for units to drop in any case and inf for units
@@ -112,7 +115,7 @@ def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) 
     clamped = []
     for s in scores:
         units = len(s)
-        least = min(max(round((fraction - spread) * units), 0), units)
+        least = min(max(round((fraction - spread) * units), 0), units) if both else 0
         most = min(max(round((fraction + spread) * units), 0), units)
         order = np.argsort(s, kind="stable")
         bounded = s.astype(np.float64)
