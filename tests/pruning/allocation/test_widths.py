@@ -148,21 +148,17 @@ def test_a_trial_is_the_model_with_the_readers_of_its_levels(family: str) -> Non
 
 CASES = [
     ("flap", "llama-gqa", (("structure", "AL-AM"),)),
-    *(
-        pytest.param(*case, marks=pytest.mark.slow)
-        for case in (
-            ("flap", "opt", (("structure", "UL-UM"), ("refit", False))),
-            ("flap", "llama", (("variant", "official"),)),
-            ("flap", "mixtral", ()),
-            ("flap", "olmo2", (("structure", "UL-UM"),)),
-            ("flap", "llama-gqa", (("bias", False), ("round_to", 4))),
-            ("wanda_sp", "llama", (("scope", "global"), ("repair", "refit"))),
-            ("magnitude_sp", "llama-gqa", (("scope", "global"),)),
-        )
-    ),
+    ("flap", "opt", (("structure", "UL-UM"), ("refit", False))),
+    ("flap", "llama", (("variant", "official"),)),
+    ("flap", "mixtral", ()),
+    ("flap", "olmo2", (("structure", "UL-UM"),)),
+    ("flap", "llama-gqa", (("bias", False), ("round_to", 4))),
+    ("wanda_sp", "llama", (("scope", "global"), ("repair", "refit"))),
+    ("magnitude_sp", "llama-gqa", (("scope", "global"),)),
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "family", "arguments"), CASES)
 def test_a_search_removes_as_many_weights_as_the_method(
     name: str, family: str, arguments: tuple

@@ -160,6 +160,7 @@ def test_a_spread_bounds_what_blocks_lose() -> None:
     assert free != even
 
 
+@pytest.mark.slow
 def test_errors_choose_widths_of_blocks_and_scores_the_units_in_them() -> None:
     """A block that loses more than its share stays within the spread; none is made to lose."""
 

@@ -30,7 +30,7 @@ def port(w: np.ndarray, x: np.ndarray, order: np.ndarray) -> np.ndarray:
     return np.asarray(errors)
 
 
-@pytest.mark.parametrize("channels", [12, 40])
+@pytest.mark.parametrize("channels", [12, pytest.param(80, marks=pytest.mark.slow)])
 def test_added_errors_sum_to_the_errors_of_fits(channels: int) -> None:
     w, x = problem(channels)
     order = np.random.default_rng(1).permutation(channels)
