@@ -55,6 +55,7 @@ CORE_MODULES = {
     "jax",
     "jax.numpy",
     "numpy",
+    "scipy.optimize",
     "models.layers",
     "calibration.moments",
     "calibration.observers",

@@ -5,11 +5,25 @@ many units of its kind in every block, so that a switch of two levels changes no
 """
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from pruning.allocation.evopress_core import Unit
-from pruning.structured.widths import Size
+
+
+class Size(NamedTuple):
+    """Units of one kind in a block.
+
+    Attributes:
+      units: Units of the dense block.
+      kept: Units that level 0 keeps.
+      cost: Parameters that one unit holds.
+    """
+
+    units: int
+    kept: int
+    cost: float
 
 
 def width_units(

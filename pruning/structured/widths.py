@@ -9,25 +9,12 @@ import numpy as np
 from calibration.runtime import Runtime
 from models.arch import Model
 from models.errors import InputError
+from pruning.allocation.width_core import Size
 from pruning.figures import Figure
 from pruning.structured.remove import Keep, Repair
 from pruning.structured.select_core import keep_count
 from pruning.structured.unit_scores import EXPERT_MULTIPLE, BlockUnits
 from pruning.types import Outcome, Request, reject_weight_settings
-
-
-class Size(NamedTuple):
-    """Units of one kind in a block.
-
-    Attributes:
-      units: Units of the dense block.
-      kept: Units that stay.
-      cost: Parameters that one unit holds.
-    """
-
-    units: int
-    kept: int
-    cost: float
 
 
 class Part(NamedTuple):

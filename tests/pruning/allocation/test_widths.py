@@ -17,10 +17,10 @@ from models.sharding import make_mesh
 from models.surgery import mask
 from pruning.allocation import evopress, width_trials
 from pruning.allocation.evopress_core import mutate
-from pruning.allocation.width_core import moves, width_units
+from pruning.allocation.width_core import Size, moves, width_units
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.structured.repair_core import RIDGE
-from pruning.structured.widths import Selection, Size, Widths
+from pruning.structured.widths import Selection, Widths
 from pruning.types import Outcome, Request, prune
 from reference.small import logits, model, run_block, same, tokens
 
