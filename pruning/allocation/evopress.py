@@ -30,7 +30,8 @@ class EvoPress:
     each with one to three switches that raise one unit by a level and lower another, and selects in
     stages: fewer and fewer offspring, on more and more windows. In the last stage the parent
     competes too. Fitness is the KL divergence of the next token's distribution from the dense
-    model's.
+    model's. With a method of heads and neurons the levels are widths of blocks, around those that
+    the method chose.
 
     Args:
       generations: Generations of the search.
@@ -38,8 +39,8 @@ class EvoPress:
       survivors: Mixes that each stage but the last leaves.
       windows: Windows of each stage, drawn from the searched ones; one more than survivors.
       samples: Calibration windows that are searched on, the first of them.
-      unit: Linears, or whole blocks, that have a sparsity of their own.
-      step: Share of a mean linear between one level and the next, about.
+      unit: Linears, or whole blocks, that have a sparsity of their own; not for widths.
+      step: Share of a mean linear, or of a mean block's units, between two levels, about.
       levels: Most levels above or below the even sparsity.
     """
 
@@ -100,9 +101,22 @@ class EvoPress:
         return {"levels": mixes[best], "kl": scores[best], "kl_of_parent": scores[0]}
 
     def _search(
-        self, units: Sequence[Unit], trials: MixTrials, request: Request, runtime: Runtime
+        self,
+        units: Sequence[Unit],
+        trials: MixTrials,
+        request: Request,
+        runtime: Runtime,
+        start: str,
     ) -> "_Found":
-        """Return the best mix of levels, with the figures of the search."""
+        """Return the best mix of levels, with the figures of the search.
+
+        Args:
+          units: Units with a level each.
+          trials: Trials of their mixes.
+          request: Its seed is that of the search.
+          runtime: How to execute.
+          start: Name of level 0, for the report's reader.
+        """
         levels: list[int] = [0] * len(units)
         record = []
         advance = runtime.progress("searching sparsities", self.generations, unit="generations")
@@ -125,7 +139,7 @@ class EvoPress:
         warnings: tuple[str, ...] = ()
         if kls[1] >= kls[0]:
             levels = ends[0]
-            warnings = ("evopress: nothing better than an even sparsity was found",)
+            warnings = (f"evopress: nothing better than {start} was found",)
         details = {
             "kl_even": _finite(kls[0]),
             "kl_found": _finite(min(kls)),
@@ -144,11 +158,12 @@ class EvoPress:
     ) -> Allocation:
         """Allocate by a search, as `Allocator` says."""
         shapes = all_shapes(model)
-        even = by_block(model, np.full(len(shapes), request.sparsity))
-        counts = _counts(meet_sparsity(even, shapes, request.sparsity), shapes)
+        alike = by_block(model, np.full(len(shapes), request.sparsity))
+        counts = _counts(meet_sparsity(alike, shapes, request.sparsity), shapes)
         units = make_units(shapes, counts, self.unit, self.step, self.levels)
         trials = Trials(model, tokens, self.samples, runtime, layerwise, units, shapes, counts)
-        levels, details, warnings = self._search(units, trials, request, runtime)
+        even = "an even sparsity"
+        levels, details, warnings = self._search(units, trials, request, runtime, even)
         budget = _budget(units, levels, counts, shapes)
         means = block_sparsities(budget, shapes)
         details |= {"block_sparsity": means}
@@ -166,7 +181,8 @@ class EvoPress:
         """Move units between blocks by a search, as `WidthAllocator` says."""
         units = width_units(selection.sizes, self.step, self.levels, selection.multiple)
         trials = WidthTrials(model, tokens, self.samples, runtime, selection, units)
-        levels, details, warnings = self._search(units, trials, request, runtime)
+        own = "the method's own widths"
+        levels, details, warnings = self._search(units, trials, request, runtime, own)
         found = selection.moved(moves(units, levels, len(model.blocks)))
         details |= {"block_sparsity": found.removed_shares()}
         figures = (
