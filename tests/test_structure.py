@@ -56,6 +56,7 @@ CORE_MODULES = {
     "jax.numpy",
     "numpy",
     "optax",
+    "scipy.optimize",
     "models.layers",
     "calibration.moments",
     "calibration.observers",

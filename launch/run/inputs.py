@@ -53,6 +53,8 @@ def read_inputs(job: Job, cache: StepCache) -> Inputs:
     checkpoint = open_model(sources.model, sources.dtype)
     check_method(job, checkpoint.model)
     change = job.method.shape_change(checkpoint.model)
+    if change.narrower and job.request.allocation:
+        change = change._replace(alike=False)  # widths move between blocks
     form = preview(checkpoint.config, change, job.output.layout)
     check_formats(job.output, checkpoint)
     console.note(f"the result will load as {form}")

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,12 @@ from models.errors import InputError
 from pruning.allocation.evopress_core import Kind, Unit, make_units, mutate
 from pruning.allocation.evopress_trials import Counts, Trials, fractions_at
 from pruning.allocation.figures import allocation_figures
+from pruning.allocation.mix_trials import MixTrials
+from pruning.allocation.width_core import moves, width_units
+from pruning.allocation.width_trials import WidthTrials
 from pruning.budget import Shapes, all_shapes, block_sparsities, by_block, meet_sparsity
 from pruning.figures import LineSeries
+from pruning.structured.widths import Selection, Widths
 from pruning.types import Allocation, Budget, Layerwise, Request
 
 
@@ -26,7 +30,8 @@ class EvoPress:
     each with one to three switches that raise one unit by a level and lower another, and selects in
     stages: fewer and fewer offspring, on more and more windows. In the last stage the parent
     competes too. Fitness is the KL divergence of the next token's distribution from the dense
-    model's.
+    model's. With a method of heads and neurons the levels are widths of blocks, around those that
+    the method chose.
 
     Args:
       generations: Generations of the search.
@@ -34,8 +39,8 @@ class EvoPress:
       survivors: Mixes that each stage but the last leaves.
       windows: Windows of each stage, drawn from the searched ones; one more than survivors.
       samples: Calibration windows that are searched on, the first of them.
-      unit: Linears, or whole blocks, that have a sparsity of their own.
-      step: Share of a mean linear between one level and the next, about.
+      unit: Linears, or whole blocks, that have a sparsity of their own; not for widths.
+      step: Share of a mean linear, or of a mean block's units, between two levels, about.
       levels: Most levels above or below the even sparsity.
     """
 
@@ -76,7 +81,12 @@ class EvoPress:
         return sorted(int(i) for i in chosen)
 
     def _generation(
-        self, number: int, seed: int, parent: Sequence[int], units: Sequence[Unit], trials: Trials
+        self,
+        number: int,
+        seed: int,
+        parent: Sequence[int],
+        units: Sequence[Unit],
+        trials: MixTrials,
     ) -> dict[str, Any]:
         """Return the best of a generation, with its divergence and that of its parent."""
         # A source of its own, so that a run that goes on needs no state of the one before.
@@ -90,20 +100,23 @@ class EvoPress:
         best = int(np.argmin(scores))
         return {"levels": mixes[best], "kl": scores[best], "kl_of_parent": scores[0]}
 
-    def __call__(
+    def _search(
         self,
-        model: Model,
-        tokens: np.ndarray,
+        units: Sequence[Unit],
+        trials: MixTrials,
         request: Request,
         runtime: Runtime,
-        layerwise: Layerwise,
-    ) -> Allocation:
-        """Allocate by a search, as `Allocator` says."""
-        shapes = all_shapes(model)
-        even = by_block(model, np.full(len(shapes), request.sparsity))
-        counts = _counts(meet_sparsity(even, shapes, request.sparsity), shapes)
-        units = make_units(shapes, counts, self.unit, self.step, self.levels)
-        trials = Trials(model, tokens, self.samples, runtime, layerwise, units, shapes, counts)
+        start: str,
+    ) -> "_Found":
+        """Return the best mix of levels, with the figures of the search.
+
+        Args:
+          units: Units with a level each.
+          trials: Trials of their mixes.
+          request: Its seed is that of the search.
+          runtime: How to execute.
+          start: Name of level 0, for the report's reader.
+        """
         levels: list[int] = [0] * len(units)
         record = []
         advance = runtime.progress("searching sparsities", self.generations, unit="generations")
@@ -126,18 +139,65 @@ class EvoPress:
         warnings: tuple[str, ...] = ()
         if kls[1] >= kls[0]:
             levels = ends[0]
-            warnings = ("evopress: nothing better than an even sparsity was found",)
-        budget = _budget(units, levels, counts, shapes)
-        means = block_sparsities(budget, shapes)
+            warnings = (f"evopress: nothing better than {start} was found",)
         details = {
             "kl_even": _finite(kls[0]),
             "kl_found": _finite(min(kls)),
             "kl_of_generations": [_finite(found["kl"]) for found in record],
             "kl_of_parents": [_finite(found["kl_of_parent"]) for found in record],
-            "block_sparsity": means,
         }
+        return _Found(levels, details, warnings)
+
+    def __call__(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        layerwise: Layerwise,
+    ) -> Allocation:
+        """Allocate by a search, as `Allocator` says."""
+        shapes = all_shapes(model)
+        alike = by_block(model, np.full(len(shapes), request.sparsity))
+        counts = _counts(meet_sparsity(alike, shapes, request.sparsity), shapes)
+        units = make_units(shapes, counts, self.unit, self.step, self.levels)
+        trials = Trials(model, tokens, self.samples, runtime, layerwise, units, shapes, counts)
+        even = "an even sparsity"
+        levels, details, warnings = self._search(units, trials, request, runtime, even)
+        budget = _budget(units, levels, counts, shapes)
+        means = block_sparsities(budget, shapes)
+        details |= {"block_sparsity": means}
         figures = (*allocation_figures(means, request.sparsity), _search_figure(details))
         return Allocation(budget, details, warnings, figures)
+
+    def widths(
+        self,
+        model: Model,
+        tokens: np.ndarray,
+        request: Request,
+        runtime: Runtime,
+        selection: Selection,
+    ) -> Widths:
+        """Move units between blocks by a search, as `WidthAllocator` says."""
+        units = width_units(selection.sizes, self.step, self.levels, selection.multiple)
+        trials = WidthTrials(model, tokens, self.samples, runtime, selection, units)
+        own = "the method's own widths"
+        levels, details, warnings = self._search(units, trials, request, runtime, own)
+        found = selection.moved(moves(units, levels, len(model.blocks)))
+        details |= {"block_sparsity": found.removed_shares()}
+        figures = (
+            *allocation_figures(details["block_sparsity"], request.sparsity),
+            _search_figure(details),
+        )
+        return Widths(found, details, warnings, figures)
+
+
+class _Found(NamedTuple):
+    """Result of a search: the level of each unit, figures, and sentences for the reader."""
+
+    levels: list[int]
+    details: dict[str, Any]
+    warnings: tuple[str, ...]
 
 
 def _finite(value: float) -> float | None:

@@ -1,39 +1,23 @@
 """Trials of EvoPress: every linear pruned once at each level, and the divergence of their mixes."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from calibration.passes import calibrate_blocks, micro_batches
+from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
-from calibration.states import (
-    Kept,
-    Offload,
-    States,
-    available_memory,
-    choose_offload,
-    fetch,
-    fits_in_memory,
-    keep,
-    scratch,
-)
-from models.arch import Block, Model, apply_block, embed, linear_of
-from models.checkpoint.blocks import LazyBlocks, prefetch
-from models.processes import is_multiprocess
-from models.programs import Program
-from models.sharding import place, split, to_host
-from pruning.allocation.evopress_core import Unit, window_divergence
+from calibration.states import Kept, Offload, fetch, keep, scratch
+from models.arch import Block, Model, linear_of
+from models.sharding import place
+from pruning.allocation.evopress_core import Unit
+from pruning.allocation.mix_trials import MixTrials, all_levels
 from pruning.allocation.neuroal_trials import pruned_blocks
 from pruning.budget import Shapes
 from pruning.budget_core import fraction_for_count
 from pruning.types import Layerwise
 from pruning.weights.per_linear import counts_for, every_tap, prepare_tap, watched, with_weights
-
-_divergence = Program(window_divergence, "divergence from the dense model", static=(0,))
 
 Counts = Sequence[Mapping[str, int]]  # by block: slot -> entries of each row
 
@@ -55,7 +39,7 @@ def fractions_at(
     }
 
 
-class Trials:
+class Trials(MixTrials):
     """The pruned linears of every level, and the windows that their mixes are tried on."""
 
     def __init__(
@@ -81,41 +65,15 @@ class Trials:
           shapes: Shapes of all slots, by block.
           counts: By block: slot -> entries of each row that level 0 removes.
         """
-        # What is computed here belongs to the search's steps, which are saved whole.
-        self._runtime = dataclasses.replace(runtime, journal=None)
-        self._model, self._tokens, self._layerwise = model, tokens, layerwise
-        self._searched = tokens[:samples]
-        self._units, self._shapes, self._counts = units, shapes, counts
-        self._of_block: list[list[int]] = [[] for _ in shapes]  # indices of a block's units
-        for k, unit in enumerate(units):
-            self._of_block[unit.block].append(k)
-        self._levels = range(min(u.low for u in units), max(u.high for u in units) + 1)
-
-    @property
-    def windows(self) -> int:
-        """Return the number of windows that mixes are tried on."""
-        return len(self._searched)
-
-    @functools.cached_property
-    def _blocks(self) -> Sequence[Block]:
-        """Return the dense blocks, on the devices where all of them fit."""
-        blocks, mesh = self._model.blocks, self._runtime.mesh
-        shards = mesh.shape["model"] if mesh else 1
-        if isinstance(blocks, LazyBlocks) and not fits_in_memory(blocks.nbytes, shards):
-            return blocks
-        return list(prefetch(blocks, mesh=mesh))
+        super().__init__(model, tokens, samples, runtime, units)
+        self._layerwise, self._shapes, self._counts = layerwise, shapes, counts
+        self._levels = all_levels(units)
 
     @functools.cached_property
     def _memory(self) -> Offload:
         """Return the memory with room for the linears of all levels."""
-        if is_multiprocess():
-            return "device"  # no process has a whole matrix
         weights = sum(out * inputs for block in self._shapes for out, inputs in block.values())
-        dtype = jax.tree.leaves(self._model.non_block)[0].dtype
-        size = len(self._levels) * weights * dtype.itemsize
-        mesh = self._runtime.mesh
-        shards = mesh.shape["model"] if mesh else 1
-        return choose_offload(size // shards, size, available_memory())
+        return self._memory_for(len(self._levels) * weights)
 
     @functools.cached_property
     def _pruned(self) -> list[dict[str, list[Kept]]]:
@@ -163,24 +121,6 @@ class Trials:
             fractions |= fractions_at(unit, possible, self._counts[i], inputs)
         return fractions
 
-    @functools.cached_property
-    def _dense(self) -> np.ndarray:
-        """Return the hidden states after the last dense block, on the host [windows t d]."""
-        arch, mesh = self._model.arch, self._runtime.mesh
-        non_block = place(self._model.non_block, mesh)
-        xs = self._embedded(self._searched, non_block)
-        for block in prefetch(self._blocks, mesh=mesh):
-            for j, x in enumerate(xs):
-                xs[j] = apply_block(arch, block, x, name="dense block")
-        return np.concatenate([to_host(x) for x in xs])
-
-    def _embedded(self, tokens: np.ndarray, non_block: Any) -> States:
-        """Return the hidden states before the first block."""
-        runtime, arch = self._runtime, self._model.arch
-        batches = micro_batches(tokens, runtime.batch, runtime.mesh)
-        xs = (embed(arch, non_block, t) for t in batches)
-        return States(xs, runtime.offload, runtime.mesh)
-
     def _mixed(self, i: int, block: Block, levels: Sequence[int]) -> Block:
         """Return a block with the linears of the units' levels."""
         kept = {
@@ -190,31 +130,3 @@ class Trials:
         }
         ws = {slot: fetch(w) for slot, w in kept.items()}
         return with_weights(block, place(ws, self._runtime.mesh))
-
-    def divergences(self, mixes: Sequence[Sequence[int]], windows: Sequence[int]) -> list[float]:
-        """Return the mean divergence of each mix from the dense model.
-
-        Args:
-          mixes: Level of each unit, for each mix.
-          windows: Indices of the windows to try them on.
-        """
-        arch, runtime = self._model.arch, self._runtime
-        non_block = place(self._model.non_block, runtime.mesh)
-        first = self._embedded(self._searched[list(windows)], non_block)
-        streams = [first.copy() for _ in mixes]
-        for i, block in enumerate(prefetch(self._blocks, mesh=runtime.mesh)):
-            for levels, xs in zip(mixes, streams, strict=True):
-                mixed = self._mixed(i, block, levels)
-                for j, x in enumerate(xs):
-                    xs[j] = apply_block(arch, mixed, x, name="trial block")
-        dense = self._dense[list(windows)]
-        means = []
-        for xs in streams:
-            values = []
-            for j, x in enumerate(xs):
-                own = dense[j * runtime.batch : (j + 1) * runtime.batch]
-                target = split(own, runtime.mesh, "sample")
-                values.append(to_host(_divergence(arch.head, non_block, target, x)))
-            mean = float(np.mean(np.concatenate(values)))
-            means.append(mean if np.isfinite(mean) else np.inf)  # NaN would be the least
-        return means

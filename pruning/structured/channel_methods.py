@@ -27,7 +27,6 @@ from pruning.structured.remove import (
     ADDS_BIAS,
     GROUPS,
     REPAIR_OBSERVERS,
-    Keep,
     Repair,
     calibrate_readers,
     check_round_to,
@@ -38,6 +37,7 @@ from pruning.structured.remove import (
 )
 from pruning.structured.select_core import drop_lowest
 from pruning.structured.unit_scores import block_units
+from pruning.structured.widths import Selection, allocate_widths, check_width_settings
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Scope = Literal["local", "global"]
@@ -117,7 +117,10 @@ class ChannelMethod:
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
-        reject_weight_settings(self.name, request)
+        if self.scope == "global":
+            check_width_settings(self.name, request)
+        else:  # blocks are scored and cut in one pass, so none can wait for another
+            reject_weight_settings(self.name, request)
 
     def run(
         self,
@@ -187,16 +190,19 @@ class ChannelMethod:
             model, tokens, runtime, self.observer, self.score, "measuring channels", self.name
         )
 
-        def choose(sparsity: float) -> list[Keep]:
+        def choose(sparsity: float) -> Selection:
             # "AL-AM" removes no fixed number of heads.
             kept = select_corrected(*dense.lists(), sparsity, "AL-AM", 0)
-            return dense.keeps(kept, self.round_to)
+            return dense.selection(kept, self.repair, self.round_to)
 
-        request = request.settled(choose)
-        keeps = choose(request.sparsity)
+        request = request.settled(lambda sparsity: choose(sparsity).keeps())
+        own = choose(request.sparsity)
+        widths = allocate_widths(model, tokens, request, runtime, own)
+        keeps = widths.selection.keeps()
         # A repair observes anew: its inputs come from the pruned blocks before it.
         remove(model, tokens, runtime, sink, keeps, self.repair)
-        return removed_outcome(model.arch, keeps, request, dense.by_reader, self.scores_label)
+        outcome = removed_outcome(model.arch, keeps, request, dense.by_reader, self.scores_label)
+        return widths.report(outcome)
 
 
 def wanda_sp(scope: Scope = "local", repair: Repair = "none", round_to: int = 0) -> ChannelMethod:

@@ -12,8 +12,9 @@ from calibration.runtime import Runtime
 from models.arch import Arch, Block, Model, linear_of
 from models.sharding import to_host, tree_to_host
 from pruning.structured.flap_core import Kept, Units
-from pruning.structured.remove import GROUPS, Keep, calibrate_readers, cost
+from pruning.structured.remove import GROUPS, Repair, calibrate_readers, cost
 from pruning.structured.unit_scores import BlockUnits, block_units
+from pruning.structured.widths import Part, Selection
 
 # (W [out in] of a reader, statistics of its input) -> score of each channel [in]
 ChannelScore = Callable[[jax.Array, Any], jax.Array]
@@ -50,6 +51,8 @@ class DenseScores:
       by_reader: By block: reader -> scores of its channels.
       means: By block: tap -> mean of its channels, where there were statistics.
       head_width: Channels of a head.
+      errors: By block: kind -> error of each unit after a refit, comparable between blocks; empty
+        where it was not measured.
     """
 
     heads: list[BlockUnits]
@@ -57,27 +60,40 @@ class DenseScores:
     by_reader: list[dict[str, np.ndarray]]
     means: list[dict[str, np.ndarray]]
     head_width: int
+    errors: Sequence[Mapping[str, np.ndarray]] = ()
 
     def lists(self) -> tuple[Units, Units]:
         """Return heads and neurons as the lists that selection takes."""
 
-        def units(blocks: Sequence[BlockUnits], width: int) -> Units:
-            return Units([b.scores for b in blocks], width, [b.cost for b in blocks])
+        def units(blocks: Sequence[BlockUnits], kind: str, width: int) -> Units:
+            errors = [of_block[kind] for of_block in self.errors] or None
+            return Units([b.scores for b in blocks], width, [b.cost for b in blocks], errors)
 
-        return units(self.heads, self.head_width), units(self.neurons, 1)
+        return units(self.heads, "heads", self.head_width), units(self.neurons, "neurons", 1)
 
-    def keeps(self, kept: Kept, round_to: int) -> list[Keep]:
-        """Return the choice by block and group, with the numbers of neurons rounded.
+    def selection(
+        self,
+        kept: Kept,
+        repair: Repair,
+        round_to: int,
+        means: Sequence[Mapping[str, np.ndarray]] | None = None,
+    ) -> Selection:
+        """Return the choice as one whose blocks can be made wider or narrower.
 
         Args:
           kept: Units that stay.
+          repair: Repair of the readers.
           round_to: As `BlockUnits.round_kept` has it.
+          means: As `Selection` has it.
         """
-        keeps: list[Keep] = []
-        for k, (heads, neurons) in enumerate(zip(self.heads, self.neurons, strict=True)):
-            rounded = neurons.round_kept(kept.neurons[k], round_to)
-            keeps.append({**heads.keep(kept.heads[k]), **neurons.keep(rounded)})
-        return keeps
+        parts = [
+            {
+                "heads": Part(heads, kept.heads[k]),
+                "neurons": Part(neurons, neurons.round_kept(kept.neurons[k], round_to)),
+            }
+            for k, (heads, neurons) in enumerate(zip(self.heads, self.neurons, strict=True))
+        ]
+        return Selection(parts, repair, round_to, means)
 
 
 def score_dense(

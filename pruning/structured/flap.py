@@ -15,6 +15,7 @@ from models.errors import InputError
 from models.programs import Program
 from pruning.structured.channel_scores import DenseScores, score_dense
 from pruning.structured.flap_core import (
+    Kept,
     Metric,
     Structure,
     input_feature_metrics,
@@ -22,27 +23,31 @@ from pruning.structured.flap_core import (
     select_corrected,
     select_official,
 )
+from pruning.structured.refit_errors import compares_errors, score_with_errors
 from pruning.structured.remove import (
     ADDS_BIAS,
     GROUPS,
-    Keep,
     Repair,
     check_round_to,
     remove,
     removed_outcome,
     units_per_block,
 )
+from pruning.structured.widths import Selection, allocate_widths, check_width_settings
 from pruning.types import (
     BlockSink,
     Outcome,
     Request,
     reject_experts,
-    reject_weight_settings,
 )
 
 # Head groups a block from which heads and neurons compete in one list: one group is then at most an
 # eighth of a block's attention (docs/decisions/032-flap-head-groups.md).
 LIST_HEAD_GROUPS = 8
+
+# A block that loses much more than the others changes what all blocks behind it see, which errors
+# measured on the dense model do not tell.
+ERROR_SPREAD = 0.1
 
 _metrics = Program(input_feature_metrics, "channels scored")
 
@@ -60,12 +65,17 @@ class Flap:
         the rest neurons alike in every block, "AL-MM" the same over all blocks together, "AL-AM"
         heads and neurons of all blocks in one list. None: "AL-AM" in the official variant. In the
         corrected one "AL-AM" for models with eight or more head groups a block (key-value heads
-        with grouped-query attention), and "UL-MM" for models with fewer or with `heads_removed`.
+        with grouped-query attention), "AL-MM" by errors for models with fewer, and "UL-MM" with
+        `heads_removed`, without a refit, or where errors do not compare.
       heads_removed: Heads of the whole model, for the "MM" structures. With 0, no more is removed
         than the neurons hold.
+      compare: Comparison of blocks in the "AL" structures: "score" by scores that are standardised
+        within each, as in the paper; "error" by the error that a refit leaves of the stream, the
+        least in sum. It needs branches that add to the stream as they are, and no experts. None:
+        "error" where the model chose "AL-MM", else "score".
       spread: Largest difference between the fraction of its neurons that a block loses and the
-        model's, for "AL-MM" in the corrected variant. 1: no limit, as in the paper. On SmolLM2-135M
-        0.1 gives 49.8 at 30 % where blocks alike give 51.3, but blocks of different widths.
+        model's, for "AL-MM" in the corrected variant. 1: no limit, as in the paper. Where errors
+        compare blocks, it limits only how much more one loses. None: 0.1 there, else 1.
       bias: Add the mean output of what is removed to the bias of its reader. Some stock types have
         no such bias, and experts never have one.
       refit: Also fit the columns that stay to the dense output, by least squares over the
@@ -76,14 +86,15 @@ class Flap:
       variant: "official" is the authors' code to the letter (its fluctuation, squares,
         truncations). "corrected", the default, takes the true variance and the parameters that a
         unit really holds, and leaves one unit of each kind in every block. On SmolLM2-135M its
-        defaults give perplexity 50.8 at 30 %, where the paper's structure with bias alone gives
+        defaults give perplexity 46.9 at 30 %, where the paper's structure with bias alone gives
         78.5 (docs/methods/flap.md).
     """
 
     metric: Metric = "WIFV"
     structure: Structure | None = None
     heads_removed: int = 0
-    spread: float = 1.0
+    compare: Literal["score", "error"] | None = None
+    spread: float | None = None
     bias: bool = True
     refit: bool | None = None
     round_to: int = 0
@@ -97,12 +108,16 @@ class Flap:
                 field="heads_removed",
                 value=self.heads_removed,
             )
-        if not 0 <= self.spread <= 1:
+        if self.spread is not None and not 0 <= self.spread <= 1:
             raise InputError(
                 "of flap must lie between 0 and 1",
                 "give 1 for no limit",
                 field="spread",
                 value=self.spread,
+            )
+        if self.compare == "error" and self._official:
+            raise InputError(
+                "flap: the official code compares standardised scores", 'use compare="score"'
             )
         check_round_to("flap", self.round_to)
 
@@ -119,11 +134,25 @@ class Flap:
         if self.heads_removed:
             return "UL-MM", "`heads_removed` is given"
         groups = units_per_block(model, "heads")
+        if groups >= LIST_HEAD_GROUPS:
+            return "AL-AM", f"{groups:.3g} head groups a block, {LIST_HEAD_GROUPS} or more"
         # With few groups the list takes whole thirds or halves of a block's attention. On SmolLM2
-        # it takes 16 of 90 at 30 %, and blocks alike do better with a refit.
-        if groups < LIST_HEAD_GROUPS:
-            return "UL-MM", f"{groups:.3g} head groups a block, fewer than {LIST_HEAD_GROUPS}"
-        return "AL-AM", f"{groups:.3g} head groups a block, {LIST_HEAD_GROUPS} or more"
+        # it takes 16 of 90 at 30 %, and neurons alone do better with a refit.
+        rule = f"{groups:.3g} head groups a block, fewer than {LIST_HEAD_GROUPS}"
+        return "AL-MM" if self._may_compare_errors(model) else "UL-MM", rule
+
+    def _may_compare_errors(self, model: Model) -> bool:
+        """Return whether errors of refits compare blocks where the choice is left to the model."""
+        if self.compare:
+            return self.compare == "error"
+        return self._repair in ("refit", "refit_weights") and compares_errors(model.arch)
+
+    def _compares_errors(self, model: Model) -> bool:
+        """Return whether errors of refits compare blocks; reads no parameters."""
+        structure, _ = self._choose_structure(model)
+        if self.compare or self.structure:  # a structure as asked compares as in the paper
+            return self.compare == "error" and structure.startswith("AL")
+        return structure == "AL-MM"
 
     @property
     def _repair(self) -> Repair:
@@ -156,9 +185,15 @@ class Flap:
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
-        reject_weight_settings("flap", request)
+        check_width_settings("flap", request)
         if self._official:
             reject_experts("flap", model)
+        if self.compare == "error" and not compares_errors(model.arch):
+            raise InputError(
+                "flap: the errors of blocks are on one scale only where branches add to the stream "
+                "as they are, and without experts",
+                'use compare="score"',
+            )
 
     def _score(self, w: jax.Array, stats: Any) -> jax.Array:
         return _metrics(w, stats)[self.metric]
@@ -172,31 +207,46 @@ class Flap:
         sink: BlockSink,
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
-        # Both also have the means, which a repair by the bias takes from this pass.
-        observer = official_fluctuation if self._official else moments
-        dense = score_dense(
-            model, tokens, runtime, observer, self._score, "measuring fluctuation", self.scores_key
-        )
+        dense = self._measure(model, tokens, runtime)
         structure, rule = self._choose_structure(model)
-        request = request.settled(lambda sparsity: self._choose(dense, sparsity, structure))
-        keeps = self._choose(dense, request.sparsity, structure)
         # A bias alone needs only the means, which the dense pass has measured.
         means = dense.means if self._repair == "bias" else None
+
+        def choose(sparsity: float) -> Selection:
+            kept = self._choose(dense, sparsity, structure)
+            return dense.selection(kept, self._repair, self.round_to, means)
+
+        request = request.settled(lambda sparsity: choose(sparsity).keeps())
+        own = choose(request.sparsity)
+        widths = allocate_widths(model, tokens, request, runtime, own)
+        keeps = widths.selection.keeps()
         remove(model, tokens, runtime, sink, keeps, self._repair, means)
         label = f"{self.metric} of channels"
         outcome = removed_outcome(model.arch, keeps, request, dense.by_reader, label)
-        return self._say_structure(outcome, structure, rule)
+        return self._say_structure(widths.report(outcome), structure, rule)
 
-    def _choose(self, dense: DenseScores, sparsity: float, structure: Structure) -> list[Keep]:
-        """Return the units that stay, by block and group."""
+    def _measure(self, model: Model, tokens: np.ndarray, runtime: Runtime) -> DenseScores:
+        """Return scores of the dense model, with errors of refits where these compare blocks."""
+        name, key = "measuring fluctuation", self.scores_key
+        if self._compares_errors(model):
+            key = (key, "errors")
+            return score_with_errors(model, tokens, runtime, self._score, name, key)
+        # Both also have the means, which a repair by the bias takes from this pass.
+        observer = official_fluctuation if self._official else moments
+        return score_dense(model, tokens, runtime, observer, self._score, name, key)
+
+    def _choose(self, dense: DenseScores, sparsity: float, structure: Structure) -> Kept:
+        """Return the units that stay."""
         heads, neurons = dense.lists()
         if self._official and sparsity:
-            kept = select_official(heads, neurons, sparsity, structure, self.heads_removed)
-        else:  # the authors' code always removes something, so sparsity 0 takes this one
-            # Heads are a number, not a share of the sparsity; at 0 nothing may be removed.
-            to_remove = self.heads_removed if sparsity else 0
-            kept = select_corrected(heads, neurons, sparsity, structure, to_remove, self.spread)
-        return dense.keeps(kept, self.round_to)
+            return select_official(heads, neurons, sparsity, structure, self.heads_removed)
+        # The authors' code always removes something, so sparsity 0 takes this one. Heads are a
+        # number, not a share of the sparsity; at 0 nothing may be removed.
+        to_remove = self.heads_removed if sparsity else 0
+        spread = self.spread
+        if spread is None:
+            spread = 1.0 if neurons.errors is None else ERROR_SPREAD
+        return select_corrected(heads, neurons, sparsity, structure, to_remove, spread)
 
     def _say_structure(self, outcome: Outcome, structure: Structure, rule: str) -> Outcome:
         """Return the outcome with the structure and its rule, in a note where the model decides."""

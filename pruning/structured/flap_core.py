@@ -107,11 +107,14 @@ class Units(NamedTuple):
       metric: By block: scores of the channels [units * width].
       width: Channels of one unit.
       costs: By block: parameters that one unit holds.
+      errors: By block: error of each unit after a refit, which compares blocks; None: standardised
+        scores do.
     """
 
     metric: Sequence[np.ndarray]
     width: int
     costs: Sequence[float]
+    errors: Sequence[np.ndarray] | None = None
 
     @property
     def total(self) -> float:
@@ -122,6 +125,10 @@ class Units(NamedTuple):
     def sums(self) -> list[np.ndarray]:
         """Return the sum of each unit's channel scores, float64 [units] by block."""
         return [self._by_unit(m.astype(np.float64)).sum(axis=1) for m in self.metric]
+
+    def comparable(self) -> Sequence[np.ndarray]:
+        """Return scores of units that can be compared between blocks, [units] by block."""
+        return self.standardised_means() if self.errors is None else self.errors
 
     def standardised_means(self) -> list[np.ndarray]:
         """Return the mean of each unit's standardised channel scores, float64 [units] by block.
@@ -254,20 +261,20 @@ def select_corrected(
         "AL-AM" the lowest units of the whole model.
       heads_removed: Heads of the whole model to remove, for the "MM" structures.
       spread: Largest difference between the fraction of its neurons that a block loses and the
-        model's, for "AL-MM".
+        model's, for "AL-MM"; where errors compare blocks, one may lose less, down to nothing.
 
     Returns:
       The units that stay.
     """
     chex.assert_equal(len(heads.metric), len(neurons.metric))
-    # Within a block, sums compare units; between blocks, scores must be standardised.
+    # Within a block, sums compare units; between blocks, errors or standardised scores.
     if structure == "UL-UM":
         return Kept(_drop_share(heads.sums(), ratio), _drop_share(neurons.sums(), ratio))
     if structure == "UL-MM":
         return _heads_then_neurons_per_block(heads, neurons, ratio, heads_removed)
     if structure == "AL-MM":
         return _heads_then_neurons_overall(heads, neurons, ratio, heads_removed, spread)
-    scores = [*heads.standardised_means(), *neurons.standardised_means()]
+    scores = [*heads.comparable(), *neurons.comparable()]
     blocks = len(heads.metric)
     keeps = select_lowest_overall(scores, ratio, [*heads.costs, *neurons.costs])
     return Kept(keeps[:blocks], keeps[blocks:])
@@ -299,7 +306,7 @@ def _heads_then_neurons_overall(
     heads: Units, neurons: Units, ratio: float, heads_removed: int, spread: float
 ) -> Kept:
     """Drop a number of the model's heads, and neurons of all blocks for the rest of the budget."""
-    h, n = heads.standardised_means(), neurons.standardised_means()
+    h, n = heads.comparable(), neurons.comparable()
     share = min(1.0, heads_removed / _count(h))
     keep_heads = select_lowest_overall(h, share, [1.0] * len(h))
     # Counted, not assumed: the best head of every block stays, so fewer may be removed than asked.
@@ -310,5 +317,7 @@ def _heads_then_neurons_overall(
     share = min(1.0, max(0.0, remaining / neurons.total))
     # Relative costs: those of blocks alike are exactly 1, and counts decide.
     costs = [cost / neurons.costs[0] for cost in neurons.costs]
-    keep_neurons = select_lowest_overall(clamp_to_band(n, share, spread), share, costs)
+    # A block whose error no other makes up for may stay whole.
+    limited = clamp_to_band(n, share, spread, both=neurons.errors is None)
+    keep_neurons = select_lowest_overall(limited, share, costs)
     return Kept(keep_heads, keep_neurons)

@@ -97,13 +97,16 @@ def select_lowest_by_count(scores: Sequence[np.ndarray], fraction: float) -> Kee
     return split_like(drop_lowest(flat, math.ceil(len(flat) * fraction)), scores)
 
 
-def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) -> list[np.ndarray]:
+def clamp_to_band(
+    scores: Sequence[np.ndarray], fraction: float, spread: float, both: bool = True
+) -> list[np.ndarray]:
     """Clamp scores so that global selection removes `fraction` ± `spread` of every block.
 
     Args:
       scores: By block [units].
       fraction: Fraction of all units to drop.
       spread: Largest difference between the fraction that a block loses and `fraction`.
+      both: False: a block may lose less, down to nothing.
 
     Returns:
       By block: scores, float64 [units], with -inf for units to drop in any case and inf for units
@@ -112,7 +115,7 @@ def clamp_to_band(scores: Sequence[np.ndarray], fraction: float, spread: float) 
     clamped = []
     for s in scores:
         units = len(s)
-        least = min(max(round((fraction - spread) * units), 0), units)
+        least = min(max(round((fraction - spread) * units), 0), units) if both else 0
         most = min(max(round((fraction + spread) * units), 0), units)
         order = np.argsort(s, kind="stable")
         bounded = s.astype(np.float64)
@@ -145,9 +148,22 @@ def round_kept(scores: Sequence[np.ndarray], keeps: Keeps, multiple: int) -> Kee
         count = len(s)
         if not keep.all():
             count = min(count, max(1, round(int(keep.sum()) / multiple)) * multiple)
-        # Dropped units first, each part by score: the order in which units are given up.
-        order = np.lexsort((np.arange(len(s)), s, keep))
-        new = np.ones(len(s), bool)
-        new[order[: len(s) - count]] = False
-        rounded.append(new)
+        rounded.append(keep_count(s, keep, count))
     return rounded
+
+
+def keep_count(scores: np.ndarray, keep: np.ndarray, count: int) -> np.ndarray:
+    """Return the keep mask, bool [units], of as many units as asked.
+
+    The best dropped units come back, or the worst kept units are dropped.
+
+    Args:
+      scores: Score of each unit [units].
+      keep: The units that stay now, bool [units].
+      count: Units to keep.
+    """
+    # Dropped units first, each part by score: the order in which units are given up.
+    order = np.lexsort((np.arange(len(scores)), scores, keep))
+    new = np.ones(len(scores), bool)
+    new[order[: len(scores) - count]] = False
+    return new

@@ -36,6 +36,7 @@ RUNS = [
     ("llmrank", {"repair": "refit"}, "uniform", {}, "none"),
     ("flap", {}, "uniform", {}, "none"),
     ("flap", {"structure": "UL-UM", "variant": "official"}, "uniform", {}, "none"),
+    ("flap", {}, "evopress", {"generations": 2, "offspring": 4, "samples": 4}, "none"),
     ("wanda_sp", {}, "uniform", {}, "none"),
     ("magnitude_sp", {}, "uniform", {}, "none"),
     ("sleb", {"blocks": 2, "latter_barrier": 0, "variant": "official"}, "uniform", {}, "none"),

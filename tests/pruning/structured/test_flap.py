@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -161,6 +160,31 @@ def test_a_spread_bounds_what_blocks_lose() -> None:
     assert free != even
 
 
+@pytest.mark.slow
+def test_errors_choose_widths_of_blocks_and_scores_the_units_in_them() -> None:
+    """A block that loses more than its share stays within the spread; none is made to lose."""
+
+    def kept(**options: Any) -> list[list[int]]:
+        method = METHODS["flap"](structure="AL-MM", **options)
+        return prune(model("llama"), method, tokens(), Request(0.3))[1].details["kept_neurons"]
+
+    alike, free, near = (kept(compare="error", spread=spread) for spread in (0.0, 1.0, 0.1))
+    assert sum(map(len, alike)) == sum(map(len, free)) == sum(map(len, near))
+    assert len({len(k) for k in free}) > 1
+    # Of 24 neurons a block, 30 % of the parameters are 14.
+    assert min(map(len, near)) >= 24 - 14 - round(0.1 * 24)
+    for one, other in zip(free, kept(), strict=True):
+        assert set(one) <= set(other) or set(other) <= set(one)
+
+
+def test_errors_need_one_stream_and_the_corrected_variant() -> None:
+    with pytest.raises(InputError, match="official"):
+        METHODS["flap"](compare="error", variant="official")
+    for family in ("olmo2", "mixtral"):
+        with pytest.raises(InputError, match="on one scale"):
+            METHODS["flap"](compare="error").check(model(family), Request(0.3))
+
+
 MANY = {**tiny.LLAMA, "num_attention_heads": 8}
 OPT_MANY = {**tiny.OPT, "num_attention_heads": 8}
 
@@ -172,9 +196,9 @@ OPT_MANY = {**tiny.OPT, "num_attention_heads": 8}
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
-                (MANY | {"num_key_value_heads": 4}, "UL-MM", "4 head groups a block, fewer than 8"),
+                (MANY | {"num_key_value_heads": 4}, "AL-MM", "4 head groups a block, fewer than 8"),
                 (OPT_MANY, "AL-AM", "8 head groups a block, 8 or more"),
-                (tiny.OPT, "UL-MM", "4 head groups a block, fewer than 8"),
+                (tiny.OPT, "AL-MM", "4 head groups a block, fewer than 8"),
             ]
         ),
     ],
@@ -186,20 +210,16 @@ def test_the_number_of_head_groups_decides_the_structure(
     """By default alone; the result is that of the structure by name, and the outcome says why."""
     m, request = tiny.random_model(config), Request(0.4)
     pruned, outcome = prune(m, METHODS["flap"](), tiny.tokens(), request)
-    named, said = prune(m, METHODS["flap"](structure=structure), tiny.tokens(), request)
+    compare = "error" if structure == "AL-MM" else "score"
+    method = METHODS["flap"](structure=structure, compare=compare)
+    named, said = prune(m, method, tiny.tokens(), request)
     assert same(pruned.blocks, named.blocks)
     assert outcome.details["structure"] == {"used": structure, "rule": rule}
     assert outcome.notes == (f"flap used structure={structure}: {rule}",)
     assert said.details["structure"]["rule"] == "as asked" and said.notes == ()
-    alike = len({jax.tree.structure(b) for b in pruned.blocks}) == 1 and all(
-        [x.shape for x in jax.tree.leaves(b)]
-        == [x.shape for x in jax.tree.leaves(pruned.blocks[0])]
-        for b in pruned.blocks
-    )
-    assert METHODS["flap"]().shape_change(m).alike is (structure == "UL-MM")
-    assert alike or structure == "AL-AM"
+    assert not METHODS["flap"]().shape_change(m).alike
     heads = outcome.details["kept_heads"]
-    assert (structure == "UL-MM") == all(
+    assert (structure == "AL-MM") == all(
         len(kept) == n for kept, n in zip(heads, outcome.details["units"]["heads"], strict=True)
     )
 
@@ -212,7 +232,11 @@ def test_the_structure_is_known_from_shapes_alone() -> None:
         structures[name] = Flap()._choose_structure(m)[0]
         assert Flap(heads_removed=32)._choose_structure(m)[0] == "UL-MM"
         assert Flap(variant="official")._choose_structure(m)[0] == "AL-AM"
-    assert structures == {"LLaMA-2-7B": "AL-AM", "Mistral-7B": "AL-AM", "Qwen2-0.5B": "UL-MM"}
+    assert structures == {"LLaMA-2-7B": "AL-AM", "Mistral-7B": "AL-AM", "Qwen2-0.5B": "AL-MM"}
+    # Without a refit, and with a norm behind each branch, errors do not compare blocks.
+    assert Flap(refit=False)._choose_structure(m)[0] == "UL-MM"
+    assert Flap()._choose_structure(model("olmo2"))[0] == "UL-MM"
+    assert Flap()._choose_structure(model("mixtral"))[0] == "UL-MM"
 
 
 def test_blocks_of_different_widths_count_by_their_mean() -> None:
