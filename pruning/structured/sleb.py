@@ -91,8 +91,9 @@ class Sleb:
         Barriers do not hold for them.
       repair: "none"; "scale" divides what is added behind each cut by the factor that the stream
         lacks (Prune&Comp, Chen et al. 2026); "refit" fits the last linear before each cut to the
-        dense stream behind it; "scale+refit" does both. None: "none" in the official variant; else
-        "refit", or "scale" where norms follow the branches.
+        dense stream behind it; "scale+refit" does both; "flatten" merges what is removed into the
+        block before the cut (FlattenGPT, Xu et al. 2026). None: "none" in the official variant;
+        else "refit", or "scale" where norms follow the branches.
       units: "blocks", or "sublayers", where a block's attention and feed-forward part are removed
         separately; a part removed alone is zeroed.
       device_gib: Room on the devices for hidden states between blocks, which saves running blocks
@@ -236,6 +237,13 @@ class Sleb:
                 value=self.units,
             )
         check_repair(model.arch, self._repair(model.arch))
+        if self.units == "sublayers" and self.repair == "flatten":
+            raise InputError(
+                "of sleb merges whole blocks",
+                'give units="blocks", or repair="refit"',
+                field="repair",
+                value="flatten",
+            )
         self._choice(model, request)
 
     def _search(
