@@ -79,10 +79,8 @@ def _narrow(
     """
     reader = group.reader
     whole = getattr(wide, reader.name)
-    if group.name == "heads":
-        by_channel = _channel_power(stats, whole)
-    else:
-        by_channel = _leverage(stats.gram)
+    of_heads = group.name == "heads"
+    by_channel = _channel_power(stats, whole) if of_heads else _leverage(stats.gram)
     scores = to_host(by_channel).reshape(-1, reader.width).sum(axis=1)
     keep = drop_lowest(scores, len(scores) - width)
     kept = np.flatnonzero(np.repeat(keep, reader.width)).astype(np.int32)

@@ -23,10 +23,11 @@ from pruning.structured.sleb_figures import search_details, search_figures, sear
 from pruning.structured.sleb_paths import Path, Piece, Unit
 from pruning.structured.sleb_runner import Runner
 from pruning.structured.sleb_search import SearchResult, given_units, search_units, writers_of
+from pruning.structured.sleb_similarity import search_by_similarity
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
-Search = Literal["greedy", "perplexity", "influence", "contiguous", "evolution"]
+Search = Literal["greedy", "perplexity", "influence", "similarity", "contiguous", "evolution"]
 GIB = 1 << 30
 
 
@@ -84,9 +85,10 @@ class Sleb:
       latter_barrier: Blocks at the end that must stay.
       search: "greedy" is SLEB; "perplexity" takes the units of lowest loss after the first phase
         (Shortened LLaMA, Kim et al. 2024); "influence" those whose output is most like their input
-        (ShortGPT, Men et al. 2024), without a loss; "contiguous" the neighbours that are missed
-        least together; "evolution" swaps units of the best set so far (EvoPress, Sieberling et al.
-        2025), by the divergence of predictions from the dense model's.
+        (ShortGPT, Men et al. 2024), without a loss; "similarity" those whose input is most like
+        that of the block before (FlattenGPT, Xu et al. 2026); "contiguous" the neighbours that are
+        missed least together; "evolution" swaps units of the best set so far (EvoPress, Sieberling
+        et al. 2025), by the divergence of predictions from the dense model's.
       remove: Units to remove, such as another run's `removal_order`; None: they are searched for.
         Barriers do not hold for them.
       repair: "none"; "scale" divides what is added behind each cut by the factor that the stream
@@ -181,10 +183,10 @@ class Sleb:
         n = self.blocks
         if n is None:
             n = round(request.sparsity * len(units))
+        # The first block has none before it to be compared with.
+        first = max(self.early_barrier, int(self.search == "similarity"))
         last = total - self.latter_barrier
-        candidates = {
-            u: unit for u, unit in enumerate(units) if self.early_barrier <= unit.block < last
-        }
+        candidates = {u: unit for u, unit in enumerate(units) if first <= unit.block < last}
         most = max(min(len(candidates), len(units) - 1), 0)  # something must stay
         if n > most:
             raise InputError(
@@ -236,14 +238,15 @@ class Sleb:
                 field="units",
                 value=self.units,
             )
-        check_repair(model.arch, self._repair(model.arch))
-        if self.units == "sublayers" and self.repair == "flatten":
+        whole = {"repair": self.repair == "flatten", "search": self.search == "similarity"}
+        for field in (name for name, holds in whole.items() if holds and self.units != "blocks"):
             raise InputError(
-                "of sleb merges whole blocks",
-                'give units="blocks", or repair="refit"',
-                field="repair",
-                value="flatten",
+                "of sleb is for whole blocks",
+                'give units="blocks"',
+                field=field,
+                value=getattr(self, field),
             )
+        check_repair(model.arch, self._repair(model.arch))
         self._choice(model, request)
 
     def _search(
@@ -258,6 +261,8 @@ class Sleb:
         runner = Runner(model, tokens, runtime, room)
         if self.search == "evolution" and n:
             return search_by_evolution(runner, candidates, n, request.seed, runtime), runner
+        if self.search == "similarity" and n:
+            return search_by_similarity(runner, candidates, n, runtime), runner
         rounds = _rounds(self.search, n)
         # Either way the same units go: a candidate that is stopped could not be the best.
         stop_early = self.variant == "corrected"

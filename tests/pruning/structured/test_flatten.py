@@ -152,7 +152,7 @@ def test_blocks_removed_at_the_start_have_none_before_them() -> None:
     [
         ("gemma2", "blocks", "of sleb merges blocks, and here a norm follows each branch"),
         ("opt", "blocks", "of sleb merges blocks, and here layer norms"),
-        ("llama", "sublayers", 'merges whole blocks: give units="blocks", or repair="refit"'),
+        ("llama", "sublayers", 'of sleb is for whole blocks: give units="blocks"'),
     ],
 )
 def test_what_cannot_be_merged_is_bad_input(family: str, units: Any, message: str) -> None:
