@@ -40,6 +40,8 @@ RUNS = [
     ("magnitude_sp", {}, "uniform", {}, "none"),
     ("sleb", {"blocks": 2, "latter_barrier": 0, "variant": "official"}, "uniform", {}, "none"),
     ("sleb", {"blocks": 1, "search": "influence"}, "uniform", {}, "none"),
+    ("sleb", {"blocks": 1, "search": "similarity"}, "uniform", {}, "none"),
+    ("sleb", {"remove": (1,), "repair": "flatten"}, "uniform", {}, "none"),
     ("sleb", {"remove": (1,), "repair": "scale"}, "uniform", {}, "none"),
     ("sleb", {"remove": (0, 2), "repair": "scale+refit"}, "uniform", {}, "none"),
     ("ria", {}, "uniform", {}, "none"),
