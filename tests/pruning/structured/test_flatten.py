@@ -27,7 +27,7 @@ MERGEABLE = [f for f in small.EVERY_FAMILY if not why_not_mergeable(small.model(
 
 def run(m: Model, remove: Any, **more: Any) -> tuple[Model, Outcome]:
     method = Sleb(remove=remove, repair="flatten")
-    return prune(m, method, TOKENS, Request(0.0), Runtime(batch=2, **more))
+    return prune(m, method, TOKENS, Request(0.0), Runtime(batch=3, **more))
 
 
 def assert_close(got: Any, want: Any, tolerance: float = 1e-3) -> None:
@@ -47,9 +47,8 @@ def test_scores_agree_with_float64_ports() -> None:
     np.testing.assert_allclose(core.leverage(stats.gram), want, rtol=1e-4)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5])
-def test_sums_without_channels_are_those_of_the_narrow_linear(scale: float) -> None:
-    rng = np.random.default_rng(1)
+def test_sums_without_channels_are_those_of_the_narrow_linear() -> None:
+    rng, scale = np.random.default_rng(1), 0.5
     h, x, target = (jnp.float32(rng.normal(0.3, 1, (3, 20, n))) for n in (8, 5, 5))
     w, kept = jnp.float32(rng.normal(size=(5, 8))), np.array([0, 3, 4, 6], np.int32)
 
@@ -63,7 +62,7 @@ def test_sums_without_channels_are_those_of_the_narrow_linear(scale: float) -> N
 
 def check_against_port(m: Model, remove: tuple[int, ...], start: int, tokens: np.ndarray) -> None:
     method = Sleb(remove=remove, repair="flatten")
-    pruned, outcome = prune(m, method, tokens, Request(0.0), Runtime(batch=4))
+    pruned, outcome = prune(m, method, tokens, Request(0.0), Runtime(batch=3))
     block, errors = port.flatten(m, start, remove, tokens)
     assert_close(pruned.blocks[start], block, 2e-3)
     (figures,) = outcome.details["cuts"]
@@ -86,6 +85,7 @@ def test_every_mergeable_family_agrees_with_the_float64_port(family: str) -> Non
     check_against_port(small.model(family), (1,), 0, small.tokens())
 
 
+@pytest.mark.slow
 def test_merging_loses_less_than_removing() -> None:
     m = deep("llama")
     (merged, outcome), (plain, _) = (
@@ -98,7 +98,7 @@ def test_merging_loses_less_than_removing() -> None:
 
 
 def test_a_block_that_does_nothing_leaves_the_one_before_it() -> None:
-    m = deep("llama", 4)
+    m = deep("llama-gqa", 4)
     quiet = m.blocks[2].replace(
         o=jax.tree.map(jnp.zeros_like, m.blocks[2].o),
         down=jax.tree.map(jnp.zeros_like, m.blocks[2].down),
@@ -107,17 +107,16 @@ def test_a_block_that_does_nothing_leaves_the_one_before_it() -> None:
     m = m._replace(blocks=(*m.blocks[:2], quiet, m.blocks[3]))
     pruned, outcome = run(m, [2])
     (figures,) = outcome.details["cuts"]
-    assert figures["heads_from"] == [4, 0] and figures["neurons_from"] == [24, 0]
+    assert figures["heads_from"] == [2, 0] and figures["neurons_from"] == [24, 0]
     np.testing.assert_allclose(
         small.logits(pruned, TOKENS), small.logits(m, TOKENS), rtol=1e-3, atol=1e-3
     )
 
 
+@pytest.mark.slow
 def test_a_block_of_other_positions_is_made_up_for_by_the_refit() -> None:
-    """In this model the fourth block has no rotary positions."""
-    arch = deep("llama", 4).arch
+    """In this model the third block has no rotary positions."""
     m = _without_positions(deep("llama", 4), 2)
-    assert arch is not m.arch
     pruned, outcome = run(m, [2])
     fitted, other = prune(m, Sleb(remove=[2], repair="refit"), TOKENS, Request(0.0))
     assert outcome.details["cuts"][0]["merged"] == []
@@ -134,6 +133,7 @@ def _without_positions(m: Model, i: int) -> Model:
     return Model(m.arch._replace(config=config), m.non_block, blocks)
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_bfloat16() -> None:
     m = small.model("llama-gqa", dtype="bfloat16")
     pruned, _ = prune(m, Sleb(remove=[1], repair="flatten"), small.tokens(), Request(0.0))
@@ -141,7 +141,7 @@ def test_bfloat16_stays_bfloat16() -> None:
 
 
 def test_blocks_removed_at_the_start_have_none_before_them() -> None:
-    m = deep("llama", 4)
+    m = deep("llama-gqa", 4)
     pruned, outcome = run(m, [0, 2])
     assert [c["behind"] for c in outcome.details["cuts"]] == [1]
     assert small.same(pruned.blocks[1], m.blocks[3])

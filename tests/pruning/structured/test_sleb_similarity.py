@@ -16,7 +16,7 @@ from reference import small
 from reference.sleb import TOKENS, deep
 
 
-def run(m: Model, n: int, batch: int = 4, **options: Any) -> Outcome:
+def run(m: Model, n: int, batch: int = 3, **options: Any) -> Outcome:
     method = Sleb(blocks=n, search="similarity", repair="none", **options)
     return prune(m, method, TOKENS, Request(0.0), Runtime(batch=batch))[1]
 
@@ -33,7 +33,7 @@ def cosine_matrix(m: Model) -> np.ndarray:
 
 def test_the_most_similar_neighbours_are_merged_greedily() -> None:
     """Rows and columns of merged blocks leave the matrix."""
-    m = deep("llama")
+    m = deep("llama-gqa")
     cosines = cosine_matrix(m)
     want, left = [], list(range(8))
     for _ in range(4):
@@ -55,7 +55,7 @@ def test_a_block_is_compared_with_the_input_of_the_merged_one() -> None:
 
 
 def test_the_first_block_is_never_merged_into_another() -> None:
-    outcome = run(deep("llama"), 7, early_barrier=0, latter_barrier=0)
+    outcome = run(deep("llama-gqa"), 7, early_barrier=0, latter_barrier=0)
     assert outcome.kept_blocks == (0,)
     with pytest.raises(InputError, match="ask for 6 or fewer"):
-        run(deep("llama"), 7, early_barrier=0)
+        run(deep("llama-gqa"), 7, early_barrier=0)
