@@ -19,7 +19,12 @@ from pruning.structured.depth_repair import (
     repair_and_write,
 )
 from pruning.structured.sleb_evolution import search_by_evolution
-from pruning.structured.sleb_figures import search_details, search_figures, search_warnings
+from pruning.structured.sleb_figures import (
+    merge_figures,
+    search_details,
+    search_figures,
+    search_warnings,
+)
 from pruning.structured.sleb_paths import Path, Piece, Unit
 from pruning.structured.sleb_runner import Runner
 from pruning.structured.sleb_search import SearchResult, given_units, search_units, writers_of
@@ -298,5 +303,6 @@ class Sleb:
             warnings=tuple(search_warnings(result)),
             figures=search_figures(
                 details["losses"], result.removed, details.get("removed_parts"), together
-            ),
+            )
+            + merge_figures(details["cuts"]),
         )

@@ -22,6 +22,9 @@ from reference import flatten as port
 from reference import small
 from reference.sleb import TOKENS, deep, loss
 
+ADD, POWER, LEVERAGE, WITHOUT = map(
+    jax.jit, (add_cut_stats, core.channel_power, core.leverage, core.without_channels)
+)
 MERGEABLE = [f for f in small.EVERY_FAMILY if not why_not_mergeable(small.model(f).arch)]
 
 
@@ -40,23 +43,23 @@ def test_scores_agree_with_float64_ports() -> None:
     h, target = rng.normal(0.3, 1, (60, 12)), rng.normal(0, 2, (60, 5))
     o = Linear(jnp.asarray(rng.normal(size=(5, 12)), jnp.float32))
     windows = (jnp.float32(a).reshape(3, 20, -1) for a in (h, np.zeros((60, 5)), target))
-    stats = add_cut_stats(begin_cut_stats(12, 5), *windows)
-    got = np.asarray(core.channel_power(stats, o)).reshape(-1, 4).sum(axis=1)
+    stats = ADD(begin_cut_stats(12, 5), *windows)
+    got = np.asarray(POWER(stats, o)).reshape(-1, 4).sum(axis=1)
     np.testing.assert_allclose(got, port.head_scores(h, target, o, 4), rtol=1e-5)
     want = port.leverage(port.weighted_gram(h, target))
-    np.testing.assert_allclose(core.leverage(stats.gram), want, rtol=1e-4)
+    np.testing.assert_allclose(LEVERAGE(stats.gram), want, rtol=1e-4)
 
 
 def test_sums_without_channels_are_those_of_the_narrow_linear() -> None:
     rng, scale = np.random.default_rng(1), 0.5
-    h, x, target = (jnp.float32(rng.normal(0.3, 1, (3, 20, n))) for n in (8, 5, 5))
-    w, kept = jnp.float32(rng.normal(size=(5, 8))), np.array([0, 3, 4, 6], np.int32)
+    h, x, target = (jnp.float32(rng.normal(0.3, 1, (3, 20, n))) for n in (12, 5, 5))
+    w, kept = jnp.float32(rng.normal(size=(5, 12))), np.array([0, 3, 4, 10], np.int32)
 
     def sums(channels: np.ndarray) -> Any:
         y = x + scale * h[..., channels] @ w[:, channels].T
-        return add_cut_stats(begin_cut_stats(len(channels), 5), h[..., channels], y, target)
+        return ADD(begin_cut_stats(len(channels), 5), h[..., channels], y, target)
 
-    got = core.without_channels(sums(np.arange(8)), Linear(w), kept, np.float32(scale))
+    got = WITHOUT(sums(np.arange(12)), Linear(w), kept, np.float32(scale))
     assert_close(got, sums(kept), 1e-4)
 
 
@@ -107,6 +110,7 @@ def test_a_block_that_does_nothing_leaves_the_one_before_it() -> None:
     m = m._replace(blocks=(*m.blocks[:2], quiet, m.blocks[3]))
     pruned, outcome = run(m, [2])
     (figures,) = outcome.details["cuts"]
+    assert outcome.figures[-1].rows[0][:3] == ["1, 2", "2, 0", "24, 0"]
     assert figures["heads_from"] == [2, 0] and figures["neurons_from"] == [24, 0]
     np.testing.assert_allclose(
         small.logits(pruned, TOKENS), small.logits(m, TOKENS), rtol=1e-3, atol=1e-3
