@@ -67,10 +67,11 @@ def flatten(
         dense.append(y)
         taps.append(tap)
     scale, x, block = m.arch.branch_scale, dense[start], m.blocks[start]
+    offset = float(m.arch.config.static.norm == "rms_offset")
     heads, neurons = m.arch.group("heads"), m.arch.group("neurons")
     errors: list[float] = []
     for i in merged:
-        wide = merge(block, m.blocks[i])
+        wide = merge(block, m.blocks[i], offset)
         wanted = _flat(x) + scale * _flat(run_block(m, block, x)[1]["o"] + taps[i]["o"])
         h = _flat(run_block(m, wide, x)[1]["attn_mid"])
         keep = best(
