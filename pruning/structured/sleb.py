@@ -11,8 +11,8 @@ from models.arch import Arch, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.budget import all_shapes
+from pruning.structured.depth_cuts import Remains
 from pruning.structured.depth_repair import (
-    Remains,
     Repair,
     check_repair,
     default_repair,
@@ -25,6 +25,7 @@ from pruning.structured.sleb_figures import (
     search_figures,
     search_warnings,
 )
+from pruning.structured.sleb_finalists import Judge, repaired_loss
 from pruning.structured.sleb_paths import Path, Piece, Unit
 from pruning.structured.sleb_runner import Runner
 from pruning.structured.sleb_search import SearchResult, given_units, search_units, writers_of
@@ -101,6 +102,8 @@ class Sleb:
         dense stream behind it; "scale+refit" does both; "flatten" merges what is removed into the
         block before the cut (FlattenGPT, Xu et al. 2026). None: "none" in the official variant;
         else "refit", or "scale" where norms follow the branches.
+      finalists: Candidates of each phase, those of lowest loss, that are repaired and judged by the
+        loss they then have; 0: the plain loss decides.
       units: "blocks", or "sublayers", where a block's attention and feed-forward part are removed
         separately; a part removed alone is zeroed.
       device_gib: Room on the devices for hidden states between blocks, which saves running blocks
@@ -119,6 +122,7 @@ class Sleb:
     search: Search = "greedy"
     remove: Sequence[int] | None = None
     repair: Repair | None = None
+    finalists: int = 0
     units: Kind = "blocks"
     device_gib: float = 2.0
     host_gib: float = 4.0
@@ -130,6 +134,7 @@ class Sleb:
             "blocks": self.blocks or 0,
             "early_barrier": self.early_barrier,
             "latter_barrier": self.latter_barrier,
+            "finalists": self.finalists,
             "device_gib": self.device_gib,
             "host_gib": self.host_gib,
             "disk_gib": self.disk_gib,
@@ -231,7 +236,9 @@ class Sleb:
             if self.units == "sublayers"
             else [*candidates]
         )
-        return dataclasses.replace(self, blocks=None, search="greedy", remove=order[:n])
+        return dataclasses.replace(
+            self, blocks=None, search="greedy", finalists=0, remove=order[:n]
+        )
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
@@ -251,7 +258,16 @@ class Sleb:
                 field=field,
                 value=getattr(self, field),
             )
-        check_repair(model.arch, self._repair(model.arch))
+        repair = self._repair(model.arch)
+        check_repair(model.arch, repair)
+        plain = self.remove is not None or self.search != "greedy" or repair == "none"
+        if self.finalists and plain:
+            raise InputError(
+                "of sleb is for the greedy search with a repair",
+                "give 0",
+                field="finalists",
+                value=self.finalists,
+            )
         self._choice(model, request)
 
     def _search(
@@ -272,8 +288,22 @@ class Sleb:
         # Either way the same units go: a candidate that is stopped could not be the best.
         stop_early = self.variant == "corrected"
         contiguous = self.search == "contiguous"
-        result = search_units(runner, candidates, n, rounds, stop_early, runtime, contiguous)
+        judge = self._judge(model, tokens, runtime)
+        result = search_units(runner, candidates, n, rounds, stop_early, runtime, contiguous, judge)
         return result, runner
+
+    def _judge(self, model: Model, tokens: np.ndarray, runtime: Runtime) -> Judge | None:
+        """Return the judge of the best candidates of each phase; None where none is asked for."""
+        if not self.finalists:
+            return None
+        repair = self._repair(model.arch)
+
+        def loss(path: Path) -> float:
+            silent = _silent_linears(model.arch, path)
+            remains = Remains(model, path, writers_of(model.arch), silent)
+            return repaired_loss(remains, tokens, runtime, repair)
+
+        return Judge(self.finalists, loss, repair)
 
     def run(
         self,

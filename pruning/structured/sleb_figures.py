@@ -108,6 +108,8 @@ def search_details(
             "plain_search": result.plain_evaluations,
         },
     }
+    if result.repaired:
+        details["repaired_losses"] = [[by.get(u) for u in range(count)] for by in result.repaired]
     if result.divergences:
         details["divergences"] = [*result.divergences]
     if runner:
