@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -11,86 +11,26 @@ import numpy as np
 from calibration.passes import BlockResult, overflow, visit_blocks
 from calibration.runtime import Runtime
 from calibration.states import States
-from models.arch import Arch, Block, Model
+from models.arch import Arch, Block
 from models.checkpoint.blocks import prefetch
 from models.errors import InputError
-from models.programs import Program, program
+from models.merging import why_not_mergeable
+from models.programs import program
 from models.sharding import to_host
-from pruning.structured.depth_repair_core import refit_before_cut
+from pruning.structured.depth_cuts import Cut, Remains, cuts_of
 from pruning.structured.depth_streams import (
     add_ratios,
     advance_both,
     advance_dense,
     advance_pruned,
-    begin_stats,
-    observe_cut,
+    fit_before_cut,
+    run_all,
     scale_pruned,
 )
-from pruning.structured.sleb_paths import Path, Piece
-from pruning.structured.sleb_runner import silenced
+from pruning.structured.flatten import Flattener
 from pruning.types import BlockSink
 
-Repair = Literal["none", "scale", "refit", "scale+refit"]
-
-_refit = Program(refit_before_cut, "linear before a cut fitted")
-
-
-class Remains(NamedTuple):
-    """A model whose blocks were removed.
-
-    Attributes:
-      model: The dense model.
-      path: Pieces that stay.
-      writers: All linears of a block that write to the residual stream, in order.
-      silent: Linears to zero, by piece.
-    """
-
-    model: Model
-    path: Path
-    writers: tuple[str, ...]
-    silent: Mapping[Piece, Sequence[str]]
-
-    def finished(self, index: int, block: Block) -> Block:
-        """Return the block of a piece without its silent linears.
-
-        Args:
-          index: Number of the piece.
-          block: The dense block.
-        """
-        return silenced(block, self.silent[self.path[index]])
-
-
-class Cut(NamedTuple):
-    """A place in the pruned model behind which something is missing.
-
-    Attributes:
-      piece: Number of the piece before it; -1 at the start of the model.
-      end: Dense block whose input the stream should equal behind the cut; behind the last block,
-        the number of blocks.
-      linear: Last linear that writes to the stream before the cut; empty at the start.
-    """
-
-    piece: int
-    end: int
-    linear: str
-
-
-def cuts_of(remains: Remains) -> list[Cut]:
-    """Return the cuts of a model, in order.
-
-    Args:
-      remains: What stays of the model.
-    """
-    path, depth = remains.path, len(remains.model.blocks)
-    ends = [*(piece.block for piece in path[1:]), depth]
-    cuts = [Cut(-1, path[0].block, "")] if path[0].block else []
-    for k, (piece, end) in enumerate(zip(path, ends, strict=True)):
-        if piece.silent or end > piece.block + 1:
-            # Behind its last writer nothing of a block reads the stream any more, so the output is
-            # linear in this one.
-            linear = [w for w in remains.writers if w not in piece.silent][-1]
-            cuts.append(Cut(k, end, linear))
-    return cuts
+Repair = Literal["none", "scale", "refit", "scale+refit", "flatten"]
 
 
 def default_repair(arch: Arch) -> Repair:
@@ -119,6 +59,8 @@ def check_repair(arch: Arch, repair: Repair) -> None:
         reason = "fits the last linear before a cut, and experts have one each"
     elif "scale" in repair and not arch.rescale:
         reason = "needs a final norm and blocks that only add to the residual stream"
+    elif repair == "flatten" and why_not_mergeable(arch):
+        reason = f"merges blocks, and here {why_not_mergeable(arch)}"
     if reason:
         raise InputError(
             f"of sleb {reason}",
@@ -134,25 +76,6 @@ def _rescale(
 ) -> Block:
     """Return the block for a stream of another scale, `Arch.rescale`."""
     return function(block, scale)
-
-
-def _run_all(step: Program, arch: Arch, block: Block, xs: States) -> None:
-    """Replace the states of every micro-batch by those behind a block."""
-    for j, x in enumerate(xs):
-        xs[j] = step(arch.block, block, x)
-
-
-def _fit(arch: Arch, cut: Cut, block: Block, xs: States, i: int) -> tuple[Block, dict[str, Any]]:
-    """Return block i with its last linear fitted, and the figures of the fit."""
-    tap = arch.tap(cut.linear)
-    stats = begin_stats(arch.block, tap, block, xs[0])
-    for x in xs:
-        stats = observe_cut(arch.block, tap, block, x, stats)
-    linear, errors = _refit(getattr(block, cut.linear), stats, np.float32(arch.branch_scale))
-    before, after = (float(e) for e in to_host(errors))
-    if not math.isfinite(before + after):
-        raise overflow(i)
-    return block.replace(**{cut.linear: linear}), {"error": [before, after]}
 
 
 def _scale(xs: States, i: int) -> float:
@@ -225,11 +148,11 @@ class _Repairer:
             dense = held or next(prefetch(self._remains.model.blocks, [before], self._mesh))
             block = self._remains.finished(cut.piece, dense)
             if "refit" in self._repair:
-                block, figures = _fit(self._arch, cut, block, xs, before)
+                block, figures = fit_before_cut(self._arch, cut.linear, block, xs, before)
                 record |= figures
             self._hand_on(cut.piece, block)
             if "scale" in self._repair or i != self._last:
-                _run_all(advance_pruned, self._arch, block, xs)
+                run_all(advance_pruned, self._arch, block, xs)
         if "scale" in self._repair:
             record["factor"] = _scale(xs, i)
         return record
@@ -245,14 +168,14 @@ class _Repairer:
         """
         if i <= self._last:
             step = advance_both if i < self._first else advance_dense
-            _run_all(step, self._arch, block, xs)
+            run_all(step, self._arch, block, xs)
         if i in self._before:
             self._held[i] = block
         elif i in self._index:
             new = self._remains.finished(self._index[i], block)
             self._hand_on(self._index[i], new)
             if self._first < i < self._last:
-                _run_all(advance_pruned, self._arch, new, xs)
+                run_all(advance_pruned, self._arch, new, xs)
         record = self._mend(self._ends[i], xs, i) if i in self._ends else None
         return BlockResult(block, record, propagated=True)
 
@@ -278,7 +201,11 @@ def repair_and_write(
         for index, piece in enumerate(remains.path):
             sink(index, remains.finished(index, remains.model.blocks[piece.block]))
         return {"repair": repair, "cuts": []}
-    repairer = _Repairer(remains, cuts, repair, runtime, sink)
+    repairer: _Repairer | Flattener
+    if repair == "flatten":
+        repairer = Flattener(remains, cuts, runtime, sink)
+    else:
+        repairer = _Repairer(remains, cuts, repair, runtime, sink)
     visit_blocks(
         remains.model,
         np.repeat(tokens, 2, axis=0),

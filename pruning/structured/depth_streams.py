@@ -4,19 +4,29 @@ They lie in one array, each window of the dense model before the same window of 
 that passes over blocks keep and save them like those of one model.
 """
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from models.arch import Block, Taps
-from models.programs import program
+from calibration.passes import overflow
+from calibration.states import States
+from models.arch import Arch, Block, Taps
+from models.layers import Linear
+from models.programs import Program, program
+from models.sharding import to_host
 from pruning.structured.depth_repair_core import (
     CutStats,
     add_cut_stats,
     begin_cut_stats,
+    refit_before_cut,
     sum_of_ratios,
 )
+
+_refit = Program(refit_before_cut, "linear before a cut fitted")
 
 Forward = Callable[[Block, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
 
@@ -90,3 +100,91 @@ def observe_cut(
     target, inputs = halves(x)
     y, taps = function(block, inputs)
     return add_cut_stats(stats, taps[tap], y, target)
+
+
+def run_all(step: Program, arch: Arch, block: Block, xs: States) -> None:
+    """Replace the states of every micro-batch by those behind a block.
+
+    Args:
+      step: `advance_both`, `advance_dense` or `advance_pruned`.
+      arch: Architecture of the block.
+      block: Parameters.
+      xs: States of both models, by micro-batch.
+    """
+    for j, x in enumerate(xs):
+        xs[j] = step(arch.block, block, x)
+
+
+def cut_stats(arch: Arch, name: str, block: Block, xs: States) -> CutStats:
+    """Return the sums for the last linear of a block and the dense states behind it.
+
+    Args:
+      arch: Architecture of the block.
+      name: Slot of the linear.
+      block: Parameters.
+      xs: States of both models, by micro-batch: the dense ones are the target, the pruned ones the
+        block's inputs.
+    """
+    tap = arch.tap(name)
+    stats: CutStats = begin_stats(arch.block, tap, block, xs[0])
+    for x in xs:
+        stats = observe_cut(arch.block, tap, block, x, stats)
+    return stats
+
+
+def fitted(arch: Arch, linear: Linear, stats: CutStats, i: int) -> tuple[Linear, dict[str, Any]]:
+    """Return a linear fitted to its target, and the figures of the fit.
+
+    Args:
+      arch: Architecture of its block.
+      linear: Linear that writes to the stream.
+      stats: Sums over the calibration tokens.
+      i: Index of the block, for messages.
+    """
+    linear, errors = _refit(linear, stats, np.float32(arch.branch_scale))
+    before, after = (float(e) for e in to_host(errors))
+    if not math.isfinite(before + after):
+        raise overflow(i)
+    return linear, {"error": [before, after]}
+
+
+def fit_before_cut(
+    arch: Arch, name: str, block: Block, xs: States, i: int
+) -> tuple[Block, dict[str, Any]]:
+    """Return a block with its last linear fitted to the dense states, and the figures of the fit.
+
+    Args:
+      arch: Architecture of the block.
+      name: Slot of the linear.
+      block: Parameters.
+      xs: States of both models, as `cut_stats` has them.
+      i: Index of the block, for messages.
+    """
+    stats = cut_stats(arch, name, block, xs)
+    linear, figures = fitted(arch, getattr(block, name), stats, i)
+    return block.replace(**{name: linear}), figures
+
+
+# Donated, as in `observe_cut`.
+@program("statistics of merged attention", static=(0, 1, 2), donated=(5,))
+def observe_attention(
+    function: Forward,
+    writer: str,
+    tap: str,
+    blocks: tuple[Block, Block, Block],
+    x: jax.Array,
+    stats: CutStats,
+    branch_scale: jax.Array,
+) -> CutStats:
+    """Compare what the attention of a merged block adds with what it should add.
+
+    It should add what the pruned model's block adds so far, and what the dense model's next block
+    adds where it stands. `blocks` are the merged one and these two.
+    """
+    merged, before, added = blocks
+    dense, inputs = _halves(x)
+    taps = function(merged, inputs)[1]
+    wanted = function(before, inputs)[1][writer], function(added, dense)[1][writer]
+    start, y, *parts = (a.astype(jnp.float32) for a in (inputs, taps[writer], *wanted))
+    target = start + branch_scale * sum(parts)
+    return add_cut_stats(stats, taps[tap], start + branch_scale * y, target)

@@ -11,22 +11,29 @@ from models.arch import Arch, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from pruning.budget import all_shapes
+from pruning.structured.depth_cuts import Remains
 from pruning.structured.depth_repair import (
-    Remains,
     Repair,
     check_repair,
     default_repair,
     repair_and_write,
 )
 from pruning.structured.sleb_evolution import search_by_evolution
-from pruning.structured.sleb_figures import search_details, search_figures, search_warnings
+from pruning.structured.sleb_figures import (
+    merge_figures,
+    search_details,
+    search_figures,
+    search_warnings,
+)
+from pruning.structured.sleb_finalists import Judge, repaired_loss
 from pruning.structured.sleb_paths import Path, Piece, Unit
 from pruning.structured.sleb_runner import Runner
 from pruning.structured.sleb_search import SearchResult, given_units, search_units, writers_of
+from pruning.structured.sleb_similarity import search_by_similarity
 from pruning.types import BlockSink, Outcome, Request, reject_weight_settings
 
 Kind = Literal["blocks", "sublayers"]
-Search = Literal["greedy", "perplexity", "influence", "contiguous", "evolution"]
+Search = Literal["greedy", "perplexity", "influence", "similarity", "contiguous", "evolution"]
 GIB = 1 << 30
 
 
@@ -84,15 +91,19 @@ class Sleb:
       latter_barrier: Blocks at the end that must stay.
       search: "greedy" is SLEB; "perplexity" takes the units of lowest loss after the first phase
         (Shortened LLaMA, Kim et al. 2024); "influence" those whose output is most like their input
-        (ShortGPT, Men et al. 2024), without a loss; "contiguous" the neighbours that are missed
-        least together; "evolution" swaps units of the best set so far (EvoPress, Sieberling et al.
-        2025), by the divergence of predictions from the dense model's.
+        (ShortGPT, Men et al. 2024), without a loss; "similarity" those whose input is most like
+        that of the block before (FlattenGPT, Xu et al. 2026); "contiguous" the neighbours that are
+        missed least together; "evolution" swaps units of the best set so far (EvoPress, Sieberling
+        et al. 2025), by the divergence of predictions from the dense model's.
       remove: Units to remove, such as another run's `removal_order`; None: they are searched for.
         Barriers do not hold for them.
       repair: "none"; "scale" divides what is added behind each cut by the factor that the stream
         lacks (Prune&Comp, Chen et al. 2026); "refit" fits the last linear before each cut to the
-        dense stream behind it; "scale+refit" does both. None: "none" in the official variant; else
-        "refit", or "scale" where norms follow the branches.
+        dense stream behind it; "scale+refit" does both; "flatten" merges what is removed into the
+        block before the cut (FlattenGPT, Xu et al. 2026). None: "none" in the official variant;
+        else "refit", or "scale" where norms follow the branches.
+      finalists: Candidates of each phase, those of lowest loss, that are repaired and judged by the
+        loss they then have; 0: the plain loss decides.
       units: "blocks", or "sublayers", where a block's attention and feed-forward part are removed
         separately; a part removed alone is zeroed.
       device_gib: Room on the devices for hidden states between blocks, which saves running blocks
@@ -111,6 +122,7 @@ class Sleb:
     search: Search = "greedy"
     remove: Sequence[int] | None = None
     repair: Repair | None = None
+    finalists: int = 0
     units: Kind = "blocks"
     device_gib: float = 2.0
     host_gib: float = 4.0
@@ -122,6 +134,7 @@ class Sleb:
             "blocks": self.blocks or 0,
             "early_barrier": self.early_barrier,
             "latter_barrier": self.latter_barrier,
+            "finalists": self.finalists,
             "device_gib": self.device_gib,
             "host_gib": self.host_gib,
             "disk_gib": self.disk_gib,
@@ -180,10 +193,10 @@ class Sleb:
         n = self.blocks
         if n is None:
             n = round(request.sparsity * len(units))
+        # The first block has none before it to be compared with.
+        first = max(self.early_barrier, int(self.search == "similarity"))
         last = total - self.latter_barrier
-        candidates = {
-            u: unit for u, unit in enumerate(units) if self.early_barrier <= unit.block < last
-        }
+        candidates = {u: unit for u, unit in enumerate(units) if first <= unit.block < last}
         most = max(min(len(candidates), len(units) - 1), 0)  # something must stay
         if n > most:
             raise InputError(
@@ -223,7 +236,9 @@ class Sleb:
             if self.units == "sublayers"
             else [*candidates]
         )
-        return dataclasses.replace(self, blocks=None, search="greedy", remove=order[:n])
+        return dataclasses.replace(
+            self, blocks=None, search="greedy", finalists=0, remove=order[:n]
+        )
 
     def check(self, model: Model, request: Request) -> None:
         """Raise InputError for a request that the method cannot follow on this model."""
@@ -235,7 +250,24 @@ class Sleb:
                 field="units",
                 value=self.units,
             )
-        check_repair(model.arch, self._repair(model.arch))
+        whole = {"repair": self.repair == "flatten", "search": self.search == "similarity"}
+        for field in (name for name, holds in whole.items() if holds and self.units != "blocks"):
+            raise InputError(
+                "of sleb is for whole blocks",
+                'give units="blocks"',
+                field=field,
+                value=getattr(self, field),
+            )
+        repair = self._repair(model.arch)
+        check_repair(model.arch, repair)
+        plain = self.remove is not None or self.search != "greedy" or repair == "none"
+        if self.finalists and plain:
+            raise InputError(
+                "of sleb is for the greedy search with a repair",
+                "give 0",
+                field="finalists",
+                value=self.finalists,
+            )
         self._choice(model, request)
 
     def _search(
@@ -250,12 +282,28 @@ class Sleb:
         runner = Runner(model, tokens, runtime, room)
         if self.search == "evolution" and n:
             return search_by_evolution(runner, candidates, n, request.seed, runtime), runner
+        if self.search == "similarity" and n:
+            return search_by_similarity(runner, candidates, n, runtime), runner
         rounds = _rounds(self.search, n)
         # Either way the same units go: a candidate that is stopped could not be the best.
         stop_early = self.variant == "corrected"
         contiguous = self.search == "contiguous"
-        result = search_units(runner, candidates, n, rounds, stop_early, runtime, contiguous)
+        judge = self._judge(model, tokens, runtime)
+        result = search_units(runner, candidates, n, rounds, stop_early, runtime, contiguous, judge)
         return result, runner
+
+    def _judge(self, model: Model, tokens: np.ndarray, runtime: Runtime) -> Judge | None:
+        """Return the judge of the best candidates of each phase; None where none is asked for."""
+        if not self.finalists:
+            return None
+        repair = self._repair(model.arch)
+
+        def loss(path: Path) -> float:
+            silent = _silent_linears(model.arch, path)
+            remains = Remains(model, path, writers_of(model.arch), silent)
+            return repaired_loss(remains, tokens, runtime, repair)
+
+        return Judge(self.finalists, loss, repair)
 
     def run(
         self,
@@ -285,5 +333,6 @@ class Sleb:
             warnings=tuple(search_warnings(result)),
             figures=search_figures(
                 details["losses"], result.removed, details.get("removed_parts"), together
-            ),
+            )
+            + merge_figures(details["cuts"]),
         )

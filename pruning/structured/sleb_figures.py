@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from calibration.states import OFFLOADS
-from pruning.figures import Figure, LineSeries, kept_map
+from pruning.figures import Figure, LineSeries, Table, kept_map
 from pruning.structured.sleb_paths import Unit
 from pruning.structured.sleb_runner import Runner
 from pruning.structured.sleb_search import SearchResult
@@ -53,6 +53,27 @@ def search_figures(
     return lines, kept_map("blocks", [~np.isin(np.arange(len(losses[0])), removed)])
 
 
+def merge_figures(cuts: Sequence[Mapping[str, Any]]) -> tuple[Figure, ...]:
+    """Return a table of the blocks that were merged; nothing where none were.
+
+    Args:
+      cuts: Figures of each cut, as the report's details have them.
+    """
+    rows: list[list[str | float | None]] = []
+    for cut in cuts:
+        blocks = [cut["behind"], *cut.get("merged", ())]
+        if len(blocks) < 2:
+            continue
+        parts = (", ".join(map(str, part)) for part in (blocks, cut["heads_from"]))
+        neurons = ", ".join(map(str, cut["neurons_from"]))
+        rows.append([*parts, neurons, *(round(error, 4) for error in cut["error"])])
+    if not rows:
+        return ()
+    columns = ["blocks", "head groups of each", "neurons of each", "error, cut", "error, fitted"]
+    caption = "Error: mean over tokens of |stream - dense stream|^2 / |dense stream|^2."
+    return (Table("Merged blocks", columns, rows, caption=caption),)
+
+
 def _by_unit(
     phases: Sequence[Mapping[int, Trial]],
     field: Literal["loss", "stopped_at"],
@@ -87,6 +108,8 @@ def search_details(
             "plain_search": result.plain_evaluations,
         },
     }
+    if result.repaired:
+        details["repaired_losses"] = [[by.get(u) for u in range(count)] for by in result.repaired]
     if result.divergences:
         details["divergences"] = [*result.divergences]
     if runner:

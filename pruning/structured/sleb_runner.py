@@ -223,6 +223,23 @@ class Runner:
         # Read only now: waiting for each number would hold up the next block.
         return {u: float(to_host(value)) for u, value in influences.items()}
 
+    def cosines(self, m: int, most: int) -> dict[tuple[int, int], float]:
+        """Return the mean cosines of the inputs of two blocks, for one micro-batch.
+
+        Args:
+          m: Index of the micro-batch.
+          most: Most blocks from the first to the second.
+        """
+        inputs = [embed(self.arch, self._non_block, self._tokens[m])]
+        distances: dict[tuple[int, int], jax.Array] = {}
+        path = whole_path(self.depth)[:-1]
+        for j, block in enumerate(self._read(path), 1):
+            inputs.append(self._apply(path[j - 1], block, inputs[-1]))
+            for i in range(max(0, j - most), j):
+                distances[i, j] = _influence(inputs[i], inputs[j])
+        # Read only now: waiting for each number would hold up the next block.
+        return {pair: 1 - float(to_host(value)) for pair, value in distances.items()}
+
     def forget(self, piece: Piece) -> None:
         """Drop the states that have been through a removed piece.
 

@@ -8,6 +8,7 @@ import numpy as np
 from calibration.runtime import Runtime
 from models.arch import Arch
 from models.errors import InputError
+from pruning.structured.sleb_finalists import Judge, judge
 from pruning.structured.sleb_paths import Candidate, Path, Unit, remove_unit, whole_path
 from pruning.structured.sleb_runner import Runner
 from pruning.structured.sleb_trials import Trial, try_candidates
@@ -33,6 +34,7 @@ class SearchResult(NamedTuple):
       evaluations: By phase: blocks times windows that were run.
       plain_evaluations: The same for a search that keeps no states and stops no candidate.
       divergences: By generation of an evolution: divergence of the best from the dense model.
+      repaired: By phase: loss after the repair of those that were judged by it.
     """
 
     path: Path
@@ -42,6 +44,7 @@ class SearchResult(NamedTuple):
     evaluations: list[int]
     plain_evaluations: list[int]
     divergences: Sequence[float] = ()
+    repaired: Sequence[Mapping[int, float | None]] = ()
 
 
 def lowest_units(values: Mapping[int, float | None], n: int, quantity: str) -> list[int]:
@@ -178,6 +181,7 @@ def _search_by_loss(
     rounds: int,
     stop_early: bool,
     runtime: Runtime,
+    by: Judge | None,
 ) -> SearchResult:
     """Remove n units in `rounds` phases of trials, the units of lowest loss in each."""
     writers = writers_of(runner.arch)
@@ -191,14 +195,19 @@ def _search_by_loss(
         order = sorted(order, key=lambda u: (influence[u], u))
     steps = sum(len(order) - phase for phase in range(rounds))
     advance = runtime.progress("trying removals", steps, unit="trials")
+    repaired: list[Mapping[int, float | None]] = []
     result = SearchResult(path, [], [], influence, [], [])
     for _ in range(rounds):
         # One unit in each of n phases, or all n after the only one.
         candidates = {u: remove_unit(path, units[u], writers) for u in order}
-        trials, evaluations = _run_phase(
-            runner, candidates, n // rounds, stop_early, advance, runtime
-        )
-        losses = {u: trial.loss for u, trial in trials.items()}
+        needed = by.finalists if by else n // rounds
+        trials, evaluations = _run_phase(runner, candidates, needed, stop_early, advance, runtime)
+        losses: Mapping[int, float | None] = {u: trial.loss for u, trial in trials.items()}
+        if by:
+            known = sum(loss is not None for loss in losses.values())
+            finalists = lowest_units(losses, min(needed, max(known, 1)), "loss")
+            losses = judge(by, {u: candidates[u] for u in finalists}, runner.digest, runtime)
+            repaired.append(losses)
         removed = lowest_units(losses, n // rounds, "loss")
         for u in removed:
             # No later path holds this piece, so its states only take memory.
@@ -213,7 +222,7 @@ def _search_by_loss(
             # The losses of this phase order the next one better than influence does.
             order.sort(key=lambda u: (trials[u].estimate, u))
         order = [u for u in order if u not in removed]
-    return result._replace(path=path)
+    return result._replace(path=path, repaired=repaired)
 
 
 def given_units(
@@ -239,6 +248,7 @@ def search_units(
     stop_early: bool,
     runtime: Runtime,
     contiguous: bool = False,
+    by: Judge | None = None,
 ) -> SearchResult:
     """Choose the units to remove.
 
@@ -250,6 +260,7 @@ def search_units(
       stop_early: Whether to stop candidates that cannot be the best.
       runtime: Progress and journal.
       contiguous: Whether the units must be neighbours; they are then chosen in one phase.
+      by: Judges the best candidates of each phase again; None: the plain loss decides.
 
     Returns:
       The units removed, and the figures of the search.
@@ -263,4 +274,4 @@ def search_units(
         return _search_contiguous(runner, units, n, stop_early, runtime)
     if not rounds:
         return _search_by_influence(runner, units, n, runtime)
-    return _search_by_loss(runner, units, n, rounds, stop_early, runtime)
+    return _search_by_loss(runner, units, n, rounds, stop_early, runtime, by)

@@ -37,6 +37,7 @@ METHODS = (
     'wanda_sp(scope="global", repair="bias")',
     "magnitude_sp",
     "sleb(early_barrier=0)",
+    'sleb(latter_barrier=0, search="similarity", repair="flatten")',
 )
 
 

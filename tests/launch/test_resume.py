@@ -72,6 +72,11 @@ RUNS = {
         ['--method=wanda_sp(scope="global", repair="bias")', "--sparsity=0.4", "--layout=padded"],
     ),
     "sleb": ("llama", ["--method=sleb(blocks=2)"]),
+    "finalists": ("llama", ["--method=sleb(blocks=1, finalists=2)"]),
+    "flatten": (
+        "llama",
+        ['--method=sleb(blocks=2, search="similarity", repair="flatten")'],
+    ),
 }
 
 

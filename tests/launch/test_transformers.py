@@ -1,5 +1,6 @@
 """transformers loads pruned checkpoints with our logits and greedy tokens."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -80,10 +81,15 @@ def test_transformers_loads_a_pruned_smollm2(smollm2: Path, shared: Path, tmp_pa
 SLEB = ["sleb", 'sleb(variant="official")', 'sleb(units="sublayers")', 'sleb(search="influence")']
 
 
-@pytest.mark.parametrize("method", SLEB)
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-opt"])
+FLATTEN = 'sleb(search="similarity", repair="flatten")'
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [*itertools.product(("tiny-llama", "tiny-opt"), SLEB), ("tiny-llama", FLATTEN)],
+)
 def test_transformers_loads_a_model_with_fewer_blocks(
-    method: str, name: str, shared: Path, tmp_path: Path
+    name: str, method: str, shared: Path, tmp_path: Path
 ) -> None:
     pruned(
         shared / "models" / name,

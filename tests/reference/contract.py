@@ -51,6 +51,7 @@ ARGUMENTS: dict[str, list[dict[str, Any]]] = {
         {"latter_barrier": 0, "search": "perplexity", "repair": "none"},
         {"latter_barrier": 0, "search": "influence", "repair": "scale"},
         {"latter_barrier": 0, "search": "contiguous", "repair": "refit"},
+        {"latter_barrier": 0, "search": "similarity"},
         {"early_barrier": 0, "units": "sublayers"},
         {"early_barrier": 0, "latter_barrier": 0, "search": "evolution", "repair": "none"},
     ],
