@@ -182,7 +182,7 @@ def observe_attention(
     adds where it stands. `blocks` are the merged one and these two.
     """
     merged, before, added = blocks
-    dense, inputs = _halves(x)
+    dense, inputs = halves(x)
     taps = function(merged, inputs)[1]
     wanted = function(before, inputs)[1][writer], function(added, dense)[1][writer]
     start, y, *parts = (a.astype(jnp.float32) for a in (inputs, taps[writer], *wanted))
