@@ -282,10 +282,17 @@ def allocated(name: str, method: str, family: str) -> tuple[Model, Outcome]:
     return run(family, ALLOCATIONS[name](**SEARCHES[name]), 0.6, method)
 
 
-@every_family
+# Every method on one family; the others with a method that prunes and one that repairs.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method", ["magnitude", "wanda", "multiflow", "ria", "sparsegpt", "sparsellm", "admm"]
+    ("method", "family"),
+    [
+        *(
+            (m, FAMILIES[0])
+            for m in ("magnitude", "wanda", "multiflow", "ria", "sparsegpt", "sparsellm", "admm")
+        ),
+        *itertools.product(("wanda", "sparsegpt"), FAMILIES[1:]),
+    ],
 )
 @pytest.mark.parametrize("name", SEARCHES)
 def test_every_allocator_works_with_every_weight_method(
