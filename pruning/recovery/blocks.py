@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,9 +21,15 @@ from pruning.figures import LineSeries
 from pruning.recovery import block_steps as steps_of
 from pruning.recovery.block_steps import Objective
 from pruning.recovery.blocks_core import Loss, learning_rates
-from pruning.recovery.types import Recovered, RecoveryInputs
+from pruning.recovery.types import Recovered, RecoveryInputs, check_limits
 from pruning.recovery.zeros import check_zeros
-from pruning.structured.depth_streams import advance_dense, advance_pruned, copy_dense, halves
+from pruning.structured.depth_streams import (
+    advance_dense,
+    advance_pruned,
+    copy_dense,
+    halves,
+    run_all,
+)
 from pruning.types import BlockSink
 
 EVALUATIONS = 8  # times that the held-out windows are looked at while a block is trained
@@ -73,9 +79,7 @@ class Blocks:
             "hold_out": (0 < self.hold_out < 1, "between 0 and 1"),
             "decay": (self.decay >= 0, "0 or above"),
         }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise InputError(f"blocks: {name}={getattr(self, name)} must be {limit}")
+        check_limits("blocks", self, limits)
 
     def _held_out(self, windows: int) -> int:
         """Return the number of micro-batches that are held out, the last ones."""
@@ -155,7 +159,7 @@ class _Trainer:
         if i not in self._index:
             # A block before it has gone over those that were removed, unless there is none.
             if i < self._inputs.kept_blocks[0]:
-                self._advance_dense(dense, xs)
+                run_all(advance_dense, self._inputs.dense.arch, dense, xs)
             return BlockResult(dense, None, propagated=True)
         j = self._index[i]
         pruned = next(prefetch(pruned_model.blocks, [j], mesh))
@@ -163,8 +167,11 @@ class _Trainer:
         record["zeros"] = check_zeros(new, pruned)
         self._sink(j, new)
         if j + 1 < len(pruned_model.blocks):
-            step = functools.partial(advance_pruned, pruned_model.arch.block, new)
-            _run_all(copy_dense if self._settings.inputs == "dense" else step, xs)
+            if self._settings.inputs == "dense":
+                for k, x in enumerate(xs):
+                    xs[k] = copy_dense(x)
+            else:
+                run_all(advance_pruned, pruned_model.arch, new, xs)
         return BlockResult(dense, record, propagated=True)
 
     def _embed_pruned(self, xs: States) -> None:
@@ -194,19 +201,16 @@ class _Trainer:
             objective = Objective(arch.block, loss, end, arch.branch_scale, arch.outputs_add)
             block, record["attention"] = self._fit(i, objective, attention, [block], dense, xs)
             trained = tuple(not t for t in attention)
-        self._advance_dense(dense, xs)
+        of_dense = self._inputs.dense.arch
+        run_all(advance_dense, of_dense, dense, xs)
         removed = range(i + 1, self._end(i))
         for other in prefetch(self._inputs.dense.blocks, removed, self._runtime.mesh):
-            self._advance_dense(other, xs)
+            run_all(advance_dense, of_dense, other, xs)
         objective = Objective(arch.block, loss)
         # A better attention may still give a worse output, so the block as it came is tried too.
         tried = [block] if block is came else [came, block]
         block, record["output"] = self._fit(i, objective, trained, tried, None, xs)
         return block, record
-
-    def _advance_dense(self, block: Block, xs: States) -> None:
-        """Move the dense model's states over one of its blocks."""
-        _run_all(functools.partial(advance_dense, self._inputs.dense.arch.block, block), xs)
 
     def _fit(
         self,
@@ -268,12 +272,6 @@ def _measure(
     for k in held_out:
         sums = steps_of.add_held_out(objective, block, dense, xs[k], sums)
     return float(to_host(steps_of.loss_of(sums)))
-
-
-def _run_all(step: Callable[[jax.Array], jax.Array], xs: States) -> None:
-    """Replace the states of every micro-batch by those behind a step."""
-    for k, x in enumerate(xs):
-        xs[k] = step(x)
 
 
 def _result(records: Sequence[dict[str, Any]]) -> Recovered:

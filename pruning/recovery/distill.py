@@ -19,7 +19,7 @@ from pruning.recovery.distill_data import Windows, batch_order, split_windows
 from pruning.recovery.distill_steps import Setup
 from pruning.recovery.distill_teacher import KeptTeacher, LiveTeacher, Targets
 from pruning.recovery.distill_training import End, Settings, Trainer
-from pruning.recovery.types import Recovered, RecoveryInputs
+from pruning.recovery.types import Recovered, RecoveryInputs, check_limits
 from pruning.recovery.zeros import check_zeros
 from pruning.types import BlockSink
 
@@ -83,9 +83,7 @@ class Distill:
             "decay": (self.decay >= 0, "0 or above"),
             "checkpoint_minutes": (self.checkpoint_minutes >= 0, "0 or above"),
         }
-        for name, (holds, limit) in limits.items():
-            if not holds:
-                raise InputError(f"distill: {name}={getattr(self, name)} must be {limit}")
+        check_limits("distill", self, limits)
 
     @property
     def rate(self) -> float:

@@ -9,6 +9,7 @@ import numpy as np
 from calibration.runtime import Runtime
 from models.arch import Model, NonBlockParams
 from models.checkpoint.output_format import ShapeChange
+from models.errors import InputError
 from pruning.figures import Figure
 from pruning.types import BlockSink
 
@@ -93,3 +94,19 @@ class Recovery(Protocol):
         Raises:
           InputError: The recovery cannot be done.
         """
+
+
+def check_limits(name: str, settings: Any, limits: Mapping[str, tuple[bool, str]]) -> None:
+    """Check the numbers of a recovery.
+
+    Args:
+      name: Name of the recovery.
+      settings: Its configuration.
+      limits: By field: whether its value holds, and what it must be.
+
+    Raises:
+      InputError: A number is out of range.
+    """
+    for field, (holds, limit) in limits.items():
+        if not holds:
+            raise InputError(f"{name}: {field}={getattr(settings, field)} must be {limit}")

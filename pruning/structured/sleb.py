@@ -231,11 +231,8 @@ class Sleb:
         if self.remove is not None:
             return self
         n, candidates = self._choice(model, request)
-        order = (
-            sorted(candidates, key=lambda u: (u % 2, u))
-            if self.units == "sublayers"
-            else [*candidates]
-        )
+        parts = 2 if self.units == "sublayers" else 1
+        order = sorted(candidates, key=lambda unit: (unit % parts, unit))
         return dataclasses.replace(
             self, blocks=None, search="greedy", finalists=0, remove=order[:n]
         )

@@ -17,6 +17,7 @@ from pruning.allocation.evopress_trials import Trials
 from pruning.budget import all_shapes
 from pruning.methods import ALLOCATIONS, METHODS
 from pruning.types import Layerwise, Outcome, Request, prune
+from reference.sinks import NoBlocks
 from reference.small import logits, model, same, tokens
 
 SMALL = {
@@ -145,24 +146,11 @@ def test_a_search_follows_its_seed_and_never_ends_worse_than_it_began() -> None:
     assert other.details["kl_of_generations"] != outcome.details["kl_of_generations"]
 
 
-class Sink:
-    """A sink without blocks, as a search has none."""
-
-    blocks = 0
-    files = ()
-
-    def mark(self) -> None:
-        return None
-
-    def rewind(self, mark: Any) -> None:
-        pass
-
-
 def test_a_search_that_was_killed_goes_on_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def search(directory: Path) -> Any:
-        journal = Journal(directory, {}, Sink())
+        journal = Journal(directory, {}, NoBlocks())
         m, made = model("llama"), METHODS["wanda"]()
         layerwise = Layerwise(made.pruner(made.unstructured), made.unstructured)
         return ALLOCATIONS["evopress"](**SMALL)(

@@ -22,6 +22,7 @@ from pruning.methods import ALLOCATIONS, METHODS
 from pruning.structured.repair_core import RIDGE
 from pruning.structured.widths import Selection, Widths
 from pruning.types import Outcome, Request, prune
+from reference.sinks import NoBlocks
 from reference.small import logits, model, run_block, same, tokens
 
 SMALL = {
@@ -189,19 +190,6 @@ def test_other_allocations_and_scopes_are_bad_input() -> None:
     ask(METHODS["wanda_sp"](scope="global"), "evopress")
 
 
-class Sink:
-    """A sink without blocks, as a search has none."""
-
-    blocks = 0
-    files = ()
-
-    def mark(self) -> None:
-        return None
-
-    def rewind(self, mark: Any) -> None:
-        pass
-
-
 @pytest.mark.slow
 def test_a_search_of_widths_that_was_killed_goes_on_to_the_same_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -210,7 +198,7 @@ def test_a_search_of_widths_that_was_killed_goes_on_to_the_same_end(
     own = selection_of("flap", m, 0.4)
 
     def search(directory: Path) -> Any:
-        runtime = Runtime(journal=Journal(directory, {}, Sink()))
+        runtime = Runtime(journal=Journal(directory, {}, NoBlocks()))
         allocation = ALLOCATIONS["evopress"](**SMALL)
         return allocation.widths(m, tokens(), Request(0.4), runtime, own)
 

@@ -15,6 +15,7 @@ from pruning.methods import METHODS
 from pruning.structured import sleb_evolution
 from pruning.structured.sleb_evolution import swap
 from pruning.types import Outcome, Request, prune
+from reference.sinks import NoBlocks
 from reference.small import logits, model, tokens
 
 
@@ -63,19 +64,6 @@ def test_divergences_never_rise_and_follow_the_seed() -> None:
     assert run(units="sublayers", blocks=3).details == outcome.details
 
 
-class Sink:
-    """A sink without blocks."""
-
-    blocks = 0
-    files = ()
-
-    def mark(self) -> None:
-        return None
-
-    def rewind(self, mark: Any) -> None:
-        pass
-
-
 def test_an_evolution_that_was_killed_goes_on_to_the_same_set(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,8 +79,8 @@ def test_an_evolution_that_was_killed_goes_on_to_the_same_set(
 
     monkeypatch.setattr(evolution, "generation", killed)
     with pytest.raises(KeyboardInterrupt):
-        run(2, Runtime(2, journal=Journal(tmp_path / "j", {}, Sink())), units="sublayers")
-    again = run(2, Runtime(2, journal=Journal(tmp_path / "j", {}, Sink())), units="sublayers")
+        run(2, Runtime(2, journal=Journal(tmp_path / "j", {}, NoBlocks())), units="sublayers")
+    again = run(2, Runtime(2, journal=Journal(tmp_path / "j", {}, NoBlocks())), units="sublayers")
     assert tried[:4] == [0, 1, 2, 2]
     assert again.details["removal_order"] == whole.details["removal_order"]
     assert again.details["divergences"] == whole.details["divergences"]
