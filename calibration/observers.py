@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from models.experts import Routed
+from models.precision import product
 
 
 class Observer(NamedTuple):
@@ -220,23 +221,29 @@ class Gram(NamedTuple):
 
 WIDE = 1024  # channels from which on a Gram matrix is computed in parts
 PARTS = 4
+IN_FLOAT32 = {"precision": "highest", "preferred_element_type": jnp.float32}
 
 
 def outer_products(x: jax.Array) -> jax.Array:
     """Return the sum over tokens of x x^T [c c].
 
     Of a wide matrix only the 10 of 16 blocks on and above the diagonal are multiplied; the others
-    are their mirror images.
+    are their mirror images. bfloat16 is multiplied as it is, with sums in float32: its products are
+    exact in float32, and CPUs, GPUs and TPUs form them several times faster.
 
     Args:
       x: Activations [b t c].
+
+    Returns:
+      Sums, float32 [c c].
     """
     c = x.shape[-1]
+    x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
     width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
     starts = range(0, c, width)
     rows = [
         # TPUs' default bfloat16 passes may make H indefinite, and it would not factor.
-        jnp.einsum("btc,btd->cd", x[..., i : i + width], x[..., i:], precision="highest")
+        product("btc,btd->cd", x[..., i : i + width], x[..., i:], **IN_FLOAT32)
         for i in starts
     ]
     if len(rows) == 1:
@@ -249,7 +256,7 @@ def outer_products(x: jax.Array) -> jax.Array:
 
 
 def _gram_update(state: Gram, x: jax.Array) -> Gram:
-    return Gram(state.total + outer_products(x.astype(jnp.float32)), state.samples + x.shape[0])
+    return Gram(state.total + outer_products(x), state.samples + x.shape[0])
 
 
 def _gram_init(c: int) -> Gram:
@@ -259,10 +266,9 @@ def _gram_init(c: int) -> Gram:
 def _expert_grams(state: Gram, routed: Routed) -> Gram:
     def add(total: jax.Array, tile: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, expert = tile
-        product = jnp.einsum("rc,rd->cd", x, x, precision="highest")
-        return total.at[expert].add(product), None
+        return total.at[expert].add(outer_products(x[None])), None
 
-    tiles = routed.x.astype(jnp.float32), routed.expert
+    tiles = routed.x, routed.expert
     total, _ = jax.lax.scan(add, state.total, tiles)
     return Gram(total, state.samples + routed.windows)
 

@@ -18,6 +18,7 @@ from models.layers import (
     attention_weights,
     scale_queries,
 )
+from models.precision import product
 from models.rotary import Rope, rotate, rotate_from
 
 T = TypeVar("T")
@@ -113,8 +114,8 @@ def _attend_cached(
     i, j = (start + jnp.arange(t))[:, None], jnp.arange(c)[None, :]
     # Static shapes: positions that are not filled yet are masked rather than cut off.
     visible = (j <= i) if window is None else (j <= i) & (j > i - window)
-    weights = jnp.einsum("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
+    weights = product("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
     weights = attention_weights(weights.reshape(b * kv, -1, t, c), visible, settings)
     weights = weights.astype(values.dtype).reshape(b * kv, -1, c)
-    out = jnp.einsum("zij,zjh->zih", weights, values, preferred_element_type=jnp.float32)
+    out = product("zij,zjh->zih", weights, values, preferred_element_type=jnp.float32)
     return out.astype(values.dtype).reshape(b, n, t, h).transpose(0, 2, 1, 3)

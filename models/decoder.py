@@ -34,6 +34,7 @@ from models.layers import (
     rms_norm,
     split_heads,
 )
+from models.precision import product
 from models.rescale import rescale_block
 from models.rotary import Rope, rotate
 
@@ -129,7 +130,7 @@ def _head(config: StaticConfig, non_block: NonBlockParams, x: jax.Array) -> jax.
     w = non_block.embed if head is None else head.w
     x = _normalise(config, non_block.norm, x)
     # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
-    logits = jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
+    logits = product("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
     if head is not None and head.b is not None:
         logits = logits + head.b.astype(jnp.float32)[None, None]
     if config.logits_divisor != 1.0:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.layers import Linear, linear
+from models.precision import product
 
 # Rows of a tile, if experts have as many tokens: enough to keep a matrix unit busy.
 MOST_ROWS = 128
@@ -201,11 +202,11 @@ def grouped_linear(w: jax.Array, x: jax.Array, layout: Layout) -> jax.Array:
     """
 
     def by_tile(w: jax.Array, x: jax.Array) -> jax.Array:
-        def product(args: tuple[jax.Array, jax.Array]) -> jax.Array:
+        def multiply(args: tuple[jax.Array, jax.Array]) -> jax.Array:
             rows, expert = args
-            return jnp.einsum("ri,oi->ro", rows, w[expert])
+            return product("ri,oi->ro", rows, w[expert])
 
-        return jax.lax.map(product, (x, layout.expert))
+        return jax.lax.map(multiply, (x, layout.expert))
 
     def ragged(w: jax.Array, x: jax.Array) -> jax.Array:
         # Rows of the tiles behind the last token are in no group: they come out as zeros.

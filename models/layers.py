@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from models.precision import product
+
 
 @struct.dataclass
 class Linear:
@@ -55,7 +57,7 @@ def linear(p: Linear, x: jax.Array) -> jax.Array:
     Returns:
       Outputs, [... out].
     """
-    y = jnp.einsum("...i,oi->...o", x, p.w)
+    y = product("...i,oi->...o", x, p.w)
     return y if p.b is None else y + _expand_like(p.b, y)
 
 
@@ -195,12 +197,12 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, settings: AttentionSetti
         # The query heads of a group lie one under the other, so each key-value head is one
         # matrix product.
         rows = q[:, :, start:end].reshape(b * kv, -1, h)
-        weights = jnp.einsum(
+        weights = product(
             "zih,zjh->zij", rows, k[:, 0, first:end], preferred_element_type=jnp.float32
         )
         weights = weights.reshape(b * kv, -1, end - start, end - first)
         weights = attention_weights(weights, visible, settings).astype(v.dtype)
-        out = jnp.einsum(
+        out = product(
             "zgij,zjh->zgih", weights, v[:, 0, first:end], preferred_element_type=jnp.float32
         )
         chunks.append(out.astype(v.dtype))

@@ -24,6 +24,7 @@ from models.layers import (
     linear,
     split_heads,
 )
+from models.precision import product
 from models.rescale import scale_output
 
 # The first two rows of the position table are never read: a relic of padding in fairseq.
@@ -158,7 +159,7 @@ def _head(non_block: NonBlockParams, x: jax.Array) -> jax.Array:
         x = linear(non_block.project_out, x)
     w = non_block.embed if non_block.head is None else non_block.head.w
     # float32 logits from a product in the model's dtype: the loss sums over a whole vocabulary.
-    return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
+    return product("btd,vd->btv", x, w, preferred_element_type=jnp.float32)
 
 
 def _forward(

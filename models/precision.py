@@ -1,8 +1,18 @@
-"""Refuse a setting of JAX that computes in other types than the models."""
+"""Types that matrix products are computed in."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from models.errors import InputError
+
+AUTO = "auto"
+VARIABLE = "JAX_DEFAULT_MATMUL_PRECISION"  # what JAX reads when it is imported
+MATMULS = (AUTO, "float32", "bfloat16")
 
 
 def check_single_precision() -> None:
@@ -16,3 +26,54 @@ def check_single_precision() -> None:
             "JAX's 64-bit mode is on (JAX_ENABLE_X64), and models are computed in 32 bits",
             "unset JAX_ENABLE_X64",
         )
+
+
+def matmul_setting() -> str | None:
+    """Return JAX's type of products in this thread."""
+    config: Any = jax.config  # JAX declares no types of its settings
+    return config.jax_default_matmul_precision
+
+
+@contextlib.contextmanager
+def matmul_type(matmul: str) -> Iterator[None]:
+    """Choose how products of float32 matrices are computed, here and in processes started here.
+
+    Args:
+      matmul: "float32", "bfloat16" (operands rounded to bfloat16, sums in float32), or "auto", as
+        JAX is set: by default float32 on CPUs, faster and coarser on GPUs and TPUs.
+    """
+    if matmul == AUTO:
+        yield
+        return
+    before, environment = matmul_setting(), os.environ.get(VARIABLE)
+    # Not `jax.default_matmul_precision`, which other threads would not see. JAX keys its compiled
+    # programs by either.
+    jax.config.update("jax_default_matmul_precision", matmul)
+    os.environ[VARIABLE] = matmul
+    try:
+        yield
+    finally:
+        jax.config.update("jax_default_matmul_precision", before)
+        os.environ.pop(VARIABLE)
+        if environment is not None:
+            os.environ[VARIABLE] = environment
+
+
+def product(spec: str, a: jax.Array, b: jax.Array, **options: Any) -> jax.Array:
+    """Multiply as `jnp.einsum` does, in the chosen type.
+
+    XLA's CPU backend ignores JAX's setting, so that the operands are rounded here.
+
+    Args:
+      spec: Subscripts.
+      a: First operand.
+      b: Second operand.
+      options: Further arguments of `jnp.einsum`.
+
+    Returns:
+      Product, in the type that `jnp.einsum` gives.
+    """
+    if matmul_setting() != "bfloat16" or not a.dtype == b.dtype == jnp.float32:
+        return jnp.einsum(spec, a, b, **options)
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)

@@ -18,7 +18,7 @@ from launch.flags.termination import Terminated, raise_on_termination
 from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
 from models.errors import InputError
-from models.precision import check_single_precision
+from models.precision import AUTO, check_single_precision, matmul_type
 from models.untrusted import MOST, has_surrogates
 
 OUT_OF_MEMORY = "out of memory: give fewer or shorter windows, a smaller batch, or a smaller model"
@@ -305,7 +305,7 @@ def run(
         else:
             values = options.parse(argv)
             check_single_precision()
-            with reporting(download):
+            with reporting(download), matmul_type(values.get("matmul", AUTO)):
                 code = main(values) or 0
         sys.stdout.flush()
         return code

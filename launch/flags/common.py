@@ -11,7 +11,7 @@ from calibration.corpora import HUB
 from calibration.mixtures import SELF
 from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags.cli import Flags
-from launch.flags.dtypes import compute_dtype, dtype_flag
+from launch.flags.dtypes import compute_dtype, dtype_flag, matmul_flag
 from launch.targets.syntax import EXAMPLES
 from models.checkpoint import hub
 from models.checkpoint.reader import Checkpoint, open_checkpoint
@@ -29,7 +29,7 @@ TEXTS = ("embedded", *HUB)  # sources of texts that have a name
 
 
 def model_flags(f: Flags, writes: bool = False) -> None:
-    """Define --model, --revision, --dtype and --mesh.
+    """Define --model, --revision, --dtype, --matmul and --mesh.
 
     Args:
       f: The command's flags.
@@ -49,6 +49,7 @@ def model_flags(f: Flags, writes: bool = False) -> None:
         "commit, tag or branch of a hub id, as in --model=owner/name@REVISION",
     )
     dtype_flag(f, writes)
+    matmul_flag(f)
     f.string(
         "mesh",
         "",

@@ -1,4 +1,4 @@
-"""The flag --dtype: types of a model in memory and in the output."""
+"""The flags --dtype and --matmul: types of a model in memory, in products and in the output."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from launch.flags.cli import Flags
 from models.checkpoint.reader import Checkpoint
+from models.precision import MATMULS
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 # Compute in float32 and write the source's own type.
@@ -29,6 +30,22 @@ def dtype_flag(f: Flags, writes: bool) -> None:
         )
     else:
         f.choice("dtype", "float32", list(DTYPES), "type of the model in memory")
+
+
+def matmul_flag(f: Flags) -> None:
+    """Define --matmul.
+
+    Args:
+      f: The command's flags.
+    """
+    f.choice(
+        "matmul",
+        AUTO,
+        list(MATMULS),
+        "type in which float32 matrices are multiplied in a forward and in its statistics; solvers "
+        "keep float32. bfloat16: operands rounded, sums in float32, two to three times faster on "
+        "CPUs with avx512_bf16; auto: float32 on CPUs, the device's own default on GPUs and TPUs",
+    )
 
 
 def compute_dtype(dtype: str) -> Any:

@@ -49,6 +49,7 @@ class RunConfig:
     output: str | None
     push_to_hub: str
     dtype: str
+    matmul: str
     mesh: str
     layout: Layout
     output_format: str

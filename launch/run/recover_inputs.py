@@ -33,6 +33,7 @@ class RecoverConfig:
     teacher: str | None
     recover: str
     dtype: str
+    matmul: str
     mesh: str
     calibration: str
     calibration_samples: int

@@ -30,6 +30,7 @@ STAMPED = (
     "--calibration tokens",
     "--calibration_batch",
     "--dtype",
+    "--matmul",
 )
 METHOD = "--method"
 REMEDY = "give the output of a run of the same model, calibration and method, or leave it out"

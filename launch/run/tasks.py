@@ -21,6 +21,7 @@ from models.checkpoint.gguf import gguf_tokenizer_config
 from models.checkpoint.reader import Checkpoint, weight_files
 from models.errors import InputError
 from models.families.fields import longest_text
+from models.precision import matmul_setting
 from models.processes import is_multiprocess
 from models.progress import Progress, no_progress
 from models.untrusted import is_count
@@ -180,6 +181,7 @@ def identity(checkpoint: Checkpoint, zero_shot: ZeroShot) -> dict[str, Any]:
         "files": {p.name: file_digest(p) for p in files},
         "start": [zero_shot.vocabulary.start, *zero_shot.vocabulary.eos],
         "dtype": str(dtype),
+        "matmul": matmul_setting(),
         "device": [platform.machine(), jax.devices()[0].device_kind],
         "versions": {"topiary": __version__} | versions,
     }

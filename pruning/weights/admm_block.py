@@ -6,6 +6,7 @@ good what the branches before it got wrong, where their outputs add up in the re
 Experts keep their own outputs: pruned attention may route other tokens to them than dense did.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from calibration.passes import all_finite, observe, overflow
 from calibration.states import States
 from models.arch import Arch, Block, Taps, linear_of
 from models.experts import expert_of
+from models.precision import product
 from models.programs import program
 from models.sharding import to_host
 from pruning.types import Pruner
@@ -83,10 +85,11 @@ def _add(
     for names, old in zip(sources, sums.residuals or (), strict=True):
         # In float32, and from the outputs of linears: the stream itself, whose largest channels are
         # thousands, would leave few digits of a bfloat16 difference.
-        left = sum(wanted[n].astype(jnp.float32) - taps[n].astype(jnp.float32) for n in names)
-        cross = jnp.einsum("bto,bti->oi", left, inputs, precision="highest")
+        lacks = (wanted[n].astype(jnp.float32) - taps[n].astype(jnp.float32) for n in names)
+        left = functools.reduce(jnp.add, lacks)
+        cross = product("bto,bti->oi", left, inputs, precision="highest")
         residuals.append(Residual(old.cross + cross, old.square + jnp.sum(jnp.square(left))))
-    return Sums(gram.update(sums.inputs, inputs), tuple(residuals))
+    return Sums(gram.update(sums.inputs, taps[tap]), tuple(residuals))
 
 
 def _sum_over_tokens(

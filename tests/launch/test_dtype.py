@@ -88,3 +88,22 @@ def test_types_agree_about_a_model_that_is_pruned_by_its_weights(tmp_path: Path)
             np.testing.assert_array_equal(x, results[dtype][1][name])
     assert results["auto"][0] == results["float32"][0]
     assert results["float16"][0] == pytest.approx(results["auto"][0], rel=5e-3)
+
+
+def test_a_run_in_bfloat16_keeps_nearly_the_same_weights(
+    tmp_path: Path, no_transformers: None
+) -> None:
+    kept, perplexity = [], []
+    for matmul in ("auto", "bfloat16"):
+        out = tmp_path / matmul
+        flags = ["--model=embedded:tiny-llama", "--method=wanda", "--sparsity=0.5"]
+        flags += ["--calibration_samples=4", "--calibration_length=64", "--eval_windows=4"]
+        assert call([*flags, "--eval_length=64", f"--matmul={matmul}", f"--output={out}"]) == 0
+        report = report_of(out)
+        assert report["settings"]["matmul"] == matmul
+        perplexity += [p["pruned"] for p in report["perplexity"].values()]
+        kept.append({n: w != 0 for n, w in load_file(out / "model.safetensors").items()})
+    equal = sum(np.sum(kept[0][n] == kept[1][n]) for n in kept[0])
+    assert 0.995 < equal / sum(mask.size for mask in kept[0].values()) < 1
+    assert perplexity[1] == pytest.approx(perplexity[0], rel=0.01)
+    assert perplexity[1] != perplexity[0]
