@@ -41,6 +41,7 @@ from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_m
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
 from launch.flags.cli import Flags, run
 from launch.flags.common import TEXTS, mesh_of, model_flags, open_model
+from launch.flags.compilation import OFF
 from launch.flags.numbers import check_sparsity
 from launch.report import summary
 from launch.run.measure import model_origin, protocol, read_calibration, tokenizer_of, write_report
@@ -51,7 +52,7 @@ from models.errors import InputError
 def options() -> Flags:
     """Define the flags of `launch.bench`."""
     f = Flags("launch.bench", __doc__ or "")
-    model_flags(f)
+    model_flags(f, compilation_cache=OFF)  # what it times includes compilation
     f.group("Calibration")
     f.string(
         "calibration",

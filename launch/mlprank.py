@@ -20,7 +20,7 @@ import optax
 from rich.console import Console
 
 from launch.flags import calls, cli
-from launch.flags.common import output_path
+from launch.flags.common import compilation_flag, output_path
 from launch.flags.numbers import check_once, numbers, seeds
 from launch.mlp import images, report
 from launch.mlp.report import DENSE, Row
@@ -40,6 +40,7 @@ def options() -> cli.Flags:
     """Return the flags of `launch.mlprank`."""
     f = cli.Flags("launch.mlprank", __doc__ or "")
     f.string("output", None, "directory to write results.json, accuracy.csv and accuracy.svg to")
+    compilation_flag(f)
     f.group("Network")
     f.choice(
         "dataset",

@@ -24,6 +24,7 @@ from calibration.data import evaluation_tokens
 from calibration.stories.tokens import LEAST_VOCABULARY, batches, save_tokenizer, train_tokenizer
 from eval.perplexity import perplexity
 from launch.flags import cli
+from launch.flags.common import compilation_flag
 from launch.run.places import check_free
 from launch.run.staging import staged
 from models import init
@@ -65,6 +66,7 @@ def options() -> cli.Flags:
     f.string("output", None, "directory of the trained model")
     f.integer("seed", 0, "seed of the parameters and of the stories to train on")
     f.integer("log_every", 100, "steps between two lines of progress", least=1)
+    compilation_flag(f)
     f.group("Model")
     f.choice("family", "llama", ("llama", "opt"), "architecture")
     f.integer("hidden", 128, "channels of the residual stream", least=1)

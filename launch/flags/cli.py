@@ -11,6 +11,7 @@ from typing import Any
 from absl import flags
 
 from launch.flags import streams
+from launch.flags.compilation import FLAG, compilation_cache
 from launch.flags.completion import Values
 from launch.flags.flagfiles import FileFlagValues
 from launch.flags.suggest import closest, one_of
@@ -305,7 +306,8 @@ def run(
         else:
             values = options.parse(argv)
             check_single_precision()
-            with reporting(download), matmul_type(values.get("matmul", AUTO)):
+            cache = compilation_cache(values.get(FLAG))
+            with reporting(download), cache, matmul_type(values.get("matmul", AUTO)):
                 code = main(values) or 0
         sys.stdout.flush()
         return code

@@ -11,6 +11,7 @@ from calibration.corpora import HUB
 from calibration.mixtures import SELF
 from calibration.states import OFFLOADS, Offload, choose_offload
 from launch.flags.cli import Flags
+from launch.flags.compilation import FLAG, OFF
 from launch.flags.dtypes import compute_dtype, dtype_flag, matmul_flag
 from launch.targets.syntax import EXAMPLES
 from models.checkpoint import hub
@@ -28,12 +29,13 @@ MOST_DRAWS = 1000
 TEXTS = ("embedded", *HUB)  # sources of texts that have a name
 
 
-def model_flags(f: Flags, writes: bool = False) -> None:
-    """Define --model, --revision, --dtype, --matmul and --mesh.
+def model_flags(f: Flags, writes: bool = False, compilation_cache: str = "") -> None:
+    """Define --model, --revision, --dtype, --matmul, --mesh and --compilation_cache.
 
     Args:
       f: The command's flags.
       writes: Whether the command writes a model, whose type may be that of the source.
+      compilation_cache: Value of --compilation_cache if it is not given.
     """
     f.group("Model")
     f.string(
@@ -55,6 +57,24 @@ def model_flags(f: Flags, writes: bool = False) -> None:
         "",
         "devices by axis, such as data=4,model=2; empty: as many local devices on data as divide "
         "the batch",
+    )
+    compilation_flag(f, compilation_cache)
+
+
+def compilation_flag(f: Flags, default: str = "") -> None:
+    """Define --compilation_cache.
+
+    Args:
+      f: The command's flags.
+      default: Value if the flag is not given.
+    """
+    f.string(
+        FLAG,
+        default,
+        "folder that keeps compiled programs for later runs, or off; empty: "
+        "JAX_COMPILATION_CACHE_DIR, else topiary/programs in XDG_CACHE_HOME (~/.cache)",
+        names=(OFF,),
+        files=True,
     )
 
 

@@ -10,7 +10,6 @@ from jax.sharding import Mesh
 
 from launch.run import export
 from launch.run.job import Output
-from models.checkpoint import orbax as pytrees
 from models.checkpoint.formats import open_tensors
 from models.checkpoint.pack import FOLDER, pack
 from models.checkpoint.reader import Checkpoint, open_checkpoint
@@ -61,6 +60,8 @@ def write_formats(
         # The type that config.json names, in which they are read back. Each process writes what
         # its devices hold.
         stored = jnp.dtype(written.loaded.config["dtype"])
+        from models.checkpoint import orbax as pytrees  # orbax imports slowly, and few runs use it
+
         pytrees.save(directory, open_checkpoint(directory, stored).model, mesh)
     formats = {}
     if output.format == "gguf":

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 
 from launch.flags.cli import Flags
+from launch.flags.compilation import FLAG
 from models.errors import InputError
 
 
@@ -30,7 +31,7 @@ def process_flags(f: Flags) -> None:
 
 
 def start(values: dict[str, Any]) -> None:
-    """Join the other processes, if the flags ask for it.
+    """Join the other processes, if the flags ask for it, without a folder of compiled programs.
 
     To be called before anything asks JAX for a device.
 
@@ -64,3 +65,6 @@ def start(values: dict[str, Any]) -> None:
             f"the processes cannot find each other ({str(e).splitlines()[0]})",
             "give `coordinator`=HOST:PORT, `processes` and `process`",
         ) from e
+    if not values[FLAG]:
+        # Processes with one folder of programs waited for each other in a collective for ever.
+        jax.config.update("jax_enable_compilation_cache", False)

@@ -10,7 +10,6 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from pruning import linalg
 from pruning.structured.repair_core import RIDGE
@@ -72,6 +71,8 @@ def comparable_errors(added: np.ndarray, order: np.ndarray) -> np.ndarray:
     Returns:
       float64 [units], rising along the order.
     """
+    from scipy.optimize import isotonic_regression  # a third of the time of all imports
+
     chex.assert_equal_shape([added, order])
     slopes = np.asarray(isotonic_regression(added.astype(np.float64)).x)
     # Equal slopes rise by a hair, so that of units that go together the worst goes first.

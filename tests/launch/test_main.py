@@ -104,6 +104,17 @@ def test_the_package_has_every_folder_and_a_command_that_exists() -> None:
 
 
 @pytest.mark.slow
+def test_a_command_imports_nothing_large_that_its_run_may_not_use() -> None:
+    large = {"datasets", "lm_eval", "matplotlib", "orbax", "pandas", "pyarrow", "scipy.optimize"}
+    large |= {"torch", "transformers"}
+    program = f"import sys, launch.prune; print(*sorted({large} & set(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "\n"
+
+
+@pytest.mark.slow
 def test_help_does_not_import_jax() -> None:
     program = (
         "import sys; from launch.main import main; main(['--help']); "

@@ -1,0 +1,133 @@
+"""The flag --compilation_cache: compiled programs kept on disk for later runs and other processes.
+
+Entries are JAX's own, keyed by the program, the versions and the compiler's options. JAX can bound
+its folder too, but reads the times of all entries at every write, and a run that is killed between
+an entry and its time leaves a folder that takes no more. So the bound is kept here, once a command.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import platform
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache.compilation_cache import reset_cache
+
+from models.errors import InputError
+from models.untrusted import user_path
+
+OFF = "off"
+FLAG = "compilation_cache"
+LIMIT = 2 * 1024**3  # bytes that the folder may have when a command begins
+# Environment of processes that this one starts, in the words of JAX.
+VARIABLES = {
+    "JAX_COMPILATION_CACHE_DIR": "jax_compilation_cache_dir",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "jax_persistent_cache_min_compile_time_secs",
+    "JAX_ENABLE_COMPILATION_CACHE": "jax_enable_compilation_cache",
+}
+
+
+@contextlib.contextmanager
+def compilation_cache(value: str | None) -> Iterator[None]:
+    """Let JAX keep compiled programs, here and in processes started here.
+
+    Args:
+      value: Value of --compilation_cache; None for a command without it.
+
+    Raises:
+      InputError: The folder that the user named cannot be written.
+    """
+    settings = _settings(value)
+    before = {name: _current(VARIABLES[name]) for name in settings}
+    environment = {name: os.environ.get(name) for name in settings}
+    _configure(settings, {name: str(value) for name, value in settings.items()})
+    try:
+        yield
+    finally:
+        _configure(before, environment)
+
+
+def _settings(value: str | None) -> dict[str, Any]:
+    """Return what is to change, by the name of its environment variable."""
+    # Without a wish the folder that the environment or a caller has chosen stays.
+    if value is None or (not value and _current("jax_compilation_cache_dir") is not None):
+        return {}
+    if value == OFF:
+        return {"JAX_ENABLE_COMPILATION_CACHE": False}
+    folder = user_path(value, FLAG) if value else default_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable and value:
+        raise InputError(
+            "is no folder that can be written",
+            "name another one, or off",
+            field=FLAG,
+            value=value,
+        )
+    if not writable:
+        return {}  # a home that cannot be written is no reason not to run
+    trim(folder, LIMIT)
+    # Most programs compile in less than the second that JAX asks for, and there are many.
+    seconds = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
+    return {"JAX_COMPILATION_CACHE_DIR": str(folder), seconds: 0.0}
+
+
+def _current(setting: str) -> Any:
+    """Return the value of a setting of JAX."""
+    config: Any = jax.config  # JAX declares no types of its settings
+    return getattr(config, setting)
+
+
+def _configure(settings: Mapping[str, Any], environment: Mapping[str, str | None]) -> None:
+    """Change JAX's settings, and the environment of processes that are started later."""
+    for name, value in settings.items():
+        jax.config.update(VARIABLES[name], value)
+    for name, text in environment.items():
+        if text is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = text
+    if settings:
+        reset_cache()  # JAX reads them only once
+
+
+def default_folder() -> pathlib.Path:
+    """Return the folder of this machine's programs in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    # Programs use the processor's own instructions, and a home may serve different machines.
+    return pathlib.Path(base) / "topiary" / "programs" / _processor()
+
+
+def _processor() -> str:
+    """Return a name of this machine's kind of processor."""
+    facts = [platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):  # Linux alone lists the instructions
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        facts += sorted({line for line in lines if line.startswith(("model name", "flags"))})
+    return f"{platform.machine()}-{hashlib.sha256(repr(facts).encode()).hexdigest()[:12]}"
+
+
+def trim(folder: pathlib.Path, limit: int) -> None:
+    """Delete the programs that were not used for longest, until a folder is small enough.
+
+    Args:
+      folder: The folder; other processes may use it meanwhile.
+      limit: Bytes that may stay.
+    """
+    entries = []
+    for path in folder.glob("*-cache"):
+        with contextlib.suppress(FileNotFoundError):  # another process deletes too
+            status = path.stat()
+            entries.append((max(status.st_atime, status.st_mtime), status.st_size, path))
+    size = sum(entry[1] for entry in entries)
+    for _, bytes_, path in sorted(entries):
+        if size <= limit:
+            break
+        path.unlink(missing_ok=True)
+        size -= bytes_
