@@ -98,24 +98,53 @@ def attend(
         return attention(q, k, v, settings), _write(cache, 0, k, v)
     if rope is not None:
         q, k = rotate_from(rope, q, k, jnp.asarray(start), cache.k.shape[2])
-    cache = _write(cache, start, k, v)
-    return _attend_cached(q, cache, start, settings), cache
+    # Read before written: an attention over the new cache would need a copy of the old one.
+    return _attend_cached(q, k, v, cache, start, settings), _write(cache, start, k, v)
 
 
 def _attend_cached(
-    q: jax.Array, cache: Cache, start: Start, settings: AttentionSettings
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: Cache,
+    start: Start,
+    settings: AttentionSettings,
 ) -> jax.Array:
-    """Attend with queries [b t n h] at the positions from `start` over the whole cache."""
+    """Attend from new positions over those in the cache and over themselves.
+
+    Args:
+      q: Queries after rotation, [b t n h], at the positions from `start`.
+      k: Keys after rotation, [b t k h].
+      v: Values, [b t k h].
+      cache: Keys and values of the positions before `start`.
+      start: Position of the first new token.
+      settings: Window, scale and cap.
+
+    Returns:
+      Weighted values, [b t n h].
+    """
     (b, t, n, h), (_, kv, c, _), window = q.shape, cache.k.shape, settings.window
     # The query heads of a group lie one under the other, so each key-value head is one matrix
     # product, as in `attention`.
     rows = scale_queries(q, settings).transpose(0, 2, 1, 3).reshape(b * kv, -1, h)
-    keys, values = (x.reshape(b * kv, c, h) for x in cache)
-    i, j = (start + jnp.arange(t))[:, None], jnp.arange(c)[None, :]
+    old = Cache(*(x.reshape(b * kv, c, h) for x in cache))
+    new = Cache(*(x.transpose(0, 2, 1, 3).reshape(b * kv, t, h) for x in (k, v)))
+    i, j = jnp.arange(t)[:, None], jnp.arange(c)[None, :] - start
     # Static shapes: positions that are not filled yet are masked rather than cut off.
-    visible = (j <= i) if window is None else (j <= i) & (j > i - window)
-    weights = product("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
-    weights = attention_weights(weights.reshape(b * kv, -1, t, c), visible, settings)
-    weights = weights.astype(values.dtype).reshape(b * kv, -1, c)
-    out = product("zij,zjh->zih", weights, values, preferred_element_type=jnp.float32)
-    return out.astype(values.dtype).reshape(b, n, t, h).transpose(0, 2, 1, 3)
+    visible = jnp.concatenate(
+        [jnp.broadcast_to(j < 0, (t, c)), jnp.arange(t)[None, :] <= i], axis=1
+    )
+    if window is not None:
+        visible &= jnp.concatenate([j, jnp.arange(t)[None, :]], axis=1) > i - window
+    products = [
+        product("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
+        for keys in (old.k, new.k)
+    ]
+    joined = jnp.concatenate(products, axis=2).reshape(b * kv, -1, t, c + t)
+    weights = attention_weights(joined, visible, settings).astype(v.dtype)
+    weights = weights.reshape(b * kv, -1, c + t)
+    out = sum(
+        product("zij,zjh->zih", part, values, preferred_element_type=jnp.float32)
+        for part, values in zip(jnp.split(weights, [c], axis=2), (old.v, new.v), strict=True)
+    )
+    return jnp.asarray(out).astype(v.dtype).reshape(b, n, t, h).transpose(0, 2, 1, 3)

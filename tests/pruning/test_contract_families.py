@@ -15,8 +15,7 @@ from reference.contract import (
     WEIGHTS,
     Case,
     covered,
-    first_case,
-    other_families,
+    first_case_of_other_families,
     run,
 )
 from reference.small import logits, model, same, tokens, zeros
@@ -30,8 +29,7 @@ def forget_every_test() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@other_families
-@first_case
+@first_case_of_other_families
 def test_every_method_prunes_every_family(case: Case, family: str) -> None:
     """Every linear is covered, what goes is near what was asked, and all else is untouched."""
     m, (pruned, outcome) = model(family), run(case, family)

@@ -187,7 +187,6 @@ def test_kept_tokens_of_the_whole_vocabulary_teach_as_the_teacher_does(
 @pytest.mark.parametrize(
     ("mesh", "settings"),
     [
-        ("data=8", {"batch": 8}),
         ("data=2,model=4", {"batch": 4, "accumulate": 2, "top_k": 5}),
         ("data=4,model=2", {"batch": 2, "lora": 4, "lr": 1e-2}),
     ],
