@@ -98,7 +98,7 @@ def attend(
         return attention(q, k, v, settings), _write(cache, 0, k, v)
     if rope is not None:
         q, k = rotate_from(rope, q, k, jnp.asarray(start), cache.k.shape[2])
-    # Read before written: an attention over the new cache would need a copy of the old one.
+    # Read before written: with attention over the new cache XLA copies twice as many caches.
     return _attend_cached(q, k, v, cache, start, settings), _write(cache, start, k, v)
 
 
