@@ -24,13 +24,13 @@ from launch.flags.cli import Flags, frozen
 from launch.flags.common import (
     calibration_flags,
     evaluation_flags,
-    layout_flag,
     mask_flags,
     model_flags,
     offload_for,
     output_path,
     target_flag,
 )
+from launch.flags.outputs import output_flags
 from launch.flags.protocols import protocol_flag
 from launch.report import console
 from launch.report.files import write_reports
@@ -87,7 +87,7 @@ def options() -> Flags:
     f.string(
         "push_to_hub", "", "owner/name on the hub to upload the output to; a new one is private"
     )
-    layout_flag(f)
+    output_flags(f)
     f.boolean("resume", True, "continue an interrupted run behind its last finished block")
     f.string(
         "scores",

@@ -22,12 +22,12 @@ from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import (
     calibration_flags,
     evaluation_flags,
-    layout_flag,
     model_flags,
     output_path,
     recover_flag,
 )
 from launch.flags.dtypes import stored_dtype
+from launch.flags.outputs import output_flags
 from launch.flags.recoveries import Call, parse_recover
 from launch.report import console
 from launch.report.files import write_reports
@@ -61,7 +61,7 @@ def options() -> Flags:
         files=True,
     )
     f.string("output", None, "directory to write the recovered model and its report to")
-    layout_flag(f)
+    output_flags(f)
     f.boolean("resume", True, "continue an interrupted run behind its last finished block")
     f.group("Recovery")
     recover_flag(f, "blocks")
@@ -143,7 +143,7 @@ def _recover_into(
     windows, teacher = inputs.calibration.ids, inputs.dense
     runtime = Runtime(batch=config.calibration_batch, mesh=inputs.mesh, progress=shown)
     origin = (inputs.source, config.calibration_length, config.seed)
-    form = (config.layout, config.output_format, config.gguf_type, config.pack, config.resume)
+    form = (config.layout, config.output_format, config.gguf_type, config.pack)
     task = recovery.Task(
         chain,
         teacher,
@@ -154,7 +154,7 @@ def _recover_into(
         recovery.with_room(runtime, config.activations, teacher.model, windows),
         facts,
         stage.work,
-        Output(config.output, *form),
+        Output(config.output, *form, config.check, config.resume),
         stored_dtype(config.dtype, pruned),
     )
     done = recovery.recover_all(task, pruned, stage.result)

@@ -23,7 +23,6 @@ from launch.flags import calls, cli
 from launch.flags.common import (
     calibration_flags,
     evaluation_flags,
-    layout_flag,
     mask_flags,
     model_flags,
     open_model,
@@ -31,6 +30,7 @@ from launch.flags.common import (
     target_flag,
 )
 from launch.flags.numbers import check_sparsity, numbers, seeds
+from launch.flags.outputs import output_flags
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
 from launch.run import tracking
@@ -56,7 +56,7 @@ def options() -> cli.Flags:
     f = cli.Flags("launch.sweep", __doc__ or "")
     model_flags(f, writes=True)
     f.string("output", None, "directory of the sweep; the same command resumes it")
-    layout_flag(f)
+    output_flags(f)
     _grid_flags(f)
     f.group("Method")
     mask_flags(f)

@@ -73,7 +73,8 @@ def complete(
         check.run_stored(non_block)
     form = writer.finish(non_block, checkpoint.directory, kept, progress)
     dtype = model.non_block.embed.dtype
-    written = export.load_back(directory, form, check, dtype, writer.parameters, progress)
+    size = writer.parameters
+    written = export.load_back(directory, form, check, dtype, size, output.check, progress)
     written = written._replace(other_formats=write_formats(directory, output, written, check, mesh))
     pruned = written.loaded.model
     advance = progress("counting zeros", len(pruned.blocks), unit="blocks")

@@ -55,6 +55,7 @@ class RunConfig:
     output_format: str
     gguf_type: str
     pack: str
+    check: str
     resume: bool
     scores: str
     tasks: str
@@ -145,6 +146,7 @@ class Output(NamedTuple):
       format: "orbax" to write the pytrees too, "gguf" for a file for llama.cpp, else "hf".
       gguf_type: Type of the matrices in the GGUF file.
       pack: How to also store the weights without their zeros; "none" not to.
+      check: What loads the checkpoint back and compares logits, one of CHECKS.
       resume: Whether to continue an interrupted run that left its work there.
     """
 
@@ -153,6 +155,7 @@ class Output(NamedTuple):
     format: str
     gguf_type: str
     pack: str
+    check: str
     resume: bool
 
 
@@ -223,6 +226,7 @@ def _output(config: RunConfig) -> Output:
         config.output_format,
         config.gguf_type,
         config.pack,
+        config.check,
         config.resume,
     )
 

@@ -54,13 +54,14 @@ class RecoverConfig:
     output_format: str
     gguf_type: str
     pack: str
+    check: str
     resume: bool
 
 
 # Settings that do not affect the result, or name inputs that are compared by content.
 NOT_COMPARED = (
     *("model", "revision", "teacher", "calibration", "activations", "eval_data", "tasks"),
-    *("task_cache", "output", "resume", "gguf_type", "pack"),
+    *("task_cache", "output", "resume", "gguf_type", "pack", "check"),
 )
 
 

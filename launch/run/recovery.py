@@ -222,7 +222,8 @@ def _recover(task: Task, k: int, call: Call, start: Checkpoint, directory: pathl
         check.run_stored(non_block)
     form = writer.finish(non_block, start.directory, progress=progress)
     dtype = jnp.dtype(start.model.non_block.embed.dtype)
-    written = export.load_back(directory, form, check, dtype, writer.parameters, progress)
+    size, by = writer.parameters, task.output.check
+    written = export.load_back(directory, form, check, dtype, size, by, progress)
     run_on_primary(lambda: shutil.rmtree(inputs.directory, ignore_errors=True))
     damage = [f"unfinished run: {sentence}" for sentence in journal.damage]
     return _Step(written, check, writer.parameters, result, damage)

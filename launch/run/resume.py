@@ -53,6 +53,7 @@ NOT_COMPARED = (
     "track",
     "gguf_type",
     "pack",
+    "check",
     "scores",
 )
 

@@ -55,6 +55,17 @@ def test_the_source_type_is_kept_by_default(
     assert not [w for w in report["warnings"] if "bytes" in w]
 
 
+@pytest.mark.parametrize("by", ["topiary", "none"])
+def test_a_check_that_is_not_made_is_named(by: str, tmp_path: Path) -> None:
+    source(tmp_path, "float32")
+    report = prune(tmp_path, "--method=magnitude", f"--check={by}")
+    assert report["checks"] == {
+        "topiary": True if by == "topiary" else None,
+        "transformers": None,
+    }
+    assert report["load_back"]["transformers"] == f"not checked: --check={by}"
+
+
 @pytest.mark.slow
 def test_a_norm_that_a_method_scales_is_compared_as_it_is_stored(tmp_path: Path) -> None:
     source(tmp_path, "float16")
