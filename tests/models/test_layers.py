@@ -119,6 +119,18 @@ def test_attention_equals_numpy(window: int | None, kv_heads: int) -> None:
     close(attention(q, k, v, AttentionSettings(window)), plain_attention(q, k, v, window))
 
 
+@pytest.mark.parametrize("settings", [AttentionSettings(), AttentionSettings(70, 0.3, 5.0)])
+def test_one_head_at_a_time_gives_what_all_at_once_give(
+    settings: AttentionSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = normal(2, 150, 4, 8), normal(2, 150, 2, 8), normal(2, 150, 2, 8)
+    together = attention(q, k, v, settings)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    program = jax.jit(lambda *x: attention(*x, settings))
+    assert "while" in program.lower(q, k, v).compile().as_text()
+    np.testing.assert_allclose(program(q, k, v), together, atol=1e-6)
+
+
 def test_attention_does_not_see_what_comes_after() -> None:
     q, k, v = normal(2, 9, 4, 8), normal(2, 9, 4, 8), normal(2, 9, 4, 8)
     whole = attention(q, k, v, AttentionSettings())
