@@ -13,6 +13,7 @@ from jax.extend.core import Var
 
 from models.arch import Block, Taps
 from models.programs import program
+from pruning.recovery import adamw_core
 from pruning.recovery import blocks_core as core
 from pruning.recovery.zeros import keep_zeros, masks_of
 from pruning.structured.depth_streams import halves, joined
@@ -82,9 +83,9 @@ def _errors(
 
 
 @program("recovery begun", static=(0,))
-def begin(trained: tuple[bool, ...], block: Block) -> core.Training:
+def begin(trained: tuple[bool, ...], block: Block) -> adamw_core.Training:
     """Return the state before the first step of the trained leaves."""
-    return core.begin(block, trained)
+    return adamw_core.begin(block, trained)
 
 
 # The old state is donated: it is three times as large as the block in float32.
@@ -92,13 +93,13 @@ def begin(trained: tuple[bool, ...], block: Block) -> core.Training:
 def step(
     objective: Objective,
     trained: tuple[bool, ...],
-    state: core.Training,
+    state: adamw_core.Training,
     block: Block,
     dense: Block | None,
     x: jax.Array,
     rate: jax.Array,
     decay: jax.Array,
-) -> core.Training:
+) -> adamw_core.Training:
     """Take one step on a micro-batch.
 
     Args:
@@ -116,8 +117,8 @@ def step(
         error, size = _errors(objective, core.with_masters(block, trained, masters), dense, x)
         return error / size
 
-    masks = core.trained_leaves(masks_of(block), trained)
-    return core.update(state, jax.grad(loss)(state.masters), masks, rate, decay)
+    masks = adamw_core.trained_leaves(masks_of(block), trained)
+    return adamw_core.update(state, jax.grad(loss)(state.masters), masks, rate, decay)
 
 
 @program("recovered block rounded", static=(0,))

@@ -19,8 +19,9 @@ from models.errors import InputError
 from models.sharding import place, to_host
 from pruning.figures import LineSeries
 from pruning.recovery import block_steps as steps_of
+from pruning.recovery.adamw_core import learning_rates
 from pruning.recovery.block_steps import Objective
-from pruning.recovery.blocks_core import Loss, learning_rates
+from pruning.recovery.blocks_core import Loss
 from pruning.recovery.types import Recovered, RecoveryInputs, check_limits
 from pruning.recovery.zeros import check_zeros
 from pruning.structured.depth_streams import (

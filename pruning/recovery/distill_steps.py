@@ -20,8 +20,8 @@ from models.arch import Arch, Block, NonBlockParams, linear_of, with_linears
 from models.programs import program
 from models.sharding import constrain
 from pruning.recovery import distill_core as core
-from pruning.recovery.blocks_core import Training, update
-from pruning.recovery.blocks_core import begin as first_state
+from pruning.recovery.adamw_core import Training, update
+from pruning.recovery.adamw_core import begin as first_state
 from pruning.recovery.distill_core import Adapter, Likeliest
 from pruning.recovery.zeros import keep_zeros, masks_of
 

@@ -10,7 +10,7 @@ import numpy as np
 from calibration.runtime import Runtime
 from models.sharding import to_host
 from pruning.recovery import distill_steps as programs
-from pruning.recovery.blocks_core import Training, learning_rates
+from pruning.recovery.adamw_core import Training, learning_rates
 from pruning.recovery.distill_checkpoints import Checkpoints, Point
 from pruning.recovery.distill_data import Windows
 from pruning.recovery.distill_steps import Batch, Params, Setup

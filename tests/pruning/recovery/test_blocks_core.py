@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from models.layers import Linear, Norm, linear
+from pruning.recovery import adamw_core, zeros
 from pruning.recovery import blocks_core as core
-from pruning.recovery import zeros
 from reference.recovery import adamw
 
 RNG = np.random.default_rng(0)
@@ -21,30 +21,32 @@ def test_steps_on_a_linear_are_adamw_of_its_nonzero_entries(decay: float) -> Non
     w[RNG.random(w.shape) < 0.5] = 0
     block = Linear(jnp.asarray(w))
     trained = (True,)
-    state = core.begin(block, trained)
-    rates = core.learning_rates(0.05, 6)
+    state = adamw_core.begin(block, trained)
+    rates = adamw_core.learning_rates(0.05, 6)
 
     def loss(masters: list[jax.Array]) -> jax.Array:
         error, size = core.errors("mse", linear(Linear(masters[0]), x), jnp.asarray(target))
         return error / size
 
-    masks = core.trained_leaves(zeros.masks_of(block), trained)
+    masks = adamw_core.trained_leaves(zeros.masks_of(block), trained)
     for rate in rates:
         gradients = jax.grad(loss)(state.masters)
-        state = core.update(state, gradients, masks, jnp.float32(rate), jnp.float32(decay))
+        state = adamw_core.update(state, gradients, masks, jnp.float32(rate), jnp.float32(decay))
     flat, goal = x.reshape(-1, 6).astype(np.float64), target.reshape(-1, 4).astype(np.float64)
     size = (goal**2).sum()
-    want = adamw(w, lambda v: 2 * (flat @ v.T - goal).T @ flat / size, [*rates], decay, core.BETAS)
+    want = adamw(
+        w, lambda v: 2 * (flat @ v.T - goal).T @ flat / size, [*rates], decay, adamw_core.BETAS
+    )
     np.testing.assert_allclose(state.masters[0], want, rtol=1e-4, atol=1e-6)
     assert np.array_equal(np.asarray(state.masters[0]) == 0, w == 0)
 
 
 def test_the_learning_rate_rises_over_a_tenth_and_falls_to_zero() -> None:
-    rates = core.learning_rates(1.0, 40)
+    rates = adamw_core.learning_rates(1.0, 40)
     assert rates[0] == pytest.approx(0.25) and rates[3] == 1.0 and rates.argmax() in (3, 4)
     assert np.all(np.diff(rates[:4]) > 0) and np.all(np.diff(rates[4:]) < 0)
     assert 0 < rates[-1] < 0.05
-    assert core.learning_rates(1.0, 1).tolist() == [1.0]
+    assert adamw_core.learning_rates(1.0, 1).tolist() == [1.0]
 
 
 @pytest.mark.parametrize("loss", ["mse", "token", "cosine"])

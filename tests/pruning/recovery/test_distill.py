@@ -18,7 +18,7 @@ from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
 from models.programs import Program, Recorder, record_programs
 from models.sharding import make_mesh
-from pruning.recovery import blocks_core, distill_steps, distill_teacher
+from pruning.recovery import adamw_core, distill_steps, distill_teacher
 from pruning.recovery.distill import Distill
 from pruning.recovery.distill_checkpoints import Checkpoints
 from pruning.recovery.distill_data import batch_order, split_windows
@@ -145,7 +145,7 @@ def test_a_step_is_that_of_optax_on_the_whole_models_gradient(tmp_path: pathlib.
     masks = masks_of(params)
     gradient = jax.tree.map(lambda g, m: jnp.where(m, g, 0.0), gradient, masks)
     tool = optax.chain(
-        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, *blocks_core.BETAS, weight_decay=0.0)
+        optax.clip_by_global_norm(1.0), optax.adamw(1e-3, *adamw_core.BETAS, weight_decay=0.0)
     )
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = tool.update(gradient, tool.init(params), params)

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from models.layers import Linear
-from pruning.recovery import blocks_core
+from pruning.recovery import adamw_core
 from pruning.recovery import distill_core as core
 from pruning.recovery.zeros import masks_of
 
@@ -93,15 +93,15 @@ def test_a_step_is_that_of_optax_on_clipped_and_masked_gradients() -> None:
     gradients = [jnp.asarray(5 * RNG.normal(size=x.shape), jnp.float32) for x in (w, gain)]
     masked = [jnp.where(w != 0, gradients[0], 0), gradients[1]]
     masks = [masks_of(Linear(w)).w, jnp.ones(4, bool)]
-    state = blocks_core.begin([w, gain], (True, True))
+    state = adamw_core.begin([w, gain], (True, True))
     rate, decay = jnp.float32(0.01), jnp.float32(0.1)
     for _ in range(2):
-        state = blocks_core.update(state, core.clipped(masked), masks, rate, decay)
+        state = adamw_core.update(state, core.clipped(masked), masks, rate, decay)
 
     tool = optax.chain(
         optax.clip_by_global_norm(core.CLIP),
         optax.adamw(
-            0.01, *blocks_core.BETAS, weight_decay=0.1, mask=lambda p: [x.ndim == 2 for x in p]
+            0.01, *adamw_core.BETAS, weight_decay=0.1, mask=lambda p: [x.ndim == 2 for x in p]
         ),
     )
     want, memory = [w, gain], tool.init([w, gain])
