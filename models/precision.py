@@ -59,6 +59,17 @@ def matmul_type(matmul: str) -> Iterator[None]:
             os.environ[VARIABLE] = environment
 
 
+def float32_products() -> contextlib.AbstractContextManager[Any]:
+    """Return a context of full float32 products, except where bfloat16 was chosen.
+
+    For sums over tokens, which TPUs' default passes would leave too coarse to invert. Operands that
+    `product` rounds are rounded alike on both sides, and their sums are exact.
+    """
+    if matmul_setting() == "bfloat16":
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision("highest")
+
+
 def product(spec: str, a: jax.Array, b: jax.Array, **options: Any) -> jax.Array:
     """Multiply as `jnp.einsum` does, in the chosen type.
 

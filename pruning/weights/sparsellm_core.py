@@ -149,7 +149,8 @@ def p_gain(w2: Linear, c: Penalties) -> jax.Array:
     chex.assert_rank(w, 2)
     # d x d, where the paper's system is f x f and f is about 3 d in LLaMA. gamma / beta > 0 keeps
     # it positive definite, also where pruning has cost W2 its full rank.
-    a = w @ w.T + (c.gamma / c.beta) * jnp.eye(len(w))
+    with jax.default_matmul_precision("highest"):
+        a = w @ w.T + (c.gamma / c.beta) * jnp.eye(len(w))
     return linalg.solve(a, w).T
 
 
@@ -168,7 +169,7 @@ def p_step(w2: Linear, gain: jax.Array, y: jax.Array, h: jax.Array) -> jax.Array
     chex.assert_equal_shape_prefix([y, h], y.ndim - 1)
     # The paper's (beta W2^T W2 + gamma I)^-1 (beta W2^T (Y - b2) + gamma h), by the matrix
     # inversion lemma: h and a correction, with a d x d system in place of an f x f one.
-    return h + (y - linear(w2, h)) @ gain.T
+    return h + linear(Linear(gain), y - linear(w2, h))
 
 
 def relu_minimum(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from calibration.observers import outer_products
+from models.precision import float32_products, product
 from pruning.weights.sparsellm_core import (
     Counts,
     Ffn,
@@ -29,7 +30,7 @@ Stacks = Sequence[jax.Array]
 
 def _outer_sum(a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the sum over tokens of a b^T, [a b]."""
-    return jnp.einsum("btf,btd->fd", a, b)
+    return product("btf,btd->fd", a, b, precision="highest")
 
 
 def _sum_over_batches(f: Callable[..., Any], *xs: Stacks) -> Any:
@@ -132,13 +133,14 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
                 functools.partial(_w2_sums, ffn, dense.w2.b, c.act), x, y
             )
             # R X^T of y less the output of the dense W2, whose sums H holds already.
-            residual = wanted - dense.w2.w @ h2
+            with jax.default_matmul_precision("highest"):
+                residual = wanted - dense.w2.w @ h2
             prepared2, damping2 = c.solver.prepare(scale * h2)
             (w2,) = c.solver.prune([dense.w2.w], [scale * residual], prepared2, [counts.w2])
             ffn = ffn.with_w2(w2)
         return (ffn, best), (error, damping2)
 
-    with jax.default_matmul_precision("highest"):  # TPUs' bfloat16 passes are too coarse for H
+    with float32_products():
         with jax.named_scope("solver_alone"):
             # X stays the same, so H is prepared once for all iterations.
             ffn, prepared1, damping = _prune_toward_own_outputs(dense, x, counts, scale, c)

@@ -58,7 +58,8 @@ def ridge_step(w: jax.Array, residual: jax.Array, f: sparsegpt.Factor) -> jax.Ar
     """
     chex.assert_equal_shape([w, residual])
     # U^T U = H^-1, so two products with the triangle take the place of a solve.
-    return w + residual @ f.u.T @ f.u
+    with jax.default_matmul_precision("highest"):
+        return w + residual @ f.u.T @ f.u
 
 
 def sparsegpt_pruned(

@@ -13,6 +13,7 @@ import pytest
 from models.arch import Model, embed
 from models.families import hf
 from models.layers import Linear
+from models.precision import matmul_type
 from pruning.methods import METHODS
 from pruning.types import Outcome, Request, prune
 from pruning.weights import admm, patterns, sparsegpt_core, sparsellm_corrected_core
@@ -103,6 +104,15 @@ def test_the_iterations_lower_the_error(gated: bool) -> None:
     assert min(losses[1:]) < 0.8 * losses[0]
     assert len(_linears(ours.ffn)) == len(_linears(dense))
     assert float(jnp.min(ours.losses)) == pytest.approx(min(losses), rel=1e-3)
+
+
+def test_rounded_tokens_cost_little_error() -> None:
+    """With `--matmul=bfloat16` the sums over tokens are of rounded activations."""
+    _, exact, *_ = both("gelu", True)
+    with matmul_type("bfloat16"):
+        _, rounded, *_ = both.__wrapped__("gelu", True)
+    assert not np.array_equal(exact.losses, rounded.losses)
+    np.testing.assert_allclose(rounded.losses, exact.losses, rtol=0.05)
 
 
 @functools.cache
