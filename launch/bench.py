@@ -5,6 +5,7 @@
     python -m launch.bench --what=neuroal --model=DIR --calibration=tokens.npy --sparsity=0.7
     python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --sparsity=0.2
     python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
+    python -m launch.bench --what=all --model=DIR --calibration=tokens.npy --runs=1
 
 --what selects the measurement:
   calibration  statistics of every block, against PyTorch's forward pass
@@ -17,6 +18,8 @@
                many trials one by one in PyTorch
   sleb         the search with and without its cache, against whole forward passes in PyTorch
   speed        prompt processing and generation of a dense model and of pruned ones
+  all          every method and the perplexity: first in a process, with the programs of another
+               process, and again, against plain PyTorch and the machine's arithmetic
 
 The programs run in turn, so that a machine whose speed drifts slows all of them: quote the ratio.
 Pruning runs have processes of their own, compilation included, with their peak memory. All
@@ -35,7 +38,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.mixtures import SELF
-from launch.benchmarks import speed, torch_admm, torch_solvers
+from launch.benchmarks import every, speed, torch_admm, torch_solvers
 from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
@@ -71,7 +74,7 @@ def options() -> Flags:
     f.choice(
         "what",
         "calibration",
-        ("calibration", "sparsegpt", "admm", "sparsellm", "neuroal", "sleb", "speed"),
+        ("calibration", "sparsegpt", "admm", "sparsellm", "neuroal", "sleb", "speed", "all"),
         "the measurement",
     )
     f.number("sparsity", 0.5, "sparsity of the pruning runs")
@@ -80,6 +83,7 @@ def options() -> Flags:
     f.boolean("torch", True, "time PyTorch too, if torch is installed")
     f.string("json", None, "file to write the results to")
     speed.flags(f)
+    every.flags(f)
     return f
 
 
@@ -106,6 +110,25 @@ def time_calibration(
     return {name: [Run(s, None) for s in own] for name, own in seconds.items()}
 
 
+def _task(values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray) -> Task:
+    """Return the work of pruning runs in processes of their own.
+
+    Raises:
+      InputError: The model is not a Hugging Face directory.
+    """
+    if not checkpoint.directory.is_dir():
+        raise InputError(
+            f"--what={values['what']} needs a Hugging Face directory, not {values['model']}"
+        )
+    return Task(
+        checkpoint.directory,
+        tokens,
+        values["sparsity"],
+        values["calibration_batch"],
+        values["blocks"],
+    )
+
+
 def time_solvers(
     values: dict[str, Any], checkpoint: Checkpoint, tokens: np.ndarray
 ) -> dict[str, list[Run]]:
@@ -122,22 +145,12 @@ def time_solvers(
     Raises:
       InputError: The model is not a Hugging Face directory.
     """
-    what = values["what"]
-    if not checkpoint.directory.is_dir():
-        raise InputError(f"--what={what} needs a Hugging Face directory, not {values['model']}")
-    task = Task(
-        checkpoint.directory,
-        tokens,
-        values["sparsity"],
-        values["calibration_batch"],
-        values["blocks"],
-    )
+    what, task = values["what"], _task(values, checkpoint, tokens)
 
     def program(function: Program, argument: str = "") -> Callable[[], Run]:
         return functools.partial(run_in_process, function, task, argument)
 
-    has_torch = values["torch"] and importlib.util.find_spec("torch")
-    is_gated = any(s.name == "gate" for s in checkpoint.model.arch.slots)
+    has_torch, is_gated = _has_torch(values), _is_gated(checkpoint)
     programs: dict[str, Callable[[], Run]] = {}
     if what == "admm":
         programs["ADMM"] = program(time_method, "admm")
@@ -168,6 +181,16 @@ def time_solvers(
         if has_torch:
             programs["PyTorch"] = program(torch_solvers.time_sparsegpt)
     return in_turn(programs, values["runs"])
+
+
+def _has_torch(values: dict[str, Any]) -> bool:
+    """Return whether PyTorch is to be timed too."""
+    return bool(values["torch"] and importlib.util.find_spec("torch"))
+
+
+def _is_gated(checkpoint: Checkpoint) -> bool:
+    """Return whether the feed-forward parts of a model are gated."""
+    return any(s.name == "gate" for s in checkpoint.model.arch.slots)
 
 
 def table(title: str, results: Mapping[str, dict[str, Any]]) -> Table:
@@ -208,9 +231,15 @@ def main(values: dict[str, Any]) -> None:
         checkpoint,
         tokenizer_of(checkpoint),
     )
-    time_programs = time_calibration if what == "calibration" else time_solvers
-    results = summarise(time_programs(values, checkpoint, tokens.ids), tokens.ids.size)
-    Console().print(table(str(values["model"]), results))
+    results: dict[str, Any]
+    if what == "all":
+        task = _task(values, checkpoint, tokens.ids)
+        results = every.measure(task, values, _has_torch(values), _is_gated(checkpoint))
+        Console().print(every.table(str(values["model"]), results))
+    else:
+        time_programs = time_calibration if what == "calibration" else time_solvers
+        results = summarise(time_programs(values, checkpoint, tokens.ids), tokens.ids.size)
+        Console().print(table(str(values["model"]), results))
     if values["json"]:
         calibration = {"calibration": tokens.protocol, "batch": values["calibration_batch"]}
         report = {

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from models.costs import Compiled, Cost, compile_for, dtype_of, placement_key
+from models.costs import Compiled, Cost, compile_for, dtype_of, flops, placement_key
 
 Place = Literal["device", "host", "disk"]  # where a planned array lies
 PLACES: tuple[Place, ...] = get_args(Place)
@@ -208,16 +208,20 @@ class Recorder:
 
 
 class ShapeRecorder(Recorder):
-    """Recorder that follows programs on shapes alone: nothing is compiled, and no cost is noted.
+    """Recorder that follows programs on shapes alone: nothing is compiled.
 
     Args:
       mesh: Devices to plan for.
+
+    Attributes:
+      flops: Floating-point operations of all matrix products so far.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         # Room enough that no method takes a path for a smaller machine.
         super().__init__(mesh, {"device": 0, "host": sys.maxsize})
-        self._results: dict[Any, Any] = {}
+        self._traced: dict[Any, tuple[Any, float]] = {}
+        self.flops = 0.0
 
     def call(self, program: "Program", name: str, args: Sequence[Any]) -> Any:
         """Follow one call of a program, as `Recorder.call` has it.
@@ -234,13 +238,16 @@ class ShapeRecorder(Recorder):
         leaves, structure = jax.tree.flatten(dynamic)
         fixed = tuple(args[k] for k in program.static)
         key = (program, fixed, structure, tuple((np.shape(x), str(dtype_of(x))) for x in leaves))
-        if key not in self._results:
+        if key not in self._traced:
             shapes = [
                 a if k in program.static else jax.tree.map(self._shape, a)
                 for k, a in enumerate(args)
             ]
-            self._results[key] = program.jitted.eval_shape(*shapes)
-        return jax.tree.map(self.place, self._results[key])
+            traced = program.jitted.trace(*shapes)
+            self._traced[key] = traced.out_info, flops(traced.jaxpr.jaxpr)
+        result, work = self._traced[key]
+        self.flops += work
+        return jax.tree.map(self.place, result)
 
 
 _ACTIVE: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)

@@ -47,7 +47,7 @@ def _neuroal_block(layer: Any, calls: Calls, sparsity: float) -> Calls:
     """Measure the misalignment of a masked layer, restore it, and return its masked outputs."""
     import torch
 
-    linears = _linears(layer)
+    linears = linears_of(layer)
     weights = [m.weight.clone() for m in linears]
     dense = [torch.zeros(m.in_features) for m in linears]
     sparse = [torch.zeros(m.in_features) for m in linears]
@@ -221,7 +221,8 @@ def _torch_layers(task: Task) -> tuple[Any, Any]:
     return model, model.get_decoder().layers[: task.blocks or None]
 
 
-def _linears(layer: Any) -> list[Any]:
+def linears_of(layer: Any) -> list[Any]:
+    """Return the linears of a layer, in order."""
     import torch
 
     return [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
@@ -255,7 +256,7 @@ def _hessians(layer: Any, calls: Calls, shows: dict[Any, Show]) -> dict[Any, Any
     """Return SparseGPT's H [in in] of every linear of a dense layer, showing some their inputs."""
     import torch
 
-    hessians = {m: torch.zeros(m.in_features, m.in_features) for m in _linears(layer)}
+    hessians = {m: torch.zeros(m.in_features, m.in_features) for m in linears_of(layer)}
     adding = [_add_outer_products(h, len(calls)) for h in hessians.values()]
     run_layer(layer, [*hessians, *shows], [*adding, *shows.values()], calls)
     return hessians

@@ -75,7 +75,8 @@ def _settings(value: str | None) -> dict[str, Any]:
     trim(folder, LIMIT)
     # Most programs compile in less than the second that JAX asks for, and there are many.
     seconds = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
-    return {"JAX_COMPILATION_CACHE_DIR": str(folder), seconds: 0.0}
+    chosen = {"JAX_COMPILATION_CACHE_DIR": str(folder), seconds: 0.0}
+    return chosen | {"JAX_ENABLE_COMPILATION_CACHE": True}
 
 
 def _current(setting: str) -> Any:

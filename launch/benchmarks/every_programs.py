@@ -1,0 +1,102 @@
+"""A method's whole work in a process of its own, and its arithmetic, for `launch.bench`."""
+
+import time
+from collections.abc import Callable
+
+from launch.benchmarks.solvers import Task
+
+
+def _work_of(task: Task, argument: str) -> Callable[[], object]:
+    """Return the function that does a row's work with the model in memory."""
+    import jax
+
+    from calibration.runtime import Runtime
+    from eval.perplexity import perplexity
+    from launch.flags import calls
+    from models.checkpoint.reader import in_memory, open_checkpoint
+    from pruning.methods import ALLOCATIONS, METHODS
+    from pruning.types import Request, prune
+
+    method, _, allocation = argument.partition("|")
+    model = in_memory(open_checkpoint(task.directory).model)
+    model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
+    if not method:
+        return lambda: perplexity(model, task.tokens, batch=task.batch).value
+    spread = None
+    if allocation != "uniform":
+        spread = calls.build("allocation", allocation, ALLOCATIONS)
+    built = calls.build("method", method, METHODS)
+    request, runtime = Request(task.sparsity, allocation=spread), Runtime(task.batch)
+
+    return lambda: jax.block_until_ready(
+        prune(model, built, task.tokens, request, runtime)[0].blocks
+    )
+
+
+def time_once(task: Task, argument: str) -> float:
+    """Return the seconds of a row's work, the first in its process.
+
+    Args:
+      task: The work.
+      argument: Method and allocation, separated by a bar.
+    """
+    run = _work_of(task, argument)
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def time_again(task: Task, argument: str) -> float:
+    """Return the seconds of a row's work that was done before in its process.
+
+    Args:
+      task: The work.
+      argument: Method and allocation, separated by a bar.
+    """
+    run = _work_of(task, argument)
+    run()
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def count_flops(task: Task, argument: str) -> float:
+    """Return the floating-point operations of a row's matrix products, by following it on shapes.
+
+    A search that may end early is counted to its end.
+
+    Args:
+      task: The work.
+      argument: Method and allocation, separated by a bar.
+    """
+    import jax
+
+    from calibration.runtime import Runtime
+    from launch.flags import calls
+    from models.arch import Model, logits
+    from models.checkpoint.blocks import ShapeBlocks
+    from models.checkpoint.reader import abstract, read_config
+    from models.costs import flops
+    from models.families import hf
+    from models.programs import ShapeRecorder, record_programs
+    from models.sharding import make_mesh
+    from pruning.methods import ALLOCATIONS, METHODS
+    from pruning.types import Request, prune
+
+    method, _, allocation = argument.partition("|")
+    arch, non_block, specs = hf.specs(read_config(task.directory))
+    specs = specs[: task.blocks or None]
+    shapes = abstract(arch, non_block, specs, jax.numpy.float32)
+    if not method:
+        tokens = jax.ShapeDtypeStruct(task.tokens.shape, jax.numpy.int32)
+        forward = jax.jit(lambda ends, blocks, x: logits(Model(arch, ends, blocks), x))
+        return flops(forward.trace(shapes.non_block, shapes.blocks, tokens).jaxpr.jaxpr)
+    spread = None
+    if allocation != "uniform":
+        spread = calls.build("allocation", allocation, ALLOCATIONS)
+    model = Model(arch, shapes.non_block, ShapeBlocks(specs, jax.numpy.float32))
+    recorder = ShapeRecorder(make_mesh("", 1, jax.local_devices()[:1]))
+    with record_programs(recorder):
+        request, runtime = Request(task.sparsity, allocation=spread), Runtime(task.batch)
+        prune(model, calls.build("method", method, METHODS), task.tokens, request, runtime)
+    return recorder.flops
