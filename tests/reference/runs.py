@@ -55,6 +55,7 @@ def main(
     """Run all; tokens.npy beside the model's files calibrates and evaluates."""
     start(
         {
+            "compilation_cache": "",
             "distributed": False,
             "coordinator": coordinator,
             "processes": int(count),
