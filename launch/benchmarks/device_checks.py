@@ -27,6 +27,7 @@ from launch.benchmarks.device_results import (
 from models.arch import Model
 from models.checkpoint.hub import resolve
 from models.checkpoint.reader import in_memory, open_checkpoint
+from models.errors import InputError
 from models.generate import generate
 from models.init import init_model
 from models.precision import matmul_type
@@ -88,7 +89,7 @@ class Check(NamedTuple):
     Attributes:
       name: What was compared.
       model: Name of the model.
-      types: Type of the parameters, and of products where it differs.
+      types: Type of the parameters, or of products where these alone are another's.
       distance: Distance of the two results.
       rounding: Distance that a rounding alone makes; None where none is allowed for.
       passed: Whether the results agree.
@@ -122,6 +123,20 @@ def cases(methods: Sequence[str]) -> list[Case]:
     return all_cases + [case for case in some if case.method in methods]
 
 
+def cpu() -> jax.Device:
+    """Return the CPU that results are compared with.
+
+    Raises:
+      InputError: JAX was told to leave the CPU out.
+    """
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        raise InputError(
+            "JAX has no CPU to compare with", "unset JAX_PLATFORMS, or end it in ,cpu"
+        ) from None
+
+
 def load(name: str, dtype: str = "float32") -> Model:
     """Return a model in the memory of the default device.
 
@@ -131,7 +146,7 @@ def load(name: str, dtype: str = "float32") -> Model:
     """
     if name == MIXTURE:
         # Drawn on the CPU: logarithms of random bits may differ in the last digit elsewhere.
-        with jax.default_device(jax.devices("cpu")[0]):
+        with jax.default_device(cpu()):
             drawn = init_model(_MIXTURE, jax.random.key(0), jnp.dtype(dtype))
         host = tree_to_host((drawn.non_block, drawn.blocks))
         non_block, blocks = jax.tree.map(jnp.asarray, host)
@@ -194,7 +209,7 @@ def _types(case: Case) -> str:
     """Return the types of a case for people."""
     if case.dtype == "bfloat16" or case.matmul == "float32":
         return case.dtype
-    return f"{case.dtype}, products {case.matmul}"
+    return f"products {case.matmul}"
 
 
 def check_method(case: Case, device: jax.Device) -> Check:
@@ -204,11 +219,12 @@ def check_method(case: Case, device: jax.Device) -> Check:
       case: What to prune with.
       device: The device.
     """
-    cpu = jax.devices("cpu")[0]
-    on_it, reference = _run(case, device), _run(case, cpu)
+    on_it, reference = _run(case, device), _run(case, cpu())
     # With "auto" a device may round operands to bfloat16, and a CPU does not.
-    coarse = "bfloat16" in (case.dtype, case.matmul) or (case.matmul == "auto" and device != cpu)
-    noisy = _run(case, cpu, noise=ROUNDING["bfloat16" if coarse else "float32"])
+    coarse = "bfloat16" in (case.dtype, case.matmul) or (
+        case.matmul == "auto" and device.platform != "cpu"
+    )
+    noisy = _run(case, cpu(), noise=ROUNDING["bfloat16" if coarse else "float32"])
     found, rounding = distance(on_it, reference), distance(noisy, reference)
     name = f"{case.method}, {case.extra}" if case.extra else case.method
     return Check(name, case.model, _types(case), found, rounding, agrees(found, rounding))
@@ -226,7 +242,7 @@ def check_generation(name: str, device: jax.Device) -> Check:
     """
     prompts = _windows(name)["evaluation"][:4, :16]
     texts = []
-    for at in (device, jax.devices("cpu")[0]):
+    for at in (device, cpu()):
         with on_device(at), matmul_type("float32"):
             texts.append(generate(load(name), prompts, NEW_TOKENS))
     share = float(np.mean(texts[0] != texts[1]))
