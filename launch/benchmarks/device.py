@@ -132,7 +132,7 @@ def generation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             r["name"],
             _time(1 / r["tokens_per_second"]),
-            f"{r['tokens_per_second']:,.4g}",
+            f"{r['tokens_per_second']:,.0f}",
             summary.size(r["bytes"]),
             f"{r['bytes_per_second'] / 1e9:.3g}",
             summary.percent(r["share_of_copy"]),
@@ -152,8 +152,8 @@ def _show_checks(checks: Sequence[Check], out: Console) -> None:
     out.print(check_table(checks))
     out.print(
         "masks: share of entries that one of the two removes alone; weights: largest difference of "
-        "an entry that both keep, of its matrix's largest; rounding: share of entries that change on "
-        "the CPU alone when every embedding is off by one rounding, near ties that is",
+        "an entry in rows of equal masks, of its matrix's largest; rounding: share of entries that "
+        "change on the CPU alone when every embedding is off by one rounding: near ties",
         soft_wrap=True,
     )
     device = jax.local_devices()[0]

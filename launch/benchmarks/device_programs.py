@@ -219,12 +219,12 @@ def solvers(inputs: Inputs) -> Iterator[Work]:
 
 
 def _sparsellm(inputs: Inputs) -> Work:
-    """Return SparseLLM's solution of the feed-forward part with one round of the alternation."""
+    """Return SparseLLM's solution of the feed-forward part: the solver, then one round."""
     pattern = patterns.per_column_block(sparsegpt_core.COLUMNS)
     solver = by_sparsegpt(sparsegpt.DAMP, RIDGE, pattern)
-    rounds = 2  # the first iteration is the solver alone
+    iterations = 2  # the first is the solver alone
     settings = Settings(
-        inputs.model.arch.config.act, pattern, sparsegpt.DAMP, solver, CORRECTED, rounds
+        inputs.model.arch.config.act, pattern, sparsegpt.DAMP, solver, CORRECTED, iterations
     )
     ffn = ffn_of(inputs.model.arch, inputs.block)
     y = inputs.activations(inputs.x.shape[-1], 3)
@@ -232,5 +232,5 @@ def _sparsellm(inputs: Inputs) -> Work:
         tuple(_counts(pattern, *(p.w for p in ffn.writers))), *_counts(pattern, ffn.w2.w)
     )
     function = functools.partial(solve_corrected, c=settings)
-    name = "SparseLLM, SparseGPT and a round"
+    name = f"SparseLLM, {iterations} iterations"
     return compiled(name, HIGHEST, function, ffn, (inputs.x[None],), (y[None],), counts)

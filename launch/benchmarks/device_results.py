@@ -34,7 +34,8 @@ class Distance(NamedTuple):
 
     Attributes:
       masks: Share of all entries that are zero in one of them alone.
-      weights: Largest difference of an entry that both keep, over the largest entry of its matrix.
+      weights: Largest difference of an entry that both keep, over the largest entry of its matrix;
+        of rows with equal masks, because the others make up for different entries.
       perplexity: Relative difference of the perplexities.
     """
 
@@ -158,10 +159,12 @@ def distance(a: Result, b: Result) -> Distance:
     for ours, theirs in zip(a.weights, b.weights, strict=True):
         for slot, w in ours.items():
             v = theirs[slot]
-            differing += int(np.sum((w != 0) != (v != 0)))
+            unlike = (w != 0) != (v != 0)
+            differing += int(np.sum(unlike))
             entries += w.size
-            both, largest = (w != 0) & (v != 0), float(np.max(np.abs(v)))
-            if both.any():
-                worst = max(worst, float(np.max(np.abs(w - v)[both])) / largest)
+            change = np.abs(w - v)[~unlike.any(axis=1)]
+            # Zeros alone differ by nothing.
+            largest = float(np.max(np.abs(v))) or 1.0
+            worst = max(worst, float(np.max(change, initial=0.0)) / largest)
     ppl = 0.0 if a.perplexity == b.perplexity else abs(a.perplexity / b.perplexity - 1)
     return Distance(differing / entries, worst, ppl)
