@@ -60,7 +60,7 @@ def _llama(dim: int, ffn: int, heads: int, kv: int, vocab: int) -> dict[str, Any
 
 SHAPES = {
     "tiny": Shape(_llama(128, 256, 4, 2, 1024), 4, 128),
-    "160m": Shape(_llama(768, 3072, 12, 12, 32000), 4, 512),
+    "160m": Shape(_llama(768, 3072, 12, 12, 32000), 2, 256),
     "1b": Shape(_llama(2048, 5632, 32, 4, 32000), 8, 2048),  # TinyLlama
     "7b": Shape(_llama(4096, 11008, 32, 32, 32000), 8, 2048),  # LLaMA-2
 }

@@ -198,5 +198,5 @@ def test_the_whole_command_on_this_machine(
         "generation, bfloat16",
     ]
     output = capsys.readouterr()
-    assert "SparseLLM, 2 iterations" in output.out
+    assert "SparseLLM" in output.out
     assert "this device does not report its memory" in output.out + output.err
