@@ -126,7 +126,7 @@ def generation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     Args:
       rows: Rows of `device_speed.time_generation`.
     """
-    heads = ("one block and the head", "a token", "tokens/s", "read", "GB/s", "of a copy's")
+    heads = ("one block and the head", "a token", "tokens/s", "read", "GB/s", "of peak")
     table = Table(*heads)
     for r in rows:
         table.add_row(
@@ -135,7 +135,7 @@ def generation_table(rows: Sequence[Mapping[str, Any]]) -> Table:
             f"{r['tokens_per_second']:,.0f}",
             summary.size(r["bytes"]),
             f"{r['bytes_per_second'] / 1e9:.3g}",
-            summary.percent(r["share_of_copy"]),
+            summary.percent(r["share_of_peak"]),
         )
     return table
 
@@ -166,8 +166,8 @@ def _show_checks(checks: Sequence[Check], out: Console) -> None:
 def _show_speed(peak: Mapping[str, float], shapes: Mapping[str, Any], out: Console) -> None:
     """Print the peaks, and the times and the memory of all shapes."""
     reported = bool(jax.local_devices()[0].memory_stats())
-    rates = [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in peak.items() if name != "copy"]
-    out.print(f"peaks: {'; '.join(rates)}; copy {peak['copy'] / 1e9:.3g} GB/s", soft_wrap=True)
+    rates = [f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in peak.items() if name != "memory"]
+    out.print(f"peaks: {'; '.join(rates)}; memory {peak['memory'] / 1e9:.3g} GB/s", soft_wrap=True)
     for name, shape in shapes.items():
         title = f"one block of {name}, {shape['batch']} x {shape['length']} tokens"
         rows = shape["programs"]
@@ -176,8 +176,7 @@ def _show_speed(peak: Mapping[str, float], shapes: Mapping[str, Any], out: Conso
             out.print(memory_table(rows))
         for note in shape["notes"]:
             console.note(f"warning: {name}: {note}")
-        shares = [r["share_of_peak"] for r in rows]
-        if max([*shares, *(r["share_of_copy"] for r in shape["generation"])]) > 1:
+        if any(r["share_of_peak"] > 1 for r in [*rows, *shape["generation"]]):
             console.note(
                 f"{name}: a share above 100 % is of work that stays in the caches, or the machine "
                 "was slower when the peak was measured"

@@ -59,6 +59,7 @@ _MIXTURE = {
     "num_local_experts": 8,
     "num_experts_per_tok": 2,
     "max_position_embeddings": 256,
+    "sliding_window": 24,
     "rms_norm_eps": 1e-05,
     "rope_theta": 10000.0,
     "initializer_range": 0.2,  # large, so that routing and attention have clear choices
@@ -117,6 +118,7 @@ def cases(methods: Sequence[str]) -> list[Case]:
         Case(MODELS[0], "wanda", "alpha"),  # singular values
         Case(MODELS[0], "wanda", "dsnot"),
         *(Case(MODELS[0], m, dtype="bfloat16") for m in ("wanda", "sparsegpt", "flap")),
+        Case(MIXTURE, "wanda", dtype="bfloat16"),  # fused attention with a window
         *(Case(MODELS[0], m, matmul="bfloat16") for m in ("wanda", "sparsegpt")),
         *(Case(MODELS[0], m, matmul="auto") for m in ("wanda", "sparsegpt")),
     )

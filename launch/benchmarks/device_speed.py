@@ -1,7 +1,8 @@
 """Time the programs of one block against the device's peaks, and measure their memory."""
 
+import contextlib
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,12 +35,12 @@ def peaks() -> dict[str, float]:
 
     Returns:
       FLOPs per second of a matrix product by type: float32 as JAX multiplies it by default,
-      float32 throughout, and bfloat16; bytes per second of a copy under "copy".
+      float32 throughout, and bfloat16; bytes per second of the memory under "memory".
     """
     found = {dtype: flops_per_second(jnp.dtype(dtype)) for dtype in TYPES}
     with matmul_type("float32"):
         found[HIGHEST] = flops_per_second(jnp.dtype("float32"))
-    return found | {"copy": bytes_per_second()}
+    return found | {"memory": bytes_per_second()}
 
 
 def memory_of(work: Work, device: jax.Device) -> dict[str, int | None]:
@@ -92,19 +93,19 @@ def time_work(work: Work, runs: int, peak: Mapping[str, float], memory: Mapping[
     }
 
 
-def time_generation(inputs: Inputs, dtype: str, runs: int, copy: float) -> Row:
+def time_generation(inputs: Inputs, dtype: str, runs: int, memory: float) -> Row:
     """Time generation by one block and the head, one text at a time.
 
     Args:
       inputs: Weights.
       dtype: Name of their type.
       runs: Timed runs, after a warm-up.
-      copy: Bytes per second of a copy.
+      memory: Bytes per second of the memory.
 
     Returns:
       `name`, `seconds` of each run for the tokens after the first and their `median`,
       `tokens_per_second`, `bytes` that one token must read at least, `bytes_per_second` and its
-      `share_of_copy`.
+      `share_of_peak`.
     """
     model = inputs.model
     once, _ = compiled(model, 1, PROMPT, NEW_TOKENS)
@@ -125,21 +126,24 @@ def time_generation(inputs: Inputs, dtype: str, runs: int, copy: float) -> Row:
         "tokens_per_second": rate,
         "bytes": read,
         "bytes_per_second": read * rate,
-        "share_of_copy": read * rate / copy,
+        "share_of_peak": read * rate / memory,
     }
 
 
-def _those_that_fit(works: Iterable[Work]) -> tuple[list[Work], list[str]]:
-    """Compile programs until one does not fit; return them, and a line about that one."""
-    fitting: list[Work] = []
+@contextlib.contextmanager
+def noting_what_does_not_fit(what: str, notes: list[str]) -> Iterator[None]:
+    """Note that some work does not fit into the device's memory, and go on without it.
+
+    Args:
+      what: The work.
+      notes: Takes the note.
+    """
     try:
-        fitting.extend(works)
+        yield
     except jax.errors.JaxRuntimeError as e:
         if "RESOURCE_EXHAUSTED" not in str(e):
             raise
-        last = fitting[-1].name if fitting else "the start"
-        return fitting, [f"what comes after {last} does not fit into the device's memory"]
-    return fitting, []
+        notes.append(f"{what} does not fit into the device's memory")
 
 
 def time_shape(shape: Shape, runs: int, peak: Mapping[str, float], progress: Progress) -> Row:
@@ -161,19 +165,22 @@ def time_shape(shape: Shape, runs: int, peak: Mapping[str, float], progress: Pro
     notes: list[str] = []
     for dtype in TYPES:
         inputs = Inputs(shape, dtype)
-        works, missing = _those_that_fit(of_types(dtype, inputs))
-        if dtype == "float32":
-            more, failed = _those_that_fit(solvers(inputs))
-            works, missing = works + more, missing + failed
-        notes += missing
+        works: list[Work] = []
+        with noting_what_does_not_fit(f"a program of {dtype}, with those after it,", notes):
+            works.extend(of_types(dtype, inputs))
+            if dtype == "float32":
+                works.extend(solvers(inputs))
+        memory = {}
         # The smallest first, so that each that takes more than all before shows as a new peak.
-        by_memory = sorted(works, key=lambda work: work.memory or 0)
-        memory = {work.name: memory_of(work, device) for work in by_memory}
-        advance = progress(f"timing {dtype}", len(works) + 1)
-        for work in works:
+        for work in sorted(works, key=lambda work: work.memory or 0):
+            with noting_what_does_not_fit(work.name, notes):
+                memory[work.name] = memory_of(work, device)
+        advance = progress(f"timing {dtype}", len(memory) + 1)
+        for work in (work for work in works if work.name in memory):
             programs.append(time_work(work, runs, peak, memory[work.name]))
             advance()
-        generation.append(time_generation(inputs, dtype, runs, peak["copy"]))
+        with noting_what_does_not_fit("generation", notes):
+            generation.append(time_generation(inputs, dtype, runs, peak["memory"]))
         advance()
     config = {"batch": shape.batch, "length": shape.length}
     return {**config, "programs": programs, "generation": generation, "notes": notes}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,16 +149,21 @@ def test_memory_is_measured_where_a_program_sets_a_new_peak(
 
 
 def test_a_program_that_does_not_fit_leaves_the_others() -> None:
-    fits = Work("first", "float32", lambda: None, 1.0)
+    found: list[int] = []
+    notes: list[str] = []
 
-    def works() -> Any:
-        yield fits
+    def works() -> Iterator[int]:
+        yield 1
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 7 GiB")
 
-    found, notes = device_speed._those_that_fit(works())
-    assert found == [fits] and notes == [
-        "what comes after first does not fit into the device's memory"
-    ]
+    with device_speed.noting_what_does_not_fit("the second", notes):
+        found.extend(works())
+    assert found == [1] and notes == ["the second does not fit into the device's memory"]
+    with (
+        pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"),
+        device_speed.noting_what_does_not_fit("", notes),
+    ):
+        raise jax.errors.JaxRuntimeError("INTERNAL")
 
 
 def test_a_result_that_differs_gives_an_exit_code(
