@@ -6,6 +6,7 @@
     python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --sparsity=0.2
     python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
     python -m launch.bench --what=all --model=DIR --calibration=tokens.npy --runs=1
+    python -m launch.bench --what=device --device_methods=wanda,sparsegpt --device_shapes=tiny
 
 --what selects the measurement:
   calibration  statistics of every block, against PyTorch's forward pass
@@ -20,6 +21,8 @@
   speed        prompt processing and generation of a dense model and of pruned ones
   all          every method and the perplexity: first in a process, with the programs of another
                process, and again, against plain PyTorch and the machine's arithmetic
+  device       on the device that JAX finds: every method's results against the CPU's, and the
+               programs of one block of random weights against the device's peaks; needs no model
 
 The programs run in turn, so that a machine whose speed drifts slows all of them: quote the ratio.
 Pruning runs have processes of their own, compilation included, with their peak memory. All
@@ -38,7 +41,7 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.mixtures import SELF
-from launch.benchmarks import every, speed, torch_admm, torch_solvers
+from launch.benchmarks import device, every, speed, torch_admm, torch_solvers
 from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
@@ -50,6 +53,8 @@ from launch.report import summary
 from launch.run.measure import model_origin, protocol, read_calibration, tokenizer_of, write_report
 from models.checkpoint.reader import Checkpoint, in_memory
 from models.errors import InputError
+
+SOLVERS = ("sparsegpt", "admm", "sparsellm", "neuroal", "sleb")
 
 
 def options() -> Flags:
@@ -74,7 +79,7 @@ def options() -> Flags:
     f.choice(
         "what",
         "calibration",
-        ("calibration", "sparsegpt", "admm", "sparsellm", "neuroal", "sleb", "speed", "all"),
+        (*SOLVERS, "calibration", "speed", "all", "device"),
         "the measurement",
     )
     f.number("sparsity", 0.5, "sparsity of the pruning runs")
@@ -84,6 +89,7 @@ def options() -> Flags:
     f.string("json", None, "file to write the results to")
     speed.flags(f)
     every.flags(f)
+    device.flags(f)
     return f
 
 
@@ -216,11 +222,14 @@ def table(title: str, results: Mapping[str, dict[str, Any]]) -> Table:
     return result
 
 
-def main(values: dict[str, Any]) -> None:
-    """Measure, print a table, and write the results to --json."""
+def main(values: dict[str, Any]) -> int:
+    """Measure, print a table, and write the results to --json; return the exit code."""
     what = values["what"]
+    if what == "device":
+        return device.run(values)
     if what == "speed":
-        return speed.run(values)
+        speed.run(values)
+        return 0
     check_sparsity(values["sparsity"])
     checkpoint = open_model(values["model"], values["dtype"], values["revision"])
     tokens = read_calibration(
@@ -249,6 +258,7 @@ def main(values: dict[str, Any]) -> None:
             "protocol": model_origin(checkpoint.directory) | protocol({}) | calibration,
         }
         write_report(values["json"], report)
+    return 0
 
 
 if __name__ == "__main__":

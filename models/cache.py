@@ -11,13 +11,8 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from models.layers import (
-    AttentionSettings,
-    Linear,
-    attention,
-    attention_weights,
-    scale_queries,
-)
+from models.attention import AttentionSettings, attention, attention_weights, scale_queries
+from models.layers import Linear
 from models.precision import product
 from models.rotary import Rope, rotate, rotate_from
 

@@ -68,6 +68,30 @@ def placement_key(x: Any) -> str:
     return str(axes)
 
 
+def read_cost(compiled: Any, work: float, seconds: float) -> Cost:
+    """Read off what a compiled program takes.
+
+    Args:
+      compiled: `jax.stages.Compiled`.
+      work: Its floating-point operations, as `flops` counts them.
+      seconds: Seconds that its compilation took.
+
+    Returns:
+      Cost without a name and calls.
+    """
+    sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
+    memory = (
+        sizes.argument_size_in_bytes
+        + sizes.output_size_in_bytes
+        + sizes.temp_size_in_bytes
+        # A donated argument and the result in its place are one buffer.
+        - sizes.alias_size_in_bytes
+    )
+    collectives = dict(Counter(COLLECTIVE.findall(compiled.as_text())))
+    moved = analysis.get("bytes accessed", 0.0)
+    return Cost("", 0, work, moved, memory, 0, collectives, seconds)
+
+
 def compile_for(
     jitted: Any, static: Sequence[int], args: Sequence[Any], shape: Callable[[Any], Any]
 ) -> Compiled:
@@ -97,24 +121,14 @@ def compile_for(
         seconds = time.perf_counter() - begin
         cost = Cost("", 0, work, seconds=seconds, failed="does not fit")
         return Compiled(cost, 0, jax.tree.map(shape, lowered.out_info))
-    seconds = time.perf_counter() - begin
-    sizes, analysis = compiled.memory_analysis(), compiled.cost_analysis() or {}
-    memory = (
-        sizes.argument_size_in_bytes
-        + sizes.output_size_in_bytes
-        + sizes.temp_size_in_bytes
-        # A donated argument and the result in its place are one buffer.
-        - sizes.alias_size_in_bytes
-    )
-    collectives = dict(Counter(COLLECTIVE.findall(compiled.as_text())))
-    moved = analysis.get("bytes accessed", 0.0)
-    cost = Cost("", 0, work, moved, memory, 0, collectives, seconds)
+    cost = read_cost(compiled, work, time.perf_counter() - begin)
+    arguments = compiled.memory_analysis().argument_size_in_bytes
     result = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
         lowered.out_info,
         compiled.output_shardings,
     )
-    return Compiled(cost, sizes.argument_size_in_bytes, result)
+    return Compiled(cost, arguments, result)
 
 
 def _dims(v: Any) -> tuple[int, ...]:

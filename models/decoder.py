@@ -20,20 +20,11 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
+from models.attention import AttentionSettings, attention
 from models.cache import AttendFn, Cache, Start, T, attend
 from models.decoder_config import Config, StaticConfig
 from models.experts import Expert, run_experts
-from models.layers import (
-    ACTIVATIONS,
-    AttentionSettings,
-    Linear,
-    Norm,
-    attention,
-    layer_norm,
-    linear,
-    rms_norm,
-    split_heads,
-)
+from models.layers import ACTIVATIONS, Linear, Norm, layer_norm, linear, rms_norm, split_heads
 from models.precision import product
 from models.rescale import rescale_block
 from models.rotary import Rope, rotate

@@ -13,17 +13,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from models.arch import Arch, Group, Member, Slot, Taps
+from models.attention import AttentionSettings, attention
 from models.cache import AttendFn, Cache, Start, T, attend
-from models.layers import (
-    ACTIVATIONS,
-    AttentionSettings,
-    Linear,
-    Norm,
-    attention,
-    layer_norm,
-    linear,
-    split_heads,
-)
+from models.layers import ACTIVATIONS, Linear, Norm, layer_norm, linear, split_heads
 from models.precision import product
 from models.rescale import scale_output
 

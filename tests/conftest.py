@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+PLATFORMS_GIVEN = "JAX_PLATFORMS" in os.environ
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["XLA_FLAGS"] = (
@@ -31,8 +32,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
-def pytest_configure() -> None:
-    """Compile without what takes most of the time: compilation is most of what tests take."""
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile without what takes most of the time: compilation is most of what tests take.
+
+    Tests of accelerators take whatever JAX finds, the others the CPU.
+    """
+    if config.getoption("markexpr") == "accelerator" and not PLATFORMS_GIVEN:
+        del os.environ["JAX_PLATFORMS"]
+        jax.config.update("jax_platforms", None)
     if jax.__version_info__ < (0, 11):
         # These emitters take half of the compilation there; later versions have no such flag.
         os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

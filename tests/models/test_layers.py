@@ -1,23 +1,15 @@
 """Layers against float64 NumPy, rotary positions and activations also against transformers."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.layers import (
-    ACTIVATIONS,
-    AttentionSettings,
-    Linear,
-    Norm,
-    attention,
-    layer_norm,
-    linear,
-    rms_norm,
-    split_heads,
-)
+from models.attention import AttentionSettings, attention, chunked_attention, fused_attention
+from models.layers import ACTIVATIONS, Linear, Norm, layer_norm, linear, rms_norm, split_heads
 from models.rotary import Rope, rotate
 
 RNG = np.random.default_rng(0)
@@ -138,6 +130,49 @@ def test_attention_does_not_see_what_comes_after() -> None:
     changed = attention(q, k, v, AttentionSettings())
     np.testing.assert_array_equal(changed[:, :4], whole[:, :4])
     assert (np.abs(changed[:, 4:] - whole[:, 4:]) > 0.1).any((0, 2, 3)).all()
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize(("window", "kv_heads"), [(None, 4), (None, 2), (1, 2), (3, 1), (20, 2)])
+def test_fused_attention_is_asked_for_the_same(
+    window: int | None, kv_heads: int, scale: float | None
+) -> None:
+    """By the implementation that runs on a CPU; cuDNN's takes the same words."""
+    q, k, v = (jnp.asarray(normal(2, 9, heads, 8)) for heads in (4, kv_heads, kv_heads))
+    settings = AttentionSettings(window, scale)
+    want = chunked_attention(q, k, v, settings)
+    close(fused_attention(q, k, v, settings, "xla"), np.asarray(want, np.float64))
+    with pytest.raises(NotImplementedError):
+        fused_attention(q, k, v, settings._replace(cap=5.0), "xla")
+
+
+def lowered(platform: str, settings: AttentionSettings) -> str:
+    """Return the program of attention for a platform that need not be there."""
+    x = jax.ShapeDtypeStruct((2, 16, 4, 8), jnp.bfloat16)
+    traced = jax.jit(lambda q, k, v: attention(q, k, v, settings)).trace(x, x, x)
+    return traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_attention_is_fused_on_the_platforms_of_the_table_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert lowered("cuda", AttentionSettings()) == lowered("cpu", AttentionSettings())  # no cuDNN
+    asked = []
+
+    def kernel(q: jax.Array, *_: jax.Array, implementation: str, **options: Any) -> jax.Array:
+        """As cuDNN's, with an operation that nothing else has."""
+        asked.append((implementation, options["is_causal"]))
+        return jnp.tanh(q)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", kernel)
+    texts = {
+        platform: lowered(platform, AttentionSettings()) for platform in ("cpu", "cuda", "tpu")
+    }
+    fused = {platform for platform, text in texts.items() if "tanh" in text}
+    assert fused == {"cuda"} and set(asked) == {("cudnn", True)}
+    asked.clear()
+    lowered("cuda", AttentionSettings(cap=5.0))
+    assert not asked
 
 
 def test_heads_are_consecutive_columns() -> None:
