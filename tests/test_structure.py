@@ -58,6 +58,7 @@ CORE_MODULES = {
     "optax",
     "scipy.optimize",
     "models.layers",
+    "models.precision",
     "calibration.moments",
     "calibration.observers",
     "pruning.linalg",
