@@ -147,6 +147,13 @@ def _attend_heads(
 # chunks: on a CPU for their speed, and compiled for a TPU v5e "xla" holds all weights at once (4
 # GiB in place of 0.4 for 4 x 2048 tokens, 32 heads) and does twice the work.
 FUSED = {"cuda": "cudnn"}
+OLDEST_GPU = 8.0  # compute capability that cuDNN's kernel needs; JAX does not ask for it
+
+
+def _check_gpus() -> None:
+    """Raise NotImplementedError for a GPU too old for cuDNN's kernel, RuntimeError without GPUs."""
+    if any(float(d.compute_capability) < OLDEST_GPU for d in jax.local_devices(backend="cuda")):
+        raise NotImplementedError("a GPU here is too old for the kernel")
 
 
 def fused_attention(
@@ -171,6 +178,8 @@ def fused_attention(
     """
     if settings.cap is not None:
         raise NotImplementedError("no kernel caps the products of queries and keys")
+    if implementation == "cudnn":
+        _check_gpus()
     # A window counts the query's own position, and JAX's only those before it.
     window = None if settings.window is None else (settings.window - 1, 0)
     return jax.nn.dot_product_attention(

@@ -1,6 +1,7 @@
 """Layers against float64 NumPy, rotary positions and activations also against transformers."""
 
 import math
+import types
 from typing import Any
 
 import jax
@@ -156,8 +157,10 @@ def lowered(platform: str, settings: AttentionSettings) -> str:
 def test_attention_is_fused_on_the_platforms_of_the_table_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    assert lowered("cuda", AttentionSettings()) == lowered("cpu", AttentionSettings())  # no cuDNN
-    asked = []
+    assert lowered("cuda", AttentionSettings()) == lowered("cpu", AttentionSettings())  # no GPU
+    asked: list[Any] = []
+    gpus = [types.SimpleNamespace(compute_capability="9.0")]
+    monkeypatch.setattr(jax, "local_devices", lambda backend: gpus)
 
     def kernel(q: jax.Array, *_: jax.Array, implementation: str, **options: Any) -> jax.Array:
         """As cuDNN's, with an operation that nothing else has."""
@@ -172,6 +175,8 @@ def test_attention_is_fused_on_the_platforms_of_the_table_alone(
     assert fused == {"cuda"} and set(asked) == {("cudnn", True)}
     asked.clear()
     lowered("cuda", AttentionSettings(cap=5.0))
+    gpus[0].compute_capability = "7.5"
+    lowered("cuda", AttentionSettings())
     assert not asked
 
 

@@ -186,6 +186,31 @@ def test_names_are_checked(flag: str, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", [Case(LLAMA, "admm"), Case(LLAMA, "sparsegpt", dtype="bfloat16")])
+def test_a_device_that_rounds_in_another_order_passes(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its programs are compiled with the optimizations that tests leave out."""
+    pruned_on, config = device_checks.pruned_on, jax.config
+
+    def optimized(at: jax.Device, *args: Any) -> Result:
+        if at == jax.devices()[0]:
+            return pruned_on(at, *args)
+        config.update("jax_disable_most_optimizations", False)
+        try:
+            return pruned_on(at, *args)
+        finally:
+            config.update("jax_disable_most_optimizations", True)
+
+    monkeypatch.setattr(device_checks, "pruned_on", optimized)
+    check = device_checks.check_method(case, jax.devices()[1])
+    assert check.passed and check.distance.masks > device_checks.BOUNDS.masks
+    # A rounding of the embeddings changes about as much.
+    assert check.rounding is not None
+    assert 0.1 < check.distance.masks / check.rounding.masks < 10
+
+
+@pytest.mark.slow
 def test_the_whole_command_on_this_machine(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
