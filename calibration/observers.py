@@ -219,17 +219,11 @@ class Gram(NamedTuple):
     samples: jax.Array
 
 
-WIDE = 1024  # channels from which on a Gram matrix is computed in parts
-PARTS = 4
-IN_FLOAT32 = {"precision": "highest", "preferred_element_type": jnp.float32}
-
-
 def outer_products(x: jax.Array) -> jax.Array:
-    """Return the sum over tokens of x x^T [c c].
+    """Return the sum over tokens of x x^T.
 
-    Of a wide matrix only the 10 of 16 blocks on and above the diagonal are multiplied; the others
-    are their mirror images. bfloat16 is multiplied as it is, with sums in float32: its products are
-    exact in float32, and CPUs, GPUs and TPUs form them several times faster.
+    bfloat16 is multiplied as it is, with sums in float32: its products are exact in float32, and
+    CPUs, GPUs and TPUs form them several times faster.
 
     Args:
       x: Activations [b t c].
@@ -237,22 +231,11 @@ def outer_products(x: jax.Array) -> jax.Array:
     Returns:
       Sums, float32 [c c].
     """
-    c = x.shape[-1]
     x = x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
-    width = c // PARTS if c >= WIDE and c % PARTS == 0 else c
-    starts = range(0, c, width)
-    rows = [
-        # TPUs' default bfloat16 passes may make H indefinite, and it would not factor.
-        product("btc,btd->cd", x[..., i : i + width], x[..., i:], **IN_FLOAT32)
-        for i in starts
-    ]
-    if len(rows) == 1:
-        return rows[0]
-    upper = jnp.concatenate(
-        [jnp.pad(row, ((0, 0), (i, 0))) for i, row in zip(starts, rows, strict=True)]
-    )
-    # Mirrored, so that the matrix is symmetric to the last bit.
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
+    # All of it: multiplying one triangle saves less than mirroring it costs on a CPU. TPUs' default
+    # bfloat16 passes may make H indefinite, and it would not factor.
+    in_float32 = {"precision": "highest", "preferred_element_type": jnp.float32}
+    return product("btc,btd->cd", x, x, **in_float32)
 
 
 def _gram_update(state: Gram, x: jax.Array) -> Gram:

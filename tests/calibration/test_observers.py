@@ -78,7 +78,7 @@ def test_gram_is_the_sum_of_outer_products_however_batched(sizes: list[int]) -> 
 
 @pytest.mark.parametrize("channels", [1024, 1026])
 def test_a_wide_gram_is_whole(channels: int) -> None:
-    """Blocks below the diagonal are mirrored; a width that does not split is multiplied whole."""
+    """Symmetric to the last bit, as factors expect."""
     x = np.random.default_rng(0).normal(size=(2, 3, channels)).astype(np.float32)
     got = gram.update(gram.init(channels), jnp.asarray(x)).total
     flat = x.reshape(-1, channels).astype(np.float64)
