@@ -4,21 +4,20 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import pathlib
 from typing import Any
 
 import numpy as np
 
 from calibration.journal_files import write_durably
+from models.user_cache import cache_folder
 
 _DIGEST = hashlib.sha256().digest_size
 
 
 def cache_directory() -> pathlib.Path:
     """Return the directory of windows: `topiary/windows` in XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "topiary" / "windows"
+    return cache_folder("windows")
 
 
 def window_file(facts: Any) -> pathlib.Path:

@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from models.user_cache import cache_folder
+
 
 def digest(*parts: Any) -> str:
     """Return the SHA-256 of JSON-able values, as hexadecimal digits.
@@ -20,8 +22,7 @@ def digest(*parts: Any) -> str:
 
 def cache_directory() -> pathlib.Path:
     """Return the default directory of answers: `topiary/tasks` in XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "topiary" / "tasks"
+    return cache_folder("tasks")
 
 
 class AnswerCache:

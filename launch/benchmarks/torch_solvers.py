@@ -32,7 +32,7 @@ def time_neuroal_trials(task: Task, _: str) -> float:
     """
     import torch
 
-    model, layers = _torch_layers(task)
+    model, layers = torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
         first = _first_calls(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
@@ -51,13 +51,13 @@ def _neuroal_block(layer: Any, calls: Calls, sparsity: float) -> Calls:
     weights = [m.weight.clone() for m in linears]
     dense = [torch.zeros(m.in_features) for m in linears]
     sparse = [torch.zeros(m.in_features) for m in linears]
-    run_layer(layer, linears, [_add_squares(total) for total in dense], calls)
+    run_layer(layer, linears, [add_squares(total) for total in dense], calls)
     for m, w, squares in zip(linears, weights, dense, strict=True):
         order = (w.abs() * squares.sqrt()).sort(dim=1, stable=True)[1]
         counts = torch.linspace(sparsity - 0.01, sparsity + 0.01, len(w)) * w.shape[1]
         dropped = torch.arange(w.shape[1])[None, :] < counts[:, None]
         m.weight[torch.zeros_like(dropped).scatter_(1, order, dropped)] = 0
-    outputs = run_layer(layer, linears, [_add_squares(total) for total in sparse], calls)
+    outputs = run_layer(layer, linears, [add_squares(total) for total in sparse], calls)
     # The trial's score; nothing depends on it here, but it is part of the work.
     sum(
         float((a / a.sum() - b / b.sum()).norm()) / len(a)
@@ -99,7 +99,7 @@ def layer_by_layer(task: Task, prune: Callable[[Any, Calls, float], Calls]) -> f
     """
     import torch
 
-    model, layers = _torch_layers(task)
+    model, layers = torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
         calls = _first_calls(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
@@ -173,7 +173,7 @@ def time_sleb(task: Task, _: str) -> float:
     Args:
       task: The work.
     """
-    model, layers = _torch_layers(task)
+    model, layers = torch_layers(task)
     start = time.perf_counter()
     sleb_removal_order(model, list(layers), task.tokens, round(task.sparsity * len(layers)))
     return time.perf_counter() - start
@@ -198,11 +198,7 @@ def sleb_removal_order(model: Any, layers: list[Any], tokens: np.ndarray, n: int
 
     def loss(stack: list[int]) -> float:
         decoder.layers = torch.nn.ModuleList([layers[i] for i in stack])
-        total = 0.0
-        for row in windows:
-            logits = model(row[None], use_cache=False).logits[0, :-1]
-            total += float(torch.nn.functional.cross_entropy(logits, row[1:]))
-        return total
+        return sum_of_losses(model, windows)
 
     with torch.no_grad():
         for _ in range(n):
@@ -212,7 +208,23 @@ def sleb_removal_order(model: Any, layers: list[Any], tokens: np.ndarray, n: int
     return order
 
 
-def _torch_layers(task: Task) -> tuple[Any, Any]:
+def sum_of_losses(model: Any, windows: Any) -> float:
+    """Return the sum of the windows' mean cross-entropies, run one at a time.
+
+    Args:
+      model: The model in PyTorch.
+      windows: Tokens, int [samples time].
+    """
+    import torch
+
+    total = 0.0
+    for row in windows:
+        logits = model(row[None], use_cache=False).logits[0, :-1]
+        total += float(torch.nn.functional.cross_entropy(logits, row[1:]))
+    return total
+
+
+def torch_layers(task: Task) -> tuple[Any, Any]:
     """Return the task's model in PyTorch, and its layers to prune."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -267,7 +279,8 @@ def _solve(m: Any, h: Any, sparsity: float) -> None:
     m.weight.copy_(sparsegpt_sweep(m.weight.clone(), h, sparsity))
 
 
-def _add_squares(total: Any) -> Show:
+def add_squares(total: Any) -> Show:
+    """Return what adds the squares of a linear's inputs to a total [in]."""
     return lambda x: total.add_(x.norm(dim=0) ** 2)
 
 

@@ -6,7 +6,16 @@ from typing import Any
 import numpy as np
 
 from launch.benchmarks.solvers import Task
-from launch.benchmarks.torch_solvers import Calls, Show, layer_by_layer, linears_of, run_layer
+from launch.benchmarks.torch_solvers import (
+    Calls,
+    Show,
+    add_squares,
+    layer_by_layer,
+    linears_of,
+    run_layer,
+    sum_of_losses,
+    torch_layers,
+)
 
 
 def time_wanda(task: Task, _: str) -> float:
@@ -26,7 +35,7 @@ def _wanda_layer(layer: Any, calls: Calls, sparsity: float) -> Calls:
 
     linears = linears_of(layer)
     squares = [torch.zeros(m.in_features) for m in linears]
-    run_layer(layer, linears, [_add_squares(total) for total in squares], calls)
+    run_layer(layer, linears, [add_squares(total) for total in squares], calls)
     for m, total in zip(linears, squares, strict=True):
         order = (m.weight.abs() * total.sqrt()).sort(dim=1, stable=True)[1]
         m.weight.scatter_(1, order[:, : int(sparsity * order.shape[1])], 0.0)
@@ -64,16 +73,9 @@ def time_perplexity(task: Task, _: str) -> float:
       task: The work.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(task.directory, dtype=torch.float32).eval()
+    model, _ = torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
-        for row in torch.tensor(task.tokens.astype(np.int64)):
-            logits = model(row[None], use_cache=False).logits[0, :-1]
-            float(torch.nn.functional.cross_entropy(logits, row[1:]))
+        sum_of_losses(model, torch.tensor(task.tokens.astype(np.int64)))
     return time.perf_counter() - start
-
-
-def _add_squares(total: Any) -> Show:
-    return lambda x: total.add_(x.square().sum(dim=0))

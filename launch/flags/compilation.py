@@ -18,6 +18,7 @@ from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from models.errors import InputError
 from models.untrusted import user_path
+from models.user_cache import cache_folder
 
 OFF = "off"
 FLAG = "compilation_cache"
@@ -100,9 +101,8 @@ def _configure(settings: Mapping[str, Any], environment: Mapping[str, str | None
 
 def default_folder() -> pathlib.Path:
     """Return the folder of this machine's programs in the user's cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     # Programs use the processor's own instructions, and a home may serve different machines.
-    return pathlib.Path(base) / "topiary" / "programs" / _processor()
+    return cache_folder("programs") / _processor()
 
 
 def _processor() -> str:
