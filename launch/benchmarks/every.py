@@ -12,8 +12,8 @@ from rich.table import Table
 
 from eval.peak import flops_per_second
 from launch.benchmarks import torch_admm, torch_solvers, torch_statistics
-from launch.benchmarks.every_programs import count_flops, time_again, time_once
-from launch.benchmarks.solvers import Program, Run, Task, run_in_process
+from launch.benchmarks.every_programs import count_flops, time_once, time_twice
+from launch.benchmarks.solvers import Program, Run, Task, call_in_process, run_in_process
 from launch.flags.cli import Flags
 from launch.flags.compilation import compilation_cache
 from launch.report import summary
@@ -65,7 +65,7 @@ class Times(NamedTuple):
     Attributes:
       cold: First in a process, without kept programs.
       second: First in another process, with the programs of the one before.
-      warm: Again in one process.
+      warm: Again in that process; the two share its peak memory.
       others: PyTorch's and the authors', by name.
       flops: Floating-point operations of the matrix products of one run.
     """
@@ -83,19 +83,20 @@ def flags(f: Flags) -> None:
     Args:
       f: The command's flags.
     """
+    f.group("Every method (--what=all)")
     f.string(
         "rows",
         "",
-        f"rows of --what=all, comma-separated, of {', '.join(NAMES)}; empty: all",
+        f"comma-separated rows of {', '.join(NAMES)}; empty: all",
         names=NAMES,
         several=True,
     )
     f.string(
         "authors",
         "",
-        "for --what=all, a folder with an executable NAME/run for each row that the authors' own "
-        "code is there for; it gets a model directory, a .npy file of tokens and the sparsity, and "
-        "prints the seconds of its pruning last",
+        "folder with an executable NAME/run for each row that the authors' own code is there for; "
+        "it gets a model directory, a .npy file of tokens and the sparsity, and prints the seconds "
+        "of its pruning last",
         files=True,
     )
 
@@ -122,7 +123,7 @@ def chosen(names: str) -> tuple[Row, ...]:
 def time_row(
     row: Row, task: Task, runs: int, has_torch: bool, authors: pathlib.Path | None
 ) -> Times:
-    """Time a row: all its programs in turn, each in a process of its own.
+    """Time a row: all its programs in turn, in processes of their own.
 
     Args:
       row: The row.
@@ -138,8 +139,9 @@ def time_row(
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder, compilation_cache(folder):
             times.cold.append(run_in_process(time_once, task, argument))
-            times.second.append(run_in_process(time_once, task, argument))
-            times.warm.append(run_in_process(time_again, task, argument))
+            (first, again), peak = call_in_process(time_twice, task, argument)
+        times.second.append(Run(first, peak))
+        times.warm.append(Run(again, peak))
         if has_torch and row.pytorch is not None:
             times.others.setdefault("PyTorch", []).append(run_in_process(row.pytorch, task))
         program = authors / row.name.replace(" ", "_") / "run" if authors else None
@@ -254,6 +256,7 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
             f"{over:.2f}" if over else "—",
             *(f"{row['faster'][o]:.2f}x" if o in row["faster"] else "—" for o in others),
         )
-    for name, mean in result["mean"].items():
-        shown.caption = f"geometric mean, faster than {name}: {mean:.2f}x"
+    means = (f"faster than {name}: {mean:.2f}x" for name, mean in result["mean"].items())
+    if others:
+        shown.caption = f"geometric mean, {', '.join(means)}"
     return shown

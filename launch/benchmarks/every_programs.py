@@ -46,18 +46,19 @@ def time_once(task: Task, argument: str) -> float:
     return time.perf_counter() - start
 
 
-def time_again(task: Task, argument: str) -> float:
-    """Return the seconds of a row's work that was done before in its process.
+def time_twice(task: Task, argument: str) -> tuple[float, float]:
+    """Return the seconds of a row's work, first and again in one process.
 
     Args:
       task: The work.
       argument: Method and allocation, separated by a bar.
     """
     run = _work_of(task, argument)
-    run()
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    times = [time.perf_counter()]
+    for _ in range(2):
+        run()
+        times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1]
 
 
 def count_flops(task: Task, argument: str) -> float:

@@ -4,12 +4,14 @@ import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from eval.size import peak_memory
 from models.progress import Advance, no_advance
+
+T = TypeVar("T")
 
 
 class Run(NamedTuple):
@@ -101,13 +103,13 @@ def time_search(task: Task, allocation: str) -> float:
     return seconds
 
 
-def _child(program: Program, task: Task, argument: str, out: Any) -> None:
-    seconds = program(task, argument)
-    out.put(Run(seconds, peak_memory(())["host"]))
+def _child(function: Callable[[Task, str], Any], task: Task, argument: str, out: Any) -> None:
+    result = function(task, argument)
+    out.put((result, peak_memory(())["host"]))
 
 
 def run_in_process(program: Program, task: Task, argument: str = "") -> Run:
-    """Run a program in a fresh process, which shares no compilations and no memory with others.
+    """Run a program in a fresh process, as `call_in_process` does.
 
     Args:
       program: The program.
@@ -117,9 +119,25 @@ def run_in_process(program: Program, task: Task, argument: str = "") -> Run:
     Returns:
       Seconds and the peak memory of the process.
     """
+    return Run(*call_in_process(program, task, argument))
+
+
+def call_in_process(
+    function: Callable[[Task, str], T], task: Task, argument: str
+) -> tuple[T, int | None]:
+    """Call a function in a fresh process, which shares no memory with others.
+
+    Args:
+      function: The function.
+      task: Its work.
+      argument: Its second argument.
+
+    Returns:
+      Its result, and the peak memory of the process in bytes.
+    """
     context = multiprocessing.get_context("spawn")
     out = context.SimpleQueue()
-    process = context.Process(target=_child, args=(program, task, argument, out))
+    process = context.Process(target=_child, args=(function, task, argument, out))
     process.start()
     try:
         process.join()
