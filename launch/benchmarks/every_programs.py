@@ -2,8 +2,26 @@
 
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from launch.benchmarks.solvers import Task
+
+if TYPE_CHECKING:  # imported where a process uses them
+    from pruning.types import Method, Request
+
+
+def _parsed(task: Task, argument: str) -> tuple["Method | None", "Request"]:
+    """Return the method that an argument names, None for the perplexity, and the request."""
+    from launch.flags import calls
+    from pruning.methods import ALLOCATIONS, METHODS
+    from pruning.types import Request
+
+    method, _, allocation = argument.partition("|")
+    spread = None
+    if allocation != "uniform":
+        spread = calls.build("allocation", allocation, ALLOCATIONS)
+    built = calls.build("method", method, METHODS) if method else None
+    return built, Request(task.sparsity, allocation=spread)
 
 
 def _work_of(task: Task, argument: str) -> Callable[[], object]:
@@ -12,24 +30,17 @@ def _work_of(task: Task, argument: str) -> Callable[[], object]:
 
     from calibration.runtime import Runtime
     from eval.perplexity import perplexity
-    from launch.flags import calls
     from models.checkpoint.reader import in_memory, open_checkpoint
-    from pruning.methods import ALLOCATIONS, METHODS
-    from pruning.types import Request, prune
+    from pruning.types import prune
 
-    method, _, allocation = argument.partition("|")
+    method, request = _parsed(task, argument)
     model = in_memory(open_checkpoint(task.directory).model)
     model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
-    if not method:
+    if method is None:
         return lambda: perplexity(model, task.tokens, batch=task.batch).value
-    spread = None
-    if allocation != "uniform":
-        spread = calls.build("allocation", allocation, ALLOCATIONS)
-    built = calls.build("method", method, METHODS)
-    request, runtime = Request(task.sparsity, allocation=spread), Runtime(task.batch)
-
+    runtime = Runtime(task.batch)
     return lambda: jax.block_until_ready(
-        prune(model, built, task.tokens, request, runtime)[0].blocks
+        prune(model, method, task.tokens, request, runtime)[0].blocks
     )
 
 
@@ -73,7 +84,6 @@ def count_flops(task: Task, argument: str) -> float:
     import jax
 
     from calibration.runtime import Runtime
-    from launch.flags import calls
     from models.arch import Model, logits
     from models.checkpoint.blocks import ShapeBlocks
     from models.checkpoint.reader import abstract, read_config
@@ -81,23 +91,18 @@ def count_flops(task: Task, argument: str) -> float:
     from models.families import hf
     from models.programs import ShapeRecorder, record_programs
     from models.sharding import make_mesh
-    from pruning.methods import ALLOCATIONS, METHODS
-    from pruning.types import Request, prune
+    from pruning.types import prune
 
-    method, _, allocation = argument.partition("|")
+    method, request = _parsed(task, argument)
     arch, non_block, specs = hf.specs(read_config(task.directory))
     specs = specs[: task.blocks or None]
     shapes = abstract(arch, non_block, specs, jax.numpy.float32)
-    if not method:
+    if method is None:
         tokens = jax.ShapeDtypeStruct(task.tokens.shape, jax.numpy.int32)
         forward = jax.jit(lambda ends, blocks, x: logits(Model(arch, ends, blocks), x))
         return flops(forward.trace(shapes.non_block, shapes.blocks, tokens).jaxpr.jaxpr)
-    spread = None
-    if allocation != "uniform":
-        spread = calls.build("allocation", allocation, ALLOCATIONS)
     model = Model(arch, shapes.non_block, ShapeBlocks(specs, jax.numpy.float32))
     recorder = ShapeRecorder(make_mesh("", 1, jax.local_devices()[:1]))
     with record_programs(recorder):
-        request, runtime = Request(task.sparsity, allocation=spread), Runtime(task.batch)
-        prune(model, calls.build("method", method, METHODS), task.tokens, request, runtime)
+        prune(model, method, task.tokens, request, Runtime(task.batch))
     return recorder.flops
