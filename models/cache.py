@@ -5,6 +5,7 @@ are static: a cache has room for c positions from the start and does not record 
 Head counts come from a block's arrays, so blocks may differ in them.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -124,22 +125,16 @@ def _attend_cached(
     rows = scale_queries(q, settings).transpose(0, 2, 1, 3).reshape(b * kv, -1, h)
     old = Cache(*(x.reshape(b * kv, c, h) for x in cache))
     new = Cache(*(x.transpose(0, 2, 1, 3).reshape(b * kv, t, h) for x in (k, v)))
-    i, j = jnp.arange(t)[:, None], jnp.arange(c)[None, :] - start
-    # Static shapes: positions that are not filled yet are masked rather than cut off.
-    visible = jnp.concatenate(
-        [jnp.broadcast_to(j < 0, (t, c)), jnp.arange(t)[None, :] <= i], axis=1
-    )
-    if window is not None:
-        visible &= jnp.concatenate([j, jnp.arange(t)[None, :]], axis=1) > i - window
-    products = [
-        product("zih,zjh->zij", rows, keys, preferred_element_type=jnp.float32)
-        for keys in (old.k, new.k)
-    ]
+    # Positions from the first new one on. Static shapes: those that are not filled yet are masked
+    # rather than cut off, as if they came after all others.
+    cached = jnp.arange(c) - start
+    j = jnp.concatenate([jnp.where(cached < 0, cached, t), jnp.arange(t)])[None, :]
+    i = jnp.arange(t)[:, None]
+    visible = (j <= i) if window is None else (j <= i) & (j > i - window)
+    multiply = functools.partial(product, preferred_element_type=jnp.float32)
+    products = [multiply("zih,zjh->zij", rows, keys) for keys in (old.k, new.k)]
     joined = jnp.concatenate(products, axis=2).reshape(b * kv, -1, t, c + t)
     weights = attention_weights(joined, visible, settings).astype(v.dtype)
-    weights = weights.reshape(b * kv, -1, c + t)
-    out = sum(
-        product("zij,zjh->zih", part, values, preferred_element_type=jnp.float32)
-        for part, values in zip(jnp.split(weights, [c], axis=2), (old.v, new.v), strict=True)
-    )
-    return jnp.asarray(out).astype(v.dtype).reshape(b, n, t, h).transpose(0, 2, 1, 3)
+    of_old, of_new = jnp.split(weights.reshape(b * kv, -1, c + t), [c], axis=2)
+    out = multiply("zij,zjh->zih", of_old, old.v) + multiply("zij,zjh->zih", of_new, new.v)
+    return out.astype(v.dtype).reshape(b, n, t, h).transpose(0, 2, 1, 3)
