@@ -56,6 +56,15 @@ def dtype_of(x: Any) -> Any:
     return x.dtype if hasattr(x, "dtype") else np.result_type(x)
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Return True if the host's or a device's memory did not suffice.
+
+    Args:
+      error: What was raised.
+    """
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
 def placement_key(x: Any) -> str:
     """Return a text that is equal for equal placements of an array."""
     sharding = getattr(x, "sharding", None)
@@ -116,7 +125,7 @@ def compile_for(
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as e:
         # TPUs' compiler refuses a program that does not fit. The plan says so, and goes on.
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not is_out_of_memory(e):
             raise
         seconds = time.perf_counter() - begin
         cost = Cost("", 0, work, seconds=seconds, failed="does not fit")

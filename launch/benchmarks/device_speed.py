@@ -21,6 +21,7 @@ from launch.benchmarks.device_programs import (
 from launch.benchmarks.speed_programs import compiled
 from launch.benchmarks.timing import in_turn, time_in_turn
 from models.arch import linear_of
+from models.costs import is_out_of_memory
 from models.precision import matmul_type
 from models.progress import Progress
 
@@ -141,7 +142,7 @@ def noting_what_does_not_fit(what: str, notes: list[str]) -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as e:
-        if "RESOURCE_EXHAUSTED" not in str(e):
+        if not is_out_of_memory(e):
             raise
         notes.append(f"{what} does not fit into the device's memory")
 

@@ -18,6 +18,7 @@ from launch.flags.suggest import closest, one_of
 from launch.flags.termination import Terminated, raise_on_termination
 from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
+from models.costs import is_out_of_memory
 from models.errors import InputError
 from models.precision import AUTO, check_single_precision, matmul_type
 from models.untrusted import MOST, has_surrogates
@@ -322,7 +323,7 @@ def run(
             raise
         return 128 + signal.SIGPIPE
     except Exception as e:
-        if not _is_out_of_memory(e):
+        if not is_out_of_memory(e):
             raise
         if any(argument in ("--debug", "--debug=true") for argument in argv):
             traceback.print_exc()
@@ -342,8 +343,3 @@ def _one_line(message: str) -> str:
     if len(text) > LONGEST_MESSAGE:
         text = f"{text[: LONGEST_MESSAGE // 2]} … {text[-LONGEST_MESSAGE // 2 :]}"
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return True if the host's or a device's memory did not suffice."""
-    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

@@ -57,11 +57,11 @@ def write_formats(
       RuntimeError: A format does not read back as it was written.
     """
     if output.format == "orbax":
+        from models.checkpoint import orbax as pytrees  # orbax imports slowly, and few runs use it
+
         # The type that config.json names, in which they are read back. Each process writes what
         # its devices hold.
         stored = jnp.dtype(written.loaded.config["dtype"])
-        from models.checkpoint import orbax as pytrees  # orbax imports slowly, and few runs use it
-
         pytrees.save(directory, open_checkpoint(directory, stored).model, mesh)
     formats = {}
     if output.format == "gguf":
