@@ -1,7 +1,6 @@
 """Types that matrix products are computed in."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from models.errors import InputError
+from models.jax_settings import changed, current
 
 AUTO = "auto"
-VARIABLE = "JAX_DEFAULT_MATMUL_PRECISION"  # what JAX reads when it is imported
+SETTING = "jax_default_matmul_precision"
+VARIABLE = SETTING.upper()  # of processes that are started meanwhile
 MATMULS = (AUTO, "float32", "bfloat16")
 
 
@@ -30,8 +31,8 @@ def check_single_precision() -> None:
 
 def matmul_setting() -> str | None:
     """Return JAX's type of products in this thread."""
-    config: Any = jax.config  # JAX declares no types of its settings
-    return config.jax_default_matmul_precision
+    setting: str | None = current(SETTING)
+    return setting
 
 
 @contextlib.contextmanager
@@ -42,21 +43,10 @@ def matmul_type(matmul: str) -> Iterator[None]:
       matmul: "float32", "bfloat16" (operands rounded to bfloat16, sums in float32), or "auto", as
         JAX is set: by default float32 on CPUs, faster and coarser on GPUs and TPUs.
     """
-    if matmul == AUTO:
-        yield
-        return
-    before, environment = matmul_setting(), os.environ.get(VARIABLE)
     # Not `jax.default_matmul_precision`, which other threads would not see. JAX keys its compiled
     # programs by either.
-    jax.config.update("jax_default_matmul_precision", matmul)
-    os.environ[VARIABLE] = matmul
-    try:
+    with changed({} if matmul == AUTO else {SETTING: matmul}):
         yield
-    finally:
-        jax.config.update("jax_default_matmul_precision", before)
-        os.environ.pop(VARIABLE)
-        if environment is not None:
-            os.environ[VARIABLE] = environment
 
 
 def float32_products() -> contextlib.AbstractContextManager[Any]:

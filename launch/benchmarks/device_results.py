@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from calibration.runtime import Runtime
 from eval.perplexity import perplexity
 from models.arch import Model, linear_of
+from models.jax_settings import current
 from models.sharding import to_host
 from pruning.types import Method, Outcome, Removed, Request, prune
 
@@ -51,13 +52,12 @@ def on_device(device: jax.Device) -> Iterator[None]:
     Args:
       device: The device.
     """
-    config: Any = jax.config  # JAX declares no types of its settings
-    before = config.jax_default_device
-    config.update("jax_default_device", device)
+    before = current("jax_default_device")
+    jax.config.update("jax_default_device", device)
     try:
         yield
     finally:
-        config.update("jax_default_device", before)
+        jax.config.update("jax_default_device", before)
 
 
 def _whole(w: np.ndarray, shape: tuple[int, int], removed: Removed) -> np.ndarray:

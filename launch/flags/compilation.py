@@ -10,25 +10,20 @@ import hashlib
 import os
 import pathlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
 from models.errors import InputError
+from models.jax_settings import changed, current
 from models.untrusted import user_path
 from models.user_cache import cache_folder
 
 OFF = "off"
 FLAG = "compilation_cache"
 LIMIT = 2 * 1024**3  # bytes that the folder may have when a command begins
-# Environment of processes that this one starts, in the words of JAX.
-VARIABLES = {
-    "JAX_COMPILATION_CACHE_DIR": "jax_compilation_cache_dir",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "jax_persistent_cache_min_compile_time_secs",
-    "JAX_ENABLE_COMPILATION_CACHE": "jax_enable_compilation_cache",
-}
+FOLDER = "jax_compilation_cache_dir"
 
 
 @contextlib.contextmanager
@@ -42,22 +37,22 @@ def compilation_cache(value: str | None) -> Iterator[None]:
       InputError: The folder that the user named cannot be written.
     """
     settings = _settings(value)
-    before = {name: _current(VARIABLES[name]) for name in settings}
-    environment = {name: os.environ.get(name) for name in settings}
-    _configure(settings, {name: str(value) for name, value in settings.items()})
-    try:
+    with contextlib.ExitStack() as stack:
+        if settings:
+            stack.callback(reset_cache)  # JAX reads them only once: again when they are as before
+        stack.enter_context(changed(settings))
+        if settings:
+            reset_cache()
         yield
-    finally:
-        _configure(before, environment)
 
 
 def _settings(value: str | None) -> dict[str, Any]:
-    """Return what is to change, by the name of its environment variable."""
+    """Return the settings of JAX that are to change."""
     # Without a wish the folder that the environment or a caller has chosen stays.
-    if value is None or (not value and _current("jax_compilation_cache_dir") is not None):
+    if value is None or (not value and current(FOLDER) is not None):
         return {}
     if value == OFF:
-        return {"JAX_ENABLE_COMPILATION_CACHE": False}
+        return {"jax_enable_compilation_cache": False}
     folder = user_path(value, FLAG) if value else default_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,28 +70,8 @@ def _settings(value: str | None) -> dict[str, Any]:
         return {}  # a home that cannot be written is no reason not to run
     trim(folder, LIMIT)
     # Most programs compile in less than the second that JAX asks for, and there are many.
-    seconds = "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"
-    chosen = {"JAX_COMPILATION_CACHE_DIR": str(folder), seconds: 0.0}
-    return chosen | {"JAX_ENABLE_COMPILATION_CACHE": True}
-
-
-def _current(setting: str) -> Any:
-    """Return the value of a setting of JAX."""
-    config: Any = jax.config  # JAX declares no types of its settings
-    return getattr(config, setting)
-
-
-def _configure(settings: Mapping[str, Any], environment: Mapping[str, str | None]) -> None:
-    """Change JAX's settings, and the environment of processes that are started later."""
-    for name, value in settings.items():
-        jax.config.update(VARIABLES[name], value)
-    for name, text in environment.items():
-        if text is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = text
-    if settings:
-        reset_cache()  # JAX reads them only once
+    seconds = "jax_persistent_cache_min_compile_time_secs"
+    return {FOLDER: str(folder), seconds: 0.0, "jax_enable_compilation_cache": True}
 
 
 def default_folder() -> pathlib.Path:
