@@ -104,7 +104,9 @@ def _one_by_one(
 
     Four windows of 2,048 tokens take 0.4 of the time of all heads at once, with equal results.
     """
-    return jax.lax.map(lambda head: attend(*(x[None] for x in head))[0], (q, k, v))
+    # A gradient computes the weights again, in less time than it takes to store and read them.
+    again = jax.checkpoint(lambda head: attend(*(x[None] for x in head))[0], prevent_cse=False)
+    return jax.lax.map(again, (q, k, v))
 
 
 def _attend_heads(

@@ -1,6 +1,7 @@
 """Types that matrix products are computed in."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -76,5 +77,36 @@ def product(spec: str, a: jax.Array, b: jax.Array, **options: Any) -> jax.Array:
     """
     if matmul_setting() != "bfloat16" or not a.dtype == b.dtype == jnp.float32:
         return jnp.einsum(spec, a, b, **options)
+    return _rounded_product(spec, a, b)
+
+
+# JAX's own derivative would multiply the float32 gradient by the rounded operand in float32.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Multiply float32 operands that are rounded to bfloat16, with sums in float32."""
+    return _round_and_keep(spec, a, b)[0]
+
+
+def _round_and_keep(
+    spec: str, a: jax.Array, b: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Return the product, and the rounded operands for its derivative."""
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32), (a, b)
+
+
+def _rounded_gradients(
+    spec: str, operands: tuple[jax.Array, jax.Array], gradient: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the gradients of both operands, as products of the rounded gradient."""
+    (a, b), gradient = operands, gradient.astype(jnp.bfloat16)
+    inputs, output = spec.split("->")
+    of_a, of_b = inputs.split(",")
+    in_float32: Any = {"preferred_element_type": jnp.float32}
+    return (
+        jnp.einsum(f"{output},{of_b}->{of_a}", gradient, b, **in_float32),
+        jnp.einsum(f"{output},{of_a}->{of_b}", gradient, a, **in_float32),
+    )
+
+
+_rounded_product.defvjp(_round_and_keep, _rounded_gradients)

@@ -35,6 +35,7 @@ from pruning.types import BlockSink
 
 EVALUATIONS = 8  # times that the held-out windows are looked at while a block is trained
 PATIENCE = 3  # of these without a better one end the training
+HELD_OUT, MOST_HELD_OUT = 0.25, 16  # share of the windows, and how many at most, by default
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Blocks:
       batch: Windows of an update.
       loss: "mse": squared error; "token": squared error relative to the size of each token's state;
         "cosine": angle of each token's state.
-      hold_out: Share of the windows that no update sees.
+      hold_out: Share of the windows that no update sees. None: a quarter, at most 16 windows.
       decay: Decoupled weight decay of the matrices.
 
     Raises:
@@ -69,7 +70,7 @@ class Blocks:
     lr: float = 3e-3
     batch: int = 2
     loss: Loss = "mse"
-    hold_out: float = 0.25
+    hold_out: float | None = None
     decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -77,7 +78,7 @@ class Blocks:
             "steps": (self.steps >= 1, "at least 1"),
             "lr": (self.lr > 0, "above 0"),
             "batch": (self.batch >= 1, "at least 1"),
-            "hold_out": (0 < self.hold_out < 1, "between 0 and 1"),
+            "hold_out": (self.hold_out is None or 0 < self.hold_out < 1, "between 0 and 1"),
             "decay": (self.decay >= 0, "0 or above"),
         }
         check_limits("blocks", self, limits)
@@ -85,8 +86,11 @@ class Blocks:
     def _held_out(self, windows: int) -> int:
         """Return the number of micro-batches that are held out, the last ones."""
         count = math.ceil(windows / self.batch)
+        wanted = (HELD_OUT if self.hold_out is None else self.hold_out) * count
+        if self.hold_out is None:
+            wanted = min(wanted, MOST_HELD_OUT / self.batch)
         # At least one on each side. A last, smaller micro-batch is always held out.
-        return min(max(1, round(self.hold_out * count)), count - 1)
+        return min(max(1, round(wanted)), count - 1)
 
     def check(self, dense: Model, change: ShapeChange, windows: int) -> None:
         """Raise InputError for what cannot be reconstructed, as `Recovery.check` says."""

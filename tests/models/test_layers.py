@@ -116,12 +116,19 @@ def test_attention_equals_numpy(window: int | None, kv_heads: int) -> None:
 def test_one_head_at_a_time_gives_what_all_at_once_give(
     settings: AttentionSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    q, k, v = normal(2, 150, 4, 8), normal(2, 150, 2, 8), normal(2, 150, 2, 8)
-    together = attention(q, k, v, settings)
+    inputs = normal(2, 150, 4, 8), normal(2, 150, 2, 8), normal(2, 150, 2, 8)
+    above = normal(2, 150, 4, 8)
+
+    def with_gradients(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, ...]:
+        out, back = jax.vjp(lambda *x: attention(*x, settings), q, k, v)
+        return out, *back(above)
+
+    together = jax.jit(with_gradients)(*inputs)
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    program = jax.jit(lambda *x: attention(*x, settings))
-    assert "while" in program.lower(q, k, v).compile().as_text()
-    np.testing.assert_allclose(program(q, k, v), together, atol=1e-6)
+    program = jax.jit(lambda *x: with_gradients(*x))  # a new function, so a new program
+    assert "while" in program.lower(*inputs).compile().as_text()
+    for one_by_one, expected in zip(program(*inputs), together, strict=True):
+        np.testing.assert_allclose(one_by_one, expected, atol=1e-5)
 
 
 def test_attention_does_not_see_what_comes_after() -> None:

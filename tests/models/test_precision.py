@@ -56,6 +56,20 @@ def test_other_threads_and_processes_started_here_use_the_type_until_the_end() -
     assert (matmul_setting(), os.environ.get(VARIABLE)) == before
 
 
+@pytest.mark.parametrize("spec", [LINEAR, "...i,oi->...o"])
+def test_gradients_under_bfloat16_are_products_of_rounded_operands(spec: str) -> None:
+    above = np.random.default_rng(3).normal(size=(2, 48, 32)).astype(np.float32)
+    with matmul_type("bfloat16"):
+        got = jax.vjp(lambda a, b: product(spec, a, b), jnp.asarray(A), jnp.asarray(B))[1](above)
+    want = (
+        np.einsum("bto,oi->bti", rounded(above), rounded(B)),
+        np.einsum("bto,bti->oi", rounded(above), rounded(A)),
+    )
+    for new, expected in zip(got, want, strict=True):
+        assert new.dtype == jnp.float32
+        np.testing.assert_allclose(new, expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("channels", [96, 1024])
 @pytest.mark.parametrize("stored", ["float32", "bfloat16"])
 def test_a_gram_of_bfloat16_operands_is_exact_but_for_float32_sums(
