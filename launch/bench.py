@@ -18,6 +18,8 @@
   neuroal      the search of both steps for Wanda, against the official search, and against as
                many trials one by one in PyTorch
   sleb         the search with and without its cache, against whole forward passes in PyTorch
+  blocks       recovery block by block of a model without its smallest weights, against PyTorch
+  distill      recovery by distillation of the same model, against PyTorch
   speed        prompt processing and generation of a dense model and of pruned ones
   all          every method and the perplexity: first in a process, with the programs of another
                process, and again, against plain PyTorch and the machine's arithmetic
@@ -41,8 +43,9 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.mixtures import SELF
-from launch.benchmarks import device, every, speed, torch_admm, torch_solvers
+from launch.benchmarks import device, every, speed, torch_admm, torch_recovery, torch_solvers
 from launch.benchmarks.calibration import calibration_passes, torch_forward
+from launch.benchmarks.recoveries import time_recovery
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
 from launch.benchmarks.timing import in_turn, summarise, time_in_turn
 from launch.flags.cli import Flags, run
@@ -55,6 +58,7 @@ from models.checkpoint.reader import Checkpoint, in_memory
 from models.errors import InputError
 
 SOLVERS = ("sparsegpt", "admm", "sparsellm", "neuroal", "sleb")
+RECOVERIES = {"blocks": torch_recovery.time_blocks, "distill": torch_recovery.time_distill}
 
 
 def options() -> Flags:
@@ -79,11 +83,12 @@ def options() -> Flags:
     f.choice(
         "what",
         "calibration",
-        (*SOLVERS, "calibration", "speed", "all", "device"),
+        (*SOLVERS, *RECOVERIES, "calibration", "speed", "all", "device"),
         "the measurement",
     )
     f.number("sparsity", 0.5, "sparsity of the pruning runs")
     f.integer("blocks", 0, "number of blocks that the pruning runs prune; 0: all")
+    f.integer("steps", 16, "updates of a recovery, with blocks of each block", 1)
     f.integer("runs", 5, "timed runs of each program; calibration has a warm-up before", 1)
     f.boolean("torch", True, "time PyTorch too, if torch is installed")
     f.string("json", None, "file to write the results to")
@@ -182,6 +187,10 @@ def time_solvers(
         programs["official search"] = program(time_search, official)
         if has_torch:
             programs["PyTorch, trial by trial"] = program(torch_solvers.time_neuroal_trials)
+    elif what in RECOVERIES:
+        programs[what] = program(time_recovery, f"{what}(steps={values['steps']})")
+        if has_torch:
+            programs["PyTorch"] = program(RECOVERIES[what], str(values["steps"]))
     else:
         programs["SparseGPT"] = program(time_method, "sparsegpt")
         if has_torch:

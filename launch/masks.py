@@ -10,6 +10,7 @@ error.
 
 import contextlib
 import pathlib
+import shutil
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -29,6 +30,7 @@ from models.checkpoint.masks import Zeros, lost_zeros, restore_zeros
 from models.errors import InputError
 
 LOST = 1  # exit code
+RECORD = "pruning.json"  # what `launch.prune` removed, of the dense model's linears and blocks
 
 
 def options() -> Flags:
@@ -74,6 +76,9 @@ def main(values: dict[str, Any]) -> int:
             # No marker: whatever lies at the output is kept, an earlier result too.
             stage = stack.enter_context(staged(output, marker=""))
             zeros, remarks = restore_zeros(pruned, finetuned, stage.result, shown)
+            # It lacks the same weights of the dense model, so it is described by the same record.
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copy2(pruned / RECORD, stage.result)
         else:
             zeros = lost_zeros(pruned, finetuned, shown)
         report = {name: values[name] for name in ("model", "check", "output")} | counts(zeros)

@@ -35,7 +35,7 @@ def time_neuroal_trials(task: Task, _: str) -> float:
     model, layers = torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
-        first = _first_calls(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
+        first = first_calls(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
         for _trial in range(TRIALS):
             calls = first
             for layer in layers:
@@ -102,7 +102,7 @@ def layer_by_layer(task: Task, prune: Callable[[Any, Calls, float], Calls]) -> f
     model, layers = torch_layers(task)
     start = time.perf_counter()
     with torch.no_grad():
-        calls = _first_calls(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
+        calls = first_calls(model, layers[0], torch.tensor(task.tokens.astype(np.int64)))
         for layer in layers:
             calls = prune(layer, calls, task.sparsity)
     return time.perf_counter() - start
@@ -292,7 +292,7 @@ def _hidden(out: Any) -> Any:
     return out[0] if isinstance(out, tuple) else out
 
 
-def _first_calls(model: Any, layer: Any, tokens: Any) -> Calls:
+def first_calls(model: Any, layer: Any, tokens: Any) -> Calls:
     """Return the arguments of the first layer, a window at a time."""
 
     class ReachedError(Exception):

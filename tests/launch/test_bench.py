@@ -64,6 +64,8 @@ def test_the_command_writes_its_results(
             ["SparseLLM", "two iterations", "official loop", "PyTorch, by pseudo-inverses"],
         ),
         ("sleb", True, ["SLEB", "without its cache", "PyTorch"]),
+        ("blocks", True, ["blocks", "PyTorch"]),
+        ("distill", True, ["distill", "PyTorch"]),
         ("neuroal", True, ["NeuroAL", "official search", "PyTorch, trial by trial"]),
     ],
 )

@@ -55,8 +55,10 @@ def test_the_exit_code_says_whether_zeros_are_lost(
 def test_apply_writes_a_model_that_passes_the_check(
     models: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (models / "pruned" / "pruning.json").write_text('{"format": 1}')
     assert command("--check=tuned", "--apply", "--output=out") == 0
     assert capsys.readouterr().out.endswith("\nmodel with the zeros put back: out\n")
+    assert (models / "out" / "pruning.json").read_text() == '{"format": 1}'
     assert command("--check=out") == 0
     before, after = (load_file(models / d / "model.safetensors") for d in ("pruned", "out"))
     assert (after[f"{UP}.weight"] == 0).sum() == (before[f"{UP}.weight"] == 0).sum()

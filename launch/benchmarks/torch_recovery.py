@@ -1,0 +1,172 @@
+"""Both recoveries in plain PyTorch, for `launch.bench`: the same steps on the same windows."""
+
+import copy
+import math
+import time
+from typing import Any
+
+import numpy as np
+
+from launch.benchmarks.solvers import Task
+from launch.benchmarks.torch_solvers import (
+    Calls,
+    first_calls,
+    linears_of,
+    run_layer,
+    torch_layers,
+)
+
+BATCH = 2  # windows of an update, as in ours
+BETAS = (0.9, 0.95)
+WARM_UP = 0.1
+BLOCK_RATE, MODEL_RATE = 3e-3, 1e-4
+HELD_OUT = 0.25  # share of the windows
+BLOCK_EVALUATIONS, MODEL_EVALUATIONS = 8, 10
+CLIP = 1.0
+
+
+def time_blocks(task: Task, steps: str) -> float:
+    """Return the seconds of AdamW on each layer towards the dense layer's outputs.
+
+    Source: Guo et al. 2024 (EBFT), algorithm 1.
+
+    Args:
+      task: The work.
+      steps: Updates of each layer.
+    """
+    import torch
+
+    model, layers = torch_layers(task)
+    originals = copy.deepcopy(layers)
+    for layer in layers:
+        _mask_smallest(layer, task.sparsity)
+    start = time.perf_counter()
+    with torch.no_grad():
+        tokens = torch.tensor(task.tokens.astype(np.int64))
+        dense = _batches(first_calls(model, layers[0], tokens))
+    pruned = dense
+    for layer, original in zip(layers, originals, strict=True):
+        with torch.no_grad():
+            dense = run_layer(original, [], [], dense)
+        _train_layer(layer, pruned, dense, int(steps))
+        with torch.no_grad():
+            pruned = run_layer(layer, [], [], pruned)
+    return time.perf_counter() - start
+
+
+def time_distill(task: Task, steps: str) -> float:
+    """Return the seconds of AdamW on the model towards the dense model's distributions.
+
+    Source: Hinton et al. 2015.
+
+    Args:
+      task: The work.
+      steps: Updates.
+    """
+    import torch
+
+    model, layers = torch_layers(task)
+    model.get_decoder().layers = layers
+    teacher = copy.deepcopy(model)
+    for layer in layers:
+        _mask_smallest(layer, task.sparsity)
+    windows = torch.tensor(task.tokens.astype(np.int64)).split(BATCH)
+    train = len(windows) - max(1, round(HELD_OUT * len(windows)))
+    start = time.perf_counter()
+    optimizer = _Masked(model, MODEL_RATE, int(steps))
+    every = math.ceil(int(steps) / MODEL_EVALUATIONS)
+    for k in range(int(steps)):
+        _divergence(model, teacher, windows[k % train]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        if k % every == 0:
+            with torch.no_grad():
+                for x in windows[train:]:
+                    float(_divergence(model, teacher, x))
+    return time.perf_counter() - start
+
+
+def _mask_smallest(layer: Any, sparsity: float) -> None:
+    """Set the smallest weights of every row to zero."""
+    import torch
+
+    with torch.no_grad():
+        for m in linears_of(layer):
+            order = m.weight.abs().argsort(dim=1)
+            m.weight.scatter_(1, order[:, : int(sparsity * order.shape[1])], 0.0)
+
+
+def _batches(calls: Calls) -> Calls:
+    """Join the windows of an update; what goes with them serves every window."""
+    import torch
+
+    xs, kwargs = [x for x, _ in calls], calls[0][1]
+    return [(torch.cat(xs[k : k + BATCH]), kwargs) for k in range(0, len(xs), BATCH)]
+
+
+class _Masked:
+    """AdamW whose updates leave zeros as they are.
+
+    Args:
+      module: What is trained.
+      rate: Largest learning rate.
+      steps: Number of updates.
+    """
+
+    def __init__(self, module: Any, rate: float, steps: int) -> None:
+        import torch
+
+        self._params = list(module.parameters())
+        self._masks = [x != 0 for x in self._params]
+        self._adam = torch.optim.AdamW(self._params, lr=rate, betas=BETAS, weight_decay=0.0)
+        rising = max(1, round(WARM_UP * steps))
+
+        def share(step: int) -> float:
+            falling = (steps - step) / max(1, steps - rising)
+            return min((step + 1) / rising, falling)
+
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adam, share)
+
+    def step(self) -> None:
+        """Update by the gradients that are there, and remove them."""
+        for x, mask in zip(self._params, self._masks, strict=True):
+            x.grad.mul_(mask)
+        self._adam.step()
+        self._schedule.step()
+        self._adam.zero_grad()
+
+
+def _train_layer(layer: Any, inputs: Calls, targets: Calls, steps: int) -> None:
+    """Train a layer on its inputs towards targets, in place; the best held-out step is kept."""
+    import torch
+
+    def loss(k: int) -> Any:
+        (x, kwargs), target = inputs[k], targets[k][0]
+        out = layer(x, **kwargs)
+        out = out[0] if isinstance(out, tuple) else out
+        return (out - target).square().sum() / target.square().sum()
+
+    train = len(inputs) - max(1, round(HELD_OUT * len(inputs)))
+    optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / BLOCK_EVALUATIONS)
+    best, kept = math.inf, copy.deepcopy(layer.state_dict())
+    for k in range(steps + 1):
+        if k % every == 0 or k == steps:
+            with torch.no_grad():
+                now = sum(float(loss(i)) for i in range(train, len(inputs)))
+            if now < best:
+                best, kept = now, copy.deepcopy(layer.state_dict())
+        if k < steps:
+            loss(k % train).backward()
+            optimizer.step()
+    layer.load_state_dict(kept)
+
+
+def _divergence(model: Any, teacher: Any, tokens: Any) -> Any:
+    """Return the mean divergence of a model's distributions from a teacher's."""
+    import torch
+
+    with torch.no_grad():
+        wanted = teacher(tokens, use_cache=False).logits.log_softmax(-1)
+    logs = model(tokens, use_cache=False).logits.log_softmax(-1)
+    divergence = torch.nn.functional.kl_div(logs, wanted, log_target=True, reduction="sum")
+    return divergence / tokens.numel()
