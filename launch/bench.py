@@ -23,6 +23,7 @@
   speed        prompt processing and generation of a dense model and of pruned ones
   all          every method and the perplexity: first in a process, with the programs of another
                process, and again, against plain PyTorch and the machine's arithmetic
+  shares       every method: the share of each of its programs, compilation, reading and writing
   device       on the device that JAX finds: every method's results against the CPU's, and the
                programs of one block of random weights against the device's peaks; needs no model
 
@@ -43,7 +44,15 @@ from rich.table import Table
 from rich.text import Text
 
 from calibration.mixtures import SELF
-from launch.benchmarks import device, every, speed, torch_admm, torch_recovery, torch_solvers
+from launch.benchmarks import (
+    device,
+    every,
+    shares,
+    speed,
+    torch_admm,
+    torch_recovery,
+    torch_solvers,
+)
 from launch.benchmarks.calibration import calibration_passes, torch_forward
 from launch.benchmarks.recoveries import time_recovery
 from launch.benchmarks.solvers import Program, Run, Task, run_in_process, time_method, time_search
@@ -83,7 +92,7 @@ def options() -> Flags:
     f.choice(
         "what",
         "calibration",
-        (*SOLVERS, *RECOVERIES, "calibration", "speed", "all", "device"),
+        (*SOLVERS, *RECOVERIES, "calibration", "speed", "all", "shares", "device"),
         "the measurement",
     )
     f.number("sparsity", 0.5, "sparsity of the pruning runs")
@@ -254,6 +263,11 @@ def main(values: dict[str, Any]) -> int:
         task = _task(values, checkpoint, tokens.ids)
         results = every.measure(task, values, _has_torch(values), _is_gated(checkpoint))
         Console().print(every.table(str(values["model"]), results))
+    elif what == "shares":
+        results = shares.measure(
+            every.chosen(values["rows"]), _task(values, checkpoint, tokens.ids)
+        )
+        Console().print(shares.table(str(values["model"]), results))
     else:
         time_programs = time_calibration if what == "calibration" else time_solvers
         results = summarise(time_programs(values, checkpoint, tokens.ids), tokens.ids.size)

@@ -42,6 +42,17 @@ class Row(NamedTuple):
     allocation: str = "uniform"
     gated: bool = False
 
+    @property
+    def argument(self) -> str:
+        """Return method and allocation, as programs in other processes get them."""
+        return f"{self.method}|{self.allocation}"
+
+    def task(self, task: Task) -> Task:
+        """Return a task with the sparsity of this row, and at most its windows."""
+        windows = task.tokens[: self.windows]
+        batch = min(task.batch, len(windows))
+        return task._replace(sparsity=self.sparsity, tokens=windows, batch=batch)
+
 
 STATISTICS = torch_statistics.time_dense_statistics
 ROWS = (
@@ -83,7 +94,7 @@ def flags(f: Flags) -> None:
     Args:
       f: The command's flags.
     """
-    f.group("Every method (--what=all)")
+    f.group("Every method (--what=all, --what=shares)")
     f.string(
         "rows",
         "",
@@ -132,9 +143,7 @@ def time_row(
       has_torch: Whether to time PyTorch.
       authors: Folder of the authors' code; None without it.
     """
-    windows = task.tokens[: row.windows]
-    task = task._replace(sparsity=row.sparsity, tokens=windows, batch=min(task.batch, len(windows)))
-    argument = f"{row.method}|{row.allocation}"
+    task, argument = row.task(task), row.argument
     times = Times([], [], [], {}, count_flops(task, argument))
     for _ in range(runs):
         with tempfile.TemporaryDirectory() as folder, compilation_cache(folder):

@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # imported where a process uses them
     from pruning.types import Method, Request
 
 
-def _parsed(task: Task, argument: str) -> tuple["Method | None", "Request"]:
+def parsed(task: Task, argument: str) -> tuple["Method | None", "Request"]:
     """Return the method that an argument names, None for the perplexity, and the request."""
     from launch.flags import calls
     from pruning.methods import ALLOCATIONS, METHODS
@@ -33,7 +33,7 @@ def _work_of(task: Task, argument: str) -> Callable[[], object]:
     from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.types import prune
 
-    method, request = _parsed(task, argument)
+    method, request = parsed(task, argument)
     model = in_memory(open_checkpoint(task.directory).model)
     model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
     if method is None:
@@ -93,7 +93,7 @@ def count_flops(task: Task, argument: str) -> float:
     from models.sharding import make_mesh
     from pruning.types import prune
 
-    method, request = _parsed(task, argument)
+    method, request = parsed(task, argument)
     arch, non_block, specs = hf.specs(read_config(task.directory))
     specs = specs[: task.blocks or None]
     shapes = abstract(arch, non_block, specs, jax.numpy.float32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from launch import bench
-from launch.benchmarks import every
+from launch.benchmarks import every, shares
 from launch.benchmarks.every_programs import count_flops
 from launch.benchmarks.solvers import Task
 from launch.flags.cli import run
@@ -82,6 +82,24 @@ def test_the_command_times_rows_and_the_authors_code(
     # A process that finds the programs of another compiles nothing.
     assert wanda["second"]["seconds"][0] < wanda["cold"]["seconds"][0]
     assert "geometric mean, faster than authors" in text
+
+
+def test_shares_add_up_to_the_whole_and_name_the_programs(task: Task) -> None:
+    for row in every.chosen("flap,sparsegpt"):
+        parts = shares.time_parts(row.task(task), row.argument)
+        assert sum(parts["programs"].values()) + parts["host"] == pytest.approx(parts["total"])
+        assert {"statistics", "embedding"} < set(parts["programs"])
+        assert all(parts[key] > 0 for key in ("host", "read", "write", "compile"))
+
+
+@pytest.mark.slow
+def test_the_command_shows_the_shares_of_methods(
+    task: Task, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [f"--model={task.directory}", f"--calibration={tmp_path / 't.npy'}", "--what=shares"]
+    assert run(bench.options(), bench.main, [*argv, "--rows=wanda,perplexity"]) == 0
+    text = capsys.readouterr().out
+    assert "statistics" in text and "%" in text and "perplexity" not in text
 
 
 @pytest.mark.slow
