@@ -192,6 +192,7 @@ def visit_blocks(
     blocks = prefetch(model.blocks, range(len(records), depth), mesh)
     for i in range(len(records), depth):
         last = i == depth - 1
+        xs.settle()  # so that the device is the visitor's alone
         new, record, propagated = visit(i, next(blocks), xs, last)
         # As a file would give it back, so that a run that goes on sees no other values.
         records.append(to_serialisable(record))

@@ -120,6 +120,9 @@ def fetch(kept: Kept) -> Any:
 class States(Sequence[jax.Array]):
     """Hidden states of all micro-batches, each [b t d]; an indexed one is on the devices.
 
+    States that go to another memory are copied there while the next ones are computed, so the last
+    ones that were set may still be on the devices.
+
     Args:
       xs: States in order; each is moved as it comes.
       offload: Memory to keep them in.
@@ -135,17 +138,34 @@ class States(Sequence[jax.Array]):
         self._offload, self._mesh = offload, mesh
         self._directory = scratch(self) if offload == "disk" else pathlib.Path()
         self._kept: list[Kept] = []
+        self._moving: int | None = None  # index of those that are still on the devices
         for x in xs:
             self.append(x)
 
     def append(self, x: jax.Array | np.ndarray) -> None:
         """Add the states of one more micro-batch [b t d]."""
-        self._kept.append(self._moved(len(self._kept), x))
+        self._kept.append(x)
+        self._move(len(self._kept) - 1)
 
-    def _moved(self, j: int, x: jax.Array | np.ndarray) -> Kept:
-        # Split first, so that each device holds its own windows only.
-        placed = split(x, self._mesh, "sample") if self._offload == "device" else x
-        return keep(placed, self._offload, self._directory / f"{j}.npy")
+    def _move(self, j: int) -> None:
+        """Begin to move states to their memory, and finish with those before them."""
+        x = self._kept[j]
+        if self._offload == "device":
+            # Split first, so that each device holds its own windows only.
+            self._kept[j] = keep(split(x, self._mesh, "sample"), "device", self._directory)
+            return
+        if isinstance(x, jax.Array):
+            x.copy_to_host_async()
+        self.settle()
+        self._moving = j
+
+    def settle(self) -> None:
+        """Finish moving the states that were set last."""
+        if self._moving is not None:
+            j, self._moving = self._moving, None
+            x = self._kept[j]
+            assert not isinstance(x, OnDisk)
+            self._kept[j] = keep(x, self._offload, self._directory / f"{j}.npy")
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -162,14 +182,19 @@ class States(Sequence[jax.Array]):
         return split(fetch(self._kept[j]), self._mesh, "sample")
 
     def __setitem__(self, j: int, x: jax.Array) -> None:
-        self._kept[j] = self._moved(j, x)
+        if self._moving == j:
+            self._moving = None  # what was there before need not be moved
+        self._kept[j] = x
+        self._move(j)
 
     def copy(self) -> "States":
         """Return the same states as an object of their own."""
+        self.settle()
         return States((fetch(x) for x in self._kept), self._offload, self._mesh)
 
     def stored(self) -> list[Any]:
         """Return all states where they lie, files mapped into memory, for saving."""
+        self.settle()
         return [
             np.load(x.path, mmap_mode="r").view(x.dtype) if isinstance(x, OnDisk) else x
             for x in self._kept

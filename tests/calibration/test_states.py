@@ -11,7 +11,15 @@ import pytest
 from calibration.journal import Journal
 from calibration.passes import BlockResult, visit_blocks
 from calibration.runtime import Runtime
-from calibration.states import OFFLOADS, Offload, OnDisk, States, available_memory, choose_offload
+from calibration.states import (
+    OFFLOADS,
+    Offload,
+    OnDisk,
+    States,
+    available_memory,
+    choose_offload,
+    keep,
+)
 from models.arch import Block, apply_block
 from models.sharding import make_mesh, split
 from reference.small import model, tokens
@@ -55,8 +63,32 @@ def test_what_was_kept_comes_back_on_the_devices(offload: Offload, dtype: str, m
             assert isinstance(saved, jax.Array) == (offload == "device")
 
 
+@pytest.mark.parametrize("offload", ["host", "disk"])
+def test_states_are_copied_while_the_next_are_computed(
+    offload: Offload, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A walk must not wait for a micro-batch before it hands the next one to the devices."""
+    x, waited = batches()[0], []
+
+    def noted(value: Any, *where: Any) -> Any:
+        waited.append(float(value[0, 0, 0]))
+        return keep(value, *where)
+
+    states = States([x, x, x], offload)
+    states.settle()
+    monkeypatch.setattr("calibration.states.keep", noted)
+    for j in range(3):
+        states[j] = x.at[0, 0, 0].set(j)
+        assert waited == list(range(j))  # all before this one
+        assert isinstance(states[j], jax.Array) and float(states[j][0, 0, 0]) == j
+    states[2] = x.at[0, 0, 0].set(7)  # in place of states that were not moved yet
+    states.settle()
+    assert waited == [0, 1, 7] and [float(y[0, 0, 0]) for y in states] == waited
+
+
 def test_files_go_with_the_states() -> None:
     states = States(batches(), "disk")
+    states.settle()
     (kept, _) = states._kept
     assert isinstance(kept, OnDisk) and kept.path.is_file()
     del states
