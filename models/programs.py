@@ -102,6 +102,9 @@ class Recorder:
       mesh: Devices to plan for. None: programs run as usual and only their calls are counted.
       memory: Bytes of one device and of the host that the planned run has, by "device" and "host";
         empty: those of this machine.
+
+    Attributes:
+      values_read: Number of planned arrays whose values host code has asked for.
     """
 
     def __init__(self, mesh: Mesh | None = None, memory: Mapping[str, int] | None = None) -> None:
@@ -110,7 +113,7 @@ class Recorder:
         self.alive: dict[Place, int] = dict.fromkeys(PLACES, 0)
         # The most of them at once; on the device with the memory of the program at work.
         self.peak: dict[Place, int] = dict.fromkeys(PLACES, 0)
-        self._asked = 0
+        self.values_read = 0
         self._devices = set(mesh.devices.flat) if mesh else set()
         self._replicated = NamedSharding(mesh, PartitionSpec()) if mesh else None
         self._costs: dict[Any, Cost] = {}
@@ -152,9 +155,9 @@ class Recorder:
 
     def falling(self) -> float:
         """Return a factor just below the one of the call before."""
-        self._asked += 1
+        self.values_read += 1
         # A step of 1e-6 survives float32 (1e-7) and stays far below the range 1 to 2.
-        return 1 / (1 + 1e-6 * self._asked)
+        return 1 / (1 + 1e-6 * self.values_read)
 
     def add(self, place: Place, size: int) -> None:
         """Count bytes that a planned array takes, or gives back."""

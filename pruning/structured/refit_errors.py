@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
 from calibration.digests import digest
@@ -12,7 +13,7 @@ from calibration.passes import BlockResult, observe, visit_blocks
 from calibration.runtime import Runtime
 from calibration.states import States
 from models.arch import Arch, Block, Model, linear_of
-from models.programs import Program
+from models.programs import Program, program
 from models.sharding import to_host, tree_to_host
 from pruning.structured.channel_scores import (
     ChannelScore,
@@ -26,7 +27,12 @@ from pruning.structured.remove import GROUPS, cost, watch_readers
 from pruning.structured.unit_scores import block_units
 
 _added_errors = Program(added_errors, "errors of refits")
-_stream_inverse = Program(stream_inverse, "stream measured")
+
+
+@program("stream measured")
+def _add_stream_inverse(x: jax.Array, total: jax.Array) -> jax.Array:
+    """Add what `stream_inverse` says of a micro-batch [b t d]."""
+    return total + stream_inverse(x)
 
 
 def compares_errors(arch: Arch) -> bool:
@@ -64,7 +70,10 @@ def score_with_errors(
         stats = observe(arch, watch, i, block, xs, onward=True)
         count = tokens.size
         # Errors add up in the stream behind the block, whose norms divide by its size.
-        inverse = sum(float(to_host(_stream_inverse(x))) for x in xs) / count
+        total: Any = np.zeros((), np.float32)
+        for x in xs:
+            total = _add_stream_inverse(x, total)
+        inverse = float(to_host(total)) / count
         first = {tap: s[0] for tap, s in stats.items()}
         scores = score_groups(arch, block, first, score)
         means = {tap: tree_to_host(s).mean for tap, s in first.items()}
