@@ -112,8 +112,11 @@ class Blocks:
         """Train block by block, as `Recovery.run` says."""
         # In any order: neighbours may be of one text, and a mixture has its sources in order.
         order = np.random.default_rng(inputs.seed).permutation(len(inputs.windows))
-        windows = inputs.windows[order]
-        trainer = _Trainer(self, inputs, windows, self._held_out(len(windows)), runtime, sink)
+        held_out = self._held_out(len(order))
+        # Windows that no update would use need not go through the models.
+        unused = math.ceil(len(order) / self.batch) - held_out - self.steps
+        windows = inputs.windows[order[max(0, unused) * self.batch :]]
+        trainer = _Trainer(self, inputs, windows, held_out, runtime, sink)
         records = visit_blocks(
             inputs.dense,
             np.repeat(windows, 2, axis=0),  # of the dense and of the pruned model

@@ -143,6 +143,18 @@ def test_eight_devices_learn_as_one_does(mesh: str, batch: int) -> None:
             np.testing.assert_allclose(a[part]["held_out"], b[part]["held_out"], rtol=1e-4)
 
 
+def test_windows_that_no_update_uses_do_not_go_through_the_models() -> None:
+    dense = small.model("llama")
+    inputs = inputs_of(dense, *pruned_by(dense, "wanda", 0.5))
+    one_step, recorder = Blocks(steps=1, batch=1), Recorder()
+    with record_programs(recorder):
+        recover(one_step, inputs)
+    embeddings = sum(cost.calls for cost in recorder.costs if cost.name == "embedding")
+    held_out = one_step._held_out(len(inputs.windows))
+    assert len(inputs.windows) - held_out > 1  # else all are used
+    assert embeddings == 2 * (1 + held_out)  # of the dense and of the pruned model
+
+
 def test_what_cannot_be_recovered_is_refused() -> None:
     dense = small.model("llama")
     with pytest.raises(InputError, match="use distill"):
