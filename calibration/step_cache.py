@@ -7,11 +7,14 @@ import jax
 import numpy as np
 
 
+SMALL = 1 << 20  # bytes of a value up to which it makes no room for others
+
+
 class StepCache:
     """In-process cache of step results, keyed by everything they depend on.
 
     Args:
-      limit: Most bytes of arrays to keep; the oldest values make room.
+      limit: Most bytes of arrays to keep; the oldest values that are not small make room.
 
     Attributes:
       reused: Number of values that were read from the cache.
@@ -38,7 +41,9 @@ class StepCache:
             return
         self._values[key] = value, size
         while sum(size for _, size in self._values.values()) > self._limit:
-            del self._values[next(iter(self._values))]
+            # A small one, such as the dense model's perplexity, may have taken minutes.
+            large = (key for key, (_, size) in self._values.items() if size > SMALL)
+            del self._values[next(large, next(iter(self._values)))]
 
     def get_or_compute(self, key: Hashable, compute: Callable[[], Any]) -> Any:
         """Return the value of a key; compute and keep it if the cache has none."""

@@ -13,7 +13,7 @@ import pytest
 from calibration.digests import digest
 from calibration.journal import Journal, to_serialisable
 from calibration.journal_files import read_index
-from calibration.step_cache import StepCache
+from calibration.step_cache import SMALL, StepCache
 from models.errors import InputError
 from models.sharding import make_mesh, split
 
@@ -338,6 +338,17 @@ def test_a_pass_that_another_run_finished_is_reused(tmp_path: Path) -> None:
     resumed.complete([1, 2, 3], "pass")
     assert Journal(tmp_path / "b", FINGERPRINT, Sink()).begin([]) == ([1, 2, 3], None)
     assert sorted(p.name for p in (tmp_path / "b").iterdir()) == FILES
+
+
+def test_small_values_of_the_cache_outlive_large_ones() -> None:
+    """What every trial reads must not be pushed out by the statistics of one."""
+    large = np.zeros(SMALL, np.uint8)
+    cache = StepCache(limit=3 * SMALL)
+    cache.keep("dense", {"perplexity": 30.0})
+    for k in range(4):
+        cache.keep(k, [large, large[:10]])
+    assert cache.get("dense") == {"perplexity": 30.0}
+    assert [k for k in range(4) if cache.get(k) is not None] == [2, 3]
 
 
 def test_the_cache_keeps_no_more_than_its_limit() -> None:
