@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import numpy as np
 
-
 SMALL = 1 << 20  # bytes of a value up to which it makes no room for others
 
 
