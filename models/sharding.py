@@ -268,6 +268,26 @@ def place(params: Any, mesh: Mesh | None) -> Any:
     )
 
 
+def spread_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Tell the compiler to split hidden states by their windows and by their channels.
+
+    For states of all windows that a program keeps: the channels are on every device otherwise.
+
+    Args:
+      x: Traced hidden states, [... b t d].
+      mesh: Mesh; None for one device.
+    """
+    if mesh is None or mesh.size == 1:
+        return x
+    windows, channels = (
+        _split_over((x.shape[axis],), mesh, logical)
+        for axis, logical in ((-3, "sample"), (-1, "out"))
+    )
+    before = (None,) * (x.ndim - 3)
+    spec = PartitionSpec(*before, *(windows or (None,)), None, *(channels or (None,)))
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def constrain(tree: Any, mesh: Mesh | None, logical: str) -> Any:
     """Tell the compiler how arrays within a program lie on the mesh.
 

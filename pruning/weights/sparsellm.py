@@ -178,7 +178,8 @@ class SparseLLM:
         sink: BlockSink,
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
-        arch, settings = model.arch, self._settings(model.arch, request)
+        arch = model.arch
+        settings = self._settings(arch, request)._replace(mesh=runtime.mesh)
         rule = self._pruner(settings.pattern)
         solver = BlockSolver(arch, settings, rule, self._official)
         # Budgets are tried with the solver alone, which the alternation starts from.

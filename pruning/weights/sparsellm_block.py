@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from calibration.observers import gram
 from calibration.passes import observe, overflow
@@ -14,7 +15,7 @@ from calibration.states import States
 from models.arch import Arch, Block, experts_of
 from models.errors import InputError
 from models.programs import Program, program
-from models.sharding import to_host
+from models.sharding import spread_tokens, to_host
 from pruning.types import Pruner
 from pruning.weights import sparsegpt_core
 from pruning.weights.per_linear import every_tap, figures, solve_block, watched
@@ -126,9 +127,9 @@ def _solve_official(
     )
 
 
-@program("targets", static=(0,))
+@program("targets", static=(0, 1))
 def ffn_inputs_and_targets(
-    arch: Arch, dense: Block, pruned: Block, x: jax.Array
+    arch: Arch, mesh: Mesh | None, dense: Block, pruned: Block, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Compute the feed-forward input after pruned attention, and its target.
 
@@ -138,6 +139,7 @@ def ffn_inputs_and_targets(
 
     Args:
       arch: Architecture.
+      mesh: Devices that the result is spread over; None for one.
       dense: The dense block.
       pruned: The block with pruned attention.
       x: Inputs of the block [b t d].
@@ -145,6 +147,14 @@ def ffn_inputs_and_targets(
     Returns:
       Input and target of the part, both [b t d] in x's type.
     """
+    source, target = _input_and_target(arch, dense, pruned, x)
+    return spread_tokens(source, mesh), spread_tokens(target, mesh)
+
+
+def _input_and_target(
+    arch: Arch, dense: Block, pruned: Block, x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compute the input and the target of `ffn_inputs_and_targets`."""
     names, attention = ffn_names(arch), arch.group("heads").reader.name
     taps = arch.block(pruned, x)[1]
     # A norm follows the sum there: the errors of the two parts no longer add up.
@@ -171,20 +181,20 @@ def _solve_corrected(
     return solve_corrected(ffn_of(arch, block), x, y, counts, settings)
 
 
-@program("targets stacked")
-def _stack(parts: Sequence[jax.Array]) -> jax.Array:
+@program("targets stacked", static=(0,))
+def _stack(mesh: Mesh | None, parts: Sequence[jax.Array]) -> jax.Array:
     """Return micro-batches of one size as [micro-batches b t d]."""
-    return jnp.stack(parts)
+    return spread_tokens(jnp.stack(parts), mesh)
 
 
-def _stack_by_size(parts: list[jax.Array]) -> tuple[jax.Array, ...]:
+def _stack_by_size(mesh: Mesh | None, parts: list[jax.Array]) -> tuple[jax.Array, ...]:
     """Return micro-batches as stacks [micro-batches b t d], the last alone if it is smaller.
 
     Empties the list, so that the parts do not lie in memory twice.
     """
     # A scan needs one shape. Padding a smaller last micro-batch would add to the sums.
     sizes = dict.fromkeys(len(part) for part in parts)
-    stacks = tuple(_stack([p for p in parts if len(p) == size]) for size in sizes)
+    stacks = tuple(_stack(mesh, [p for p in parts if len(p) == size]) for size in sizes)
     parts.clear()
     return stacks
 
@@ -236,11 +246,12 @@ class BlockSolver(NamedTuple):
     def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solution:
         inputs: list[jax.Array] = []
         targets: list[jax.Array] = []
+        mesh = self.settings.mesh
         for x in xs:
-            ffn_input, target = ffn_inputs_and_targets(self.arch, dense, pruned, x)
+            ffn_input, target = ffn_inputs_and_targets(self.arch, mesh, dense, pruned, x)
             inputs.append(ffn_input)
             targets.append(target)
-        stacks = _stack_by_size(inputs), _stack_by_size(targets)
+        stacks = _stack_by_size(mesh, inputs), _stack_by_size(mesh, targets)
         return _solve_corrected(self.arch, dense, *stacks, counts, self.settings)
 
     def _solve_experts(

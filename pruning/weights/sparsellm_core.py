@@ -16,6 +16,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from models.layers import ACTIVATIONS, Linear, linear
 from pruning import linalg
@@ -87,6 +88,7 @@ class Settings(NamedTuple):
       solver: Solver of linears in the corrected alternation.
       penalties: Weights of the objective's terms.
       iterations: Iterations, at least 1.
+      mesh: Devices that tokens and sums are spread over; None for one.
     """
 
     act: str
@@ -95,6 +97,7 @@ class Settings(NamedTuple):
     solver: Solver
     penalties: Penalties
     iterations: int
+    mesh: Mesh | None = None
 
 
 class Solution(NamedTuple):

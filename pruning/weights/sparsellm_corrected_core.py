@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from calibration.observers import outer_products
 from models.precision import float32_products, product
+from models.sharding import constrain
 from pruning.weights.sparsellm_core import (
     Counts,
     Ffn,
@@ -70,7 +71,10 @@ def _prune_toward_own_outputs(
 
     def grams(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = hidden_input(dense, x, c.act)
-        return outer_products(x), outer_products(h)
+        sums: tuple[jax.Array, jax.Array] = constrain(
+            (outer_products(x), outer_products(h)), c.mesh, "out"
+        )
+        return sums
 
     h1, h2 = (scale * h for h in _sum_over_batches(grams, x))
     (prepared1, damping1), (prepared2, damping2) = (c.solver.prepare(h) for h in (h1, h2))
@@ -81,12 +85,16 @@ def _prune_toward_own_outputs(
 
 
 def _w2_sums(
-    ffn: Ffn, b2: jax.Array | None, act: str, x: jax.Array, y: jax.Array
+    ffn: Ffn, b2: jax.Array | None, c: Settings, x: jax.Array, y: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums that W2 is fitted by: h h^T [f f], and (y - b2) h^T [d f]."""
-    h = hidden_input(ffn, x, act)
+    h = hidden_input(ffn, x, c.act)
     wanted = y if b2 is None else y - b2[None, None]
-    return outer_products(h), _outer_sum(wanted, h)
+    # Split, as [f f] is the largest array of all.
+    sums: tuple[jax.Array, jax.Array] = constrain(
+        (outer_products(h), _outer_sum(wanted, h)), c.mesh, "out"
+    )
+    return sums
 
 
 def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Settings) -> Solution:
@@ -129,9 +137,7 @@ def solve_corrected(dense: Ffn, x: Stacks, y: Stacks, counts: Counts, c: Setting
             matrices = [p.w for p in ffn.writers]
             ffn = ffn.with_writers(c.solver.prune(matrices, scaled, prepared1, counts.writers))
         with jax.named_scope("fit_w2"):
-            h2, wanted = _sum_over_batches(
-                functools.partial(_w2_sums, ffn, dense.w2.b, c.act), x, y
-            )
+            h2, wanted = _sum_over_batches(functools.partial(_w2_sums, ffn, dense.w2.b, c), x, y)
             # R X^T of y less the output of the dense W2, whose sums H holds already.
             with jax.default_matmul_precision("highest"):
                 residual = wanted - dense.w2.w @ h2

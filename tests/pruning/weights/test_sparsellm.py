@@ -178,7 +178,7 @@ def test_the_iteration_of_least_error_is_kept(family: str) -> None:
     }
     behind = m.blocks[0].replace(**attention)
     h = embed(m.arch, m.non_block, tokens(8))
-    x, y = sparsellm_block.ffn_inputs_and_targets(m.arch, m.blocks[0], behind, h)
+    x, y = sparsellm_block.ffn_inputs_and_targets(m.arch, None, m.blocks[0], behind, h)
     again = float(core.squared_error(part(pruned), x, y, m.arch.config.act)) / y.size
     assert again == pytest.approx(min(losses[0]), rel=1e-4)
     # The same in terms of the blocks' outputs: the pruned block's error is what its feed-forward
@@ -198,7 +198,7 @@ def test_a_large_stream_leaves_a_target_its_digits() -> None:
         dense = jax.tree.map(lambda p: p.astype(dtype), m.blocks[0])
         pruned = dense.replace(o=dense.o.replace(w=dense.o.w * 0.5))
         return sparsellm_block.ffn_inputs_and_targets(
-            m.arch, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype)
+            m.arch, None, dense, pruned, jnp.asarray(x, jnp.bfloat16).astype(dtype)
         )[1]
 
     m = model("llama-gqa", dtype="bfloat16")
