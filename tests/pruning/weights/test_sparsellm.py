@@ -11,6 +11,8 @@ import pytest
 from calibration.runtime import Runtime
 from launch.flags.calls import build
 from models.arch import Model, embed
+from models.checkpoint.blocks import ShapeBlocks
+from models.checkpoint.reader import abstract
 from models.errors import InputError
 from models.families import hf
 from models.layers import ACTIVATIONS, Linear, linear
@@ -389,3 +391,21 @@ def test_it_is_built_from_a_users_words() -> None:
     assert [len(x) for x in outcome.details["loss"]] == [ITERATIONS, 0, 0]
     with pytest.raises(InputError, match="wrong variant: give one of 'corrected', 'official'"):
         build("method", 'sparsellm(variant="best")', METHODS)
+
+
+@pytest.mark.slow
+def test_tokens_and_sums_are_spread_over_the_devices() -> None:
+    """70B's fit no chip otherwise: two Gram matrices of the neurons, and all tokens twice."""
+    config = CONFIGS["llama"] | {"hidden_size": 64, "intermediate_size": 512}
+    arch, non_block, specs = hf.specs(config | {"num_hidden_layers": 1})
+    shapes = abstract(arch, non_block, specs, jnp.float32)
+    shaped = Model(arch, shapes.non_block, ShapeBlocks(specs, jnp.float32))
+    windows, peaks = tokens(64, 32), {}
+    for spec in ("data=1", "data=2,model=4"):
+        mesh = make_mesh(spec, 4)
+        recorder = Recorder(mesh)
+        with record_programs(recorder):
+            prune(shaped, METHODS["sparsellm"](), windows, Request(0.5), Runtime(4, mesh=mesh))
+        (alternation,) = (cost for cost in recorder.costs if cost.name == "alternation")
+        peaks[spec] = alternation.memory
+    assert peaks["data=2,model=4"] < 0.6 * peaks["data=1"]
