@@ -33,6 +33,7 @@ from pruning.types import (
 )
 
 GROUPS = ("heads", "neurons")
+WIDTHS = 8  # most widths of a kind for which programs are compiled while a model is pruned
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; absent groups stay whole
 Repair = Literal["none", "bias", "refit", "refit_weights"]
 
@@ -116,6 +117,27 @@ def remove_units(arch: Arch, block: Block, keep: Keep) -> Block:
             block = mask(block, arch.group(name), stays)
             stays = np.arange(len(stays)) == 0
         block = cut(block, arch.group(name), stays)
+    return block
+
+
+def _few_widths(stays: np.ndarray) -> np.ndarray:
+    """Return units to keep, of which blocks have at most `WIDTHS` numbers: some dropped ones too.
+
+    Args:
+      stays: Units that stay, bool [units].
+    """
+    step = -(-len(stays) // WIDTHS)
+    wanted = step * max(1, -(-int(stays.sum()) // step))
+    kept = stays.copy()
+    kept[np.flatnonzero(~stays)[: wanted - int(stays.sum())]] = True
+    return kept
+
+
+def _with_zeros(arch: Arch, block: Block, keep: Keep) -> Block:
+    """Return a block that computes what the cut one does, with zeros for some dropped units."""
+    for name, stays in keep.items():
+        group = arch.group(name)
+        block = cut(mask(block, group, stays), group, _few_widths(stays))
     return block
 
 
@@ -231,18 +253,21 @@ def remove(
       means: By block: tap -> mean of its channels, for a repair by the bias that needs no
         statistics of its own.
     """
+    # The official FLAP takes the bias from the dense means too. That saves a second forward.
+    observer = REPAIR_OBSERVERS[how] if means is None else None
+    shapes = {tuple((name, int(stays.sum())) for name, stays in keep.items()) for keep in keeps}
+    # A program for every width takes longer to compile than narrower blocks save.
+    widened = observer is not None and len(shapes) > WIDTHS
 
     def visit(i: int, block: Block, stats: Mapping[str, Any]) -> tuple[Block, Any]:
         if means is not None:
             stats = {tap: Mean(mean) for tap, mean in means[i].items()}
         # Repair before the cut: statistics have an entry for every dense channel.
         block = repair_readers(model.arch, block, stats, keeps[i], how)
-        block = remove_units(model.arch, block, keeps[i])
-        sink(i, block)
-        return block, None
+        narrow = remove_units(model.arch, block, keeps[i])
+        sink(i, narrow)
+        return _with_zeros(model.arch, block, keeps[i]) if widened else narrow, None
 
-    # The official FLAP takes the bias from the dense means too. That saves a second forward.
-    observer = REPAIR_OBSERVERS[how] if means is None else None
     kinds = {model.arch.group(name).kind for keep in keeps for name in keep}
     groups = [kind for kind in GROUPS if kind in kinds]
     calibrate_readers(model, tokens, runtime, visit, observer, "pruned", "pruning", groups)

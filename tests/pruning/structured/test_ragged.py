@@ -3,14 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from calibration.runtime import Runtime
 from models.arch import Block, Model
+from models.programs import Recorder, record_programs
 from pruning.figures import KeptMap
 from pruning.methods import ALLOCATIONS, METHODS
+from pruning.structured import remove
 from pruning.types import Outcome, Request, prune
+from reference.sleb import deep
 from reference.small import RAGGED, logits, model, same, tokens, zeros
 
 # Of every method that cuts units: each way to choose them, and each repair.
@@ -174,3 +178,37 @@ def test_the_first_block_is_not_the_widest() -> None:
     for config in RAGGED.values():
         for counts in config["widths"].values():
             assert counts[0] < max(counts)
+
+
+@pytest.mark.parametrize("family", ["llama-gqa", "opt"])
+def test_widths_that_are_rounded_up_with_zeros_give_the_same_model(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The outputs that the next block sees come from few programs, whatever the widths."""
+    dense, models, programs = deep(family, 8), [], []
+    for most in (99, 2):
+        monkeypatch.setattr(remove, "WIDTHS", most)
+        flap = METHODS["flap"](structure="AL-AM", refit=True)
+        recorder = Recorder()
+        with record_programs(recorder):
+            models.append(prune(dense, flap, tokens(), Request(0.3), Runtime(batch=2))[0])
+        programs.append(sum(cost.name == "pruned block" for cost in recorder.costs))
+    exact, rounded = models
+    assert widths(exact) == widths(rounded)
+    assert programs[1] < programs[0]
+    for a, b in zip(exact.blocks, rounded.blocks, strict=True):
+        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-4 * float(np.abs(x).max()))
+
+
+def test_few_numbers_of_units_are_kept() -> None:
+    rng = np.random.default_rng(0)
+    for n in (1, 3, 9, 64, 1536):
+        numbers = set()
+        for share in rng.random(40):
+            stays = rng.random(n) < share
+            kept = remove._few_widths(stays)
+            assert kept[stays].all() and kept.sum() <= n
+            assert kept.sum() - stays.sum() <= -(-n // remove.WIDTHS)
+            numbers.add(int(kept.sum()))
+        assert len(numbers) <= remove.WIDTHS and 0 not in numbers
