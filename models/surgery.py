@@ -134,6 +134,42 @@ def _take_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
     return Norm(take_entries(p.scale, _indices(member, units), 0), p.bias)
 
 
+def _append(p: Linear, member: Member, units: np.ndarray) -> Linear:
+    count = len(_indices(member, units))
+    edges = [(0, 0), (0, 0)]
+    edges[member.axis] = (0, count)
+    w: Any = np.pad(np.asarray(p.w), edges)
+    if member.axis == 1 or p.b is None:
+        return Linear(w, p.b)
+    b: Any = np.pad(np.asarray(p.b), (0, count))
+    return Linear(w, b)
+
+
+def _append_gains(p: Norm, member: Member, units: np.ndarray) -> Norm:
+    assert p.scale is not None
+    gains, count = np.asarray(p.scale), len(_indices(member, units))
+    # The norm then divides by the mean over more channels.
+    factor = np.sqrt(len(gains) / (len(gains) + count))
+    scaled: Any = np.pad((gains.astype(np.float32) * factor).astype(gains.dtype), (0, count))
+    return Norm(scaled, p.bias)
+
+
+def widen(block: Block, group: Group, count: int) -> Block:
+    """Append units of zeros to a group of a block in host memory; it computes the same.
+
+    Args:
+      block: Parameters of the block, NumPy arrays.
+      group: Coupled group.
+      count: Number of units to append.
+
+    Returns:
+      Block with wider arrays.
+    """
+    if not count:
+        return block
+    return _change_members(block, group, _append, _append_gains, np.arange(count))
+
+
 def first_experts(block: Block, count: int) -> Block:
     """Return the block with its first experts only.
 

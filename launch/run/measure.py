@@ -26,6 +26,7 @@ from models.arch import Model
 from models.checkpoint import hub
 from models.checkpoint.hub_client import source_of
 from models.checkpoint.reader import Checkpoint
+from models.checkpoint.widths import with_few_widths
 from models.checkpoint.writer import write_json
 from models.errors import InputError
 from models.progress import Progress, no_progress
@@ -239,6 +240,8 @@ def measure_checkpoint(
     Returns:
       "perplexity" as `evaluate` returns it, and "tasks" as `evaluate_tasks` does.
     """
+    # Every text has a length of its own, and each is compiled for every shape of a block.
+    checkpoint = checkpoint._replace(model=with_few_widths(checkpoint.model))
     tasks = evaluate_tasks(zero_shot, checkpoint, batch, mesh, task_cache, progress)
     scores = evaluate(checkpoint.model, data, batch, mesh, progress, visits)
     return {"perplexity": scores, "tasks": tasks}

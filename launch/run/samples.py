@@ -15,6 +15,7 @@ from calibration.tokenizer import TextTokenizer, has_tokenizer
 from eval.agreement import equal_starts, estimate
 from launch.generate import continuation, eos_tokens, prompt_tokens
 from models.checkpoint.reader import Checkpoint
+from models.checkpoint.widths import with_few_widths
 from models.generate import generate
 from models.progress import Progress, no_progress
 
@@ -137,7 +138,7 @@ def _continue(checkpoint: Checkpoint, rows: list[list[int]], longest: int) -> np
     for prompt, row in zip(prompts, rows, strict=True):
         prompt[: len(row)] = row
     lengths = np.asarray([len(row) for row in rows])
-    return generate(checkpoint.model, prompts, NEW_TOKENS, lengths=lengths)
+    return generate(with_few_widths(checkpoint.model), prompts, NEW_TOKENS, lengths=lengths)
 
 
 def _texts(

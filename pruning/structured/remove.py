@@ -15,6 +15,7 @@ from calibration.observers import Observer, gram, pair
 from calibration.passes import calibrate_blocks
 from calibration.runtime import Runtime
 from models.arch import Arch, Block, Group, Model, linear_of, with_linears
+from models.checkpoint.widths import WIDTHS, rounded_count
 from models.errors import InputError
 from models.experts import expert_of
 from models.programs import Program
@@ -33,7 +34,6 @@ from pruning.types import (
 )
 
 GROUPS = ("heads", "neurons")
-WIDTHS = 8  # most widths of a kind for which programs are compiled while a model is pruned
 Keep = Mapping[str, np.ndarray]  # group -> bool [units], True stays; absent groups stay whole
 Repair = Literal["none", "bias", "refit", "refit_weights"]
 
@@ -121,15 +121,13 @@ def remove_units(arch: Arch, block: Block, keep: Keep) -> Block:
 
 
 def _few_widths(stays: np.ndarray) -> np.ndarray:
-    """Return units to keep, of which blocks have at most `WIDTHS` numbers: some dropped ones too.
+    """Return units to keep, of which blocks have few numbers: some dropped ones too.
 
     Args:
       stays: Units that stay, bool [units].
     """
-    step = -(-len(stays) // WIDTHS)
-    wanted = step * max(1, -(-int(stays.sum()) // step))
-    kept = stays.copy()
-    kept[np.flatnonzero(~stays)[: wanted - int(stays.sum())]] = True
+    count, kept = int(stays.sum()), stays.copy()
+    kept[np.flatnonzero(~stays)[: rounded_count(count, len(stays)) - count]] = True
     return kept
 
 

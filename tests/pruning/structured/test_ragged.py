@@ -9,6 +9,7 @@ import pytest
 
 from calibration.runtime import Runtime
 from models.arch import Block, Model
+from models.checkpoint import widths as widths_module
 from models.programs import Recorder, record_programs
 from pruning.figures import KeptMap
 from pruning.methods import ALLOCATIONS, METHODS
@@ -188,6 +189,7 @@ def test_widths_that_are_rounded_up_with_zeros_give_the_same_model(
     dense, models, programs = deep(family, 8), [], []
     for most in (99, 2):
         monkeypatch.setattr(remove, "WIDTHS", most)
+        monkeypatch.setattr(widths_module, "WIDTHS", most)
         flap = METHODS["flap"](structure="AL-AM", refit=True)
         recorder = Recorder()
         with record_programs(recorder):
@@ -199,16 +201,3 @@ def test_widths_that_are_rounded_up_with_zeros_give_the_same_model(
     for a, b in zip(exact.blocks, rounded.blocks, strict=True):
         for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
             np.testing.assert_allclose(x, y, atol=2e-4 * float(np.abs(x).max()))
-
-
-def test_few_numbers_of_units_are_kept() -> None:
-    rng = np.random.default_rng(0)
-    for n in (1, 3, 9, 64, 1536):
-        numbers = set()
-        for share in rng.random(40):
-            stays = rng.random(n) < share
-            kept = remove._few_widths(stays)
-            assert kept[stays].all() and kept.sum() <= n
-            assert kept.sum() - stays.sum() <= -(-n // remove.WIDTHS)
-            numbers.add(int(kept.sum()))
-        assert len(numbers) <= remove.WIDTHS and 0 not in numbers
