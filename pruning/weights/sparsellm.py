@@ -1,10 +1,12 @@
 """SparseLLM over a model: attention by SparseGPT or ADMM, each feed-forward part jointly."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Literal
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 
 from calibration.passes import BlockResult, visit_blocks
 from calibration.runtime import Runtime
@@ -12,6 +14,7 @@ from calibration.states import States
 from models.arch import Arch, Block, Model
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from models.sharding import constrain
 from pruning.budget import mean_fractions
 from pruning.types import (
     SAME_SHAPES,
@@ -35,7 +38,7 @@ from pruning.weights.per_linear import (
     pattern_of,
 )
 from pruning.weights.sparsellm_block import BlockSolver
-from pruning.weights.sparsellm_core import Penalties, Settings
+from pruning.weights.sparsellm_core import Penalties, Settings, as_is
 from pruning.weights.sparsellm_figures import loss_figures
 from pruning.weights.sparsellm_solvers_core import by_admm, by_sparsegpt
 
@@ -47,6 +50,13 @@ OFFICIAL_GATED, OFFICIAL_PLAIN = Penalties(5.0, 5.0, 5.0), Penalties(0.1, 0.1, 0
 CORRECTED = Penalties(0.01, 10.0, 1.0)
 # SparseGPT's 0.01 fits the calibration text more than the model (docs/methods/sparsellm.md).
 RIDGE = 1.0
+
+
+# Cached: a function made anew would be another program.
+@functools.cache
+def _split_over(mesh: Mesh | None) -> Callable[[Any], Any]:
+    """Return what spreads the rows of matrices over a mesh."""
+    return as_is if mesh is None else functools.partial(constrain, mesh=mesh, logical="out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,9 +189,9 @@ class SparseLLM:
     ) -> Outcome:
         """Prune the model, as `Method.run` says."""
         arch = model.arch
-        settings = self._settings(arch, request)._replace(mesh=runtime.mesh)
+        settings = self._settings(arch, request)._replace(split=_split_over(runtime.mesh))
         rule = self._pruner(settings.pattern)
-        solver = BlockSolver(arch, settings, rule, self._official)
+        solver = BlockSolver(arch, settings, rule, self._official, runtime.mesh)
         # Budgets are tried with the solver alone, which the alternation starts from.
         layerwise = Layerwise(rule, settings.pattern)
         allocation = allocate(model, tokens, request, runtime, layerwise)

@@ -221,12 +221,14 @@ class BlockSolver(NamedTuple):
       settings: Settings of the alternation.
       pruner: Layer-wise rule for attention and for experts.
       official: Whether the alternation is the authors' own.
+      mesh: Devices that tokens are spread over; None for one.
     """
 
     arch: Arch
     settings: Settings
     pruner: Pruner
     official: bool
+    mesh: Mesh | None
 
     def _official(
         self, i: int, dense: Block, xs: States, stats: Mapping[str, Any], counts: Counts
@@ -246,12 +248,11 @@ class BlockSolver(NamedTuple):
     def _corrected(self, dense: Block, pruned: Block, xs: States, counts: Counts) -> Solution:
         inputs: list[jax.Array] = []
         targets: list[jax.Array] = []
-        mesh = self.settings.mesh
         for x in xs:
-            ffn_input, target = ffn_inputs_and_targets(self.arch, mesh, dense, pruned, x)
+            ffn_input, target = ffn_inputs_and_targets(self.arch, self.mesh, dense, pruned, x)
             inputs.append(ffn_input)
             targets.append(target)
-        stacks = _stack_by_size(mesh, inputs), _stack_by_size(mesh, targets)
+        stacks = _stack_by_size(self.mesh, inputs), _stack_by_size(self.mesh, targets)
         return _solve_corrected(self.arch, dense, *stacks, counts, self.settings)
 
     def _solve_experts(

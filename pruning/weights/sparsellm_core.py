@@ -10,13 +10,12 @@ fc2). Without a gate the second term is gamma |p - act(z)|^2, and there is no s.
 input and the output of the dense part.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from models.layers import ACTIVATIONS, Linear, linear
 from pruning import linalg
@@ -78,6 +77,11 @@ class Penalties(NamedTuple):
     gamma: float
 
 
+def as_is(matrices: Any) -> Any:
+    """Return matrices as they are, where there is one device."""
+    return matrices
+
+
 class Settings(NamedTuple):
     """Settings of an alternation; hashable, a static argument.
 
@@ -88,7 +92,7 @@ class Settings(NamedTuple):
       solver: Solver of linears in the corrected alternation.
       penalties: Weights of the objective's terms.
       iterations: Iterations, at least 1.
-      mesh: Devices that tokens and sums are spread over; None for one.
+      split: Spreads the rows of matrices over the devices, of which there may be one.
     """
 
     act: str
@@ -97,7 +101,7 @@ class Settings(NamedTuple):
     solver: Solver
     penalties: Penalties
     iterations: int
-    mesh: Mesh | None = None
+    split: Callable[[Any], Any] = as_is
 
 
 class Solution(NamedTuple):

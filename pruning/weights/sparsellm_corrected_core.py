@@ -13,7 +13,6 @@ import jax.numpy as jnp
 
 from calibration.observers import outer_products
 from models.precision import float32_products, product
-from models.sharding import constrain
 from pruning.weights.sparsellm_core import (
     Counts,
     Ffn,
@@ -71,9 +70,7 @@ def _prune_toward_own_outputs(
 
     def grams(x: jax.Array) -> tuple[jax.Array, jax.Array]:
         h = hidden_input(dense, x, c.act)
-        sums: tuple[jax.Array, jax.Array] = constrain(
-            (outer_products(x), outer_products(h)), c.mesh, "out"
-        )
+        sums: tuple[jax.Array, jax.Array] = c.split((outer_products(x), outer_products(h)))
         return sums
 
     h1, h2 = (scale * h for h in _sum_over_batches(grams, x))
@@ -91,9 +88,7 @@ def _w2_sums(
     h = hidden_input(ffn, x, c.act)
     wanted = y if b2 is None else y - b2[None, None]
     # Split, as [f f] is the largest array of all.
-    sums: tuple[jax.Array, jax.Array] = constrain(
-        (outer_products(h), _outer_sum(wanted, h)), c.mesh, "out"
-    )
+    sums: tuple[jax.Array, jax.Array] = c.split((outer_products(h), _outer_sum(wanted, h)))
     return sums
 
 
