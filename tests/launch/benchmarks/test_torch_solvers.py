@@ -55,7 +55,7 @@ def test_plain_sparsellm_gives_the_weights_of_the_official_variant(tmp_path: Pat
     theirs = torch_models.load(tmp_path / "model")
     (layer,) = theirs.get_decoder().layers
     with torch.no_grad():
-        calls = torch_solvers._first_calls(theirs, layer, torch.tensor(tokens.astype(np.int64)))
+        calls = torch_solvers.first_calls(theirs, layer, torch.tensor(tokens.astype(np.int64)))
         torch_solvers.sparsellm_layer(layer, calls, 0.5)
     block = prune(model, METHODS["sparsellm"](variant="official"), tokens, Request(0.5))[0].blocks[
         0
@@ -77,7 +77,7 @@ def test_plain_admm_gives_the_weights_of_ours(tmp_path: Path) -> None:
     theirs = torch_models.load(tmp_path / "model")
     (layer,) = theirs.get_decoder().layers
     with torch.no_grad():
-        calls = torch_solvers._first_calls(theirs, layer, torch.tensor(tokens.astype(np.int64)))
+        calls = torch_solvers.first_calls(theirs, layer, torch.tensor(tokens.astype(np.int64)))
         torch_admm.admm_layer(layer, calls, 0.5)
     block = prune(model, METHODS["admm"](), tokens, Request(0.5))[0].blocks[0]
     for name in ("q", "k", "v", "o", "up", "gate", "down"):
