@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from launch.benchmarks.solvers import Task
+from launch.benchmarks.solvers import Task, model_of
 
 if TYPE_CHECKING:  # imported where a process uses them
     from pruning.types import Method, Request
@@ -30,12 +30,10 @@ def _work_of(task: Task, argument: str) -> Callable[[], object]:
 
     from calibration.runtime import Runtime
     from eval.perplexity import perplexity
-    from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.types import prune
 
     method, request = parsed(task, argument)
-    model = in_memory(open_checkpoint(task.directory).model)
-    model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
+    model = model_of(task)
     if method is None:
         return lambda: perplexity(model, task.tokens, batch=task.batch).value
     runtime = Runtime(task.batch)

@@ -4,7 +4,7 @@ import pathlib
 import tempfile
 import time
 
-from launch.benchmarks.solvers import Task
+from launch.benchmarks.solvers import Task, model_of
 
 
 def time_recovery(task: Task, recover: str) -> float:
@@ -18,14 +18,12 @@ def time_recovery(task: Task, recover: str) -> float:
 
     from calibration.runtime import Runtime
     from launch.flags import calls
-    from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.methods import METHODS
     from pruning.recovery import RECOVERIES
     from pruning.recovery.types import RecoveryInputs
     from pruning.types import Request, prune
 
-    dense = in_memory(open_checkpoint(task.directory).model)
-    dense = dense._replace(blocks=dense.blocks[: task.blocks or None])
+    dense = model_of(task)
     request, runtime = Request(task.sparsity), Runtime(task.batch)
     pruned = prune(dense, METHODS["magnitude"](), task.tokens, request, runtime)[0]
     recovery = calls.build("recover", recover, RECOVERIES)

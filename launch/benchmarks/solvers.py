@@ -4,12 +4,15 @@ import multiprocessing
 import pathlib
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from eval.size import peak_memory
 from models.progress import Advance, no_advance
+
+if TYPE_CHECKING:  # imported where a process uses it
+    from models.arch import Model
 
 T = TypeVar("T")
 
@@ -48,6 +51,21 @@ class Task(NamedTuple):
 Program = Callable[[Task, str], float]
 
 
+def model_of(task: Task) -> "Model":
+    """Return the task's model in memory, with the blocks to prune alone.
+
+    Args:
+      task: The work.
+    """
+    import jax
+
+    from models.checkpoint.reader import in_memory, open_checkpoint
+
+    model = in_memory(open_checkpoint(task.directory).model)
+    model = model._replace(blocks=model.blocks[: task.blocks or None])
+    return jax.block_until_ready(model)
+
+
 def time_method(task: Task, method: str) -> float:
     """Return the seconds of one of our methods, compilation included.
 
@@ -59,12 +77,10 @@ def time_method(task: Task, method: str) -> float:
 
     from calibration.runtime import Runtime
     from launch.flags import calls
-    from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.methods import METHODS
     from pruning.types import Request, prune
 
-    model = in_memory(open_checkpoint(task.directory).model)
-    model = model._replace(blocks=model.blocks[: task.blocks or None])
+    model = model_of(task)
     start = time.perf_counter()
     built = calls.build("method", method, METHODS)
     request, runtime = Request(task.sparsity), Runtime(task.batch)
@@ -79,16 +95,12 @@ def time_search(task: Task, allocation: str) -> float:
       task: The work.
       allocation: A call such as `neuroal(samples=8)`.
     """
-    import jax
-
     from calibration.runtime import Runtime
     from launch.flags import calls
-    from models.checkpoint.reader import in_memory, open_checkpoint
     from pruning.methods import ALLOCATIONS, METHODS
     from pruning.types import Request, prune
 
-    model = in_memory(open_checkpoint(task.directory).model)
-    model = jax.block_until_ready(model._replace(blocks=model.blocks[: task.blocks or None]))
+    model = model_of(task)
     start, seconds = time.perf_counter(), 0.0
 
     def stage(description: str, steps: int, **_: Any) -> Advance:

@@ -11,6 +11,7 @@ from launch.benchmarks.solvers import Task
 from launch.benchmarks.torch_solvers import (
     Calls,
     first_calls,
+    hidden,
     linears_of,
     run_layer,
     torch_layers,
@@ -142,9 +143,7 @@ def _train_layer(layer: Any, inputs: Calls, targets: Calls, steps: int) -> None:
 
     def loss(k: int) -> Any:
         (x, kwargs), target = inputs[k], targets[k][0]
-        out = layer(x, **kwargs)
-        out = out[0] if isinstance(out, tuple) else out
-        return (out - target).square().sum() / target.square().sum()
+        return (hidden(layer(x, **kwargs)) - target).square().sum() / target.square().sum()
 
     train = len(inputs) - max(1, round(HELD_OUT * len(inputs)))
     optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / BLOCK_EVALUATIONS)

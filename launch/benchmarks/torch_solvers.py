@@ -258,7 +258,7 @@ def run_layer(layer: Any, linears: list[Any], shows: list[Show], calls: Calls) -
         return show_input
 
     hooks = [m.register_forward_pre_hook(hook(s)) for m, s in zip(linears, shows, strict=True)]
-    outputs = [(_hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
+    outputs = [(hidden(layer(x, **kwargs)), kwargs) for x, kwargs in calls]
     for handle in hooks:
         handle.remove()
     return outputs
@@ -288,7 +288,8 @@ def _add_outer_products(h: Any, samples: int) -> Show:
     return lambda x: h.add_(x.T @ x, alpha=2 / samples)
 
 
-def _hidden(out: Any) -> Any:
+def hidden(out: Any) -> Any:
+    """Return the hidden states of a layer's output, a tuple in older versions of transformers."""
     return out[0] if isinstance(out, tuple) else out
 
 

@@ -86,9 +86,10 @@ class Blocks:
     def _held_out(self, windows: int) -> int:
         """Return the number of micro-batches that are held out, the last ones."""
         count = math.ceil(windows / self.batch)
-        wanted = (HELD_OUT if self.hold_out is None else self.hold_out) * count
         if self.hold_out is None:
-            wanted = min(wanted, MOST_HELD_OUT / self.batch)
+            wanted = min(HELD_OUT * count, MOST_HELD_OUT / self.batch)
+        else:
+            wanted = self.hold_out * count
         # At least one on each side. A last, smaller micro-batch is always held out.
         return min(max(1, round(wanted)), count - 1)
 
