@@ -1,6 +1,6 @@
 r"""Train what is left of a pruned model towards its dense model; zeros and shapes stay.
 
-python -m launch.recover --model=PRUNED --teacher=DIR --recover='blocks(steps=64)' \
+python -m launch.recover --model=PRUNED --teacher=DIR --recover='blocks(steps=48)' \
   --calibration=c4 --eval_data=wikitext2,c4 --output=OUT
 """
 

@@ -16,13 +16,13 @@ from launch.benchmarks.torch_solvers import (
     run_layer,
     torch_layers,
 )
+from pruning.recovery import blocks, distill_training
+from pruning.recovery.distill import RATES
 
 BATCH = 2  # windows of an update, as in ours
 BETAS = (0.9, 0.95)
 WARM_UP = 0.1
-BLOCK_RATE, MODEL_RATE = 3e-3, 1e-4
-HELD_OUT = 0.25  # share of the windows
-BLOCK_EVALUATIONS, MODEL_EVALUATIONS = 8, 10
+BLOCK_RATE, MODEL_RATE = blocks.Blocks.lr, RATES["full"]
 CLIP = 1.0
 
 
@@ -72,10 +72,10 @@ def time_distill(task: Task, steps: str) -> float:
     for layer in layers:
         _mask_smallest(layer, task.sparsity)
     windows = torch.tensor(task.tokens.astype(np.int64)).split(BATCH)
-    train = len(windows) - max(1, round(HELD_OUT * len(windows)))
+    train = len(windows) - max(1, round(blocks.HELD_OUT * len(windows)))
     start = time.perf_counter()
     optimizer = _Masked(model, MODEL_RATE, int(steps))
-    every = math.ceil(int(steps) / MODEL_EVALUATIONS)
+    every = math.ceil(int(steps) / distill_training.EVALUATIONS)
     for k in range(int(steps)):
         _divergence(model, teacher, windows[k % train]).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
@@ -145,8 +145,8 @@ def _train_layer(layer: Any, inputs: Calls, targets: Calls, steps: int) -> None:
         (x, kwargs), target = inputs[k], targets[k][0]
         return (hidden(layer(x, **kwargs)) - target).square().sum() / target.square().sum()
 
-    train = len(inputs) - max(1, round(HELD_OUT * len(inputs)))
-    optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / BLOCK_EVALUATIONS)
+    train = len(inputs) - max(1, round(blocks.HELD_OUT * len(inputs)))
+    optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / blocks.EVALUATIONS)
     best, kept = math.inf, copy.deepcopy(layer.state_dict())
     for k in range(steps + 1):
         if k % every == 0 or k == steps:

@@ -128,7 +128,7 @@ def recover_flag(f: Flags, default: str = "none") -> None:
         "recover",
         default,
         "trains what is left towards the dense model, zeros and shapes kept: "
-        f"{', '.join(RECOVERIES)}, such as blocks(steps=64); several joined with +",
+        f"{', '.join(RECOVERIES)}, such as blocks(steps=48); several joined with +",
         names=("none", *RECOVERIES),
     )
 

@@ -33,7 +33,7 @@ from pruning.structured.depth_streams import (
 )
 from pruning.types import BlockSink
 
-EVALUATIONS = 8  # times that the held-out windows are looked at while a block is trained
+EVALUATIONS = 6  # times that the held-out windows are looked at while a block is trained
 PATIENCE = 3  # of these without a better one end the training
 HELD_OUT, MOST_HELD_OUT = 0.25, 16  # share of the windows, and how many at most, by default
 
@@ -66,7 +66,7 @@ class Blocks:
 
     unit: Literal["block", "half"] = "block"
     inputs: Literal["pruned", "dense"] = "pruned"
-    steps: int = 64
+    steps: int = 48
     lr: float = 3e-3
     batch: int = 2
     loss: Loss = "mse"
