@@ -23,6 +23,7 @@ from launch.flags.cli import Flags, run
 from launch.flags.common import output_path
 from launch.report import console
 from launch.report.progress import progress
+from launch.run.export import RECORD
 from launch.run.measure import write_report
 from launch.run.staging import staged
 from models.checkpoint import hub
@@ -30,7 +31,6 @@ from models.checkpoint.masks import Zeros, lost_zeros, restore_zeros
 from models.errors import InputError
 
 LOST = 1  # exit code
-RECORD = "pruning.json"  # what `launch.prune` removed, of the dense model's linears and blocks
 
 
 def options() -> Flags:

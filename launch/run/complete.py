@@ -80,5 +80,5 @@ def complete(
     advance = progress("counting zeros", len(pruned.blocks), unit="blocks")
     counts = removal.count_removed(checkpoint, measure_size(pruned, advance), outcome)
     record = export.pruning_record(checkpoint, outcome, counts.removed)
-    run_on_primary(lambda: write_json(directory / "pruning.json", record))
+    run_on_primary(lambda: write_json(directory / export.RECORD, record))
     return written, counts

@@ -4,7 +4,7 @@ import itertools
 from typing import Any, NamedTuple
 
 from launch.report.files import read_report
-from launch.run.export import REPORT
+from launch.run.export import RECORD, REPORT
 from models.checkpoint.reader import Checkpoint
 from models.errors import InputError
 from models.untrusted import UserFile
@@ -34,7 +34,7 @@ def read_finished(pruned: Checkpoint, dense: Checkpoint) -> Finished:
     Raises:
       InputError: A file is missing or damaged, or the teacher is another model.
     """
-    record = UserFile(pruned.directory / "pruning.json", remedy=REMEDY).read_json()
+    record = UserFile(pruned.directory / RECORD, remedy=REMEDY).read_json()
     path = UserFile(pruned.directory / REPORT, remedy=REMEDY)
     path.check()
     try:
@@ -63,8 +63,7 @@ def _check_blocks(kept: tuple[int, ...], pruned: Checkpoint, dense: Checkpoint) 
     depth = len(dense.specs)
     if len(kept) != len(pruned.specs) or not rising or kept[0] < 0 or kept[-1] >= depth:
         raise InputError(
-            f"pruning.json names {len(kept)} blocks of {depth}, the checkpoint has "
-            f"{len(pruned.specs)}",
+            f"{RECORD} names {len(kept)} blocks of {depth}, the checkpoint has {len(pruned.specs)}",
             REMEDY,
             field="model",
             value=pruned.directory,

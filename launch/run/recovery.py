@@ -173,7 +173,7 @@ def recover_all(task: Task, pruned: Checkpoint, directory: pathlib.Path) -> Resu
     if zeros[1] > zeros[0]:
         warnings.append(f"{zeros[1] - zeros[0]} more weights became zero in {task.dtype}")
     # What was removed of the dense model is the same.
-    source = pruned.directory / "pruning.json"
+    source = pruned.directory / export.RECORD
     run_on_primary(lambda: str(shutil.copy2(source, directory)))
     form = (task.output, step.written, step.check, task.runtime.mesh)
     written = step.written._replace(other_formats=write_formats(directory, *form))

@@ -53,9 +53,13 @@ def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
         f"--calibration={tokens}",
         f"--eval_data={tokens}",
         "--calibration_batch=2",
+        "--check=topiary",
     ]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"} | {
-        "PYTHONPATH": str(ROOT)
+        "PYTHONPATH": str(ROOT),
+        # Freed arrays return to the system at once, where glibc would keep them in fragments.
+        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "MALLOC_TRIM_THRESHOLD_": str(2**20),
     }
     script = [sys.executable, str(ROOT / "tests/reference/frugal.py"), str(ROOM)]
     with subprocess.Popen(
@@ -78,15 +82,16 @@ def run(directory: pathlib.Path, blocks: int, *flags: str) -> Run:
     [
         (["--method=wanda", "--sparsity=0.5"], 24),
         (["--method=sleb(blocks=1, device_gib=0, host_gib=0)"], 12),
+        (["--method=wanda", "--sparsity=0.5", "--recover=blocks(steps=2)"], 36),
     ],
-    ids=["one walk", "a search"],
+    ids=["one walk", "a search", "recovery"],
 )
 def test_memory_does_not_grow_with_the_number_of_blocks(
     flags: list[str], many: int, tmp_path: pathlib.Path
 ) -> None:
     a, b = (run(tmp_path / str(n), n, *flags) for n in (FEW, many))
     assert b.arrays - a.arrays < BLOCK
-    assert b.process - a.process < (many - FEW) * BLOCK / 3
+    assert b.process - a.process < (many - FEW) * BLOCK / 5
 
 
 @pytest.mark.parametrize("method", ["wanda", "sparsegpt"])

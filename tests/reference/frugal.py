@@ -14,6 +14,7 @@ import jax
 from calibration import states
 from launch import prune
 from launch.flags.cli import run
+from launch.run import recovery, resume
 from launch.run.export import RoundTripCheck
 from models.arch import Block
 from models.checkpoint.blocks import LazyBlocks
@@ -31,7 +32,9 @@ def count() -> None:
 def main(room: str, *flags: str) -> int:
     """Run, and count whenever a block has been read and whenever a new one is put beside it."""
     states.available_memory = lambda: {"device": 0, "host": 8 * int(room)}
-    prune.Writer = functools.partial(Writer, shard_bytes=int(room))  # type: ignore[misc, assignment]
+    for module in (resume, recovery):
+        assert module.Writer is Writer
+        module.Writer = functools.partial(Writer, shard_bytes=int(room))  # type: ignore[misc, assignment]
     placed, put = LazyBlocks.placed, RoundTripCheck.put
 
     def noted_placed(self: LazyBlocks, *args: Any) -> Block:
