@@ -34,7 +34,8 @@ from pruning.structured.depth_streams import (
 from pruning.types import BlockSink
 
 EVALUATIONS = 6  # times that the held-out windows are looked at while a block is trained
-PATIENCE = 3  # of these without a better one end the training
+PATIENCE = 2  # of these without a better one show that the learning rate is too large
+BACK_OFF = 0.25  # what it is then multiplied with
 HELD_OUT, MOST_HELD_OUT = 0.25, 16  # share of the windows, and how many at most, by default
 
 
@@ -255,20 +256,25 @@ class _Trainer:
         best = tried[best_at]
         state = steps_of.begin(trained, block)
         order: list[int] = []
-        done = tokens = 0
-        while done < settings.steps and len(curve) - best_at <= PATIENCE:
+        done = tokens = unsuccessful = 0
+        # Nothing is left to learn before the first cut of a shallower model.
+        while done < settings.steps and curve[best_at] > 0:
             order = order or rng.permutation(train).tolist()
             x = xs[order.pop()]
             tokens += x.shape[0] // 2 * x.shape[1]
             decay = np.float32(settings.decay)
             state = steps_of.step(objective, trained, state, block, dense, x, rates[done], decay)
             done += 1
-            if done % every == 0 or done == settings.steps:
-                candidate = steps_of.stored(trained, block, state.masters)
-                curve.append(measure(candidate))
-                # A comparison with NaN is False, so a training that overflows ends.
-                if curve[-1] < curve[best_at]:
-                    best, best_at = candidate, len(curve) - 1
+            if done % every and done < settings.steps:
+                continue
+            candidate = steps_of.stored(trained, block, state.masters)
+            curve.append(measure(candidate))
+            # A comparison with NaN is False, so a training that overflows backs off.
+            if curve[-1] < curve[best_at]:
+                best, best_at, unsuccessful = candidate, len(curve) - 1, 0
+            elif (unsuccessful := unsuccessful + 1) == PATIENCE:
+                state, unsuccessful = steps_of.begin(trained, best), 0
+                rates = rates * np.float32(BACK_OFF)
         figures = {"held_out": curve, "best": best_at, "steps": done, "tokens": tokens}
         return best, figures
 
