@@ -143,7 +143,8 @@ def _train_layer(layer: Any, inputs: Calls, targets: Calls, steps: int) -> None:
 
     def loss(k: int) -> Any:
         (x, kwargs), target = inputs[k], targets[k][0]
-        return (hidden(layer(x, **kwargs)) - target).square().sum() / target.square().sum()
+        errors = (hidden(layer(x, **kwargs)) - target).square().sum(-1)
+        return (errors / target.square().sum(-1)).mean()
 
     train = len(inputs) - max(1, round(blocks.HELD_OUT * len(inputs)))
     optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / blocks.EVALUATIONS)

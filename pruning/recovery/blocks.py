@@ -44,8 +44,8 @@ class Blocks:
     """Reconstruct block by block: AdamW on what survives, towards the dense block's outputs.
 
     Zeros stay zeros and shapes stay. A share of the windows is held out: the step that is best on
-    it is kept, and a block that gets no better stays as it was. The block before removed blocks
-    answers for the dense state behind them.
+    it is kept, the learning rate falls where it was too large, and a block that gets no better
+    stays as it was. The block before removed blocks answers for the dense state behind them.
 
     Args:
       unit: "block": a whole block at once; "half": its attention first, then the rest.
@@ -54,8 +54,8 @@ class Blocks:
       steps: Updates of each block, or of each half.
       lr: Largest learning rate; it rises over the first tenth of the steps and falls to zero.
       batch: Windows of an update.
-      loss: "mse": squared error; "token": squared error relative to the size of each token's state;
-        "cosine": angle of each token's state.
+      loss: "token": squared error relative to the squares of each token's state; "mse": the same of
+        all tokens together, where few massive states decide; "cosine": angle of each token's state.
       hold_out: Share of the windows that no update sees. None: a quarter, at most 16 windows.
       decay: Decoupled weight decay of the matrices.
 
@@ -70,7 +70,7 @@ class Blocks:
     steps: int = 48
     lr: float = 3e-3
     batch: int = 2
-    loss: Loss = "mse"
+    loss: Loss = "token"
     hold_out: float | None = None
     decay: float = 0.0
 
