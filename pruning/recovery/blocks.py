@@ -36,6 +36,7 @@ from pruning.types import BlockSink
 EVALUATIONS = 6  # times that the held-out windows are looked at while a block is trained
 PATIENCE = 2  # of these without a better one show that the learning rate is too large
 BACK_OFF = 0.25  # what it is then multiplied with
+NEGLIGIBLE = 1e-6  # error that is not worth a training: before the first cut of a shallower model
 HELD_OUT, MOST_HELD_OUT = 0.25, 16  # share of the windows, and how many at most, by default
 
 
@@ -257,8 +258,7 @@ class _Trainer:
         state = steps_of.begin(trained, block)
         order: list[int] = []
         done = tokens = unsuccessful = 0
-        # Nothing is left to learn before the first cut of a shallower model.
-        while done < settings.steps and curve[best_at] > 0:
+        while done < settings.steps and curve[best_at] > NEGLIGIBLE:
             order = order or rng.permutation(train).tolist()
             x = xs[order.pop()]
             tokens += x.shape[0] // 2 * x.shape[1]
