@@ -17,13 +17,12 @@ from launch.benchmarks.torch_solvers import (
     torch_layers,
 )
 from pruning.recovery import blocks, distill_training
+from pruning.recovery.adamw_core import BETAS, WARM_UP
 from pruning.recovery.distill import RATES
+from pruning.recovery.distill_core import CLIP
 
-BATCH = 2  # windows of an update, as in ours
-BETAS = (0.9, 0.95)
-WARM_UP = 0.1
+BATCH = blocks.Blocks.batch
 BLOCK_RATE, MODEL_RATE = blocks.Blocks.lr, RATES["full"]
-CLIP = 1.0
 
 
 def time_blocks(task: Task, steps: str) -> float:

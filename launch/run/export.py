@@ -24,7 +24,7 @@ from models.sharding import local
 from pruning.types import Outcome
 
 REPORT = "pruning_report.json"
-RECORD = "pruning.json"  # what a run removed, of the dense model\'s linears and blocks
+RECORD = "pruning.json"  # what a run removed, of the dense model's linears and blocks
 PRIME = 7919  # its multiples are many different tokens
 # Largest difference of logits that rounding may cause, in float32 and in lower precision.
 TOLERANCE = 1e-3

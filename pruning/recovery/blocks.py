@@ -16,6 +16,7 @@ from models.arch import Block, Model, embed
 from models.checkpoint.blocks import prefetch
 from models.checkpoint.output_format import ShapeChange
 from models.errors import InputError
+from models.programs import planner
 from models.sharding import place, to_host
 from pruning.figures import LineSeries
 from pruning.recovery import block_steps as steps_of
@@ -272,7 +273,10 @@ class _Trainer:
             # A comparison with NaN is False, so a training that overflows backs off.
             if curve[-1] < curve[best_at]:
                 best, best_at, unsuccessful = candidate, len(curve) - 1, 0
-            elif (unsuccessful := unsuccessful + 1) == PATIENCE:
+            else:
+                unsuccessful += 1
+            if unsuccessful == PATIENCE or planner():  # a plan: the most that may happen
+                del state  # as large as three blocks in float32, and so is the next
                 state, unsuccessful = steps_of.begin(trained, best), 0
                 rates = rates * np.float32(BACK_OFF)
         figures = {"held_out": curve, "best": best_at, "steps": done, "tokens": tokens}

@@ -189,8 +189,6 @@ def test_the_plan_of_a_recovery_is_the_most_that_it_may_do() -> None:
             recovery.run(inputs, Runtime(mesh=mesh), lambda j, block: None)
         counts.append({cost.name: cost.calls for cost in recorder.costs})
     run, plan = counts
-    # Beginning again with a lower rate, which a plan does not foresee, copies one block.
-    assert run.pop("recovery begun") > plan.pop("recovery begun")
     assert run.keys() == plan.keys() and all(run[name] <= plan[name] for name in run)
     assert plan["recovery step"] == len(dense.blocks) * recovery.steps
 
