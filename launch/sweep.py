@@ -56,6 +56,7 @@ def options() -> cli.Flags:
     f = cli.Flags("launch.sweep", __doc__ or "")
     model_flags(f, writes=True)
     f.string("output", None, "directory of the sweep; the same command resumes it")
+    f.boolean("resume", True, "continue interrupted trials; without, they start over")
     output_flags(f)
     _grid_flags(f)
     f.group("Method")
@@ -202,9 +203,7 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     for seed in seeds(values["seeds"]):
         for text in methods:
             for own in _settings(text, amounts, allocations, values["refine"]):
-                settings = (
-                    values | own | {"seed": seed, "resume": True, "push_to_hub": "", "scores": ""}
-                )
+                settings = values | own | {"seed": seed, "push_to_hub": "", "scores": ""}
                 trials.append(Trial.of(output, cli.frozen(RunConfig, settings)))
     names = [trial.name for trial in trials]
     duplicates = [name for name in names if names.count(name) > 1]

@@ -71,7 +71,7 @@ def time_distill(task: Task, steps: str) -> float:
     for layer in layers:
         _mask_smallest(layer, task.sparsity)
     windows = torch.tensor(task.tokens.astype(np.int64)).split(BATCH)
-    train = len(windows) - max(1, round(blocks.HELD_OUT * len(windows)))
+    train = _count_training(len(windows))
     start = time.perf_counter()
     optimizer = _Masked(model, MODEL_RATE, int(steps))
     every = math.ceil(int(steps) / distill_training.EVALUATIONS)
@@ -84,6 +84,11 @@ def time_distill(task: Task, steps: str) -> float:
                 for x in windows[train:]:
                     float(_divergence(model, teacher, x))
     return time.perf_counter() - start
+
+
+def _count_training(batches: int) -> int:
+    """Return how many of the batches updates see; the rest is held out."""
+    return batches - max(1, round(blocks.HELD_OUT * batches))
 
 
 def _mask_smallest(layer: Any, sparsity: float) -> None:
@@ -145,7 +150,7 @@ def _train_layer(layer: Any, inputs: Calls, targets: Calls, steps: int) -> None:
         errors = (hidden(layer(x, **kwargs)) - target).square().sum(-1)
         return (errors / target.square().sum(-1)).mean()
 
-    train = len(inputs) - max(1, round(blocks.HELD_OUT * len(inputs)))
+    train = _count_training(len(inputs))
     optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / blocks.EVALUATIONS)
     best, kept = math.inf, copy.deepcopy(layer.state_dict())
     for k in range(steps + 1):

@@ -14,7 +14,7 @@ from launch import prune, sweep
 from launch.flags.cli import run
 from launch.flags.termination import Terminated
 from launch.report.files import read_report
-from launch.run import export
+from launch.run import export, resume
 from launch.run.samples import Samples
 from launch.trials import trial as trials
 from models.errors import InputError
@@ -340,6 +340,29 @@ def test_an_interrupted_sweep_keeps_finished_trials_and_resumes(
     assert (
         out / "trials" / "magnitude-0.3-seed0" / "model.safetensors"
     ).stat().st_mtime_ns == before
+
+
+def test_interrupted_trials_of_other_code_fail_until_they_start_over(
+    trial_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: Any) -> Samples:
+        raise Terminated
+
+    out = tmp_path / "out"
+    args = argv(trial_inputs, out, "--methods=magnitude,wanda", "--sparsities=0.5")
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(prune, "samples", interrupt)
+        assert call(args) == 143
+    monkeypatch.setattr(resume, "code_digests", lambda _: {"code of pruning": "other"})
+    assert call(args) == 1
+    rows = table_of(out)
+    assert [row["state"] for row in rows.values()] == ["failed", "finished"]
+    assert "--noresume" in rows["magnitude-0.5-seed0"]["error"]
+    assert call([*args, "--noresume"]) == 0
+    assert {row["state"] for row in table_of(out).values()} == {"finished"}
+    finished = out / "trials" / "wanda-0.5-seed0" / "pruning_report.json"
+    before = finished.stat().st_mtime_ns
+    assert call([*args, "--noresume"]) == 0 and finished.stat().st_mtime_ns == before
 
 
 def test_a_finished_trial_with_other_settings_is_refused(
