@@ -33,12 +33,12 @@ from launch.flags.numbers import check_sparsity, numbers, seeds
 from launch.flags.outputs import output_flags
 from launch.flags.protocols import protocol_flag
 from launch.report import console, sweep_report
-from launch.run import tracking
+from launch.run import export, tracking
 from launch.run.inputs import read_data, read_draws
 from launch.run.job import Job, RunConfig, check_method, resolve
 from launch.run.measure import tokenizer_of
 from launch.run.places import check_free
-from launch.run.staging import alone
+from launch.run.staging import alone, discard_work
 from launch.run.tasks import task_flags
 from launch.run.tracking import parse_tracker, track_flag
 from launch.targets.settle import check_target
@@ -203,7 +203,9 @@ def grid(values: dict[str, Any], output: pathlib.Path) -> list[Trial]:
     for seed in seeds(values["seeds"]):
         for text in methods:
             for own in _settings(text, amounts, allocations, values["refine"]):
-                settings = values | own | {"seed": seed, "push_to_hub": "", "scores": ""}
+                # A trial that loses its worker goes on, also in a sweep that starts over.
+                fixed = {"seed": seed, "resume": True, "push_to_hub": "", "scores": ""}
+                settings = values | own | fixed
                 trials.append(Trial.of(output, cli.frozen(RunConfig, settings)))
     names = [trial.name for trial in trials]
     duplicates = [name for name in names if names.count(name) > 1]
@@ -285,6 +287,9 @@ def sweep(values: dict[str, Any]) -> sweep_report.Board:
     with alone(output):
         board = sweep_report.Board(output, values, possible, impossible)
         waiting = [trial for trial in possible if not board.update(trial)]
+        if not values["resume"]:
+            for trial in waiting:
+                discard_work(pathlib.Path(str(trial.config.output)), export.REPORT)
         finished = len(possible) - len(waiting)
         if finished:
             console.note(f"{finished} of {len(possible)} trials are finished, {len(waiting)} to go")

@@ -53,6 +53,22 @@ def alone(output: pathlib.Path) -> Iterator[None]:
         yield
 
 
+def discard_work(output: pathlib.Path, marker: str) -> None:
+    """Remove what an interrupted run has left for an output.
+
+    Args:
+      output: The output directory.
+      marker: File that a result has.
+
+    Raises:
+      InputError: Another run is writing it.
+    """
+    place = locate(output, marker)
+    if place.path("unfinished").exists():
+        with _locked(place):
+            _clear(place, keep_work=False)
+
+
 @contextlib.contextmanager
 def _locked(place: Place) -> Iterator[None]:
     """Lock a place; InputError if another process has locked it or it cannot be written."""

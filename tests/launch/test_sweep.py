@@ -358,6 +358,9 @@ def test_interrupted_trials_of_other_code_fail_until_they_start_over(
     rows = table_of(out)
     assert [row["state"] for row in rows.values()] == ["failed", "finished"]
     assert "--noresume" in rows["magnitude-0.5-seed0"]["error"]
+    # A worker that takes a trial over from a lost one continues it, also here.
+    values = sweep.options().parse([*args, "--noresume"])
+    assert all(trial.config.resume for trial in sweep.grid(values, out))
     assert call([*args, "--noresume"]) == 0
     assert {row["state"] for row in table_of(out).values()} == {"finished"}
     finished = out / "trials" / "wanda-0.5-seed0" / "pruning_report.json"
