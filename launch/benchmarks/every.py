@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from eval.peak import flops_per_second
 from launch.benchmarks import torch_admm, torch_solvers, torch_statistics
@@ -16,7 +18,6 @@ from launch.benchmarks.every_programs import count_flops, time_once, time_twice
 from launch.benchmarks.solvers import Program, Run, Task, call_in_process, run_in_process
 from launch.flags.cli import Flags
 from launch.flags.compilation import compilation_cache
-from launch.report import summary
 from models.errors import InputError
 from models.untrusted import user_path
 
@@ -240,6 +241,11 @@ def _record(times: Times, peak: float) -> dict[str, Any]:
     }
 
 
+def _figure(value: float) -> str:
+    """Return a figure with the digits that a narrow column has room for."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.1f}" if value >= 1 else f"{value:.2g}"
+
+
 def table(title: str, result: Mapping[str, Any]) -> Table:
     """Return the measurements as a table for the terminal.
 
@@ -248,24 +254,34 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
       result: `measure`'s.
     """
     others = list(result["mean"])
-    heads = ["", *others, "cold", "second process", "warm", "memory", "floor", "warm / floor"]
-    shown = Table(*heads, *(f"faster than {name}" for name in others), title=title)
+    heads = ["", *others, "cold", "second", "warm", "GiB", "floor", "warm / floor"]
+    # Plain numbers and no lines between columns, so that it fits a narrow terminal.
+    heads += [f"faster than {name}" for name in others]
+    shown = Table(*heads, box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
+    shown.title = Text(f"{title}: seconds and peak memory")
+    for column in shown.columns[1:]:
+        column.justify = "right"
+    shown.columns[0].no_wrap = True
     for name, row in result["rows"].items():
-        seconds = {
-            part: summary.duration(statistics.median(row[part]["seconds"])) if part in row else "—"
+        seconds = [
+            _figure(statistics.median(row[part]["seconds"])) if part in row else "—"
             for part in (*others, "cold", "second", "warm")
-        }
+        ]
         over = row["over_floor"]
         memory = row["cold"]["peak_memory_bytes"]
         shown.add_row(
             name,
-            *seconds.values(),
-            summary.size(memory) if memory else "—",
-            summary.duration(row["floor"]) if row["floor"] else "—",
+            *seconds,
+            _figure(memory / 2**30) if memory else "—",
+            _figure(row["floor"]) if row["floor"] else "—",
             f"{over:.2f}" if over else "—",
             *(f"{row['faster'][o]:.2f}x" if o in row["faster"] else "—" for o in others),
         )
-    means = (f"faster than {name}: {mean:.2f}x" for name, mean in result["mean"].items())
-    if others:
-        shown.caption = f"geometric mean, {', '.join(means)}"
+    means = (f"{mean:.2f} times as fast as {name}" for name, mean in result["mean"].items())
+    notes = [
+        "cold: first in a process; second: first in another, with the compiled programs of that;",
+        "warm: again in it; floor: the products' operations at the peak that was measured.",
+        *([f"Geometric mean, warm: {', '.join(means)}."] if others else []),
+    ]
+    shown.caption, shown.caption_justify = Text(" ".join(notes)), "left"
     return shown

@@ -1,11 +1,13 @@
 """The table of every method: its arithmetic, its programs, and the authors' code."""
 
+import io
 import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from launch import bench
 from launch.benchmarks import every, shares
@@ -57,6 +59,21 @@ def test_rows_are_methods_of_the_project_and_chosen_by_name() -> None:
         every.chosen("wonda")
 
 
+def test_the_table_fits_a_terminal_of_eighty_columns() -> None:
+    part = {"seconds": [1234.5], "peak_memory_bytes": 12 << 30}
+    parts = dict.fromkeys(("cold", "second", "warm", "PyTorch", "authors"), part)
+    ratios = {"PyTorch": 12.5, "authors": 0.5}
+    row = parts | {"floor": 1000.0, "over_floor": 1.2345, "faster": ratios}
+    rows = {row_.name: row for row_ in every.ROWS} | {"tiny": row | {"floor": 0.0123}}
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(every.table("model", {"rows": rows, "mean": ratios}))
+    lines = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    assert "flap official 1234 1234 1234 1234 1234 12.0 1000 1.23 12.50x 0.50x" in lines
+    assert any(line.startswith("tiny") and " 0.012 " in line for line in lines)
+    assert not any("…" in line for line in lines)
+    assert "12.50 times as fast as PyTorch, 0.50 times as fast as authors." in " ".join(lines)
+
+
 @pytest.mark.slow
 def test_the_command_times_rows_and_the_authors_code(
     task: Task, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
@@ -81,7 +98,7 @@ def test_the_command_times_rows_and_the_authors_code(
     assert figures["rows"]["perplexity"]["faster"] == {}
     # A process that finds the programs of another compiles nothing.
     assert wanda["second"]["seconds"][0] < wanda["cold"]["seconds"][0]
-    assert "geometric mean, faster than authors" in text
+    assert "Geometric mean" in text
 
 
 def test_shares_add_up_to_the_whole_and_name_the_programs(task: Task) -> None:
