@@ -254,7 +254,7 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
       result: `measure`'s.
     """
     others = list(result["mean"])
-    heads = ["", *others, "cold", "second", "warm", "GiB", "floor", "warm / floor"]
+    heads = ["", *others, "cold", "second", "warm", "GiB", "floor", "over floor"]
     # Plain numbers and no lines between columns, so that it fits a narrow terminal.
     heads += [f"faster than {name}" for name in others]
     shown = Table(*heads, box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -280,7 +280,7 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
     means = (f"{mean:.2f} times as fast as {name}" for name, mean in result["mean"].items())
     notes = [
         "cold: first in a process; second: first in another, with the compiled programs of that;",
-        "warm: again in it; floor: the products' operations at the peak that was measured.",
+        "warm: again in it; floor: the products' operations at the measured peak; over: warm over it.",
         *([f"Geometric mean, warm: {', '.join(means)}."] if others else []),
     ]
     shown.caption, shown.caption_justify = Text(" ".join(notes)), "left"
