@@ -254,9 +254,9 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
       result: `measure`'s.
     """
     others = list(result["mean"])
-    heads = ["", *others, "cold", "second", "warm", "GiB", "floor", "over floor"]
+    heads = ["", *others, "cold", "second", "warm", "GiB", "floor", "over\nfloor"]
     # Plain numbers and no lines between columns, so that it fits a narrow terminal.
-    heads += [f"faster than {name}" for name in others]
+    heads += [f"faster\nthan\n{name}" for name in others]
     shown = Table(*heads, box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     shown.title = Text(f"{title}: seconds and peak memory")
     for column in shown.columns[1:]:
@@ -280,7 +280,8 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
     means = (f"{mean:.2f} times as fast as {name}" for name, mean in result["mean"].items())
     notes = [
         "cold: first in a process; second: first in another, with the compiled programs of that;",
-        "warm: again in it; floor: the products' operations at the measured peak; over: warm over it.",
+        "warm: again in it; floor: the products' operations at the measured peak; over floor: warm",
+        "over it.",
         *([f"Geometric mean, warm: {', '.join(means)}."] if others else []),
     ]
     shown.caption, shown.caption_justify = Text(" ".join(notes)), "left"
