@@ -38,7 +38,7 @@ from launch.run.describe import checks_of, measures_of
 from launch.run.job import Output
 from launch.run.measure import Clock, protocol, tokenizer_of
 from launch.run.optional import optional
-from launch.run.places import check_free
+from launch.run.places import check_free, check_space
 from launch.run.processes import process_flags, start
 from launch.run.recover_inputs import Inputs, RecoverConfig, fingerprint, read_inputs
 from launch.run.resume import JOURNAL, Attempt
@@ -133,6 +133,9 @@ def _recover_into(
 ) -> dict[str, Any]:
     """Write the recovered model into a staged directory; return the report without its seconds."""
     check_agreement(facts := fingerprint(config, inputs))
+    needed = recovery.least_bytes(chain, inputs.pruned, config.dtype, config.output_format)
+    begun = [path for folder in stage for path in folder.rglob("*") if path.is_file()]
+    run_on_primary(lambda: check_space(stage.result, needed, begun))
     journal = Journal(stage.work / JOURNAL, facts, _NoBlocks())
     attempt.journal = journal
     clock.record("load")

@@ -34,6 +34,8 @@ def inverse_factor(h: jax.Array) -> jax.Array:
         return _by_halves(h) if len(h) <= PANEL else _by_panels(h, -(-len(h) // PANEL), _by_halves)
 
 
+# A program of its own, so that halves of one size are traced once.
+@jax.jit
 def _by_halves(h: jax.Array) -> jax.Array:
     """Return U [c c] by recursion on the halves of H; the compiled program grows with H."""
     n = len(h) // 2

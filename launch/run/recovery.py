@@ -18,6 +18,7 @@ from calibration.states import available_memory
 from calibration.tokenizer import TextTokenizer
 from eval.size import measure_size
 from launch.flags.common import offload_for
+from launch.flags.dtypes import stored_dtype
 from launch.flags.recoveries import Call
 from launch.report import console
 from launch.report.progress import prefixed
@@ -104,6 +105,20 @@ def check_chain(chain: Sequence[Call], dense: Model, change: ShapeChange, window
     """
     for call in chain:
         call.recovery.check(dense, change, windows)
+
+
+def least_bytes(chain: Sequence[Call], pruned: Checkpoint, dtype: str, output_format: str) -> int:
+    """Return the bytes that recoveries write at least.
+
+    Args:
+      chain: Recoveries in order.
+      pruned: The pruned checkpoint.
+      dtype: Value of --dtype.
+      output_format: Value of --output_format.
+    """
+    # Each recovery but the first reads the checkpoint of the one before.
+    copies = 1 + (output_format == "orbax") + (len(chain) > 1)
+    return pruned.parameters * jnp.dtype(stored_dtype(dtype, pruned)).itemsize * copies
 
 
 def change_of(pruned: Checkpoint, dense: Checkpoint) -> ShapeChange:

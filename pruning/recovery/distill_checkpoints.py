@@ -43,6 +43,7 @@ class Checkpoints:
         self._directory, self._seconds = directory.absolute(), 60 * minutes
         self._last = time.monotonic()
         self.damaged = False  # whether a checkpoint was there that could not be used
+        self.skipped = 0  # checkpoints that the disk had no room for
 
     def restore(self, like: Point) -> Point | None:
         """Return the last checkpoint; None without one.
@@ -76,7 +77,7 @@ class Checkpoints:
         return index if intact else None
 
     def save_if_due(self, point: Point) -> None:
-        """Save a training if the last checkpoint is old enough.
+        """Save a training if the last checkpoint is old enough and the disk has room for another.
 
         All processes must call this.
 
@@ -85,6 +86,11 @@ class Checkpoints:
         """
         # The clock of one process decides, as all must save together.
         if planner() or not run_on_primary(lambda: time.monotonic() - self._last >= self._seconds):
+            return
+        self._last = time.monotonic()
+        # Orbax fails on a full disk with pages of tracebacks, and takes the training with it.
+        if not run_on_primary(lambda: self._has_room(point.arrays)):
+            self.skipped += 1
             return
         from orbax.checkpoint import StandardCheckpointer
 
@@ -97,6 +103,12 @@ class Checkpoints:
         barrier("training saved")
         run_on_primary(lambda: self._commit(name, point.record))
         self._last = time.monotonic()
+
+    def _has_room(self, arrays: Any) -> bool:
+        """Return whether the disk has room for a checkpoint beside the one before."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._directory).free
+        return bool(free > sum(x.nbytes for x in jax.tree.leaves(arrays)))
 
     def _commit(self, name: str, record: dict[str, Any]) -> None:
         """Let a checkpoint count, and remove those before it."""

@@ -133,11 +133,21 @@ class Trainer:
             if done % every == 0 or done == settings.steps:
                 best = self._evaluate(best, record)
             self._checkpoints.save_if_due(Point((self._state, best), record))
-            advance(note=f"loss {loss:.4f}")
-        warnings: tuple[str, ...] = ()
+            room = ", no room for a checkpoint" if self._checkpoints.skipped else ""
+            advance(note=f"loss {loss:.4f}{room}")
+        return End(best if record["best"] else None, record, self._warnings())
+
+    def _warnings(self) -> tuple[str, ...]:
+        """Return what went wrong with the checkpoints."""
+        warnings = []
         if self._checkpoints.damaged:
-            warnings = ("the checkpoint of the training was damaged: it started over",)
-        return End(best if record["best"] else None, record, warnings)
+            warnings.append("the checkpoint of the training was damaged: it started over")
+        if self._checkpoints.skipped:
+            warnings.append(
+                "the disk had no room for checkpoints of the training "
+                f"({self._checkpoints.skipped} left out); a killed run would have lost their steps"
+            )
+        return tuple(warnings)
 
     def _begin(self) -> tuple[list[jax.Array], dict[str, Any]]:
         """Return the best masters and the record of the last checkpoint, or of the beginning."""

@@ -129,7 +129,10 @@ def test_a_run_recovers_as_a_finished_output_does(
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_transformers", "no_samples")
 def test_what_cannot_be_recovered_ends_with_one_line(
-    trial_inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    trial_inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pruned, dense = tmp_path / "pruned", trial_inputs / "llama"
     model = f"--model={dense}"
@@ -158,6 +161,9 @@ def test_what_cannot_be_recovered_ends_with_one_line(
     draws = [*args[:1], f"--output={tmp_path / 'draws'}", *args[2:], "--recover=blocks"]
     assert call([*draws, *flags(trial_inputs), "--calibration_draws=2"]) == 2
     assert "leave it or --recover out" in capsys.readouterr().err
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr("launch.run.places.shutil.disk_usage", lambda directory: usage)
+    refused("MiB free, and the result takes", f"--model={pruned}", f"--teacher={dense}")
 
 
 @pytest.mark.slow

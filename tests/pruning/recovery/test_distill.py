@@ -263,6 +263,21 @@ def test_a_damaged_checkpoint_is_not_used(tmp_path: pathlib.Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_training_goes_on_where_the_disk_has_no_room_for_its_checkpoint(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recovery = dataclasses.replace(QUICK, steps=2, checkpoint_minutes=0.0)
+    want = recover(recovery, pair(tmp_path / "room"))
+    usage = type("Usage", (), {"free": 1000})
+    disk = "pruning.recovery.distill_checkpoints.shutil.disk_usage"
+    monkeypatch.setattr(disk, lambda directory: usage)
+    got = recover(recovery, pair(tmp_path / "full"))
+    assert small.same(got[0][1:], want[0][1:])
+    assert "(2 left out)" in got[1].warnings[0] and not want[1].warnings
+    assert not any((tmp_path / "full").glob("training*"))
+
+
+@pytest.mark.slow
 def test_kept_tokens_are_read_again_and_damaged_ones_made_again(
     tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
