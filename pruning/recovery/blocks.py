@@ -50,7 +50,8 @@ class Blocks:
 
     Zeros stay zeros and shapes stay. A share of the windows is held out: the step that is best on
     it is kept, the learning rate falls where it was too large, and a block that gains less than
-    1 % on it stays as it was. The block before removed blocks answers for the dense state behind them.
+    1 % on it stays as it was. The block before removed blocks answers for the dense state behind
+    them.
 
     Args:
       unit: "block": a whole block at once; "half": its attention first, then the rest.

@@ -176,6 +176,19 @@ def test_a_rate_that_is_too_large_is_lowered() -> None:
     assert all(best > 2 and curve[best] < 0.98 * curve[0] for curve, best in curves)
 
 
+def test_a_block_that_hardly_gains_stays_as_it_was() -> None:
+    """What a rate of almost nothing gains is less than what windows of other text would lose."""
+    dense = small.model("llama")
+    pruned, kept = pruned_by(dense, "wanda", 0.5)
+    recovered, result = recover(Blocks(steps=4, lr=1e-5), inputs_of(dense, pruned, kept))
+    fits = [record["output"] for record in result.details["blocks"]]
+    assert all(fit["best"] == 0 for fit in fits)
+    assert all(0.99 * fit["held_out"][0] < min(fit["held_out"]) for fit in fits)
+    assert any(min(fit["held_out"]) < fit["held_out"][0] for fit in fits)
+    assert small.same(recovered.blocks, pruned.blocks)
+    assert "gained less than 1 %" in result.notes[0]
+
+
 @pytest.mark.slow
 def test_the_plan_of_a_recovery_is_the_most_that_it_may_do() -> None:
     recovery = Blocks(steps=16, lr=1.0)
