@@ -38,9 +38,9 @@ EVALUATIONS = 6  # times that the held-out windows are looked at while a block i
 PATIENCE = 2  # of these without a better one show that the learning rate is too large
 BACK_OFF = 0.25  # what it is then multiplied with
 NEGLIGIBLE = 1e-6  # error that is not worth a training: before the first cut of a shallower model
-# Share of the held-out error that a block must lose to be changed. With few windows less is chance,
-# and many such changes made FLAP's models worse (docs/recovery.md).
-LEAST_GAIN = 0.01
+# Share of the held-out error that a block must lose to be changed, times the root of the number of
+# held-out windows. Less is chance, and many such changes made FLAP's models worse.
+LEAST_GAIN = 0.04
 HELD_OUT, MOST_HELD_OUT = 0.25, 16  # share of the windows, and how many at most, by default
 
 
@@ -49,9 +49,8 @@ class Blocks:
     """Reconstruct block by block: AdamW on what survives, towards the dense block's outputs.
 
     Zeros stay zeros and shapes stay. A share of the windows is held out: the step that is best on
-    it is kept, the learning rate falls where it was too large, and a block that gains less than
-    1 % on it stays as it was. The block before removed blocks answers for the dense state behind
-    them.
+    it is kept, the learning rate falls where it was too large, and a block that hardly gains on
+    it stays as it was. The block before removed blocks answers for the dense state behind them.
 
     Args:
       unit: "block": a whole block at once; "half": its attention first, then the rest.
@@ -284,7 +283,8 @@ class _Trainer:
                 del state  # as large as three blocks in float32, and so is the next
                 state, unsuccessful = steps_of.begin(trained, best), 0
                 rates = rates * np.float32(BACK_OFF)
-        if curve[best_at] > (1 - LEAST_GAIN) * curve[0]:
+        windows = self._held_out * settings.batch
+        if curve[best_at] > (1 - LEAST_GAIN / math.sqrt(windows)) * curve[0]:
             best, best_at = tried[0], 0
         figures = {"held_out": curve, "best": best_at, "steps": done, "tokens": tokens}
         return best, figures
@@ -318,7 +318,7 @@ def _result(records: Sequence[dict[str, Any]]) -> Recovered:
     )
     same = sum(fit["best"] == 0 for fit in outputs)
     notes = (
-        (f"{same} of {len(outputs)} blocks gained less than 1 % and stay as they were",)
+        (f"{same} of {len(outputs)} blocks gained too little and stay as they were",)
         if same
         else ()
     )
