@@ -317,14 +317,10 @@ def _result(records: Sequence[dict[str, Any]]) -> Recovered:
         caption="Relative to the dense model's states. Each block starts from recovered inputs.",
     )
     same = sum(fit["best"] == 0 for fit in outputs)
-    notes = (
-        (f"{same} of {len(outputs)} blocks gained too little and stay as they were",)
-        if same
-        else ()
-    )
+    note = f"{same} of {len(outputs)} blocks gained too little and stay as they were"
     return Recovered(
         tokens=sum(fit["tokens"] for fit in fits),
         details={"blocks": list(records), "zeros": sum(record["zeros"] for record in records)},
         figures=(figure,),
-        notes=notes,
+        notes=(note,) if same else (),
     )
