@@ -114,6 +114,7 @@ def recover(config: RecoverConfig) -> dict[str, Any]:
         progress() as shown,
         staged(output, export.REPORT, config.resume, attempt.keeps) as stage,
     ):
+        run_on_primary(lambda: _check_space(stage, config, chain, inputs))
         result = _recover_into(stage, config, chain, inputs, attempt, clock, shown)
         before = inputs.finished.report["seconds"].get("calibrate_and_prune", 0.0)
         result["seconds"] = {"calibrate_and_prune": before, **clock.seconds}
@@ -133,9 +134,6 @@ def _recover_into(
 ) -> dict[str, Any]:
     """Write the recovered model into a staged directory; return the report without its seconds."""
     check_agreement(facts := fingerprint(config, inputs))
-    needed = recovery.least_bytes(chain, inputs.pruned, config.dtype, config.output_format)
-    begun = [path for folder in stage for path in folder.rglob("*") if path.is_file()]
-    run_on_primary(lambda: check_space(stage.result, needed, begun))
     journal = Journal(stage.work / JOURNAL, facts, _NoBlocks())
     attempt.journal = journal
     clock.record("load")
@@ -176,6 +174,15 @@ def _recover_into(
     result["warnings"] += missed
     clock.record("eval")
     return result
+
+
+def _check_space(
+    stage: Stage, config: RecoverConfig, chain: Sequence[Call], inputs: Inputs
+) -> None:
+    """Check that the disk has room for the result."""
+    needed = recovery.least_bytes(chain, inputs.pruned, config.dtype, config.output_format)
+    begun = [path for folder in stage for path in folder.rglob("*") if path.is_file()]
+    check_space(stage.result, needed, begun)
 
 
 def report_of(

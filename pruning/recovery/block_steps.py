@@ -13,12 +13,13 @@ from jax.extend.core import Var
 
 from models.arch import Block, Taps
 from models.programs import program
-from pruning.recovery import adamw_core
+from pruning.recovery import adamw_core, distill_core
 from pruning.recovery import blocks_core as core
 from pruning.recovery.zeros import keep_zeros, masks_of
 from pruning.structured.depth_streams import halves, joined
 
 Forward = Callable[[Any, jax.Array], tuple[jax.Array, Taps]]  # `Arch.block`
+Head = Callable[[Any, jax.Array], jax.Array]  # `Arch.head`
 
 
 class Objective(NamedTuple):
@@ -28,9 +29,11 @@ class Objective(NamedTuple):
       function: `Arch.block` of the pruned model.
       loss: Kind of loss.
       attention: Linear that attention ends in, to compare the state behind it with the dense
-        block's on its own inputs; empty to compare the block's output with the dense states.
+        block's on its own inputs; empty to compare the block's output.
       branch_scale: Factor of the attention branch before it is added to the stream.
       adds: Whether its output is added as it is. Else the branches' outputs are compared alone.
+      heads: `Arch.head` of the dense and of the pruned model, to compare the logits behind the last
+        block; None to compare the block's output with the dense states.
     """
 
     function: Forward
@@ -38,6 +41,7 @@ class Objective(NamedTuple):
     attention: str = ""
     branch_scale: float = 1.0
     adds: bool = True
+    heads: tuple[Head, Head] | None = None
 
 
 def leaves_behind(function: Forward, tap: str, block: Block, x: Any) -> tuple[bool, ...]:
@@ -65,21 +69,52 @@ def leaves_behind(function: Forward, tap: str, block: Block, x: Any) -> tuple[bo
 
 
 def _errors(
-    objective: Objective, block: Any, dense: Any, x: jax.Array
+    objective: Objective, block: Any, reference: Any, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the sums of a block's errors, as `blocks_core.errors` does."""
     of_dense, of_pruned = halves(x)
     y, taps = objective.function(block, of_pruned)
+    if objective.heads:
+        return _divergence(objective.heads, reference, of_dense, y)
     if not objective.attention:
         return core.errors(objective.loss, y, of_dense)
     branch = objective.attention
-    y, target = taps[branch], objective.function(dense, of_dense)[1][branch]
+    y, target = taps[branch], objective.function(reference, of_dense)[1][branch]
     if objective.adds:
         y, target = (
             state.astype(jnp.float32) + objective.branch_scale * out.astype(jnp.float32)
             for state, out in ((of_pruned, y), (of_dense, target))
         )
     return core.errors(objective.loss, y, target)
+
+
+def _divergence(
+    heads: tuple[Head, Head], non_block: tuple[Any, Any], dense: jax.Array, pruned: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the divergence of the logits behind states from the dense ones.
+
+    Args:
+      heads: `Arch.head` of the dense and of the pruned model.
+      non_block: Their parameters outside the blocks.
+      dense: States behind the last block, [b t d].
+      pruned: Those of the pruned model, [b t d].
+
+    Returns:
+      The sum over tokens, and their number, float32 ().
+    """
+
+    def piece(states: tuple[jax.Array, jax.Array], counts: jax.Array) -> jax.Array:
+        of_dense, of_pruned = (
+            jax.nn.log_softmax(head(parameters, x), axis=-1)
+            for head, parameters, x in zip(heads, non_block, states, strict=True)
+        )
+        return jnp.sum(distill_core.forward_kl(of_dense, of_pruned) * counts)
+
+    # Zero where a piece is padded.
+    counts = jnp.ones(dense.shape[:2], jnp.float32)
+    cut = jax.tree.map(distill_core.pieces, ((dense, pruned), counts))
+    sums = jax.lax.map(jax.checkpoint(lambda part: piece(*part)), cut)
+    return jnp.sum(sums), jnp.float32(counts.size)
 
 
 @program("recovery begun", static=(0,))
@@ -95,7 +130,7 @@ def step(
     trained: tuple[bool, ...],
     state: adamw_core.Training,
     block: Block,
-    dense: Block | None,
+    reference: Any,
     x: jax.Array,
     rate: jax.Array,
     decay: jax.Array,
@@ -107,14 +142,15 @@ def step(
       trained: Whether each leaf of the block is trained, in order.
       state: Masters and moments.
       block: The block before training: its zeros stay, and its other leaves are used as they are.
-      dense: The dense block, where attention is compared.
+      reference: The dense block where attention is compared; the parameters outside the blocks of
+        the dense and of the pruned model where logits are; else None.
       x: States of both models, [2b t d].
       rate: Learning rate, float32 ().
       decay: Weight decay, float32 ().
     """
 
     def loss(masters: list[jax.Array]) -> jax.Array:
-        error, size = _errors(objective, core.with_masters(block, trained, masters), dense, x)
+        error, size = _errors(objective, core.with_masters(block, trained, masters), reference, x)
         return error / size
 
     masks = adamw_core.trained_leaves(masks_of(block), trained)
@@ -130,10 +166,10 @@ def stored(trained: tuple[bool, ...], block: Block, masters: list[jax.Array]) ->
 
 @program("held-out error", static=(0,))
 def add_held_out(
-    objective: Objective, block: Block, dense: Block | None, x: jax.Array, sums: jax.Array
+    objective: Objective, block: Block, reference: Any, x: jax.Array, sums: jax.Array
 ) -> jax.Array:
     """Add the sums of a block's errors on a micro-batch, float32 [2]."""
-    return sums + jnp.stack(_errors(objective, block, dense, x))
+    return sums + jnp.stack(_errors(objective, block, reference, x))
 
 
 @program("held-out loss")

@@ -41,6 +41,7 @@ NEGLIGIBLE = 1e-6  # error that is not worth a training: before the first cut of
 # Share of the held-out error that a block must lose to be changed, times the root of the number of
 # held-out windows. Less is chance, and many such changes made FLAP's models worse.
 LEAST_GAIN = 0.04
+LOGITS_RATE = 1 / 3  # of the learning rate, where the logits behind the last block are compared
 HELD_OUT, MOST_HELD_OUT = 0.25, 16  # share of the windows, and how many at most, by default
 
 
@@ -221,10 +222,15 @@ class _Trainer:
         removed = range(i + 1, self._end(i))
         for other in prefetch(self._inputs.dense.blocks, removed, self._runtime.mesh):
             run_all(advance_dense, of_dense, other, xs)
-        objective = Objective(arch.block, loss)
+        objective, reference = Objective(arch.block, loss), None
+        if self._index[i] + 1 == len(self._inputs.pruned.blocks):
+            # Nothing behind it can make good what the states' errors do to the logits.
+            objective = objective._replace(heads=(of_dense.head, arch.head))
+            models = (self._inputs.dense, self._inputs.pruned)
+            reference = tuple(place(m.non_block, self._runtime.mesh) for m in models)
         # A better attention may still give a worse output, so the block as it came is tried too.
         tried = [block] if block is came else [came, block]
-        block, record["output"] = self._fit(i, objective, trained, tried, None, xs)
+        block, record["output"] = self._fit(i, objective, trained, tried, reference, xs)
         return block, record
 
     def _fit(
@@ -233,7 +239,7 @@ class _Trainer:
         objective: Objective,
         trained: tuple[bool, ...],
         tried: Sequence[Block],
-        dense: Block | None,
+        reference: Any,
         xs: States,
     ) -> tuple[Block, dict[str, Any]]:
         """Train some leaves of a block.
@@ -243,7 +249,7 @@ class _Trainer:
           objective: What is compared.
           trained: Whether each leaf is trained, in order.
           tried: Blocks that are there before the training, which begins with the last.
-          dense: The dense block, where attention is compared.
+          reference: What the objective compares with, as `block_steps.step` has it.
           xs: States of both models, by micro-batch.
 
         Returns:
@@ -252,9 +258,11 @@ class _Trainer:
         """
         settings, block = self._settings, tried[-1]
         train = len(xs) - self._held_out
-        rates = learning_rates(settings.lr, settings.steps)
+        rate = settings.lr * (LOGITS_RATE if objective.heads else 1.0)
+        rates = learning_rates(rate, settings.steps)
         rng = np.random.default_rng([self._inputs.seed, i])
-        measure = functools.partial(_measure, objective, dense, xs, range(train, len(xs)))
+        measure = functools.partial(_measure, objective, reference, xs, range(train, len(xs)))
+        step = functools.partial(steps_of.step, objective, trained)
         curve = [measure(candidate) for candidate in tried]
         if not math.isfinite(curve[0]):
             raise overflow(i)
@@ -268,7 +276,7 @@ class _Trainer:
             x = xs[order.pop()]
             tokens += x.shape[0] // 2 * x.shape[1]
             decay = np.float32(settings.decay)
-            state = steps_of.step(objective, trained, state, block, dense, x, rates[done], decay)
+            state = step(state, block, reference, x, rates[done], decay)
             done += 1
             if done % every and done < settings.steps:
                 continue
@@ -291,12 +299,12 @@ class _Trainer:
 
 
 def _measure(
-    objective: Objective, dense: Block | None, xs: States, held_out: Sequence[int], block: Block
+    objective: Objective, reference: Any, xs: States, held_out: Sequence[int], block: Block
 ) -> float:
     """Return the loss of a block on the held-out micro-batches."""
     sums: Any = np.zeros(2, np.float32)
     for k in held_out:
-        sums = steps_of.add_held_out(objective, block, dense, xs[k], sums)
+        sums = steps_of.add_held_out(objective, block, reference, xs[k], sums)
     return float(to_host(steps_of.loss_of(sums)))
 
 
@@ -314,7 +322,8 @@ def _result(records: Sequence[dict[str, Any]]) -> Recovered:
         y_label="error",
         series={"before": before, "recovered": after},
         x=[record["block"] for record in records],
-        caption="Relative to the dense model's states. Each block starts from recovered inputs.",
+        caption="Relative to the dense model's states; the last block's is the divergence of its "
+        "logits. Each block starts from recovered inputs.",
     )
     same = sum(fit["best"] == 0 for fit in outputs)
     note = f"{same} of {len(outputs)} blocks gained too little and stay as they were"

@@ -15,6 +15,8 @@ import optax
 
 LORA_SCALE = 2.0  # factor of the product of the adapters: alpha = 2 r in the words of LoRA
 CLIP = 1.0  # greatest norm of the gradient
+# Positions whose logits are in memory at once: of a whole window they are larger than the model.
+POSITIONS = 128
 
 
 class Adapter(NamedTuple):
@@ -92,6 +94,22 @@ def forward_kl(target: jax.Array, logs: jax.Array) -> jax.Array:
     p = jnp.exp(target)
     # An outcome that the teacher never has adds nothing, whatever the student gives it.
     return jnp.sum(p * jnp.where(p > 0, target - logs, 0.0), axis=-1)
+
+
+def pieces(x: jax.Array) -> jax.Array:
+    """Cut an array into pieces of positions, so that the logits of a piece alone are in memory.
+
+    Args:
+      x: One entry for each position, [b t ...].
+
+    Returns:
+      Array [pieces b size ...], padded with zeros.
+    """
+    b, t = x.shape[:2]
+    size = min(t, POSITIONS)
+    padding = [(0, 0), (0, -t % size)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, padding)
+    return jnp.swapaxes(x.reshape(b, -1, size, *x.shape[2:]), 0, 1)
 
 
 def adapted(w: jax.Array, adapter: Adapter) -> jax.Array:

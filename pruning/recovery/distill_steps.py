@@ -25,9 +25,6 @@ from pruning.recovery.adamw_core import begin as first_state
 from pruning.recovery.distill_core import Adapter, Likeliest
 from pruning.recovery.zeros import keep_zeros, masks_of
 
-# Positions whose logits are in memory at once: of a whole window they are larger than the model.
-POSITIONS = 128
-
 Adapters = Mapping[str, Adapter]
 
 
@@ -131,17 +128,8 @@ def likeliest(
         return core.likeliest(arch.head(non_block, x) / temperature, k)
 
     t = x.shape[1]
-    pieces = jax.lax.map(piece, _pieces(x))
+    pieces = jax.lax.map(piece, core.pieces(x))
     return jax.tree.map(lambda a: _whole(a, t), pieces)
-
-
-def _pieces(x: jax.Array) -> jax.Array:
-    """Cut [b t ...] into pieces of positions [pieces b size ...], padded with zeros."""
-    b, t = x.shape[:2]
-    size = min(t, POSITIONS)
-    padding = [(0, 0), (0, -t % size)] + [(0, 0)] * (x.ndim - 2)
-    x = jnp.pad(x, padding)
-    return jnp.swapaxes(x.reshape(b, -1, size, *x.shape[2:]), 0, 1)
 
 
 def _whole(x: jax.Array, t: int) -> jax.Array:
@@ -214,7 +202,7 @@ def _losses(
     # Zero where a piece is padded. The last position of a window predicts no token of it, but the
     # teacher has an opinion there as well.
     counts = jnp.ones(batch.tokens.shape, jnp.float32)
-    pieces = jax.tree.map(_pieces, (x, batch.target, counts, *_labels(batch.tokens)))
+    pieces = jax.tree.map(core.pieces, (x, batch.target, counts, *_labels(batch.tokens)))
     return jnp.sum(jax.lax.map(jax.checkpoint(lambda p: piece(*p)), pieces), axis=0)
 
 
@@ -314,7 +302,7 @@ def cross_entropy(
         return jnp.sum(_surprise(arch.head(non_block, x), labels) * predicts)
 
     inputs = (x, *_labels(tokens))
-    return jnp.sum(jax.lax.map(lambda p: piece(*p), jax.tree.map(_pieces, inputs)))
+    return jnp.sum(jax.lax.map(lambda p: piece(*p), jax.tree.map(core.pieces, inputs)))
 
 
 @program("training begun", static=(0,), donated=(1,))
