@@ -27,7 +27,11 @@ KINDS = {
     "weights": ["--method=wanda", "--sparsity=0.5"],
     "structured": ["--method=flap(structure='AL-AM')", "--sparsity=0.3", "--output_format=orbax"],
     "blocks": ["--method=sleb(blocks=2)"],
-    "recovery": ["--method=wanda", "--sparsity=0.5", "--recover=blocks(steps=2,batch=1)"],
+    "recovery": [
+        "--method=wanda",
+        "--sparsity=0.5",
+        "--recover=blocks(steps=16,lr=0.03,batch=1)",
+    ],
     "distillation": [
         "--method=wanda",
         "--sparsity=0.5",
