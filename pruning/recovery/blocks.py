@@ -51,7 +51,8 @@ class Blocks:
 
     Zeros stay zeros and shapes stay. A share of the windows is held out: the step that is best on
     it is kept, the learning rate falls where it was too large, and a block that hardly gains on
-    it stays as it was. The block before removed blocks answers for the dense state behind them.
+    it stays as it was. The block before removed blocks answers for the dense state behind them, the
+    last block for the dense logits.
 
     Args:
       unit: "block": a whole block at once; "half": its attention first, then the rest.
@@ -60,8 +61,9 @@ class Blocks:
       steps: Updates of each block, or of each half.
       lr: Largest learning rate; it rises over the first tenth of the steps and falls to zero.
       batch: Windows of an update.
-      loss: "token": squared error relative to the squares of each token's state; "mse": the same of
-        all tokens together, where few massive states decide; "cosine": angle of each token's state.
+      loss: Of all blocks but the last. "token": squared error relative to the squares of each
+        token's state; "mse": the same of all tokens together, where few massive states decide;
+        "cosine": angle of each token's state.
       hold_out: Share of the windows that no update sees. None: a quarter, at most 16 windows.
       decay: Decoupled weight decay of the matrices.
 
