@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ BLOCK_RATE, MODEL_RATE = blocks.Blocks.lr, RATES["full"]
 def time_blocks(task: Task, steps: str) -> float:
     """Return the seconds of AdamW on each layer towards the dense layer's outputs.
 
+    The last layer goes towards the dense model's distributions, as in ours.
+
     Source: Guo et al. 2024 (EBFT), algorithm 1.
 
     Args:
@@ -48,7 +51,8 @@ def time_blocks(task: Task, steps: str) -> float:
     for layer, original in zip(layers, originals, strict=True):
         with torch.no_grad():
             dense = run_layer(original, [], [], dense)
-        _train_layer(layer, pruned, dense, int(steps))
+        head = _head_of(model) if layer is layers[-1] else None
+        _train_layer(layer, pruned, dense, int(steps), head)
         with torch.no_grad():
             pruned = run_layer(layer, [], [], pruned)
     return time.perf_counter() - start
@@ -141,17 +145,36 @@ class _Masked:
         self._adam.zero_grad()
 
 
-def _train_layer(layer: Any, inputs: Calls, targets: Calls, steps: int) -> None:
-    """Train a layer on its inputs towards targets, in place; the best held-out step is kept."""
+def _head_of(model: Any) -> Callable[[Any], Any]:
+    """Return the function from states behind the last layer to log-probabilities."""
+    decoder = model.get_decoder()
+    norm = decoder.norm if hasattr(decoder, "norm") else decoder.final_layer_norm
+    head = model.get_output_embeddings()
+    for part in (norm, head):
+        part.requires_grad_(False)
+    return lambda x: head(norm(x)).log_softmax(-1)
+
+
+def _train_layer(
+    layer: Any, inputs: Calls, targets: Calls, steps: int, head: Callable[[Any], Any] | None
+) -> None:
+    """Train a layer on its inputs towards targets, in place; the best held-out step is kept.
+
+    With a head the divergence of the distributions behind the layer is trained on.
+    """
     import torch
 
     def loss(k: int) -> Any:
         (x, kwargs), target = inputs[k], targets[k][0]
-        errors = (hidden(layer(x, **kwargs)) - target).square().sum(-1)
+        y = hidden(layer(x, **kwargs))
+        if head:
+            return _mean_divergence(head(y), head(target))
+        errors = (y - target).square().sum(-1)
         return (errors / target.square().sum(-1)).mean()
 
-    train = _count_training(len(inputs))
-    optimizer, every = _Masked(layer, BLOCK_RATE, steps), math.ceil(steps / blocks.EVALUATIONS)
+    train, every = _count_training(len(inputs)), math.ceil(steps / blocks.EVALUATIONS)
+    rate = BLOCK_RATE * (blocks.LOGITS_RATE if head else 1.0)
+    optimizer = _Masked(layer, rate, steps)
     best, kept = math.inf, copy.deepcopy(layer.state_dict())
     for k in range(steps + 1):
         if k % every == 0 or k == steps:
@@ -171,6 +194,12 @@ def _divergence(model: Any, teacher: Any, tokens: Any) -> Any:
 
     with torch.no_grad():
         wanted = teacher(tokens, use_cache=False).logits.log_softmax(-1)
-    logs = model(tokens, use_cache=False).logits.log_softmax(-1)
+    return _mean_divergence(model(tokens, use_cache=False).logits.log_softmax(-1), wanted)
+
+
+def _mean_divergence(logs: Any, wanted: Any) -> Any:
+    """Return the mean divergence of log-probabilities from wanted ones."""
+    import torch
+
     divergence = torch.nn.functional.kl_div(logs, wanted, log_target=True, reduction="sum")
-    return divergence / tokens.numel()
+    return divergence / wanted.shape[:-1].numel()
