@@ -255,8 +255,8 @@ def table(title: str, result: Mapping[str, Any]) -> Table:
     """
     others = list(result["mean"])
     heads = ["", *others, "cold", "second", "warm", "GiB", "floor", "over\nfloor"]
-    # Plain numbers and no lines between columns, so that it fits a narrow terminal.
     heads += [f"faster\nthan\n{name}" for name in others]
+    # Plain numbers and no lines between columns, so that it fits a narrow terminal.
     shown = Table(*heads, box=SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     shown.title = Text(f"{title}: seconds and peak memory")
     for column in shown.columns[1:]:

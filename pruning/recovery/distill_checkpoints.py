@@ -87,10 +87,10 @@ class Checkpoints:
         # The clock of one process decides, as all must save together.
         if planner() or not run_on_primary(lambda: time.monotonic() - self._last >= self._seconds):
             return
-        self._last = time.monotonic()
         # Orbax fails on a full disk with pages of tracebacks, and takes the training with it.
         if not run_on_primary(lambda: self._has_room(point.arrays)):
             self.skipped += 1
+            self._last = time.monotonic()
             return
         from orbax.checkpoint import StandardCheckpointer
 
