@@ -4,6 +4,7 @@ Hidden states of both models lie in one array [2b t d], as `pruning.structured.d
 them: the dense model's are targets, the pruned one's are inputs.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,7 +76,8 @@ def _errors(
     of_dense, of_pruned = halves(x)
     y, taps = objective.function(block, of_pruned)
     if objective.heads:
-        return _divergence(objective.heads, reference, of_dense, y)
+        sums = divergence(objective.heads, reference, of_dense, y)
+        return sums, jnp.float32(y.shape[0] * y.shape[1])
     if not objective.attention:
         return core.errors(objective.loss, y, of_dense)
     branch = objective.attention
@@ -88,10 +90,14 @@ def _errors(
     return core.errors(objective.loss, y, target)
 
 
-def _divergence(
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def divergence(
     heads: tuple[Head, Head], non_block: tuple[Any, Any], dense: jax.Array, pruned: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> jax.Array:
     """Return the divergence of the logits behind states from the dense ones.
+
+    Its gradient is that of the pruned model's states alone. It is made together with the value,
+    since logits are too large to keep, and half of the work if they are made again.
 
     Args:
       heads: `Arch.head` of the dense and of the pruned model.
@@ -100,21 +106,54 @@ def _divergence(
       pruned: Those of the pruned model, [b t d].
 
     Returns:
-      The sum over tokens, and their number, float32 ().
+      The sum over tokens in nats, float32 ().
     """
+    cut = _pieces(dense, pruned)
+    return jnp.sum(jax.lax.map(lambda piece: _divergence_of(heads, non_block, *piece), cut))
 
-    def piece(states: tuple[jax.Array, jax.Array], counts: jax.Array) -> jax.Array:
-        of_dense, of_pruned = (
-            jax.nn.log_softmax(head(parameters, x), axis=-1)
-            for head, parameters, x in zip(heads, non_block, states, strict=True)
-        )
-        return jnp.sum(distill_core.forward_kl(of_dense, of_pruned) * counts)
 
-    # Zero where a piece is padded.
+def _pieces(dense: jax.Array, pruned: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return states in pieces of positions, and for each position 1, or 0 if it is padding."""
     counts = jnp.ones(dense.shape[:2], jnp.float32)
-    cut = jax.tree.map(distill_core.pieces, ((dense, pruned), counts))
-    sums = jax.lax.map(jax.checkpoint(lambda part: piece(*part)), cut)
-    return jnp.sum(sums), jnp.float32(counts.size)
+    return distill_core.pieces(pruned), distill_core.pieces(dense), distill_core.pieces(counts)
+
+
+def _divergence_of(
+    heads: tuple[Head, Head],
+    non_block: tuple[Any, Any],
+    pruned: jax.Array,
+    dense: jax.Array,
+    counts: jax.Array,
+) -> jax.Array:
+    """Return the sum of the divergence over the counted positions of a piece."""
+    p, q = (
+        head(parameters, x)
+        for head, parameters, x in zip(heads, non_block, (dense, pruned), strict=True)
+    )
+    # The mean of log(p / q) under p, from logits: arrays of log-probabilities would take longer to
+    # write and to read than the rest to compute.
+    means = jnp.sum(jax.nn.softmax(p, axis=-1) * (p - q), axis=-1)
+    sizes = jax.nn.logsumexp(q, axis=-1) - jax.nn.logsumexp(p, axis=-1)
+    return jnp.sum((means + sizes) * counts)
+
+
+def _divergence_forward(
+    heads: tuple[Head, Head], non_block: tuple[Any, Any], dense: jax.Array, pruned: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the divergence and its gradient [b t d]."""
+    of_piece = jax.value_and_grad(functools.partial(_divergence_of, heads, non_block))
+    sums, gradients = jax.lax.map(lambda piece: of_piece(*piece), _pieces(dense, pruned))
+    return jnp.sum(sums), distill_core.joined_pieces(gradients, pruned.shape[1])
+
+
+def _divergence_backward(
+    heads: tuple[Head, Head], gradient: jax.Array, factor: jax.Array
+) -> tuple[None, None, jax.Array]:
+    """Return the gradient with respect to the pruned model's states alone."""
+    return None, None, factor.astype(gradient.dtype) * gradient
+
+
+divergence.defvjp(_divergence_forward, _divergence_backward)
 
 
 @program("recovery begun", static=(0,))

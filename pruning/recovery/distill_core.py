@@ -112,6 +112,20 @@ def pieces(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x.reshape(b, -1, size, *x.shape[2:]), 0, 1)
 
 
+def joined_pieces(x: jax.Array, t: int) -> jax.Array:
+    """Join the pieces of `pieces` again.
+
+    Args:
+      x: Array [pieces b size ...].
+      t: Number of positions of a window.
+
+    Returns:
+      Array [b t ...].
+    """
+    x = jnp.swapaxes(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+
+
 def adapted(w: jax.Array, adapter: Adapter) -> jax.Array:
     """Return a matrix with its low-rank change, which its zeros do not take part in.
 

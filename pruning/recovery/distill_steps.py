@@ -129,13 +129,7 @@ def likeliest(
 
     t = x.shape[1]
     pieces = jax.lax.map(piece, core.pieces(x))
-    return jax.tree.map(lambda a: _whole(a, t), pieces)
-
-
-def _whole(x: jax.Array, t: int) -> jax.Array:
-    """Join pieces again, to [b t ...]."""
-    x = jnp.swapaxes(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]
+    return jax.tree.map(lambda a: core.joined_pieces(a, t), pieces)
 
 
 def _adapted(arch: Arch, block: Block, adapters: Adapters) -> Block:

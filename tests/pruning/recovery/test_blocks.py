@@ -6,6 +6,7 @@ from typing import Any
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
@@ -196,6 +197,28 @@ def test_the_last_block_is_judged_by_the_logits() -> None:
     fit = result.details["blocks"][-1]["output"]
     assert fit["held_out"][fit["best"]] == pytest.approx(divergence, rel=1e-4)
     assert divergence < 0.95 * fit["held_out"][0]
+
+
+@pytest.mark.parametrize("length", [128, 130])  # the second needs padding
+def test_the_gradient_of_the_divergence_agrees_with_log_probabilities(length: int) -> None:
+    """It is made with the value, from logits alone; JAX's own of the definition must agree."""
+    dense = small.model("llama")
+    states = np.random.default_rng(0).normal(size=(2, 2, length, dense.non_block.embed.shape[1]))
+    of_dense, of_pruned = states.astype(np.float32)
+    head, non_block = dense.arch.head, dense.non_block
+
+    def definition(x: jax.Array) -> jax.Array:
+        p, q = (jax.nn.log_softmax(head(non_block, y), axis=-1) for y in (of_dense, x))
+        return jnp.sum(jnp.exp(p) * (p - q))
+
+    def ours(x: jax.Array) -> jax.Array:
+        return block_steps.divergence((head, head), (non_block, non_block), of_dense, x)
+
+    expected, gradient = jax.value_and_grad(definition)(of_pruned)
+    for value in (ours(of_pruned), jax.value_and_grad(ours)(of_pruned)[0]):
+        np.testing.assert_allclose(value, expected, rtol=1e-5)
+    ours_gradient = jax.grad(lambda x: 3.0 * ours(x))(of_pruned)
+    np.testing.assert_allclose(ours_gradient, 3 * gradient, atol=1e-5)
 
 
 def test_a_block_that_hardly_gains_stays_as_it_was() -> None:
