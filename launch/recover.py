@@ -29,7 +29,7 @@ from launch.flags.common import (
 from launch.flags.dtypes import stored_dtype
 from launch.flags.outputs import output_flags
 from launch.flags.recoveries import Call, parse_recover
-from launch.report import console
+from launch.report import console, removal
 from launch.report.files import write_reports
 from launch.report.progress import prefixed, progress
 from launch.run import export, recovery
@@ -218,7 +218,12 @@ def report_of(
         "dtype": {**report["dtype"], "stored": loaded.config["dtype"]},
         **measures,
         "peak_memory_bytes": peak_memory(jax.local_devices()),
-        "warnings": [*report["warnings"], *done.warnings, *inputs.calibration.warnings],
+        "warnings": [
+            *removal.without_logits_warnings(report["warnings"]),
+            *removal.logits_warnings(done.written),
+            *done.warnings,
+            *inputs.calibration.warnings,
+        ],
         "notes": [*report.get("notes", ()), *done.notes],
         **checks_of(done.written),
         "figures": [*report.get("figures", ()), *done.figures],

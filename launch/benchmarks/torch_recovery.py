@@ -170,7 +170,7 @@ def _train_layer(
         if head:
             return _mean_divergence(head(y), head(target))
         errors = (y - target).square().sum(-1)
-        return (errors / target.square().sum(-1)).mean()
+        return (errors / (target.square().sum(-1) + errors)).mean()
 
     train, every = _count_training(len(inputs)), math.ceil(steps / blocks.EVALUATIONS)
     rate = BLOCK_RATE * (blocks.LOGITS_RATE if head else 1.0)

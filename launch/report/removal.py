@@ -1,7 +1,7 @@
 """Count what was removed in the written checkpoint, and warn about surprises."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,9 @@ from pruning.types import Outcome
 # Sparsity may miss its target by this much, as a fraction of the prunable weights.
 TOLERANCE = 0.005
 PADDING = 0.01  # share of padding in the stored values from which it matters
+# How warnings begin about the logits of a checkpoint that was loaded back.
+OTHER_LOGITS = "the checkpoint gives other logits than the model in memory: "
+NOT_REPRODUCED = "transformers does not reproduce the logits: "
 
 
 class LinearCounts(NamedTuple):
@@ -169,13 +172,7 @@ def warnings(
     """
     if written.padding >= PADDING * written.loaded.parameters:
         yield _padding(written)
-    if not written.topiary.ok:
-        yield (
-            "the checkpoint gives other logits than the pruned model in memory: "
-            f"{written.topiary.message}"
-        )
-    if not written.transformers.ok:
-        yield f"transformers does not reproduce the logits: {written.transformers.message}"
+    yield from logits_warnings(written)
     blocks = len(checkpoint.specs)
     # Where whole blocks were removed, the target cannot be met more closely than to half a block.
     step = 0.0 if len(written.loaded.specs) == blocks else 0.5 / blocks
@@ -191,6 +188,27 @@ def warnings(
             f"calibration windows have {length} tokens, "
             f"but the model was trained for {positions} positions"
         )
+
+
+def logits_warnings(written: export.Written) -> Iterator[str]:
+    """Yield what is wrong with the logits of a checkpoint that was loaded back.
+
+    Args:
+      written: The checkpoint.
+    """
+    if not written.topiary.ok:
+        yield OTHER_LOGITS + written.topiary.message
+    if not written.transformers.ok:
+        yield NOT_REPRODUCED + written.transformers.message
+
+
+def without_logits_warnings(warnings: Iterable[str]) -> list[str]:
+    """Return the warnings that do not come from `logits_warnings`.
+
+    Args:
+      warnings: Warnings of a report, whose checkpoint another one replaces.
+    """
+    return [text for text in warnings if not text.startswith((OTHER_LOGITS, NOT_REPRODUCED))]
 
 
 def _padding(written: export.Written) -> str:

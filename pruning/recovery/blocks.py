@@ -61,9 +61,10 @@ class Blocks:
       steps: Updates of each block, or of each half.
       lr: Largest learning rate; it rises over the first tenth of the steps and falls to zero.
       batch: Windows of an update.
-      loss: Of all blocks but the last. "token": squared error relative to the squares of each
-        token's state; "mse": the same of all tokens together, where few massive states decide;
-        "cosine": angle of each token's state.
+      loss: Of all blocks but the last. "token": squared error of each token's state, relative to
+        itself and the squares of the dense state, so at most 1; "mse": squared error of all tokens
+        relative to all squares, where few massive states decide; "cosine": angle of each token's
+        state.
       hold_out: Share of the windows that no update sees. None: a quarter, at most 16 windows.
       decay: Decoupled weight decay of the matrices.
 

@@ -18,8 +18,9 @@ def errors(loss: Loss, y: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.
     """Sum the errors of outputs, and what they are relative to.
 
     Args:
-      loss: "mse": squared error, relative to the target's squares over all tokens; "token": the
-        same of each token, of which the mean is taken; "cosine": one less the cosine of each token.
+      loss: "mse": squared error, relative to the target's squares over all tokens; "token": squared
+        error of each token over the sum of itself and the target's squares, of which the mean is
+        taken; "cosine": one less the cosine of each token.
       y: Outputs, [b t d].
       target: Outputs of the dense model, [b t d].
 
@@ -35,7 +36,9 @@ def errors(loss: Loss, y: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.
         return jnp.sum(1 - jnp.sum(y * target, axis=-1) * lengths), jnp.float32(size.size)
     squares = jnp.sum((y - target) ** 2, axis=-1)
     if loss == "token":
-        return jnp.sum(squares / (size + 1e-20)), jnp.float32(size.size)
+        # At most 1: a state that is massive in one of the models alone would be thousands of times
+        # as large as its target, and few such tokens would decide over all others.
+        return jnp.sum(squares / (size + squares + 1e-20)), jnp.float32(size.size)
     return jnp.sum(squares), jnp.sum(size)
 
 

@@ -44,6 +44,7 @@ class Checkpoints:
         self._last = time.monotonic()
         self.damaged = False  # whether a checkpoint was there that could not be used
         self.skipped = 0  # checkpoints that the disk had no room for
+        self.full = False  # whether it had none the last time
 
     def restore(self, like: Point) -> Point | None:
         """Return the last checkpoint; None without one.
@@ -88,7 +89,8 @@ class Checkpoints:
         if planner() or not run_on_primary(lambda: time.monotonic() - self._last >= self._seconds):
             return
         # Orbax fails on a full disk with pages of tracebacks, and takes the training with it.
-        if not run_on_primary(lambda: self._has_room(point.arrays)):
+        self.full = not run_on_primary(lambda: self._has_room(point.arrays))
+        if self.full:
             self.skipped += 1
             self._last = time.monotonic()
             return

@@ -133,7 +133,7 @@ class Trainer:
             if done % every == 0 or done == settings.steps:
                 best = self._evaluate(best, record)
             self._checkpoints.save_if_due(Point((self._state, best), record))
-            room = ", no room for a checkpoint" if self._checkpoints.skipped else ""
+            room = ", no room for a checkpoint" if self._checkpoints.full else ""
             advance(note=f"loss {loss:.4f}{room}")
         return End(best if record["best"] else None, record, self._warnings())
 

@@ -11,6 +11,7 @@ from launch import plan, prune, recover
 from launch.flags.cli import run
 from launch.flags.recoveries import parse_recover
 from launch.report import recovered as view
+from launch.report import removal
 from models.errors import InputError
 from pruning.recovery.blocks import Blocks
 from reference.prune_runs import call, report_of, weights
@@ -92,13 +93,19 @@ def recovered(inputs: Path, pruned: Path, output: Path, *more: str) -> int:
 def test_a_run_recovers_as_a_finished_output_does(
     method: list[str], trial_inputs: Path, tmp_path: Path
 ) -> None:
-    """The same bytes, the same zeros, and a report that has all three models."""
+    """The same bytes, the same zeros, a report of all three models, and no outdated warning."""
     model = f"--model={trial_inputs / 'llama'}"
     both, pruned, later = (tmp_path / name for name in ("both", "pruned", "later"))
     assert call([model, f"--output={pruned}", *method, *flags(trial_inputs)]) == 0
     in_one = [model, f"--output={both}", *method, f"--recover={CALL}", *flags(trial_inputs)]
     assert call(in_one) == 0
+    report = report_of(pruned)
+    stale = f"{removal.NOT_REPRODUCED}of the pruned checkpoint"
+    report["warnings"] += [stale, "of the pruning"]
+    (pruned / "pruning_report.json").write_text(json.dumps(report))
     assert recovered(trial_inputs, pruned, later) == 0
+    warnings = report_of(later)["warnings"]
+    assert "of the pruning" in warnings and stale not in warnings
     before, one, two = (weights(d) for d in (pruned, both, later))
     assert one.keys() == two.keys() == before.keys()
     changed = 0

@@ -58,10 +58,20 @@ def test_losses_agree_with_float64(loss: core.Loss) -> None:
     cosines = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     want = {
         "mse": squares.sum() / (b**2).sum(),
-        "token": (squares / (b**2).sum(-1)).mean(),
+        "token": (squares / (squares + (b**2).sum(-1))).mean(),
         "cosine": (1 - cosines).mean(),
     }[loss]
     np.testing.assert_allclose(error / size, want, rtol=1e-5)
+
+
+def test_a_state_that_is_massive_in_one_model_alone_does_not_decide() -> None:
+    """The gradient of the other tokens is more than that of a token a thousand times as large."""
+    y, target = (jnp.asarray(RNG.normal(size=(1, 5, 7)), jnp.float32) for _ in range(2))
+    y = y.at[0, 2].multiply(1000.0)
+    gradient = jax.grad(lambda y: core.errors("token", y, target)[0])(y)
+    lengths = jnp.linalg.norm(gradient[0], axis=-1)
+    assert lengths[2] < 1e-3 * lengths.max()
+    assert core.errors("token", y[:, 2:3], target[:, 2:3])[0] <= 1.0
 
 
 def test_a_bias_is_frozen_where_its_row_was_removed() -> None:
