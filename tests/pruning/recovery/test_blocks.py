@@ -23,7 +23,8 @@ from reference import small
 from reference.recovery import inputs_of, pruned_by, recover
 from reference.sleb import deep
 
-QUICK = Blocks(steps=4, lr=3e-3)
+QUICK = Blocks(steps=8, lr=0.01)
+HALVES = Blocks(steps=24, lr=0.03, unit="half")
 
 
 def assert_kept(recovered: Model, pruned: Model) -> None:
@@ -51,10 +52,10 @@ CASES = [
             ("opt", "sparsegpt", 0.5, None, {}, dataclasses.replace(QUICK, unit="half")),
             ("llama-gqa", "flap", 0.3, None, {}, QUICK),
             ("opt", "flap", 0.3, None, {}, dataclasses.replace(QUICK, inputs="dense")),
-            ("llama", "llmrank", 0.3, None, {}, dataclasses.replace(QUICK, unit="half")),
+            ("llama", "llmrank", 0.3, None, {}, HALVES),
             ("opt", "llmrank", 0.3, None, {"units": "rows"}, QUICK),
             ("llama", "sleb", 0.0, None, {"remove": (0,)}, QUICK),
-            ("llama", "sleb", 0.0, None, {"remove": (2,)}, Blocks(steps=24, lr=0.03, unit="half")),
+            ("llama", "sleb", 0.0, None, {"remove": (2,)}, HALVES),
             ("mixtral", "wanda", 0.5, None, {}, QUICK),
             ("gemma2", "wanda", 0.5, None, {}, dataclasses.replace(QUICK, unit="half")),
             ("phi", "wanda", 0.5, None, {}, dataclasses.replace(QUICK, unit="half", loss="cosine")),
