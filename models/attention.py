@@ -18,6 +18,9 @@ from models.precision import product
 # them: each chunk is a piece of the unrolled program, so many chunks compile slowly.
 CHUNK_SIZE = 128
 MAX_CHUNKS = 8
+# On a CPU as many heads attend at once as have this many bytes of weights in a chunk, so that the
+# weights stay in the cache. A loop over more, smaller parts leaves cores idle.
+CACHED_BYTES = 2 << 20
 
 
 class AttentionSettings(NamedTuple):
@@ -70,7 +73,7 @@ def chunked_attention(
     k: jax.Array,
     v: jax.Array,
     settings: AttentionSettings,
-    one_by_one: bool = False,
+    cached_bytes: int | None = None,
 ) -> jax.Array:
     """Compute causal attention with matrix products alone.
 
@@ -83,9 +86,9 @@ def chunked_attention(
       k: Keys, [b t k h].
       v: Values, [b t k h].
       settings: Window, scale and cap.
-      one_by_one: Whether to attend with one key-value head of one window after the other: a CPU's
-        cache holds the weights of few. Four windows of 2,048 tokens take 0.4 of the time of all
-        heads at once, with equal results.
+      cached_bytes: Bytes for the weights of a chunk. As many key-value heads as fit attend at
+        once, at least one; None for all of them. On a CPU four windows of 2,048 tokens take 0.4 of
+        the time of all heads at once, with equal results.
 
     Returns:
       Weighted values, [b t n h].
@@ -95,17 +98,29 @@ def chunked_attention(
     # [z g t h] with z = b * k and g = n / k for q, 1 for k and v.
     heads = tuple(x.transpose(0, 2, 1, 3).reshape(b * kv, -1, t, h) for x in (q, k, v))
     attend = functools.partial(_attend_heads, settings)
-    out = _one_by_one(attend, *heads) if one_by_one else attend(*heads)
+    if cached_bytes is None:
+        out = attend(*heads)
+    else:
+        most = cached_bytes // (4 * (n // kv) * _chunk_size(t) * t)
+        out = _attend_in_parts(attend, max(1, most), *heads)
     return out.reshape(b, n, t, h).transpose(0, 2, 1, 3)
 
 
-def _one_by_one(
-    attend: Callable[..., jax.Array], q: jax.Array, k: jax.Array, v: jax.Array
+def _chunk_size(t: int) -> int:
+    """Return the positions of a chunk of queries."""
+    return min(t, max(CHUNK_SIZE, -(-t // MAX_CHUNKS)))
+
+
+def _attend_in_parts(
+    attend: Callable[..., jax.Array], most: int, q: jax.Array, k: jax.Array, v: jax.Array
 ) -> jax.Array:
-    """Attend with one key-value head at a time."""
+    """Attend with at most `most` key-value heads at a time."""
+    # Equal parts: a smaller last one would be compiled again.
+    size = next(n for n in range(min(most, len(q)), 0, -1) if len(q) % n == 0)
+    parts = tuple(x.reshape(-1, size, *x.shape[1:]) for x in (q, k, v))
     # A gradient computes the weights again, in less time than it takes to store and read them.
-    again = jax.checkpoint(lambda head: attend(*(x[None] for x in head))[0], prevent_cse=False)
-    return jax.lax.map(again, (q, k, v))
+    again = jax.checkpoint(lambda part: attend(*part), prevent_cse=False)
+    return jax.lax.map(again, parts).reshape(q.shape)
 
 
 def _attend_heads(
@@ -123,7 +138,7 @@ def _attend_heads(
       Weighted values, [z g t h].
     """
     (z, _, t, h), window = q.shape, settings.window
-    size, chunks = max(CHUNK_SIZE, -(-t // MAX_CHUNKS)), []
+    size, chunks = _chunk_size(t), []
     for start in range(0, t, size):
         end = min(start + size, t)
         first = 0 if window is None else max(0, start - window + 1)
@@ -210,7 +225,7 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, settings: AttentionSetti
     by_platform: dict[str, Callable[..., jax.Array]] = {}
     if jax.device_count() == 1:
         # A loop over heads that lie on several devices would gather them.
-        by_platform["cpu"] = functools.partial(chunked, one_by_one=True)
+        by_platform["cpu"] = functools.partial(chunked, cached_bytes=CACHED_BYTES)
     for platform, implementation in FUSED.items():
         kernel = functools.partial(
             fused_attention, settings=settings, implementation=implementation
