@@ -1,10 +1,11 @@
-"""The plan of a run lists the programs that the run calls, as often as the run calls them."""
+"""The plan of a run has its programs, as often as the run calls them, and at least its memory."""
 
 import contextlib
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 
 from calibration.runtime import Runtime
 from models.arch import Model
-from models.programs import Recorder, record_programs
+from models.programs import Program, Recorder, record_programs
 from models.sharding import make_mesh
 from pruning.methods import ALLOCATIONS, METHODS, REFINEMENTS
 from pruning.types import Method, Request
@@ -85,6 +86,24 @@ SMALL = {
 }
 
 
+class Measured(Recorder):
+    """Counts calls, and the most bytes of arrays alive around one beside those before the run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.most = alive(), 0
+
+    def call(self, program: Program, name: str, args: Sequence[Any]) -> Any:
+        result = super().call(program, name, args)
+        self.most = max(self.most, alive() - self.before)
+        return result
+
+
+def alive() -> int:
+    """Return the bytes of all arrays that are alive."""
+    return sum(x.nbytes for x in jax.live_arrays())
+
+
 def names(run: tuple) -> str:
     method, arguments, allocation, options, refine = run
     parts = (method, *arguments.values(), allocation, *options.values(), refine)
@@ -124,12 +143,14 @@ def compiled_functions() -> Iterator[set[str]]:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=names)
-def test_the_plan_has_the_calls_of_the_run(run: tuple) -> None:
+def test_the_plan_has_the_calls_and_the_memory_of_the_run(run: tuple) -> None:
     name, arguments, allocation, options, refine = run
     m, method = model("llama"), METHODS[name](**arguments)
+    # Blocks of the host, which take memory of the device once they are there, as in the plan.
+    m = m._replace(blocks=jax.tree.map(np.asarray, m.blocks))
     asked, mesh = request(allocation, options, refine), make_mesh("data=1")
     runtime = Runtime(batch=4, mesh=mesh)
-    counted = Recorder()
+    counted = Measured()
     jax.clear_caches()  # so that everything the run needs is compiled, and logged
     with compiled_functions() as compiled:
         record(counted, m, method, asked, runtime)
@@ -138,6 +159,7 @@ def test_the_plan_has_the_calls_of_the_run(run: tuple) -> None:
     record(planned, m._replace(blocks=shapes), method, asked, runtime)
     assert calls(counted) == calls(planned)
     assert compiled - SMALL - counted.functions == set(), "work outside the programs of the plan"
+    assert 0 < counted.most <= planned.peak["device"]
 
 
 def calls(recorder: Recorder) -> Counter:
