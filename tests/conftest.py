@@ -6,6 +6,8 @@ Everything here is set before JAX starts.
 import os
 import pathlib
 import tempfile
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -50,6 +52,29 @@ def optimize(on: bool) -> None:
     """Let XLA optimize programs or not, here and in processes that tests start."""
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "0" if on else "1"
     jax.config.update("jax_disable_most_optimizations", not on)
+
+
+# Seconds since 1970 after which no test begins: a run that may take only so long says what it left
+# out on a slow machine, where it would be stopped and say nothing.
+DEADLINE = float(os.environ.get("TOPIARY_TEST_DEADLINE", "inf"))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put files of many tests last.
+
+    They repeat one claim for every method and family, so a deadline costs least there. With
+    `--no-loadscope-reorder` workers take files in this order.
+    """
+    sizes = Counter(item.path for item in items)
+    items.sort(key=lambda item: sizes[item.path])
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Skip a test that would begin after the deadline, before its fixtures are made."""
+    if time.time() > DEADLINE:
+        pytest.skip("the time for tests is over on this machine")
 
 
 SHARED = ROOT.parent / "shared"
