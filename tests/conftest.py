@@ -98,6 +98,19 @@ def optimized_programs() -> Iterator[None]:
     optimize(False)
 
 
+@pytest.fixture
+def plain_programs(optimized_programs: None) -> Iterator[None]:
+    """Leave one test of such a file without optimizations.
+
+    Those of some processors round a pair at a boundary the other way than the authors' code.
+    """
+    jax.clear_caches()
+    optimize(False)
+    yield
+    jax.clear_caches()
+    optimize(True)
+
+
 @pytest.fixture(scope="session")
 def shared() -> pathlib.Path:
     """Return the folder of reference models, tokens and goldens; skip where it is absent."""

@@ -142,7 +142,7 @@ def test_a_run_killed_anywhere_gives_the_same_bytes(
         assert call(argv(inputs, tmp_path / "whole", model, args)) == 0
     want = weights(tmp_path / "whole")
     record = (tmp_path / "whole" / "pruning.json").read_bytes()
-    for n in range(1, count.calls + 1, max(1, count.calls // 2)):
+    for n in range(1, count.calls + 1, max(1, count.calls // 3)):
         with pytest.MonkeyPatch.context() as m:
             guard_writes(Fuse(n), m)
             with pytest.raises(Killed):
