@@ -1,8 +1,5 @@
 """The contract of every method on the families whose blocks differ, mixtures of experts too."""
 
-from collections.abc import Iterator
-
-import jax
 import numpy as np
 import pytest
 
@@ -19,13 +16,6 @@ from reference.contract import (
     run,
 )
 from reference.small import logits, model, same, tokens, zeros
-
-
-@pytest.fixture(autouse=True)
-def forget_every_test() -> Iterator[None]:
-    """Drop compiled programs after every test: a process has room for so many memory maps."""
-    yield
-    jax.clear_caches()
 
 
 @pytest.mark.slow

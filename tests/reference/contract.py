@@ -97,8 +97,8 @@ first_case_of_other_families = pytest.mark.parametrize(
     ("case", "family"),
     [
         (case, family)
-        for case in FIRST_CASES
         for family in EVERY_FAMILY[len(FAMILIES) :]
+        for case in FIRST_CASES
         if family in MIXTURES or case.name not in GENERIC
     ],
     ids=str,
