@@ -39,6 +39,7 @@ from launch.run import draws, export, recovered_run, tracking
 from launch.run.agreement import DenseStates
 from launch.run.card import write_card
 from launch.run.comparisons import Comparisons
+from launch.run.compilation import counted
 from launch.run.complete import complete, least_bytes
 from launch.run.describe import Results, describe
 from launch.run.inputs import Inputs, read_inputs
@@ -147,11 +148,13 @@ def prune(config: RunConfig, cache: StepCache | None = None) -> dict[str, Any]:
     attempt = Attempt()
     with (
         progress() as shown,
+        counted() as compilation,
         staged(output, export.REPORT, job.output.resume, attempt.keeps) as stage,
     ):
         job = dataclasses.replace(job, runtime=dataclasses.replace(job.runtime, progress=shown))
         result = _prune_into(stage, job, inputs, attempt, clock, cache)
         result["seconds"] = clock.seconds
+        result["compilation"] = compilation.record()
         result["warnings"] += run_on_primary(lambda: write_reports(stage.result, result))
         source = inputs.checkpoint.directory
         run_on_primary(lambda: write_card(stage.result, result, source))

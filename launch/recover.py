@@ -34,6 +34,7 @@ from launch.report.files import write_reports
 from launch.report.progress import prefixed, progress
 from launch.run import export, recovery
 from launch.run.card import write_card
+from launch.run.compilation import counted
 from launch.run.describe import checks_of, measures_of
 from launch.run.job import Output
 from launch.run.measure import Clock, protocol, tokenizer_of
@@ -112,12 +113,14 @@ def recover(config: RecoverConfig) -> dict[str, Any]:
     attempt = Attempt()
     with (
         progress() as shown,
+        counted() as compilation,
         staged(output, export.REPORT, config.resume, attempt.keeps) as stage,
     ):
         run_on_primary(lambda: _check_space(stage, config, chain, inputs))
         result = _recover_into(stage, config, chain, inputs, attempt, clock, shown)
         before = inputs.finished.report["seconds"].get("calibrate_and_prune", 0.0)
         result["seconds"] = {"calibrate_and_prune": before, **clock.seconds}
+        result["compilation"] = compilation.record()
         result["warnings"] += run_on_primary(lambda: write_reports(stage.result, result))
         run_on_primary(lambda: write_card(stage.result, result, inputs.dense.directory))
     return result

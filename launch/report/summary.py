@@ -334,9 +334,12 @@ def _speed_rows(speed: Mapping[str, Any]) -> list[Row]:
 
 
 def cost_rows(report: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the run's cost as (label, text): seconds by stage, their sum, and peak memory."""
+    """Return the run's cost as (label, text): seconds by stage and in all, and peak memory."""
     seconds, memory = report.get("seconds", {}), report.get("peak_memory_bytes", {})
     rows = [(f"Time, {_STAGES.get(stage, stage)}", duration(s)) for stage, s in seconds.items()]
     if seconds:
         rows.append(("Time, total", duration(sum(s or 0.0 for s in seconds.values()))))
+    if compiled := report.get("compilation"):
+        kept = "{cached} of {programs} programs cached".format(**compiled)
+        rows.append(("… compilation", f"{duration(compiled['seconds'])}, {kept}"))
     return rows + [(f"Peak memory, {place}", size(peak)) for place, peak in memory.items()]

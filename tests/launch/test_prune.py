@@ -122,6 +122,9 @@ def test_a_run_writes_all_of_the_contract(
     ):
         assert key in r
     assert set(r["seconds"]) == {"load", "calibrate_and_prune", "eval", "export"}
+    compiled = r["compilation"]
+    assert compiled["programs"] >= compiled["cached"] >= 0
+    assert 0 < compiled["seconds"] < sum(r["seconds"].values())
     assert set(r["peak_memory_bytes"]) == {"host", "device"}
     assert {"source", "sha256", "samples", "length", "seed"} <= set(r["protocol"]["calibration"])
     assert r["sparsity"]["target"] == sparsity

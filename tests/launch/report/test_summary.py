@@ -131,6 +131,7 @@ def test_the_rows_hold_the_numbers_of_a_report() -> None:
         "parameters": {"dense": 1_000_000, "pruned": 800_000},
         "bytes": {"dense": 4096, "pruned": 4096},
         "seconds": {"load": 1.5, "calibrate_and_prune": 60.5, "eval": 3.0, "export": 1.0},
+        "compilation": {"seconds": 4.5, "programs": 12, "cached": 9},
         "peak_memory_bytes": {"host": 2048, "device": None},
     }
     assert summary.quality_rows(report) == [
@@ -143,6 +144,7 @@ def test_the_rows_hold_the_numbers_of_a_report() -> None:
     costs = dict(summary.cost_rows(report))
     assert costs["Time, calibrate and prune"] == "1 min 00 s"
     assert costs["Time, total"] == "1 min 06 s"
+    assert costs["… compilation"] == "4.50 s, 9 of 12 programs cached"
     assert costs["Peak memory, host"] == "2.0 KiB" and costs["Peak memory, device"] == "—"
 
 
