@@ -21,7 +21,7 @@ os.environ["XLA_FLAGS"] = (
     + " --xla_cpu_parallel_codegen_split_count=1"
 )
 # Most of a test's time is compilation. Workers and the processes that tests start share one cache
-# on disk.
+# on disk; a process that kept every program in memory would run out of memory maps.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "compiled programs")
 )
@@ -91,21 +91,6 @@ def forget_compilations() -> Iterator[None]:
     """Drop compiled programs after every file; the cache on disk still has them."""
     yield
     jax.clear_caches()
-
-
-MAPS = pathlib.Path("/proc/self/maps")  # Linux lists a process's memory maps here, one a line
-
-
-@pytest.fixture(autouse=True)
-def forget_many_compilations() -> Iterator[None]:
-    """Drop compiled programs within a file when they are many: a process has 65,530 maps at most.
-
-    Six thousand are some thirty tests, which share what they can. With more of them in memory tests
-    take longer.
-    """
-    yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 6000:
-        jax.clear_caches()
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,9 @@
 """The contract of every method on the families whose blocks differ, mixtures of experts too."""
 
+import pathlib
+from collections.abc import Iterator
+
+import jax
 import numpy as np
 import pytest
 
@@ -16,6 +20,19 @@ from reference.contract import (
     run,
 )
 from reference.small import logits, model, same, tokens, zeros
+
+MAPS = pathlib.Path("/proc/self/maps")  # Linux lists a process's memory maps here, one a line
+
+
+@pytest.fixture(autouse=True)
+def forget_many_compilations() -> Iterator[None]:
+    """Drop compiled programs when they are many: a process has room for 65,530 memory maps.
+
+    Six thousand are some thirty tests, two families or three, which share what they can.
+    """
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 6000:
+        jax.clear_caches()
 
 
 @pytest.mark.slow

@@ -34,10 +34,10 @@ CONFIG = {
     "max_position_embeddings": 24,
     "initializer_range": 0.3,
 }
-# Methods that share all of their passes with one of these are left to the contract's tests.
 RUNS = {
     "magnitude": ["--method=magnitude", "--sparsity=0.5", "--allocation=alpha"],
     "wanda": ["--method=wanda", "--sparsity=0.5", "--allocation=owl", "--refine=dsnot"],
+    "multiflow": ["--method=multiflow", "--sparsity=0.5"],
     "sparsegpt": [
         "--method=sparsegpt",
         "--sparsity=0.5",
@@ -47,6 +47,8 @@ RUNS = {
     "sparsellm": ["--method=sparsellm(iterations=1)", "--sparsity=0.5"],
     "llmrank": ['--method=llmrank(repair="refit")', "--sparsity=0.5"],
     "flap": ["--method=flap", "--sparsity=0.3"],
+    "wanda_sp": ['--method=wanda_sp(repair="bias")', "--sparsity=0.4"],
+    "magnitude_sp": ["--method=magnitude_sp", "--sparsity=0.4"],
     "sleb": ["--method=sleb(blocks=2)"],
     "recovered": [
         "--method=wanda",
