@@ -2,7 +2,7 @@
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,13 +12,13 @@ from rich.table import Table
 from launch.benchmarks.every import Row
 from launch.benchmarks.solvers import Task, call_in_process
 from launch.report import summary
+from launch.run.compilation import counted
 from models.programs import Program, Recorder, record_programs
 
 if TYPE_CHECKING:  # imported where a process uses them
     from models.arch import Model
 
 SHOWN = 5  # programs of a method in the table
-COMPILATION = "/jax/core/compile/"  # beginning of JAX's names of its parts
 
 
 class TimingRecorder(Recorder):
@@ -73,7 +73,8 @@ def time_parts(task: Task, argument: str) -> dict[str, Any]:
         jax.block_until_ready(pruned.blocks)
         return pruned
 
-    compiling = _seconds_of_compilation(run)
+    with counted() as compilation:
+        run()
     recorder = TimingRecorder()
     start = time.perf_counter()
     with record_programs(recorder):
@@ -86,27 +87,10 @@ def time_parts(task: Task, argument: str) -> dict[str, Any]:
         "total": total,
         "programs": recorder.seconds,
         "host": total - sum(recorder.seconds.values()),
-        "compile": compiling,
+        "compile": compilation.seconds,
         "read": read,
         "write": time.perf_counter() - start,
     }
-
-
-def _seconds_of_compilation(run: Callable[[], object]) -> float:
-    """Return the seconds that JAX traces and compiles in a run."""
-    seconds = 0.0
-
-    def listen(event: str, duration_secs: float, **_: Any) -> None:
-        nonlocal seconds
-        if event.startswith(COMPILATION):
-            seconds += duration_secs
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        run()
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
-    return seconds
 
 
 def measure(rows: Sequence[Row], task: Task) -> dict[str, Any]:

@@ -5,10 +5,9 @@ from collections.abc import Iterator
 
 import jax
 
-# What JAX does before a new program can run; it reports the start and the end of each.
-_STEPS = ("jaxpr_trace_duration", "jaxpr_to_mlir_module_duration", "backend_compile_duration")
-_EVENTS = frozenset(f"/jax/core/compile/{step}" for step in _STEPS)
-_COMPILED = "/jax/core/compile/backend_compile_duration"
+# Beginning of JAX's names of what it does before a new program can run: traces, lowers, compiles.
+_STEPS = "/jax/core/compile/"
+_COMPILED = f"{_STEPS}backend_compile_duration"
 _CACHED = "/jax/compilation_cache/cache_hits"
 
 
@@ -42,7 +41,7 @@ class Compilation:
           end_time: When it ended.
           **kwargs: What else JAX says of it.
         """
-        if event not in _EVENTS:
+        if not event.startswith(_STEPS):
             return
         self.programs += event == _COMPILED
         # The tracing of a function holds that of the functions it calls, which ended before.

@@ -1,6 +1,6 @@
 """The contract of every method on every family; a method in METHODS is held to it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from calibration.runtime import Runtime
+from launch.run.compilation import counted
 from models.arch import Model
 from models.errors import InputError
 from pruning.methods import METHODS
@@ -32,25 +33,6 @@ from reference.contract import (
     run,
 )
 from reference.small import logits, model, same, tokens, weight, zeros
-
-
-class Compilations:
-    """Counts what XLA compiles, in whatever function."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, event: str, seconds: float, **_: Any) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-
-@pytest.fixture
-def compilations() -> Iterator[Compilations]:
-    """The count of this test."""
-    counter = Compilations()
-    jax.monitoring.register_event_duration_secs_listener(counter)
-    yield counter
-    jax.monitoring.unregister_event_duration_listener(counter)
 
 
 @every_family
@@ -187,33 +169,31 @@ def test_another_seed_matters_to_what_is_random_alone(case: Case) -> None:
 
 @every_family
 @pytest.mark.parametrize("case", quick(WEIGHTS), ids=str)
-def test_the_budget_is_data(case: Case, family: str, compilations: Compilations) -> None:
+def test_the_budget_is_data(case: Case, family: str) -> None:
     """Another sparsity, or another model of the same architecture, compiles nothing."""
     run(case, family)
     other = model(family, seed=2)
-    compilations.count = 0
-    for sparsity in (0.0, 0.31, 0.75, 0.9):
-        fresh(case, model(family), sparsity)
-    fresh(case, other, 0.4)
-    assert compilations.count == 0
+    with counted() as compilation:
+        for sparsity in (0.0, 0.31, 0.75, 0.9):
+            fresh(case, model(family), sparsity)
+        fresh(case, other, 0.4)
+    assert compilation.programs == 0
 
 
 @every_family
 @pytest.mark.parametrize("case", quick(LLMRANK), ids=str)
-def test_units_compile_only_for_their_new_widths(
-    case: Case, family: str, compilations: Compilations
-) -> None:
+def test_units_compile_only_for_their_new_widths(case: Case, family: str) -> None:
     """Importance and zeroing compile once; cutting, once for each shape and new width."""
     run(case, family)
     other = model(family, seed=2)
-    compilations.count = 0
-    fresh(case, other, 0.5, seed=3)
-    assert compilations.count == 0
-    scans = _flow.jitted._cache_size()
-    for sparsity in (0.25, 0.75):
-        fresh(case, other, sparsity)
+    with counted() as compilation:
+        fresh(case, other, 0.5, seed=3)
+        assert compilation.programs == 0
+        scans = _flow.jitted._cache_size()
+        for sparsity in (0.25, 0.75):
+            fresh(case, other, sparsity)
     assert _flow.jitted._cache_size() == scans
-    assert compilations.count <= (0 if dict(case.arguments).get("units") == "rows" else 2 * 3)
+    assert compilation.programs <= (0 if dict(case.arguments).get("units") == "rows" else 2 * 3)
 
 
 @every_family

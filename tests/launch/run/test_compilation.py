@@ -35,9 +35,7 @@ def test_what_is_compiled_inside_is_counted_once() -> None:
     assert found.record() == once, "nothing is counted behind the context"
 
 
-def test_programs_of_the_cache_are_counted(
-    tmp_path: Path,
-) -> None:
+def test_programs_of_the_cache_are_counted(tmp_path: Path) -> None:
     function, x = (lambda x: jnp.tanh(x) * 5), jnp.arange(3.0)
     before = jax.config.jax_compilation_cache_dir
     try:
