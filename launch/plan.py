@@ -27,6 +27,7 @@ from eval.peak import flops_per_second
 from launch import prune
 from launch.flags.cli import Flags, frozen, run
 from launch.flags.common import offload_for, window_length
+from launch.flags.compilation import OFF, compilation_cache
 from launch.flags.dtypes import compute_dtype
 from launch.report import summary
 from launch.report.console import show_search
@@ -118,6 +119,7 @@ def devices_of(topology: str) -> list[Any]:
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
+        "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any type will do: the topology decides
     }
     for name, value in absent.items():
         os.environ.setdefault(name, value)
@@ -193,13 +195,12 @@ def _resident(
     }
 
 
-def _writing(job: Job, shapes: Model, mesh: Mesh, length: int) -> int:
+def _writing(job: Job, blocks: Any, leaves: Sequence[Any], mesh: Mesh, length: int) -> int:
     """Return the bytes of one device that a model takes to write windows of a length, or 0."""
     if not job.sources.calibration.generated:
         return 0
-    leaves = jax.tree.leaves((shapes.non_block, shapes.blocks))
     parameters = sum(math.prod(x.shape) for x in leaves)
-    return memory_needed(shapes.blocks, parameters, leaves[0].dtype.itemsize, length, mesh)
+    return memory_needed(blocks, parameters, leaves[0].dtype.itemsize, length, mesh)
 
 
 def _fits(memory: Mapping[str, Any], devices: int, costs: Sequence[Cost]) -> bool:
@@ -263,7 +264,7 @@ def plan(values: dict[str, Any]) -> dict[str, Any]:
     costs = [cost._replace(calls=cost.calls * draws) for cost in recorder.costs]
     parameters = jax.tree.leaves((shapes.non_block, shapes.blocks))
     block = max(_bytes(b) for b in shapes.blocks)
-    writing = _writing(job, shapes, mesh, tokens.shape[1])
+    writing = _writing(job, shapes.blocks, parameters, mesh, tokens.shape[1])
     resident = _resident(recorder, offload, block, _bytes(parameters), draws, writing)
     resident["disk"]["hidden_states"] += _bytes(x)  # saved for a run that goes on
     rate = 0.0 if topology else flops_per_second(dtype) * mesh.size
@@ -302,9 +303,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     mesh = ", ".join(f"{axis} {n}" for axis, n in devices["mesh"].items())
     title = f"{result['model']}, {result['method']} on {where} ({mesh})"
     table = Table(title=title, title_justify="left")
-    left = ("program", "collectives")
     for heading in ("program", "calls", "GFLOP a call", "peak memory", "collectives", "compiled"):
-        justify: Literal["left", "right"] = "left" if heading in left else "right"
+        is_text = heading in ("program", "collectives")
+        justify: Literal["left", "right"] = "left" if is_text else "right"
         table.add_column(heading, justify=justify, overflow="fold")
     for p in result["programs"]:
         table.add_row(
@@ -316,8 +317,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
             f"{p['seconds']:.1f} s",
         )
     console.print(table)
-    names = {"device": "each device", "host": "host", "disk": "disk"}
-    for place, name in names.items():
+    for place, name in {"device": "each device", "host": "host", "disk": "disk"}.items():
         parts = [
             f"{key.replace('_', ' ')} {summary.size(n)}" for key, n in memory[place].items() if n
         ]
@@ -338,7 +338,9 @@ def show(result: Mapping[str, Any], console: Console) -> None:
 
 def main(values: dict[str, Any]) -> None:
     """Print the plan, and write it to a file if `--json` names one."""
-    result = plan(values)
+    # Programs of absent devices are written to the cache but cannot be read again: JAX would warn.
+    with compilation_cache(OFF if values["topology"] else None):
+        result = plan(values)
     show(result, Console())
     if values["json"]:
         write_report(values["json"], result)
