@@ -125,8 +125,8 @@ class Blocks:
         order = np.random.default_rng(inputs.seed).permutation(len(inputs.windows))
         held_out = self._held_out(len(order))
         # Windows that no update would use need not go through the models.
-        unused = math.ceil(len(order) / self.batch) - held_out - self.steps
-        windows = inputs.windows[order[max(0, unused) * self.batch :]]
+        unused = max(0, math.ceil(len(order) / self.batch) - held_out - self.steps)
+        windows = inputs.windows[order[unused * self.batch :]]
         trainer = _Trainer(self, inputs, windows, held_out, runtime, sink)
         records = visit_blocks(
             inputs.dense,
@@ -135,7 +135,13 @@ class Blocks:
             trainer.visit,
             name="recovering blocks",
         )
-        return _result([record for record in records if record])
+        notes = []
+        if unused:
+            notes.append(
+                f"{len(windows)} of {len(order)} calibration windows were used: "
+                f"steps={self.steps + unused} would use all of them"
+            )
+        return _result([record for record in records if record], notes)
 
 
 class _Trainer:
@@ -311,8 +317,13 @@ def _measure(
     return float(to_host(steps_of.loss_of(sums)))
 
 
-def _result(records: Sequence[dict[str, Any]]) -> Recovered:
-    """Return what the report says."""
+def _result(records: Sequence[dict[str, Any]], notes: Sequence[str]) -> Recovered:
+    """Return what the report says.
+
+    Args:
+      records: Of each block that was trained.
+      notes: Sentences about the windows.
+    """
     fits = [
         record[part] for record in records for part in ("attention", "output") if part in record
     ]
@@ -329,10 +340,10 @@ def _result(records: Sequence[dict[str, Any]]) -> Recovered:
         "logits. Each block starts from recovered inputs.",
     )
     same = sum(fit["best"] == 0 for fit in outputs)
-    note = f"{same} of {len(outputs)} blocks gained too little and stay as they were"
+    stay = f"{same} of {len(outputs)} blocks gained too little and stay as they were"
     return Recovered(
         tokens=sum(fit["tokens"] for fit in fits),
         details={"blocks": list(records), "zeros": sum(record["zeros"] for record in records)},
         figures=(figure,),
-        notes=(note,) if same else (),
+        notes=(*notes, stay) if same else tuple(notes),
     )

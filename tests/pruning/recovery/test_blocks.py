@@ -153,11 +153,15 @@ def test_windows_that_no_update_uses_do_not_go_through_the_models() -> None:
     inputs = inputs_of(dense, *pruned_by(dense, "wanda", 0.5))
     one_step, recorder = Blocks(steps=1, batch=1), Recorder()
     with record_programs(recorder):
-        recover(one_step, inputs)
+        _, result = recover(one_step, inputs)
     embeddings = sum(cost.calls for cost in recorder.costs if cost.name == "embedding")
     held_out = one_step._held_out(len(inputs.windows))
     assert len(inputs.windows) - held_out > 1  # else all are used
     assert embeddings == 2 * (1 + held_out)  # of the dense and of the pruned model
+    enough = len(inputs.windows) - held_out
+    assert f"steps={enough} would use all" in result.notes[0]
+    _, result = recover(dataclasses.replace(one_step, steps=enough), inputs)
+    assert not any("windows were used" in note for note in result.notes)
 
 
 def test_what_cannot_be_recovered_is_refused() -> None:
