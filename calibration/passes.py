@@ -24,7 +24,7 @@ from models.checkpoint.blocks import prefetch
 from models.errors import InputError
 from models.experts import Routed, expert_of
 from models.programs import program
-from models.sharding import place, placement, split
+from models.sharding import STATES, place, placement, split
 
 Watch = tuple[tuple[str, Observer], ...]  # (tap or slot, observer), hashable for jit
 Stats = Mapping[str, Any]  # tap or slot -> final state of its observer
@@ -132,7 +132,7 @@ def _state_shapes(
         part_shape = jax.ShapeDtypeStruct(part.shape, part.dtype)
         x = jax.eval_shape(model.arch.embed, model.non_block, part_shape)
         if offload == "device":
-            sharding = placement(x.shape, mesh, "sample")
+            sharding = placement(x.shape, mesh, STATES)
             shapes.append(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding))
         else:
             shapes.append(np.broadcast_to(np.zeros((), x.dtype), x.shape))
@@ -247,7 +247,10 @@ def observe(
     static = tuple(sorted({expert_of(name)[0]: observer for name, observer in own.items()}.items()))
     if not static and not onward:
         return {}
-    states: Stats = _start(arch.block, static, block, xs[0])
+    # Where the compiler leaves the new states, so that one program serves all micro-batches.
+    states: Stats = jax.tree.map(
+        lambda s: split(s, xs.mesh, "channel"), _start(arch.block, static, block, xs[0])
+    )
     for j, x in enumerate(xs):
         y, states = _observe(arch.block, static, onward, block, x, states)
         if onward:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.programs import DeviceArray, planner
-from models.sharding import split
+from models.sharding import STATES, split
 
 Offload = Literal["device", "host", "disk"]
 OFFLOADS: tuple[Offload, ...] = get_args(Offload)  # the fastest first
@@ -126,7 +126,7 @@ class States(Sequence[jax.Array]):
     Args:
       xs: States in order; each is moved as it comes.
       offload: Memory to keep them in.
-      mesh: Windows are split over its `data` axis.
+      mesh: Windows are split over its `data` axis, channels over `model`.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class States(Sequence[jax.Array]):
         offload: Offload = "device",
         mesh: Mesh | None = None,
     ):
-        self._offload, self._mesh = offload, mesh
+        self._offload, self.mesh = offload, mesh
         self._directory = scratch(self) if offload == "disk" else pathlib.Path()
         self._kept: list[Kept] = []
         self._moving: int | None = None  # index of those that are still on the devices
@@ -151,8 +151,8 @@ class States(Sequence[jax.Array]):
         """Begin to move states to their memory, and finish with those before them."""
         x = self._kept[j]
         if self._offload == "device":
-            # Split first, so that each device holds its own windows only.
-            self._kept[j] = keep(split(x, self._mesh, "sample"), "device", self._directory)
+            # Split first, so that each device holds its own part only.
+            self._kept[j] = keep(split(x, self.mesh, STATES), "device", self._directory)
             return
         if isinstance(x, jax.Array):
             x.copy_to_host_async()
@@ -179,7 +179,7 @@ class States(Sequence[jax.Array]):
             return [self[k] for k in range(*j.indices(len(self)))]
         # Placed as before it was kept. From another placement the compiler may make another
         # program, which rounds otherwise.
-        return split(fetch(self._kept[j]), self._mesh, "sample")
+        return split(fetch(self._kept[j]), self.mesh, STATES)
 
     def __setitem__(self, j: int, x: jax.Array) -> None:
         if self._moving == j:
@@ -190,7 +190,7 @@ class States(Sequence[jax.Array]):
     def copy(self) -> "States":
         """Return the same states as an object of their own."""
         self.settle()
-        return States((fetch(x) for x in self._kept), self._offload, self._mesh)
+        return States((fetch(x) for x in self._kept), self._offload, self.mesh)
 
     def stored(self) -> list[Any]:
         """Return all states where they lie, files mapped into memory, for saving."""

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from models.arch import Model, NonBlockParams, apply_block, embed
 from models.checkpoint.blocks import prefetch
 from models.progress import Advance, no_advance
-from models.sharding import split
+from models.sharding import STATES, split
 
 # Bytes of hidden states that pass through the blocks together; more batches read the blocks again.
 ACTIVATION_BYTES = 1 << 30
@@ -45,9 +45,9 @@ def last_states(
             tokens_held += batches[end].size
             end += 1
         tokens = [split(batch, mesh, "sample") for batch in batches[first:end]]
-        xs = [embed(model.arch, non_block, t) for t in tokens]
+        xs = [split(embed(model.arch, non_block, t), mesh, STATES) for t in tokens]
         for block in prefetch(model.blocks, mesh=mesh):
-            xs = [apply_block(model.arch, block, x) for x in xs]
+            xs = [split(apply_block(model.arch, block, x), mesh, STATES) for x in xs]
             # Wait: calls that are queued but have not run would keep several blocks in memory. All
             # are queued before the first wait, so that the device is never idle.
             for t, x in zip(tokens, xs, strict=True):

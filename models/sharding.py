@@ -21,14 +21,17 @@ from models.errors import InputError
 from models.programs import DeviceArray, Recorder, planner
 
 MESH_AXES = ("data", "model")
-# Logical axis -> mesh axes: calibration windows, output rows of a linear, and the rows of what a
-# training keeps between two steps, of which every device holds a part of its own.
+# Logical axis -> mesh axes: calibration windows, output rows of a linear, channels that statistics
+# are of, and the rows of what a training keeps between two steps, of which every device holds a
+# part of its own.
 # Rows, not columns: a row's products and Wanda's mask of it then need no other device.
 LOGICAL: Mapping[str, tuple[str, ...]] = {
     "sample": ("data",),
     "out": ("model",),
+    "channel": ("model",),
     "fully_sharded": ("model", "data"),
 }
+STATES = "states"  # in place of a logical axis, for hidden states [... b t d]
 
 
 def _parse_mesh(spec: str) -> dict[str, int]:
@@ -100,21 +103,37 @@ def make_mesh(spec: str, batch: int = 0, devices: Sequence[jax.Device] | None = 
 
 
 def placement(shape: Sequence[int], mesh: Mesh | None, logical: str) -> Sharding:
-    """Choose the sharding of an array whose first axis has a logical name.
+    """Choose the sharding of hidden states, or of an array whose first axis has a logical name.
 
     Args:
       shape: Shape of the array.
       mesh: Mesh; None for the first local device.
-      logical: Logical name of the first axis, a key of `LOGICAL`.
+      logical: Logical name of the first axis, a key of `LOGICAL`; STATES for hidden states.
 
     Returns:
-      First axis split over its mesh axis where that divides it, else replicated.
+      Axes split over their mesh axes where these divide them, else replicated.
     """
     if mesh is None or mesh.size == 1:
         return SingleDeviceSharding(jax.local_devices()[0])
+    if logical == STATES:
+        return NamedSharding(mesh, _split_states(shape, mesh))
     # An axis that does not divide is replicated rather than padded: padding would enter the
     # statistics.
     return NamedSharding(mesh, _split_over(shape[:1], mesh, logical))
+
+
+def _split_states(shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+    """Return how hidden states [... b t d] are split: by their windows and by their channels.
+
+    A linear's outputs are split over `model` as its rows are, so the compiler leaves a block's
+    outputs like this too: no device sends any between two blocks, and one program serves all.
+    """
+    windows, channels = (
+        _split_over((shape[axis],), mesh, logical)
+        for axis, logical in ((-3, "sample"), (-1, "out"))
+    )
+    before = (None,) * (len(shape) - 3)
+    return PartitionSpec(*before, *(windows or (None,)), None, *(channels or (None,)))
 
 
 def _split_over(rows: Sequence[int], mesh: Mesh, logical: str) -> PartitionSpec:
@@ -166,11 +185,13 @@ def _put_on_devices(x: Any, sharding: Sharding) -> jax.Array:
 
 def _planned(recorder: Recorder, x: Any, mesh: Mesh | None, logical: str) -> DeviceArray:
     """Place the shape of an array as `split` and `place` place the array itself."""
-    if isinstance(x, DeviceArray) and x.place == "device":
-        return x
+    on_device = isinstance(x, DeviceArray) and x.place == "device"
     if mesh is None or mesh.size == 1 or (logical == "out" and len(x.shape) != 2):
-        return recorder.place(x)
-    return recorder.place(x, placement(x.shape, mesh, logical))
+        return x if on_device else recorder.place(x)
+    sharding = placement(x.shape, mesh, logical)
+    if on_device and x.sharding.is_equivalent_to(sharding, len(x.shape)):
+        return x
+    return recorder.place(x, sharding)
 
 
 def split(x: Any, mesh: Mesh | None, logical: str) -> Any:
@@ -179,7 +200,7 @@ def split(x: Any, mesh: Mesh | None, logical: str) -> Any:
     Args:
       x: Array, on the host or on devices.
       mesh: Mesh; None leaves the array on its device.
-      logical: Logical name of the first axis.
+      logical: Logical name of the first axis, or STATES.
 
     Returns:
       Array on the mesh.
@@ -279,13 +300,7 @@ def spread_tokens(x: jax.Array, mesh: Mesh | None) -> jax.Array:
     """
     if mesh is None or mesh.size == 1:
         return x
-    windows, channels = (
-        _split_over((x.shape[axis],), mesh, logical)
-        for axis, logical in ((-3, "sample"), (-1, "out"))
-    )
-    before = (None,) * (x.ndim - 3)
-    spec = PartitionSpec(*before, *(windows or (None,)), None, *(channels or (None,)))
-    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+    return jax.lax.with_sharding_constraint(x, placement(x.shape, mesh, STATES))
 
 
 def constrain(tree: Any, mesh: Mesh | None, logical: str) -> Any:

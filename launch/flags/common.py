@@ -258,8 +258,12 @@ def offload_for(
         return "device"
     if activations != "auto":
         return cast(Offload, activations)
-    size = x.size * x.dtype.itemsize
-    return choose_offload(size // (mesh.shape["data"] if mesh else 1), size, available)
+    size, shards = x.size * x.dtype.itemsize, 1
+    if mesh:
+        # As `models.sharding` splits them: `data` divides a micro-batch, `model` may not divide d.
+        shards = mesh.shape["data"]
+        shards *= 1 if x.shape[-1] % mesh.shape["model"] else mesh.shape["model"]
+    return choose_offload(size // shards, size, available)
 
 
 def window_length(length: int, config: Mapping[str, Any]) -> int:

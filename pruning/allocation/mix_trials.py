@@ -22,7 +22,7 @@ from models.arch import Block, Model, apply_block, embed
 from models.checkpoint.blocks import LazyBlocks, prefetch
 from models.processes import is_multiprocess
 from models.programs import Program
-from models.sharding import place, split, to_host
+from models.sharding import STATES, place, split, to_host
 from pruning.allocation.evopress_core import Unit, window_divergence
 
 _divergence = Program(window_divergence, "divergence from the dense model", static=(0,))
@@ -139,7 +139,7 @@ class MixTrials(abc.ABC):
             values = []
             for j, x in enumerate(xs):
                 own = dense[j * runtime.batch : (j + 1) * runtime.batch]
-                target = split(own, runtime.mesh, "sample")
+                target = split(own, runtime.mesh, STATES)
                 values.append(to_host(_divergence(arch.head, non_block, target, x)))
             mean = float(np.mean(np.concatenate(values)))
             means.append(mean if np.isfinite(mean) else np.inf)  # NaN would be the least

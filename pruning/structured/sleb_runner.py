@@ -24,7 +24,7 @@ from models.arch import (
 from models.checkpoint.blocks import ReadBlocks, prefetch
 from models.processes import is_multiprocess
 from models.programs import Program, program
-from models.sharding import place, split, to_host
+from models.sharding import STATES, place, split, to_host
 from pruning.allocation.evopress_core import window_divergence
 from pruning.structured.sleb_core import PARTS, add_part, chosen_logits, influence
 from pruning.structured.sleb_paths import Candidate, Path, Piece, Unit, remove_unit, whole_path
@@ -111,10 +111,15 @@ class Runner:
         """Yield the blocks of the path's pieces."""
         return prefetch(self._blocks, [piece.block for piece in path], self._mesh)
 
+    def _embed(self, m: int) -> jax.Array:
+        """Return the states of a micro-batch before the first block, [b t d]."""
+        return split(embed(self.arch, self._non_block, self._tokens[m]), self._mesh, STATES)
+
     def _apply(self, piece: Piece, block: Block, x: jax.Array) -> jax.Array:
         """Return the output of a piece [b t d]."""
         self.evaluations += x.shape[0]
         y = apply_block(self.arch, silenced(block, piece.silent), x)
+        y = split(y, self._mesh, STATES)
         # Blocks that are read one by one would gather in memory while they wait to be run.
         return y if self.blocks_held else jax.block_until_ready(y)
 
@@ -125,8 +130,8 @@ class Runner:
                 x = store.get(m, path[:k])
                 if x is not None:
                     # States from the host or disk go back to the devices.
-                    return k, split(x, self._mesh, "sample")
-        return 0, embed(self.arch, self._non_block, self._tokens[m])
+                    return k, split(x, self._mesh, STATES)
+        return 0, self._embed(m)
 
     def run(self, m: int, candidate: Candidate) -> jax.Array:
         """Return the last block's output of a candidate for one micro-batch [b t d].
@@ -208,7 +213,7 @@ class Runner:
           writers: All linears of a block that write to the residual stream.
         """
         influences: dict[int, jax.Array] = {}
-        x = embed(self.arch, self._non_block, self._tokens[m])
+        x = self._embed(m)
         last = max(unit.block for unit in units.values())
         path = path[: 1 + [piece.block for piece in path].index(last)]
         for k, block in enumerate(self._read(path)):
@@ -230,7 +235,7 @@ class Runner:
           m: Index of the micro-batch.
           most: Most blocks from the first to the second.
         """
-        inputs = [embed(self.arch, self._non_block, self._tokens[m])]
+        inputs = [self._embed(m)]
         distances: dict[tuple[int, int], jax.Array] = {}
         path = whole_path(self.depth)[:-1]
         for j, block in enumerate(self._read(path), 1):

@@ -15,7 +15,7 @@ from calibration.journal import Journal, to_serialisable
 from calibration.journal_files import read_index
 from calibration.step_cache import SMALL, StepCache
 from models.errors import InputError
-from models.sharding import make_mesh, split
+from models.sharding import STATES, make_mesh, split
 
 FILES = ["000.msgpack", "journal.copy.json", "journal.json"]
 FINGERPRINT = {"--sparsity": 0.5, "weights": {"a": "b" * 64}}
@@ -88,7 +88,7 @@ def test_an_interrupted_pass_resumes_with_the_states_it_had(
 ) -> None:
     m = make_mesh(mesh) if mesh else None
     states = [
-        split(jax.random.normal(jax.random.key(i), (n, 3, 5)).astype(dtype), m, "sample")
+        split(jax.random.normal(jax.random.key(i), (n, 3, 5)).astype(dtype), m, STATES)
         for i, n in enumerate((4, 3))
     ]
     like = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for x in states]

@@ -11,10 +11,11 @@ from jax.sharding import Mesh
 
 from calibration import passes
 from calibration.journal import Journal
-from calibration.observers import batch_norms, second_moment
+from calibration.observers import batch_norms, gram, second_moment
 from calibration.passes import calibrate_blocks, micro_batches
 from calibration.runtime import Runtime
 from calibration.step_cache import StepCache
+from models import arch
 from models.arch import Block, Model, embed
 from models.errors import InputError
 from models.init import init_model
@@ -192,16 +193,34 @@ def test_activations_that_overflow_are_bad_input() -> None:
     assert seen == [0]
 
 
-def test_equal_blocks_compile_once() -> None:
-    """Three blocks and a second pass compile once, and once without output for the last block."""
+@pytest.mark.parametrize("mesh", ["", "data=2,model=2"])
+def test_equal_blocks_compile_once(mesh: str) -> None:
+    """Three blocks and a second pass compile once, and once without output for the last block.
+
+    On a mesh too: states and sums lie from the first micro-batch on as the compiler leaves them.
+    """
     m, options = (
         model("llama"),
-        {"watch": {"mlp_in": second_moment}, "propagate": "dense", "batch": 4},
+        {
+            "watch": {"mlp_in": second_moment, "mlp_mid": gram},
+            "propagate": "dense",
+            "batch": 4,
+            "mesh": make_mesh(mesh) if mesh else None,
+        },
     )
     before = passes._observe.jitted._cache_size()
     for _ in range(2):
         collect(m, tokens(8, 9), False, **options)
     assert passes._observe.jitted._cache_size() - before == 2
+
+
+@pytest.mark.parametrize("mesh", ["", "data=2,model=2"])
+def test_replaced_blocks_compile_once(mesh: str) -> None:
+    """The forward pass of the blocks that take the place of others, three of equal shapes."""
+    m, on = model("llama"), make_mesh(mesh) if mesh else None
+    before = arch._apply.jitted._cache_size()
+    collect(m, tokens(8, 10), True, 4, on, watch={"mlp_in": second_moment}, propagate="pruned")
+    assert arch._apply.jitted._cache_size() - before == 1
 
 
 def test_micro_batches_are_the_tokens_in_order() -> None:

@@ -21,7 +21,7 @@ from calibration.states import (
     keep,
 )
 from models.arch import Block, apply_block
-from models.sharding import make_mesh, split
+from models.sharding import STATES, make_mesh, split
 from reference.small import model, tokens
 
 
@@ -55,7 +55,7 @@ def test_what_was_kept_comes_back_on_the_devices(offload: Offload, dtype: str, m
             assert (
                 isinstance(x, jax.Array)
                 and x.dtype == dtype
-                and x.sharding == split(y, m, "sample").sharding
+                and x.sharding == split(y, m, STATES).sharding
             )
             np.testing.assert_array_equal(x, y)
             np.testing.assert_array_equal(np.asarray(saved), y)

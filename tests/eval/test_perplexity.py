@@ -12,6 +12,7 @@ import pytest
 
 from eval import forward as module
 from eval.perplexity import Perplexity, perplexity
+from models import arch
 from models.arch import Block, Model, apply_block, embed
 from models.checkpoint.reader import open_checkpoint
 from models.sharding import make_mesh
@@ -101,6 +102,14 @@ def test_meshes_do_not_matter(name: str, mesh: str) -> None:
         perplexity(model, windows, batch=8, mesh=make_mesh(mesh)),
         np.concatenate([expected, expected[:2]]),
     )
+
+
+def test_equal_blocks_compile_once_on_a_mesh() -> None:
+    """The first block gets its states from the embedding, the others from the block before."""
+    model = tiny.random_model(tiny.GQA)
+    before = arch._apply.jitted._cache_size()
+    perplexity(model, WINDOWS, batch=4, mesh=make_mesh("data=4,model=2"))
+    assert len(model.blocks) > 1 and arch._apply.jitted._cache_size() - before == 1
 
 
 @pytest.mark.parametrize(("factor", "value"), [(math.nan, math.nan), (1e4, math.inf)])

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from models.errors import InputError
-from models.sharding import constrain, make_mesh, place, split
+from models.sharding import STATES, constrain, make_mesh, place, split
 
 
 @pytest.mark.parametrize(
@@ -68,6 +68,15 @@ def test_split_divides_the_first_axis_or_repeats() -> None:
     for out, expected in ((samples, x), (rows, x), (uneven, x[:6])):
         np.testing.assert_array_equal(out, expected)
     assert pieces(split(np.float32(1), mesh, "sample")) == {()}
+
+
+def test_hidden_states_are_split_by_windows_and_by_channels() -> None:
+    mesh, x = make_mesh("data=4,model=2"), np.arange(4 * 3 * 6, dtype=np.float32).reshape(4, 3, 6)
+    states = split(x, mesh, STATES)
+    assert pieces(states) == {(1, 3, 3)}
+    assert pieces(split(x[:3, :, :5], mesh, STATES)) == {(3, 3, 5)}  # neither axis divides
+    assert pieces(split(x[None], mesh, STATES)) == {(1, 1, 3, 3)}
+    np.testing.assert_array_equal(states, x)
 
 
 def test_place_splits_rows_of_matrices_alone() -> None:
