@@ -6,6 +6,7 @@
     python -m launch.bench --what=sleb --model=DIR --calibration=tokens.npy --sparsity=0.2
     python -m launch.bench --what=speed --model=DENSE --pruned=DIR,DIR --batch_sizes=1,8
     python -m launch.bench --what=all --model=DIR --calibration=tokens.npy --runs=1
+    python -m launch.bench --what=plans --plans=llama-2-7b_v5e:4x4_wanda
     python -m launch.bench --what=device --device_methods=wanda,sparsegpt --device_shapes=tiny
 
 --what selects the measurement:
@@ -24,6 +25,8 @@
   all          every method and the perplexity: first in a process, with the programs of another
                process, and again, against plain PyTorch and the machine's arithmetic
   shares       every method: the share of each of its programs, compilation, reading and writing
+  plans        LLaMA-2-7B and -70B on TPUs that are not there: memory, work and collectives of
+               each method's programs, and how long they compile; needs libtpu, no model
   device       on the device that JAX finds: every method's results against the CPU's, and the
                programs of one block of random weights against the device's peaks; needs no model
 
@@ -47,6 +50,7 @@ from calibration.mixtures import SELF
 from launch.benchmarks import (
     device,
     every,
+    plans,
     shares,
     speed,
     torch_admm,
@@ -92,7 +96,7 @@ def options() -> Flags:
     f.choice(
         "what",
         "calibration",
-        (*SOLVERS, *RECOVERIES, "calibration", "speed", "all", "shares", "device"),
+        (*SOLVERS, *RECOVERIES, "calibration", "speed", "all", "shares", "plans", "device"),
         "the measurement",
     )
     f.number("sparsity", 0.5, "sparsity of the pruning runs")
@@ -103,6 +107,7 @@ def options() -> Flags:
     f.string("json", None, "file to write the results to")
     speed.flags(f)
     every.flags(f)
+    plans.flags(f)
     device.flags(f)
     return f
 
@@ -245,8 +250,8 @@ def main(values: dict[str, Any]) -> int:
     what = values["what"]
     if what == "device":
         return device.run(values)
-    if what == "speed":
-        speed.run(values)
+    if what in ("speed", "plans"):
+        (speed if what == "speed" else plans).run(values)
         return 0
     check_sparsity(values["sparsity"])
     checkpoint = open_model(values["model"], values["dtype"], values["revision"])
