@@ -18,6 +18,14 @@ from launch.report import summary
 from launch.run.measure import protocol, write_report
 from models.errors import InputError
 
+# Collectives by the names that XLA gives them.
+COLLECTIVES = {
+    "all-gather": "gathers",
+    "all-reduce": "reduces",
+    "reduce-scatter": "scatters",
+    "all-to-all": "all-to-alls",
+    "collective-permute": "permutes",
+}
 METHODS = ("wanda", "sparsegpt", "sparsellm", "flap")
 
 
@@ -156,4 +164,4 @@ def _collectives(programs: Sequence[Mapping[str, Any]]) -> str:
     total: Counter[str] = Counter()
     for p in programs:
         total.update(p["collectives"])
-    return ", ".join(f"{n} {kind}" for kind, n in sorted(total.items()))
+    return ", ".join(f"{total[kind]} {name}" for kind, name in COLLECTIVES.items() if total[kind])
