@@ -58,8 +58,10 @@ def time_parts(task: Task, argument: str) -> dict[str, Any]:
     from launch.benchmarks.every_programs import parsed
     from models.checkpoint.reader import in_memory, open_checkpoint
     from models.checkpoint.writer import save
+    from models.host_memory import keep_freed_memory
     from pruning.types import prune
 
+    keep_freed_memory()  # as every command does
     method, request = parsed(task, argument)
     assert method is not None
     checkpoint = open_checkpoint(task.directory)

@@ -60,7 +60,9 @@ def model_of(task: Task) -> "Model":
     import jax
 
     from models.checkpoint.reader import in_memory, open_checkpoint
+    from models.host_memory import keep_freed_memory
 
+    keep_freed_memory()  # as every command does
     model = in_memory(open_checkpoint(task.directory).model)
     model = model._replace(blocks=model.blocks[: task.blocks or None])
     return jax.block_until_ready(model)

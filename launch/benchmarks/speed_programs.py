@@ -11,6 +11,7 @@ from eval.size import count_entries
 from launch.flags.dtypes import DTYPES
 from models.arch import Model
 from models.checkpoint.reader import in_memory, open_checkpoint
+from models.host_memory import keep_freed_memory
 
 # Our names of XLA's costs of a compiled program.
 XLA_COSTS = {"flops": "flops", "bytes": "bytes accessed"}
@@ -60,6 +61,7 @@ def topiary(task: Task) -> tuple[Callable[[], Times], Facts]:
     Returns:
       As `compiled`.
     """
+    keep_freed_memory()  # as every command does
     model = in_memory(open_checkpoint(task.directory, DTYPES[task.dtype]).model)
     return compiled(model, task.batch, task.prompt, task.new_tokens)
 

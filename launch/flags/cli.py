@@ -20,6 +20,7 @@ from launch.report.downloads import download
 from models.checkpoint.hub_client import reporting
 from models.costs import is_out_of_memory
 from models.errors import InputError
+from models.host_memory import keep_freed_memory
 from models.precision import AUTO, check_single_precision, matmul_type
 from models.untrusted import MOST, has_surrogates
 
@@ -299,6 +300,7 @@ def run(
     argv = sys.argv[1:] if argv is None else argv
     streams.prepare()
     raise_on_termination()
+    keep_freed_memory()
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         if any(argument in _HELP for argument in argv):
