@@ -101,6 +101,7 @@ def test_types_agree_about_a_model_that_is_pruned_by_its_weights(tmp_path: Path)
     assert results["float16"][0] == pytest.approx(results["auto"][0], rel=5e-3)
 
 
+@pytest.mark.slow
 def test_a_run_in_bfloat16_keeps_nearly_the_same_weights(
     tmp_path: Path, no_transformers: None
 ) -> None:

@@ -34,7 +34,11 @@ LLAMA = "embedded:tiny-llama"
 
 @pytest.mark.parametrize(
     ("model", "method"),
-    [(LLAMA, "wanda"), ("embedded:tiny-opt", "magnitude_sp"), (MIXTURE, "reap")],
+    [
+        (LLAMA, "wanda"),
+        ("embedded:tiny-opt", "magnitude_sp"),
+        pytest.param(MIXTURE, "reap", marks=pytest.mark.slow),
+    ],
 )
 def test_a_cpu_gives_what_the_first_one_gives(model: str, method: str) -> None:
     check = device_checks.check_method(Case(model, method), jax.devices()[1])
@@ -57,6 +61,7 @@ def test_a_device_that_computes_otherwise_differs(monkeypatch: pytest.MonkeyPatc
     assert check.distance.perplexity > device_checks.BOUNDS.perplexity
 
 
+@pytest.mark.slow
 def test_generation_and_sharding_are_compared() -> None:
     devices = jax.devices()
     assert device_checks.check_generation(MIXTURE, devices[1]).passed
